@@ -1,0 +1,73 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Shared fixtures: recorded reference inputs and outputs ("goldens") and the tiny checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+TESTS = Path(__file__).parent
+GOLDEN = TESTS / "golden"
+TINY_BAGEL = TESTS / "tiny-bagel"
+
+torch.set_num_threads(1)
+
+# case -> worst |actual - expected| / (atol + rtol |expected|) and worst absolute difference.
+_deviations: dict[str, dict[str, float]] = defaultdict(lambda: {"share": 0.0, "abs": 0.0})
+
+
+def load_golden(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Description and tensors of one recorded case."""
+    meta = json.loads((GOLDEN / f"{name}.json").read_text())
+    tensors = load_file(GOLDEN / f"{name}.safetensors")
+    return meta, tensors
+
+
+def assert_golden(
+    meta: dict[str, Any], name: str, actual: torch.Tensor, expected: torch.Tensor
+) -> None:
+    """Compare as the case's json says (exact, or allclose with its tolerances)."""
+    how = meta["tensors"][name]
+    assert how["kind"] == "expected", f"{name} is an input of {meta['case']}"
+    assert actual.shape == expected.shape, (name, actual.shape, expected.shape)
+    if how["compare"] == "exact":
+        assert torch.equal(actual, expected), f"{meta['case']}: {name} differs"
+        return
+    difference = (actual.double() - expected.double()).abs()
+    bound = how["atol"] + how["rtol"] * expected.double().abs()
+    worst = _deviations[meta["case"]]
+    if difference.numel():
+        worst["share"] = max(worst["share"], float((difference / bound).max()))
+        worst["abs"] = max(worst["abs"], float(difference.max()))
+    torch.testing.assert_close(actual, expected, atol=how["atol"], rtol=how["rtol"])
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+    return load_golden
+
+
+@pytest.fixture(scope="session")
+def tiny_bagel_path() -> Path:
+    return TINY_BAGEL
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the worst deviation of every golden, so that it can be quoted."""
+    if not _deviations:
+        return
+    terminalreporter.section("worst deviation per golden (share of tolerance, absolute)")
+    for case in sorted(_deviations):
+        worst = _deviations[case]
+        terminalreporter.write_line(f"{case}: {worst['share']:.3f} of tolerance, {worst['abs']:.2e}")
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
