@@ -1,0 +1,251 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Segments and contexts: what the student, the teacher and the SFT baseline read.
+
+Student: [system, problem image, question]. Teacher: the same, then [intro, VT images,
+transition]; neither the written thoughts nor the answer ever enter it (paper, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+
+from data.thinkmorph import Sample
+from data.transforms import (
+    ImageTransform,
+    extrapolated_position_ids,
+    interpolated_position_ids,
+    patchify,
+)
+
+# Taken over letter for letter: the released weights were trained with this prompt, odd spelling
+# of </image_end> included. The packer's copy has a space after "i.e." and no newlines around it.
+_THINK_PROMPT = (
+    "Let's think step by step to answer the question. For text-based thinking, enclose the "
+    "process within <think> </think>, e.g. <think> thinking process here </think>. For visual "
+    "thinking, enclose the content within <image_start> </image_end>, e.g. <image_start> "
+    "thinking image here </image_end>. Finally conclude with the final answer wrapped in "
+    "<answer></answer> tags, i.e.{gap}<answer> answer here </answer>."
+)
+PACKER_SYSTEM_PROMPT = _THINK_PROMPT.format(gap=" ")
+INFERENCER_SYSTEM_PROMPT = "\n" + _THINK_PROMPT.format(gap="") + "\n"
+
+# Our own wording of the two teacher strings; --reference_intro and --transition replace them.
+REFERENCE_INTRO = (
+    "The following pictures are privileged visual references for this problem. Look at them "
+    "silently: never mention, quote or describe them in your reply."
+)
+TRANSITION = (
+    "Now answer the question above with your own step-by-step reasoning, as if only the problem "
+    "picture had been given."
+)
+
+
+@dataclass(frozen=True)
+class TextSegment:
+    """A block `<|im_start|> ids <|im_end|>`.
+
+    scored: None for context; otherwise one flag for each label, the ids and then the final
+    `<|im_end|>`: True exactly where the policy sampled that label.
+    """
+
+    ids: tuple[int, ...]
+    scored: tuple[bool, ...] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.scored is None or len(self.scored) == len(self.ids) + 1
+
+
+@dataclass(frozen=True)
+class ImageSegment:
+    """A block `<|vision_start|> patches <|vision_end|>`.
+
+    patches: (n, 588) fp32 in [-1, 1]; position_ids: (n,) int64 into the position tables.
+    """
+
+    patches: Tensor
+    position_ids: Tensor
+
+
+Segment: TypeAlias = TextSegment | ImageSegment
+Context: TypeAlias = tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A sampled (or given) answer, as scored by student and teacher alike.
+
+    ids: the body without the first `<|im_start|>` and without the final `<|im_end|>`; an image
+    skip leaves `<|im_end|><|im_start|>` inside. scored: see `TextSegment`.
+    logprobs: the sampler's log-probability of each scored label, in order (empty if unknown).
+    """
+
+    ids: tuple[int, ...]
+    scored: tuple[bool, ...]
+    logprobs: tuple[float, ...] = ()
+    capped: bool = False
+
+    def segment(self) -> TextSegment:
+        return TextSegment(self.ids, self.scored)
+
+    @property
+    def count(self) -> int:
+        """Scored rows."""
+        return sum(self.scored)
+
+    def truncated(self, keep: int) -> Completion:
+        """The first `keep` ids; the forced end is not scored."""
+        assert 0 < keep < len(self.ids)
+        scored = (*self.scored[:keep], False)
+        return replace(
+            self, ids=self.ids[:keep], scored=scored, logprobs=self.logprobs[: sum(scored)]
+        )
+
+
+def given_completion(ids: Sequence[int]) -> Completion:
+    """A completion whose every token and final end are labels (SFT, dataset traces)."""
+    return Completion(tuple(ids), (True,) * (len(ids) + 1))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The fixed strings of a context; None or "" leaves a string out."""
+
+    system: str | None = PACKER_SYSTEM_PROMPT
+    intro: str | None = REFERENCE_INTRO
+    transition: str | None = TRANSITION
+    instruction_suffix: str = ""
+    question_prefix: str = ""
+
+    @classmethod
+    def for_style(cls, style: str) -> Prompts:
+        """"packer": the paper's training prompt. "inferencer": the prompt of the VLMEvalKit
+        wrapper, system text between newlines and an image tag before the question."""
+        if style == "packer":
+            return cls()
+        if style == "inferencer":
+            return cls(system=INFERENCER_SYSTEM_PROMPT, question_prefix="<img><|image_1|></img> ")
+        raise ValueError(f"unknown prompt style {style!r}: packer or inferencer")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, base: Prompts | None = None) -> Prompts:
+        """Replace strings of `base` by those of a YAML mapping.
+
+        Raises:
+            ValueError: missing file, not a mapping, or unknown keys.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"prompts file {path} does not exist")
+        values = yaml.safe_load(path.read_text())
+        known = {f.name for f in fields(cls)}
+        if not isinstance(values, dict) or not set(values) <= known:
+            raise ValueError(f"{path} must map some of {', '.join(sorted(known))} to strings")
+        return replace(base or cls(), **values)
+
+
+class ContextBuilder:
+    """Turns samples into contexts with one tokenizer, one image transform and one set of prompts.
+
+    Args:
+        tokenizer: a transformers tokenizer. vit_transform: PIL image -> (3, H, W) in [-1, 1].
+        side: rows of the ViT position table (70 in the releases).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        vit_transform: ImageTransform | Callable[[Image.Image], Tensor],
+        prompts: Prompts | None = None,
+        *,
+        side: int = 70,
+        patch_size: int = 14,
+        interpolate: bool = False,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vit_transform = vit_transform
+        self.prompts = prompts or Prompts()
+        self.side, self.patch_size, self.interpolate = side, patch_size, interpolate
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def text(self, text: str) -> TextSegment:
+        return TextSegment(self.encode(text))
+
+    def image(self, image: Image.Image) -> ImageSegment:
+        """ViT segment of one image.
+
+        Raises:
+            ValueError: more patches on a side than the position table holds.
+        """
+        pixels = self.vit_transform(image)  # (3, H, W)
+        h, w = pixels.shape[1] // self.patch_size, pixels.shape[2] // self.patch_size
+        if max(h, w) > self.side and not self.interpolate:
+            raise ValueError(
+                f"an image of {w} x {h} patches does not fit the model's position table of "
+                f"{self.side} a side; lower vit_max_size to {self.side * self.patch_size}"
+            )
+        if self.interpolate:
+            position_ids = interpolated_position_ids(h, w, self.side)
+        else:
+            position_ids = extrapolated_position_ids(h, w, self.side)
+        return ImageSegment(patchify(pixels, self.patch_size), position_ids)
+
+    def student(self, sample: Sample) -> Context:
+        """[system, problem image, question]"""
+        return self.question(sample.problem_image, sample.question)
+
+    def question(self, image: Image.Image, question: str) -> Context:
+        """The student's context of a bare image and question."""
+        prompts = self.prompts
+        asked = prompts.question_prefix + question + prompts.instruction_suffix
+        system = (self.text(prompts.system),) if prompts.system else ()
+        return (*system, self.image(image), self.text(asked))
+
+    def teacher(
+        self, sample: Sample, student: Context, noise: torch.Generator | None = None
+    ) -> Context:
+        """The student's context, then [intro, VT images, transition].
+
+        Args:
+            student: `self.student(sample)`, reused so that the shared part is the same object.
+            noise: when given, each VT's patches are replaced by standard normal values from it
+                (the noise control).
+        """
+        if not sample.thought_images:
+            raise ValueError(f"{sample.file} row {sample.row} has no visual thought to teach with")
+        prompts = self.prompts
+        images = [self.image(image) for image in sample.thought_images]
+        if noise is not None:
+            images = [
+                replace(segment, patches=torch.randn(segment.patches.shape, generator=noise))
+                for segment in images
+            ]
+        intro = (self.text(prompts.intro),) if prompts.intro else ()
+        transition = (self.text(prompts.transition),) if prompts.transition else ()
+        return (*student, *intro, *images, *transition)
+
+    def sft_targets(self, sample: Sample, form: str = "single") -> tuple[TextSegment, ...]:
+        """Scored text of the SFT baseline.
+
+        "single": one completion, the text-only thought followed by the answer in <answer> tags.
+        "reference": the reference's two splits, the thought and then the bare answer.
+        """
+        if form == "single":
+            thought = sample.text_trace
+            if "<think>" not in thought:
+                thought = f"<think>{thought}</think>"
+            texts = [thought + f"<answer>{sample.answer}</answer>"]
+        elif form == "reference":
+            texts = [sample.text_trace, sample.answer]
+        else:
+            raise ValueError(f"unknown sft_format {form!r}: single or reference")
+        return tuple(given_completion(self.encode(text)).segment() for text in texts)

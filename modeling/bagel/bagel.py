@@ -1,0 +1,141 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""BAGEL: packed segments in, hidden states out. Parameter names are those of the releases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from modeling.bagel.attention import DecodeLayout
+from modeling.bagel.batch import PackedBatch
+from modeling.bagel.config import BagelConfig
+from modeling.bagel.decoder import DecoderLayer, LanguageModel
+from modeling.bagel.embeddings import Connector, PositionTable, TimestepEmbedder, sincos_table
+from modeling.bagel.kv_cache import KVCache
+from modeling.bagel.vision import VisionLayer, VisionModel
+
+T = TypeVar("T")
+Head = Callable[[Tensor, Tensor], T]
+
+
+class Bagel(nn.Module):
+    """Understanding branch of BAGEL (and the generation weights when `config.visual_gen`).
+
+    There is one forward for training, scoring and cached inference; nothing depends on
+    `self.training`, and there are no buffers.
+    """
+
+    def __init__(self, config: BagelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.llm.hidden_size
+        self.language_model = LanguageModel(config.llm, config.visual_gen)
+        self.vit_model = VisionModel(config.vision, config.vit_max_patches_per_side)
+        self.connector = Connector(config.vision.hidden_size, width)
+        self.vit_pos_embed = PositionTable(width, config.vit_max_patches_per_side)
+        if config.visual_gen:
+            latent_dim = config.latent_patch_size**2 * config.latent_channels
+            self.time_embedder = TimestepEmbedder(width)
+            self.vae2llm = nn.Linear(latent_dim, width)
+            self.llm2vae = nn.Linear(width, latent_dim)
+            self.latent_pos_embed = PositionTable(width, config.max_latent_size)
+
+    @staticmethod
+    def fixed_tables(config: BagelConfig) -> dict[str, Tensor]:
+        """The sin-cos tables (fp32) that a checkpoint file may lack, by key."""
+        width = config.llm.hidden_size
+        tables = {"vit_pos_embed.pos_embed": sincos_table(width, config.vit_max_patches_per_side)}
+        if config.visual_gen:
+            tables["latent_pos_embed.pos_embed"] = sincos_table(width, config.max_latent_size)
+        return tables
+
+    @staticmethod
+    def block_classes() -> tuple[type[nn.Module], ...]:
+        """Modules that are sharded, compiled and checkpointed one by one."""
+        return (DecoderLayer, VisionLayer)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block's activations in the backward pass instead of keeping them."""
+        for module in self.modules():
+            if isinstance(module, self.block_classes()):
+                module.checkpointing = enabled
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype: that of the (gathered) embedding."""
+        return self.language_model.model.embed_tokens.weight.dtype
+
+    def encode_images(
+        self, patches: Tensor, position_ids: Tensor, lens: tuple[int, ...]
+    ) -> Tensor:
+        """ViT, connector, then the fixed position table: (Nv, 588) -> (Nv, H)."""
+        features = self.connector(self.vit_model(patches, position_ids, lens))
+        return features + self.vit_pos_embed(position_ids).to(features.dtype)
+
+    def embed(self, batch: PackedBatch) -> Tensor:
+        """Input rows (T, H) of a packed sequence."""
+        text = self.language_model.model.embed_tokens(batch.text_ids)
+        x = text.new_zeros((batch.total, text.shape[-1])).index_copy(0, batch.text_rows, text)
+        if batch.vit_patches is not None:
+            features = self.encode_images(
+                batch.vit_patches, batch.vit_position_ids, batch.vit_lens
+            )
+            x = x.index_copy(0, batch.vit_rows, features.to(x.dtype))
+        return x
+
+    @overload
+    def forward(
+        self, batch: PackedBatch, *, head: None = ..., cache: KVCache | None = ...
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, batch: PackedBatch, *, head: Head[T], cache: KVCache | None = ...
+    ) -> T: ...
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        *,
+        head: Head[T] | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor | T:
+        """Run a packed sequence; with a cache its keys and values are stored there.
+
+        Args:
+            head: called with the hidden states of the scored rows (S, H) and the head weight
+                (V, H) before this forward ends, because under FSDP2 the head is sharded again
+                afterwards; its result is returned.
+
+        Returns:
+            hidden states (T, H), or what `head` returned.
+        """
+        hidden = self.language_model.model(
+            self.embed(batch), batch.position_ids, batch.layout, cache=cache
+        )
+        if head is None:
+            return hidden
+        return head(hidden[batch.score_rows], self.language_model.lm_head.weight)
+
+    def decode_step(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: KVCache
+    ) -> Tensor:
+        """One token of each sample against the static cache.
+
+        Args:
+            tokens, positions, slots: (B,) int64; input token, its rope position, and the cache
+                row where its key and value are written.
+
+        Returns:
+            (B, V) logits in the compute dtype.
+        """
+        x = self.language_model.model.embed_tokens(tokens)
+        hidden = self.language_model.model(x, positions, DecodeLayout(slots), cache=cache)
+        return self.language_model.lm_head(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Text head: (..., H) -> (..., V)."""
+        return self.language_model.lm_head(hidden)
