@@ -1,0 +1,238 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Batched decoding: one packed prefill, a static cache, rows that stop on their own.
+
+The token loop reads nothing back to the host except every `check_every` steps. A row that
+samples `<|im_end|>` pauses; at the next check it either is finished or, when its round asked
+for a picture and a skip is left (FACTS section 9), goes on with the two tokens of the joint,
+`<|im_end|><|im_start|>`, as its context. Pausing changes no result: a paused row keeps
+rewriting one cache slot, and its random numbers are indexed by its own position.
+
+Budget: `max_new_tokens` counts every token fed, the start token of each round and the
+`<|im_end|>` of a joint included, as in the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from modeling.bagel.bagel import Bagel
+from modeling.bagel.batch import PackedBatch
+from modeling.bagel.config import SpecialTokens
+from modeling.bagel.kv_cache import KVCache
+
+
+@dataclass
+class Generation:
+    """One row's result.
+
+    ids: every token after the first `<|im_start|>`, the final `<|im_end|>` included if sampled.
+    sampled: whether the policy sampled it (False: the forced `<|im_start|>` of a later round).
+    logprobs: log-probability of each id under the sampling distribution (0 where forced).
+    capped: the budget ended it. rounds: tokens fed when each round began (start token first).
+    """
+
+    ids: list[int]
+    sampled: list[bool]
+    logprobs: list[float]
+    capped: bool
+    rounds: list[int] = field(default_factory=list)
+
+
+def choose(logits: Tensor, temperature: float, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Next token of each row of logits (B, V), and its log-probability, fp32 (B,).
+
+    uniforms: (B,) in [0, 1); the inverse of the cumulative distribution is taken there, so the
+    choice depends on nothing but the row's logits and its own number. None: the arg-max.
+    """
+    logprobs = (logits.float() / temperature).log_softmax(-1)
+    if uniforms is None:
+        token = logits.argmax(-1)
+    else:
+        # float64: the sum over 150,000 entries must not depend on the device's rounding.
+        cumulative = logprobs.double().exp().cumsum(-1)
+        target = uniforms.double()[:, None] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+        token = token.clamp_max(logits.shape[-1] - 1)
+    return token, logprobs.gather(1, token[:, None]).squeeze(1)
+
+
+class _Rows:
+    """State of every row, on the device; the loop updates it without reading it."""
+
+    def __init__(self, prompt: PackedBatch, special: SpecialTokens, budget: int) -> None:
+        device = prompt.text_ids.device
+        batch = len(prompt.layout.query_lens)
+        self.budget = budget
+        self.eos = special.eos
+        self.bos = special.bos
+
+        def full(value: int | bool, *shape: int) -> Tensor:
+            return torch.full((batch, *shape), value, device=device)
+
+        self.base_slot = torch.tensor(prompt.layout.key_lens, device=device)
+        self.base_position = torch.tensor(prompt.next_positions, device=device)
+        self.token = full(special.bos)
+        self.used = full(0)  # tokens fed so far, before the current one
+        self.running = full(True)
+        self.capped = full(False)
+        self.force_start = full(False)
+        # Column u holds what was fed or sampled as token number u (column 0: the first start).
+        self.ids = full(special.eos, budget + 1)
+        self.sampled = full(False, budget + 1)
+        self.logprobs = torch.zeros(batch, budget + 1, device=device)
+
+    def advance(self, token: Tensor, logprob: Tensor) -> None:
+        """Record the token that follows the one just fed, and decide who goes on."""
+        used = self.used + self.running
+        token = torch.where(self.force_start, self.bos, token)
+        column = used[:, None]
+        write = self.running[:, None]
+
+        def put(store: Tensor, value: Tensor) -> None:
+            old = store.gather(1, column)
+            store.scatter_(1, column, torch.where(write, value[:, None].to(store.dtype), old))
+
+        put(self.ids, token)
+        put(self.sampled, ~self.force_start)
+        put(self.logprobs, torch.where(self.force_start, torch.zeros_like(logprob), logprob))
+        ended = ~self.force_start & (token == self.eos)
+        capped = ~ended & (used >= self.budget)
+        self.capped |= self.running & capped
+        self.token = torch.where(self.running, token, self.token)
+        self.used = torch.where(self.running, used, self.used)
+        self.running &= ~(ended | capped)
+        self.force_start = torch.zeros_like(self.force_start)
+
+
+def _resume(rows: _Rows, row: int) -> None:
+    """Feed the `<|im_end|>` the row sampled, then a new round's start token."""
+    rows.running[row] = True
+    rows.force_start[row] = True
+
+
+class _Rounds:
+    """Host-side decisions at a check: which paused rows begin another round."""
+
+    def __init__(self, batch: int, continues: Callable[[list[int]], bool] | None, skips: int):
+        self.continues, self.skips = continues, skips
+        self.starts: list[list[int]] = [[0] for _ in range(batch)]
+        self.finished = [False] * batch
+
+    def check(self, rows: _Rows) -> bool:
+        """True when every row is finished."""
+        running, capped, used = (x.tolist() for x in (rows.running, rows.capped, rows.used))
+        for row, finished in enumerate(self.finished):
+            if finished or running[row]:
+                continue
+            if not capped[row] and self._wants_round(rows, row, used[row]):
+                self.starts[row].append(used[row] + 1)
+                _resume(rows, row)
+            else:
+                self.finished[row] = True
+        return all(self.finished)
+
+    def _wants_round(self, rows: _Rows, row: int, used: int) -> bool:
+        # `used` tokens were fed in all; column `used` is the end token that was sampled.
+        remaining = rows.budget - used
+        if self.continues is None or len(self.starts[row]) > self.skips or remaining <= 1:
+            return False
+        begin = self.starts[row][-1] + 1
+        return self.continues(rows.ids[row, begin:used].tolist())
+
+
+@torch.no_grad()
+def generate(
+    model: Bagel,
+    prompt: PackedBatch,
+    special: SpecialTokens,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    uniforms: Tensor | None = None,
+    continues: Callable[[list[int]], bool] | None = None,
+    max_image_skips: int = 0,
+    check_every: int = 8,
+    on_check: Callable[[Callable[[], list[list[int]]]], None] | None = None,
+    choose_token: Callable[[Tensor, float, Tensor | None], tuple[Tensor, Tensor]] = choose,
+) -> list[Generation]:
+    """Decode every sample of a packed prompt.
+
+    Args:
+        prompt: contexts packed without cached rows, on the model's device.
+        uniforms: (B, max_new_tokens + 1) in [0, 1), one number a position; None is greedy.
+        continues: given the ids of a round that ended by itself, says whether it asked for a
+            picture, so that another round may start (at most `max_image_skips` times).
+        on_check: called at each check with a function that reads the ids every row has so far;
+            it may stream them, or raise to stop the decoding.
+        choose_token: replaces `choose` in tests of the protocol.
+
+    Raises:
+        ValueError: max_new_tokens < 1, temperature <= 0, or uniforms of another shape.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}; greedy: no sampling")
+    batch = len(prompt.layout.query_lens)
+    if uniforms is not None and uniforms.shape != (batch, max_new_tokens + 1):
+        raise ValueError(
+            f"uniforms must be {(batch, max_new_tokens + 1)}, one number a position; got "
+            f"{tuple(uniforms.shape)}"
+        )
+    device = prompt.text_ids.device
+    longest = max(prompt.layout.key_lens) + max_new_tokens + 1
+    cache = KVCache(model.config.llm, batch, longest, device, model.dtype)
+    model(prompt, cache=cache)
+    rows = _Rows(prompt, special, max_new_tokens)
+    rounds = _Rounds(batch, continues, max_image_skips)
+    step = 0
+    while True:
+        logits = model.decode_step(
+            rows.token, rows.base_position + rows.used, rows.base_slot + rows.used, cache
+        )
+        following = rows.used + rows.running  # the position the next token will have
+        numbers = None if uniforms is None else uniforms.gather(1, following[:, None]).squeeze(1)
+        rows.advance(*choose_token(logits, temperature, numbers))
+        step += 1
+        if step % check_every == 0:
+            done = rounds.check(rows)
+            if on_check is not None:
+                on_check(lambda: _so_far(rows))
+            if done:
+                break
+    return _collect(rows, rounds)
+
+
+def _so_far(rows: _Rows) -> list[list[int]]:
+    ids, used = rows.ids.tolist(), rows.used.tolist()
+    return [row[1 : n + 1] for row, n in zip(ids, used, strict=True)]
+
+
+def _collect(rows: _Rows, rounds: _Rounds) -> list[Generation]:
+    ids, sampled, logprobs = (x.tolist() for x in (rows.ids, rows.sampled, rows.logprobs))
+    used, capped = rows.used.tolist(), rows.capped.tolist()
+    results = []
+    for b, n in enumerate(used):
+        # The token sampled beyond the budget is no part of the completion.
+        keep = slice(1, n if capped[b] else n + 1)
+        results.append(
+            Generation(
+                ids[b][keep], sampled[b][keep], logprobs[b][keep], capped[b], rounds.starts[b]
+            )
+        )
+    return results
+
+
+def marker_check(
+    decode: Callable[[Sequence[int]], str], marker: str
+) -> Callable[[list[int]], bool]:
+    """`continues` for `generate`: does the decoded round contain `marker` (plain text)?"""
+
+    def continues(ids: list[int]) -> bool:
+        return marker in decode(ids)
+
+    return continues

@@ -1,0 +1,124 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Completions from the student's current weights (paper, Algorithm 1, line 3).
+
+The sampler is handed a plain module (see `distributed.summon_full_params`) and knows nothing of
+sharding. A row's random numbers are a pure function of (seed, step, row id), one a position, so
+the same row gives the same completion at any batch size and on any rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.packing import context_length, group_by_tokens, pack
+from data.sequence import Completion, Context
+from modeling.bagel.bagel import Bagel
+from modeling.bagel.config import SpecialTokens
+from modeling.bagel.generate import Generation, generate, marker_check
+
+IMAGE_MARKER = "<image_start>"
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How completions are drawn; names and defaults are the trainer's `--sample_*` flags."""
+
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    do_sample: bool = True
+    max_image_skips: int = 1
+    # Rows and prompt tokens decoded together: bounds the cache, never changes a result.
+    max_rows: int = 64
+    max_prefill_tokens: int = 32768
+    check_every: int = 8
+
+
+class Interrupted(Exception):
+    """The rollout was asked to stop (SIGTERM); nothing of it is used."""
+
+
+def position_uniforms(seed: int, step: int, row_id: int, count: int) -> Tensor:
+    """`count` numbers in [0, 1), float64, of one row of one step."""
+    key = np.random.SeedSequence((seed, step, row_id))
+    return torch.from_numpy(np.random.Generator(np.random.Philox(key)).random(count))
+
+
+def to_completion(generation: Generation) -> Completion:
+    """What student and teacher score: every sampled label, nothing forced (DESIGN rule 2)."""
+    ids, sampled, logprobs = generation.ids, generation.sampled, generation.logprobs
+    scored_logprobs = tuple(p for p, s in zip(logprobs, sampled, strict=True) if s)
+    if generation.capped:
+        return Completion(tuple(ids), (*sampled, False), scored_logprobs, capped=True)
+    return Completion(tuple(ids[:-1]), tuple(sampled), scored_logprobs)
+
+
+def sample_completions(
+    model: Bagel,
+    contexts: Sequence[Context],
+    row_ids: Sequence[int],
+    *,
+    tokenizer: Any,
+    special: SpecialTokens,
+    settings: SamplerSettings,
+    seed: int,
+    step: int,
+    device: torch.device | str = "cpu",
+    should_stop: Callable[[], bool] = lambda: False,
+    on_rows: Callable[[int], None] = lambda done: None,
+) -> list[Completion]:
+    """One completion for every context, in order.
+
+    Args:
+        model: a plain (unsharded) module on `device`.
+        contexts: student contexts; row_ids: a number that names each row within the step.
+        should_stop: polled while decoding; on_rows: told how many rows are finished.
+
+    Raises:
+        Interrupted: `should_stop` returned True.
+    """
+    continues = marker_check(tokenizer.decode, IMAGE_MARKER)
+
+    def poll(_: object = None) -> None:
+        if should_stop():
+            raise Interrupted
+
+    completions: list[Completion] = []
+    for group in _groups(contexts, settings):
+        uniforms = None
+        if settings.do_sample:
+            numbers = [
+                position_uniforms(seed, step, row_ids[i], settings.max_new_tokens + 1)
+                for i in group
+            ]
+            uniforms = torch.stack(numbers).to(device)
+        poll()
+        generations = generate(
+            model,
+            pack([contexts[i] for i in group], special).to(device),
+            special,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            uniforms=uniforms,
+            continues=continues,
+            max_image_skips=settings.max_image_skips,
+            check_every=settings.check_every,
+            on_check=poll,
+        )
+        completions.extend(to_completion(generation) for generation in generations)
+        on_rows(len(completions))
+    return completions
+
+
+def _groups(contexts: Sequence[Context], settings: SamplerSettings) -> list[list[int]]:
+    """Runs of rows that fit both limits."""
+    lengths = [context_length(context) for context in contexts]
+    groups = []
+    for run in group_by_tokens(lengths, settings.max_prefill_tokens):
+        groups += [run[i : i + settings.max_rows] for i in range(0, len(run), settings.max_rows)]
+    return groups
