@@ -1,0 +1,201 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Where the datasets lie, and the YAML files that say which of them a run uses.
+
+Layout: `<root>/<name>/data/<split>*.parquet`, root from VISUAL_OPSD_DATA_ROOT (default
+"datasets"). The four ThinkMorph sets are known by name; any other folder of the same layout under
+the root (a generated world, say) is a dataset too.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+DATA_ROOT_VARIABLE = "VISUAL_OPSD_DATA_ROOT"
+DEFAULT_DATA_ROOT = "datasets"
+
+_FETCH_HINT = (
+    "Download the ThinkMorph sets with `python download_model.py --datasets`, make a synthetic "
+    f"world with `python -m data.worlds`, or point {DATA_ROOT_VARIABLE} at the folder that holds "
+    "the datasets."
+)
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """A released dataset: its repository on the Hugging Face hub and its row count."""
+
+    name: str
+    repo_id: str
+    rows: int
+    task: str
+
+
+DATASETS: dict[str, DatasetInfo] = {
+    info.name: info
+    for info in (
+        DatasetInfo("Visual_Search", "ThinkMorph/Visual_Search", 6990,
+                    "find a small object and answer about it; VT: the object framed"),
+        DatasetInfo("Spatial_Navigation", "ThinkMorph/Spatial_Navigation", 6000,
+                    "plan a safe route through a grid maze; VT: the route drawn"),
+        DatasetInfo("Jigsaw_Assembly", "ThinkMorph/Jigsaw_Assembly", 6000,
+                    "order the pieces of a cut picture; VT: the picture put together"),
+        DatasetInfo("Chart_Refocus", "ThinkMorph/Chart_Refocus", 6000,
+                    "read a value off a chart; VT: the relevant marks highlighted"),
+    )
+}  # fmt: skip
+
+
+def data_root(root: str | Path | None = None) -> Path:
+    """`root` if given, else VISUAL_OPSD_DATA_ROOT, else "datasets" in the working directory."""
+    return Path(root or os.environ.get(DATA_ROOT_VARIABLE) or DEFAULT_DATA_ROOT).expanduser()
+
+
+def _data_folder(folder: Path) -> Path:
+    return folder / "data" if (folder / "data").is_dir() else folder
+
+
+def is_dataset_folder(folder: Path) -> bool:
+    """Whether a folder holds parquet files, directly or in its `data/`."""
+    return folder.is_dir() and any(_data_folder(folder).glob("*.parquet"))
+
+
+def known_names(root: str | Path | None = None) -> list[str]:
+    """The released names and every dataset folder under the root."""
+    base = data_root(root)
+    local = [p.name for p in base.iterdir() if is_dataset_folder(p)] if base.is_dir() else []
+    return [*DATASETS, *sorted(set(local) - set(DATASETS))]
+
+
+def _of_split(file: Path, split: str) -> bool:
+    # A word of the name must begin with the split: "train-00000-of-00002" and "Jigsaw_training"
+    # are train files, "constrained" and "pretrain" are not.
+    words = re.split(r"[^a-z0-9]+", file.stem.lower())
+    return any(word.startswith(split.lower()) for word in words)
+
+
+def split_files(folder: str | Path, split: str = "train") -> list[Path]:
+    """Parquet files of one split in a dataset folder, sorted by name.
+
+    Raises ValueError naming what is there if the split has no file.
+    """
+    where = _data_folder(Path(folder))
+    found = sorted(where.glob("*.parquet"), key=lambda path: path.name)
+    files = [path for path in found if _of_split(path, split)]
+    if not files:
+        names = ", ".join(path.name for path in found[:8]) or "no parquet file at all"
+        raise ValueError(
+            f"{where} has no file of split {split!r} (*{split}*.parquet); found: {names}. "
+            f"{'Choose another split.' if found else _FETCH_HINT}"
+        )
+    return files
+
+
+def dataset_files(name: str, split: str = "train", root: str | Path | None = None) -> list[Path]:
+    """Files of a dataset under the data root.
+
+    Raises ValueError for an unknown name (listing the known ones), a released dataset that is not
+    there (saying how to get it) and a split without files.
+    """
+    base = data_root(root)
+    plain = name not in ("", ".", "..") and Path(name).name == name
+    folder = base / name
+    if not plain or (name not in DATASETS and not is_dataset_folder(folder)):
+        raise ValueError(
+            f"unknown dataset {name!r}; known under {base}: {', '.join(known_names(base))}. "
+            f"A dataset is a folder {base}/NAME/data with *.parquet files."
+        )
+    if not folder.is_dir():
+        raise ValueError(f"dataset {name} is not at {folder}. {_FETCH_HINT}")
+    return split_files(folder, split)
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """One entry of a dataset config.
+
+    `weight`: relative probability that a slot of a batch is drawn from this dataset.
+    `num_used_rows`: row budget; training sees only the first that many rows of a seeded
+    permutation (None: all rows).
+    """
+
+    name: str
+    weight: float = 1.0
+    num_used_rows: int | None = None
+    split: str = "train"
+
+    def __post_init__(self) -> None:
+        for key in ("name", "split"):
+            value = getattr(self, key)
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"dataset config: {key} must be a non-empty string, "
+                                 f"found {value!r}")  # fmt: skip
+        number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
+        if not number or not math.isfinite(self.weight) or self.weight < 0:
+            raise ValueError(f"dataset {self.name}: weight must be a finite number of at least 0, "
+                             f"found {self.weight!r}")  # fmt: skip
+        budget = self.num_used_rows
+        if budget is not None and (type(budget) is not int or budget < 1):
+            raise ValueError(f"dataset {self.name}: num_used_rows must be a positive integer or "
+                             f"null (all rows), found {budget!r}")  # fmt: skip
+
+
+def check_sources(sources: list[DatasetSource], where: str = "dataset config") -> None:
+    """Raises ValueError if there is nothing to draw from or an entry occurs twice."""
+    seen: set[tuple[str, str]] = set()
+    for source in sources:
+        key = (source.name, source.split)
+        if key in seen:
+            raise ValueError(f"{where}: dataset {source.name} (split {source.split}) is listed "
+                             "twice; merge the entries by adding their weights")  # fmt: skip
+        seen.add(key)
+    if not any(source.weight > 0 for source in sources):
+        raise ValueError(f"{where}: no dataset with a weight above 0")
+
+
+def load_dataset_config(path: str | Path) -> list[DatasetSource]:
+    """Sources of a YAML file `datasets: [{name, weight, num_used_rows, split}, ...]`.
+
+    Raises ValueError for anything that is not that: no mapping, unknown keys, negative weights,
+    duplicates, no weight above zero.
+    """
+    path = Path(path)
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"dataset config {path} does not exist; examples: data/configs/opsd.yaml, "
+                         "data/configs/sft.yaml") from None  # fmt: skip
+    except yaml.YAMLError as error:
+        raise ValueError(f"dataset config {path} is not valid YAML: {error}") from error
+    if not isinstance(document, Mapping):
+        raise ValueError(f"dataset config {path} must be a mapping with the key `datasets`, "
+                         f"found {type(document).__name__}")  # fmt: skip
+    _only(document, {"datasets"}, str(path))
+    entries: Any = document.get("datasets")
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"dataset config {path}: `datasets` must be a non-empty list, "
+                         f"found {entries!r}")  # fmt: skip
+    keys = {field.name for field in fields(DatasetSource)}
+    sources = []
+    for number, entry in enumerate(entries):
+        where = f"{path}, entry {number}"
+        if not isinstance(entry, Mapping) or "name" not in entry:
+            raise ValueError(f"{where}: expected a mapping with at least `name`, found {entry!r}")
+        _only(entry, keys, where)
+        sources.append(DatasetSource(**entry))
+    check_sources(sources, str(path))
+    return sources
+
+
+def _only(mapping: Mapping[Any, Any], allowed: set[str], where: str) -> None:
+    unknown = sorted(str(key) for key in mapping if key not in allowed)
+    if unknown:
+        raise ValueError(f"{where}: unknown keys {', '.join(unknown)}; "
+                         f"allowed: {', '.join(sorted(allowed))}")  # fmt: skip

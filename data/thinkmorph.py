@@ -1,0 +1,268 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""One row of a ThinkMorph parquet file and what a sample made of it holds.
+
+Columns as released: `pid`, `question`, `answer`, `problem_image_0`, `resoning_thought_i` (that is
+how the files spell it; `reasoning_thought_i` is accepted too), `reasoning_image_i` for i = 0..7
+(the visual thoughts) and `full_text_only_thought` (the text-only trace). Generated worlds add
+`world` and `world_state`, from which their scorers check an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any, Literal
+
+import pyarrow as pa
+from PIL import Image
+
+from data.transforms import decode_image
+
+MAX_INDEX = 7
+PROBLEM_IMAGE = "problem_image_0"
+TEXT_TRACE = "full_text_only_thought"
+IMAGE_COLUMNS = tuple(f"reasoning_image_{i}" for i in range(MAX_INDEX + 1))
+WORLD_COLUMNS = ("world", "world_state")
+# Spellings of each thought, the released one first.
+THOUGHT_COLUMNS = tuple(
+    (f"resoning_thought_{i}", f"reasoning_thought_{i}") for i in range(MAX_INDEX + 1)
+)
+
+Need = Literal["required", "optional", "unused"]
+
+
+@dataclass(frozen=True)
+class RowNeeds:
+    """What a use of the data asks of a row beyond question, answer and problem image.
+
+    Per part: "required" (a row without it is bad), "optional" (read if there) or "unused" (its
+    column is not even read, which for the images saves most of the bytes).
+    """
+
+    visual_thoughts: Need = "required"
+    text_trace: Need = "optional"
+    thoughts: Need = "optional"
+
+
+OPSD_ROWS = RowNeeds()
+SFT_ROWS = RowNeeds(visual_thoughts="unused", text_trace="required", thoughts="unused")
+EVALUATION_ROWS = RowNeeds(visual_thoughts="unused", text_trace="unused", thoughts="unused")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as read: column values, and where it comes from.
+
+    `row` counts inside `file`; `position` is the global place in the training order (step *
+    global batch size + slot), or -1 for rows read in file order. Random numbers that belong to a
+    row of a step are keyed by it: the same row can occur twice in one step.
+    """
+
+    dataset: str
+    file: str
+    row: int
+    values: Mapping[str, Any] = field(repr=False)
+    position: int = -1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training or evaluation example.
+
+    `thought_images` are the visual thoughts (VTs), `thoughts` the texts around them, `text_trace`
+    the text-only reasoning ("" if absent or unused), `world` and `world_state` what a generated
+    world's scorer needs (None elsewhere). All images are RGB.
+    """
+
+    dataset: str
+    file: str
+    row: int
+    pid: str
+    question: str
+    answer: str
+    problem_image: Image.Image
+    thought_images: tuple[Image.Image, ...] = ()
+    thoughts: tuple[str, ...] = ()
+    text_trace: str = ""
+    world: str | None = None
+    world_state: str | None = None
+
+
+class BadRow(ValueError):
+    """A row that cannot be used: `.reason` is a short slug, `.detail` says what was found.
+
+    Reasons raised here: missing_question, missing_answer, missing_image, broken_image,
+    no_visual_thought, no_text_trace, no_thought. Whoever prepares rows may add reasons.
+    """
+
+    def __init__(self, reason: str, detail: str, *, file: str = "", row: int = -1) -> None:
+        super().__init__(f"{file or 'row'}:{row}: {reason}: {detail}")
+        self.reason, self.detail, self.file, self.row = reason, detail, file, row
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions pickle by their message alone; this one crosses process borders.
+        return _rebuild_bad_row, (self.reason, self.detail, self.file, self.row)
+
+
+def _rebuild_bad_row(reason: str, detail: str, file: str, row: int) -> BadRow:
+    return BadRow(reason, detail, file=file, row=row)
+
+
+@dataclass(frozen=True)
+class SchemaReport:
+    """Columns of a file that this project uses, and what stands in the way."""
+
+    used: tuple[str, ...]
+    missing: tuple[str, ...]
+    wrong_type: tuple[str, ...]
+    found: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.missing and not self.wrong_type
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+    )
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        if index < 0:
+            return False
+        kind = kind.field(index).type
+    return bool(
+        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)
+    )
+
+
+def inspect_schema(schema: pa.Schema, needs: RowNeeds = OPSD_ROWS) -> SchemaReport:
+    """Which columns of a file are used under `needs`, which are missing or of the wrong type."""
+    names = set(schema.names)
+    missing = [name for name in ("question", "answer", PROBLEM_IMAGE) if name not in names]
+    used = [name for name in ("pid", "question", "answer", PROBLEM_IMAGE) if name in names]
+    groups: tuple[tuple[Need, Iterable[str], str], ...] = (
+        (needs.visual_thoughts, IMAGE_COLUMNS, f"reasoning_image_0 (or any up to _{MAX_INDEX})"),
+        (needs.thoughts, (n for pair in THOUGHT_COLUMNS for n in pair),
+         "resoning_thought_0 or reasoning_thought_0"),
+        (needs.text_trace, (TEXT_TRACE,), TEXT_TRACE),
+    )  # fmt: skip
+    for need, columns, title in groups:
+        present = [name for name in columns if name in names]
+        if need != "unused":
+            used += present
+        if need == "required" and not present:
+            missing.append(title)
+    used += [name for name in WORLD_COLUMNS if name in names]
+    wrong = []
+    for name in used:
+        kind = schema.field(name).type
+        is_image = name == PROBLEM_IMAGE or name in IMAGE_COLUMNS
+        if is_image and not _is_image(kind):
+            wrong.append(f"{name} is {kind}, expected a struct with a binary field `bytes`")
+        elif not is_image and name not in ("pid", "answer") and not _is_text(kind):
+            wrong.append(f"{name} is {kind}, expected a string")
+    return SchemaReport(tuple(used), tuple(missing), tuple(wrong), tuple(schema.names))
+
+
+def check_schema(schema: pa.Schema, needs: RowNeeds = OPSD_ROWS, *, where: str) -> tuple[str, ...]:
+    """Columns to read from a file. Raises ValueError naming missing, wrong and found columns."""
+    report = inspect_schema(schema, needs)
+    if not report.ok:
+        problems = []
+        if report.missing:
+            problems.append(f"missing columns: {', '.join(report.missing)}")
+        problems += report.wrong_type
+        raise ValueError(
+            f"{where} is not ThinkMorph-schema parquet: {'; '.join(problems)}. "
+            f"Columns found: {', '.join(report.found) or 'none'}. "
+            f"Inspect it with `python -m data.check {where}`."
+        )
+    return report.used
+
+
+def _text(row: Row, column: str) -> str:
+    value = row.values.get(column)
+    return "" if value is None else str(value)
+
+
+def _image(row: Row, column: str) -> Image.Image | None:
+    """RGB image of a column, None if the cell is empty. Raises BadRow."""
+    value = row.values.get(column)
+    data = value
+    if isinstance(value, Mapping):
+        data = value.get("bytes")
+        if not data and value.get("path"):
+            raise BadRow(
+                "missing_image",
+                f"{column} holds the path {value['path']!r} but no bytes",
+                file=row.file,
+                row=row.row,
+            )
+    if not data:
+        return None
+    try:
+        return decode_image(bytes(data))
+    except ValueError as error:
+        raise BadRow(
+            "broken_image", f"{column}: {error}", file=row.file, row=row.row
+        ) from error
+
+
+def parse_row(row: Row, needs: RowNeeds = OPSD_ROWS) -> Sample:
+    """The sample of a row, images decoded.
+
+    All `reasoning_image_i` present become visual thoughts in the order of i; gaps are allowed.
+    Raises BadRow (see there for the reasons).
+    """
+
+    def bad(reason: str, detail: str) -> BadRow:
+        return BadRow(reason, detail, file=row.file, row=row.row)
+
+    texts = {name: _text(row, name) for name in ("question", "answer")}
+    for name, text in texts.items():
+        if not text.strip():
+            raise bad(f"missing_{name}", f"column {name} is empty")
+    problem = _image(row, PROBLEM_IMAGE)
+    if problem is None:
+        raise bad("missing_image", f"column {PROBLEM_IMAGE} is empty")
+
+    images: list[Image.Image] = []
+    if needs.visual_thoughts != "unused":
+        images = [image for name in IMAGE_COLUMNS if (image := _image(row, name)) is not None]
+    if needs.visual_thoughts == "required" and not images:
+        raise bad("no_visual_thought", "no reasoning_image_i holds an image")
+
+    trace = "" if needs.text_trace == "unused" else _text(row, TEXT_TRACE)
+    if needs.text_trace == "required" and not trace.strip():
+        raise bad("no_text_trace", f"column {TEXT_TRACE} is empty")
+
+    thoughts: list[str] = []
+    if needs.thoughts != "unused":
+        for spellings in THOUGHT_COLUMNS:
+            candidates = (_text(row, name) for name in spellings)
+            thoughts += [text for text in candidates if text.strip()][:1]
+    if needs.thoughts == "required" and not thoughts:
+        raise bad("no_thought", "no resoning_thought_i holds text")
+
+    pid = _text(row, "pid") or f"{PurePath(row.file).stem}:{row.row}"
+    return Sample(
+        dataset=row.dataset,
+        file=row.file,
+        row=row.row,
+        pid=pid,
+        question=texts["question"],
+        answer=texts["answer"],
+        problem_image=problem,
+        thought_images=tuple(images),
+        thoughts=tuple(thoughts),
+        text_trace=trace,
+        world=row.values.get("world"),
+        world_state=row.values.get("world_state"),
+    )
