@@ -1,0 +1,62 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+# The commands of this repository. Each sets up .venv first; INSTALL.md says how it is chosen.
+
+SEED ?= 0
+# Two processes: the size of the smallest CI machine.
+WORKERS ?= 2
+# Further arguments for the program behind `make demo` and `make test`.
+ARGS ?=
+PYTHON ?=
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+# These choose how .venv is built; the programs run from it must not see them (the launchers
+# read PYTHON too, as the interpreter to train with).
+unexport PYTHON TORCH_INDEX
+
+.PHONY: help demo test lint venv clean FORCE
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo [SEED=n]    train and evaluate the miniature of the paper on this machine"
+	@echo "make test [ARGS=...]  run the test suite (WORKERS=n processes, default 2)"
+	@echo "make lint             ruff, mypy and shellcheck"
+	@echo "make venv             only set up .venv"
+	@echo "make clean            remove .venv and the tools' caches (never results/)"
+	@echo "When .venv is made: PYTHON=python3.12 picks the interpreter, TORCH_INDEX=URL another"
+	@echo "build of torch, e.g. the CPU one on Linux (INSTALL.md)."
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m scripts.miniworld.demo --seed $(SEED) $(ARGS)
+
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy .
+	$(BIN)/shellcheck .ci/run scripts/*.sh scripts/visual_opsd/*.sh examples/slurm.sbatch
+
+venv: $(VENV)/.installed-dev
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+
+INSTALL := PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" bash scripts/make_venv.sh $(VENV)
+
+$(VENV)/.installed: requirements.txt constraints.txt
+	$(INSTALL) requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(INSTALL) requirements-dev.txt
+	@touch $@
+
+# Another TORCH_INDEX than the one recorded at the last installation: install torch again.
+ifneq ($(TORCH_INDEX),)
+ifneq ($(TORCH_INDEX),$(shell cat $(VENV)/.torch-index 2>/dev/null))
+$(VENV)/.installed: FORCE
+endif
+endif
