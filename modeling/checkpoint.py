@@ -431,6 +431,7 @@ def _write_tensors(
         if hasattr(tensor, "full_tensor"):
             raise ValueError(f"save_bagel: {key!r} is a sharded tensor; pass its full_tensor()")
         writer.write(key, tensor)
+        del tensor  # before the next one is gathered
     for key in writer.missing:
         if key in stored:
             writer.copy(stored[key])
