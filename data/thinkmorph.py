@@ -210,9 +210,7 @@ def _image(row: Row, column: str) -> Image.Image | None:
     try:
         return decode_image(bytes(data))
     except ValueError as error:
-        raise BadRow(
-            "broken_image", f"{column}: {error}", file=row.file, row=row.row
-        ) from error
+        raise BadRow("broken_image", f"{column}: {error}", file=row.file, row=row.row) from error
 
 
 def parse_row(row: Row, needs: RowNeeds = OPSD_ROWS) -> Sample:

@@ -1,0 +1,387 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""The order of training rows as a pure function of (seed, step), and the loader that follows it.
+
+Slot s of step t with global batch size B is position t * B + s. A position picks a dataset by
+weight, then the next row of that dataset's stream: a fresh permutation each epoch. Nothing else
+enters, so ranks, workers and resumed runs agree without a saved cursor. All random numbers are
+raw Philox words, whose sequence NumPy guarantees, keyed by a hash; no library version changes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import multiprocessing
+import pickle
+import signal
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from data.dataset_info import DatasetSource, check_sources, dataset_files
+from data.rejects import Reject, RejectLedger, summarise
+from data.row_groups import ParquetDataset, iter_rows
+from data.thinkmorph import OPSD_ROWS, BadRow, Row, RowNeeds
+
+__all__ = [
+    "ParquetDataset",
+    "Reject",
+    "RejectLedger",
+    "SlotItem",
+    "Source",
+    "StepLoader",
+    "StepRows",
+    "StepSampler",
+    "attempt",
+    "iter_prepared",
+    "iter_rows",
+    "make_loader",
+    "open_sources",
+]
+
+T = TypeVar("T")
+
+MAX_ATTEMPTS = 64
+_CHOICE_BLOCK = 4096
+
+
+def _philox(*key: object) -> np.random.Philox:
+    digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=16).digest()
+    return np.random.Philox(key=int.from_bytes(digest, "little"))
+
+
+def _permutation(size: int, *key: object) -> np.ndarray:
+    """Seeded permutation of range(size), int64: the ranks of Philox words."""
+    return np.argsort(_philox(*key).random_raw(size), kind="stable")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset with its share of the draws (see `DatasetSource`)."""
+
+    dataset: ParquetDataset
+    weight: float = 1.0
+    num_used_rows: int | None = None
+
+
+def open_sources(
+    config: Sequence[DatasetSource], needs: RowNeeds = OPSD_ROWS, root: str | Path | None = None
+) -> list[Source]:
+    """Open the datasets of a config under the data root, leaving out those of weight 0.
+
+    Raises ValueError as `dataset_files` and `ParquetDataset` do.
+    """
+    check_sources(list(config))
+    sources = []
+    for entry in config:
+        if entry.weight > 0:
+            files = dataset_files(entry.name, entry.split, root)
+            dataset = ParquetDataset(entry.name, files, needs, split=entry.split)
+            sources.append(Source(dataset, entry.weight, entry.num_used_rows))
+    return sources
+
+
+class StepSampler:
+    """Which rows a slot of a step may take; a pure function of (sources, seed, step, slot).
+
+    The order of a dataset depends on its name and split, its row count, its budget and the seed,
+    the interleaving of datasets on the weights in the order given.
+    """
+
+    def __init__(self, sources: Sequence[Source], seed: int, global_batch_size: int) -> None:
+        if global_batch_size < 1:
+            raise ValueError(f"the global batch size must be at least 1, found {global_batch_size}")
+        self.sources, self.seed = tuple(sources), seed
+        self.global_batch_size = global_batch_size
+        names = [(source.dataset.name, source.dataset.split) for source in sources]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"need at least one dataset and each once, found {names}")
+        weights = np.array([source.weight for source in sources], dtype=np.float64)
+        if not np.all(np.isfinite(weights)) or np.any(weights < 0) or weights.sum() <= 0:
+            raise ValueError(f"weights must be at least 0, not all 0, found {weights.tolist()}")
+        # Upper edges of the choice intervals; the last dataset of positive weight takes the rest,
+        # whatever the rounding of the sum.
+        self._edges = np.cumsum(weights / weights.sum())
+        self._edges[np.flatnonzero(weights)[-1] :] = 1.0
+        self._used = [self._budget(source) for source in sources]
+        self._subsets: dict[int, np.ndarray | None] = {}
+        self._orders: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._blocks: OrderedDict[int, np.ndarray] = OrderedDict()
+        # Draws of each dataset before block b, (blocks known + 1, datasets).
+        self._before = [np.zeros(len(weights), dtype=np.int64)]
+
+    @staticmethod
+    def _budget(source: Source) -> int:
+        rows, budget = len(source.dataset), source.num_used_rows
+        if budget is not None and budget > rows:
+            warnings.warn(
+                f"dataset {source.dataset.name} has {rows} rows, fewer than num_used_rows "
+                f"{budget}; all of them are used. An incomplete download? `python -m data.check`",
+                stacklevel=3,
+            )
+        return rows if budget is None else min(budget, rows)
+
+    def signature(self) -> str:
+        """Digest of everything the order depends on; a resumed run should find it unchanged."""
+        parts: list[object] = [self.seed, self.global_batch_size]
+        for source, used in zip(self.sources, self._used, strict=True):
+            groups = [(Path(g.file).name, g.rows) for g in source.dataset.groups]
+            parts += [source.dataset.name, source.dataset.split, source.weight, used, groups]
+        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+    def _choices(self, block: int) -> np.ndarray:
+        """Dataset number of each position of a block, int64 (_CHOICE_BLOCK,)."""
+        if block not in self._blocks:
+            words = _philox(self.seed, "dataset", block).random_raw(_CHOICE_BLOCK)
+            uniforms = (words >> np.uint64(11)) * 2.0**-53
+            self._blocks[block] = np.searchsorted(self._edges, uniforms, side="right")
+            if len(self._blocks) > 4:
+                self._blocks.popitem(last=False)
+        return self._blocks[block]
+
+    def _draw(self, position: int) -> tuple[int, int]:
+        """Dataset of a position and how many earlier positions chose the same one."""
+        if len(self.sources) == 1:
+            return 0, position
+        block, offset = divmod(position, _CHOICE_BLOCK)
+        while len(self._before) <= block:
+            counts = np.bincount(self._choices(len(self._before) - 1), minlength=len(self.sources))
+            self._before.append(self._before[-1] + counts)
+        choices = self._choices(block)
+        dataset = int(choices[offset])
+        return dataset, int(self._before[block][dataset] + (choices[:offset] == dataset).sum())
+
+    def _order(self, dataset: int, epoch: int) -> np.ndarray:
+        """Permutation of the used rows of a dataset in an epoch."""
+        key = (dataset, epoch)
+        if key not in self._orders:
+            opened, used = self.sources[dataset].dataset, self._used[dataset]
+            rows = len(opened)
+            order = _permutation(used, self.seed, opened.name, opened.split, "epoch", epoch)
+            if used < rows:
+                subset = _permutation(rows, self.seed, opened.name, opened.split, "budget")[:used]
+                order = subset[order]
+            self._orders[key] = order
+            if len(self._orders) > 2 * len(self.sources):
+                self._orders.popitem(last=False)
+        return self._orders[key]
+
+    def position(self, step: int, slot: int) -> int:
+        """Global place of a slot: step * global_batch_size + slot."""
+        if step < 0 or not 0 <= slot < self.global_batch_size:
+            raise IndexError(f"step {step}, slot {slot} of batches of {self.global_batch_size}")
+        return step * self.global_batch_size + slot
+
+    def candidates(self, step: int, slot: int) -> Iterator[tuple[ParquetDataset, int]]:
+        """(dataset, row) pairs for a slot: its own row, then the next ones of the permutation.
+
+        The permutation is that of the slot's epoch, wrapped around, so each used row comes once.
+        A replacement also keeps its own slot: decisions of slots do not depend on each other.
+        """
+        dataset, ordinal = self._draw(self.position(step, slot))
+        used = self._used[dataset]
+        epoch, start = divmod(ordinal, used)
+        order = self._order(dataset, epoch)
+        for offset in range(used):
+            yield self.sources[dataset].dataset, int(order[(start + offset) % used])
+
+    def slots(self, rank: int, world_size: int) -> range:
+        """Contiguous share of the slots of a rank; shares differ by at most one, may be empty."""
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of world size {world_size}")
+        size = self.global_batch_size
+        return range(rank * size // world_size, (rank + 1) * size // world_size)
+
+
+# ------------------------------------------------------------------------------ loading
+
+
+@dataclass(frozen=True)
+class SlotItem(Generic[T]):
+    """What `prepare` made of the first good candidate of a slot, and the rejected ones before."""
+
+    slot: int
+    position: int
+    value: T
+    rejects: tuple[Reject, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepRows(Generic[T]):
+    """This rank's slots of one step in slot order; empty if the rank has no slot."""
+
+    step: int
+    items: tuple[SlotItem[T], ...]
+
+    @property
+    def values(self) -> list[T]:
+        return [item.value for item in self.items]
+
+    @property
+    def rejects(self) -> list[Reject]:
+        return [reject for item in self.items for reject in item.rejects]
+
+    @property
+    def rows_read(self) -> int:
+        return len(self.items) + len(self.rejects)
+
+
+def attempt(
+    dataset: ParquetDataset,
+    index: int,
+    prepare: Callable[[Row], T],
+    *,
+    position: int = -1,
+    step: int = -1,
+    slot: int = -1,
+) -> T | Reject:
+    """`prepare` of one row, or why it was rejected (BadRow raised in reading or preparing)."""
+    file, number = dataset.locate(index)
+    try:
+        return prepare(dataset.read_row(index, position))
+    except BadRow as bad:
+        return Reject(dataset.name, file, number, bad.reason, bad.detail, step, slot)
+    except Exception as error:
+        error.add_note(f"while preparing {file} row {number}")
+        raise
+
+
+def iter_prepared(
+    dataset: ParquetDataset,
+    prepare: Callable[[Row], T],
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[T | Reject]:
+    """`attempt` of the rows [start, stop) in file order, for evaluation."""
+    stop = len(dataset) if stop is None else min(stop, len(dataset))
+    for index in range(start, stop):
+        yield attempt(dataset, index, prepare)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    message: str
+
+
+class _Steps(IterableDataset[Any], Generic[T]):
+    """Steps [start, stop) of a rank; with workers, each builds whole steps in turn."""
+
+    def __init__(
+        self,
+        sampler: StepSampler,
+        prepare: Callable[[Row], T],
+        slots: range,
+        steps: range,
+        max_attempts: int,
+    ) -> None:
+        self.sampler, self.prepare = sampler, prepare
+        self.slots, self.steps, self.max_attempts = slots, steps, max_attempts
+
+    def _slot(self, step: int, slot: int) -> SlotItem[T] | _Failure:
+        position = self.sampler.position(step, slot)
+        rejects: list[Reject] = []
+        candidates = self.sampler.candidates(step, slot)
+        for dataset, index in itertools.islice(candidates, self.max_attempts):
+            result = attempt(dataset, index, self.prepare, position=position, step=step, slot=slot)
+            if not isinstance(result, Reject):
+                return SlotItem(slot, position, result, tuple(rejects))
+            rejects.append(result)
+        return _Failure(
+            f"step {step}, slot {slot}: none of {len(rejects)} candidate rows of dataset "
+            f"{rejects[0].dataset} could be used: {summarise(rejects)}. "
+            "`python -m data.check` shows what is wrong with the files as a whole."
+        )
+
+    def build(self, step: int) -> StepRows[T] | _Failure:
+        items = []
+        for slot in self.slots:
+            item = self._slot(step, slot)
+            if isinstance(item, _Failure):
+                return item
+            items.append(item)
+        return StepRows(step, tuple(items))
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        if worker is None:
+            yield from map(self.build, self.steps)
+            return
+        for step in self.steps[worker.id :: worker.num_workers]:
+            # As bytes through the pipe: neither a file descriptor for each tensor nor /dev/shm,
+            # both of which run out on ordinary machines.
+            yield pickle.dumps(self.build(step), protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def _quiet_worker(_: int) -> None:
+    # A SIGTERM or Ctrl-C to the process group is the trainer's to handle: with dead workers it
+    # could not finish its step and save. Workers notice a dead parent by themselves.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class StepLoader(Generic[T]):
+    """Iterable of `StepRows` in step order; made by `make_loader`."""
+
+    def __init__(self, steps: _Steps[T], loader: DataLoader[Any]) -> None:
+        self._steps, self._loader = steps, loader
+
+    def __len__(self) -> int:
+        return len(self._steps.steps)
+
+    def __iter__(self) -> Iterator[StepRows[T]]:
+        for item in self._loader:
+            if isinstance(item, bytes):
+                item = pickle.loads(item)  # from our own worker
+            if isinstance(item, _Failure):
+                raise ValueError(item.message)
+            yield item
+
+
+def make_loader(
+    sampler: StepSampler,
+    prepare: Callable[[Row], T],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+    total_steps: int,
+    num_workers: int = 0,
+    prefetch_factor: int = 2,
+    max_attempts: int = MAX_ATTEMPTS,
+    multiprocessing_context: str | None = None,
+) -> StepLoader[T]:
+    """Loader of a rank's share of the steps [start_step, total_steps).
+
+    `prepare` (picklable, a pure function of the row) turns a row into what training wants and may
+    raise BadRow; the slot then takes its next candidate. Output depends neither on `num_workers`
+    nor, slot by slot, on the world size. Iterating raises ValueError, naming rows and reasons,
+    when `max_attempts` candidates of a slot were all bad.
+    """
+    if num_workers < 0 or (num_workers and prefetch_factor < 1) or max_attempts < 1:
+        raise ValueError(
+            f"num_workers {num_workers}, prefetch_factor {prefetch_factor}, max_attempts "
+            f"{max_attempts}: need at least 0, 1 and 1"
+        )
+    steps = range(start_step, max(start_step, total_steps))
+    dataset = _Steps(sampler, prepare, sampler.slots(rank, world_size), steps, max_attempts)
+    context = multiprocessing.get_context(multiprocessing_context) if num_workers else None
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=None,
+        collate_fn=_as_is,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        worker_init_fn=_quiet_worker,
+        multiprocessing_context=context,
+    )
+    return StepLoader(dataset, loader)
