@@ -1,0 +1,277 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""The trainer's settings, by concern. Defaults are the paper's; names are the reference's flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from data.sequence import Prompts
+from scripts.visual_opsd.cli import option
+from scripts.visual_opsd.on_policy_sampler import SamplerSettings
+from scripts.visual_opsd.opsd_loss import LossConfig
+
+TEACHER_MODES = ("ema", "fixed", "self")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    model_path: str = option("models/ThinkMorph-7B", "release folder to start from")
+    visual_gen: bool = option(
+        False, "kept for the reference's scripts: training needs the understanding branch only"
+    )
+    freeze_llm: bool = option(False, "do not train the decoder, embeddings and head")
+    freeze_vit: bool = option(False, "do not train the ViT")
+    freeze_und: bool = option(False, "do not train the vision connector")
+    precision: str = option(
+        "auto", "compute dtype; auto: bf16 on CUDA, fp32 on CPU", choices=("auto", "bf16", "fp32")
+    )
+    activation_checkpointing: bool = option(True, "recompute activations in the backward pass")
+    compile_blocks: bool = option(False, "torch.compile every block")
+
+    def __post_init__(self) -> None:
+        if self.visual_gen:
+            raise ValueError(
+                "--visual_gen True: this trainer loads and trains the understanding branch only; "
+                "the saved folder still holds the base's generation weights"
+            )
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """What the contexts are made of; shared by training, evaluation and the diagnostic."""
+
+    prompt_style: str = option(
+        "packer", "packer: the paper's; inferencer: VLMEvalKit's", choices=("packer", "inferencer")
+    )
+    image_path: str = option(
+        "direct", "direct: ViT resize only; inferencer: VAE resize first",
+        choices=("direct", "inferencer"),
+    )  # fmt: skip
+    prompts: str | None = option(None, "YAML file that replaces system, intro, transition, ...")
+    use_system_prompt: bool = option(True, "begin with the system prompt")
+    use_reference_intro: bool = option(True, "teacher: text before the visual thoughts")
+    use_transition_prompt: bool = option(True, "teacher: text after the visual thoughts")
+    instruction_suffix: str = option("", "appended to every question")
+    vit_max_size: int = option(980, "longest side of a ViT image in pixels")
+    vit_min_size: int = option(378, "shortest side of a ViT image in pixels")
+    vit_stride: int = option(14, "sides are multiples of this (the ViT's patch)")
+    vit_max_pixels: int = option(2007040, "pixels of a ViT image at most")
+
+    def build(self) -> Prompts:
+        """The strings, after every switch."""
+        prompts = Prompts.for_style(self.prompt_style)
+        if self.prompts:
+            prompts = Prompts.from_yaml(self.prompts, prompts)
+        return replace(
+            prompts,
+            system=prompts.system if self.use_system_prompt else None,
+            intro=prompts.intro if self.use_reference_intro else None,
+            transition=prompts.transition if self.use_transition_prompt else None,
+            instruction_suffix=self.instruction_suffix or prompts.instruction_suffix,
+        )
+
+    def vit_config(self) -> dict[str, int]:
+        """Arguments of `data.transforms.ImageTransform`."""
+        return {
+            "max_size": self.vit_max_size,
+            "min_size": self.vit_min_size,
+            "stride": self.vit_stride,
+            "max_pixels": self.vit_max_pixels,
+        }
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    dataset_config_file: str = option("data/configs/opsd.yaml", "datasets and their weights")
+    data_root: str | None = option(None, "folder of the datasets, else VISUAL_OPSD_DATA_ROOT")
+    num_workers: int = option(2, "decoding processes of each rank; 0: in the trainer")
+    prefetch_factor: int = option(2, "steps each worker prepares ahead")
+    data_seed: int = option(42, "order of the rows")
+    global_batch_size: int = option(16, "rows of an optimiser step, over all ranks")
+    max_bad_rate: float = option(0.01, "share of rejected rows beyond which training stops")
+    sft_format: str = option(
+        "single", "SFT target: single completion, or the reference's two splits",
+        choices=("single", "reference"),
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size < 1:
+            raise ValueError("global_batch_size must be at least 1")
+        if self.num_workers < 0 or self.prefetch_factor < 1:
+            raise ValueError("num_workers must not be negative, prefetch_factor at least 1")
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    teacher_mode: str = option("ema", "ema, fixed (the base) or self (the live weights)")
+    ema_decay: float = option(0.995, "EMA teacher: share kept at each step")
+    noise_vt: bool = option(False, "control: Gaussian noise in place of the visual thoughts")
+    teacher_cpu_offload: bool = option(False, "keep the teacher's shards in host memory")
+
+    def __post_init__(self) -> None:
+        if self.teacher_mode not in TEACHER_MODES:
+            raise ValueError(
+                f"unknown teacher_mode {self.teacher_mode!r}: choose {', '.join(TEACHER_MODES)}"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    sample_max_new_tokens: int = option(1024, "budget of a completion, over all its rounds")
+    sample_temperature: float = option(1.0, "temperature of the policy")
+    sample_do_sample: bool = option(True, "False: greedy")
+    sample_max_image_skips: int = option(1, "rounds that may follow an <image_start>")
+    sample_batch_size: int = option(64, "rows decoded together (no effect on the result)")
+    max_forward_tokens: int = option(
+        10240, "rows of one sample's longer pack; a completion is cut to it"
+    )
+    pack_tokens: int = option(16384, "rows of a pack of several samples")
+
+    def __post_init__(self) -> None:
+        if self.sample_max_new_tokens < 1 or self.sample_batch_size < 1:
+            raise ValueError("sample_max_new_tokens and sample_batch_size must be at least 1")
+        if self.sample_temperature <= 0:
+            raise ValueError(
+                f"sample_temperature must be positive, got {self.sample_temperature}; for greedy "
+                "completions use --sample_do_sample False"
+            )
+        if self.sample_max_image_skips < 0 or self.max_forward_tokens < 1 or self.pack_tokens < 1:
+            raise ValueError("sample_max_image_skips, max_forward_tokens, pack_tokens: too small")
+
+    def sampler(self) -> SamplerSettings:
+        return SamplerSettings(
+            max_new_tokens=self.sample_max_new_tokens,
+            temperature=self.sample_temperature,
+            do_sample=self.sample_do_sample,
+            max_image_skips=self.sample_max_image_skips,
+            max_rows=self.sample_batch_size,
+        )
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    jsd_weight: float = option(1.0, "weight of the divergence")
+    jsd_beta: float = option(0.5, "0: KL(teacher||student), 1: KL(student||teacher)")
+    jsd_temperature: float = option(1.0, "softens both distributions")
+    jsd_top_k: int | None = option(256, "teacher entries compared; none or 0: whole vocabulary")
+    jsd_token_clip: float | None = option(0.05, "upper bound of an entry's term; none: no bound")
+    jsd_clip_scope: str = option(
+        "entry", "what the clip bounds: an entry (the paper) or a token",
+        choices=("entry", "token"),
+    )  # fmt: skip
+    jsd_tail_bucket: bool = option(False, "one bucket for the mass outside the top-k")
+    jsd_loss_kind: str = option(
+        "jsd", "jsd, or tinker: sampled-token reverse KL", choices=("jsd", "tinker")
+    )
+    ce_weight: float = option(0.0, "weight of the cross-entropy on the completion")
+    loss_chunk_size: int = option(512, "scored rows whose logits are held at once")
+
+    def build(self) -> LossConfig:
+        return LossConfig(
+            loss_kind=self.jsd_loss_kind,  # type: ignore[arg-type]
+            beta=self.jsd_beta,
+            temperature=self.jsd_temperature,
+            top_k=self.jsd_top_k or None,
+            token_clip=self.jsd_token_clip,
+            clip_scope=self.jsd_clip_scope,  # type: ignore[arg-type]
+            tail_bucket=self.jsd_tail_bucket,
+            jsd_weight=self.jsd_weight,
+            ce_weight=self.ce_weight,
+        )
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    lr: float = option(1e-5, "peak learning rate")
+    min_lr: float = option(1e-7, "floor of the cosine")
+    warmup_steps: int = option(200, "linear warm-up; must be less than total_steps")
+    lr_scheduler: str = option("cosine", "after the warm-up", choices=("cosine", "constant"))
+    beta1: float = option(0.9, "AdamW")
+    beta2: float = option(0.95, "AdamW")
+    eps: float = option(1e-15, "AdamW")
+    weight_decay: float = option(0.0, "AdamW")
+    max_grad_norm: float = option(1.0, "global norm the gradient is clipped to")
+    total_steps: int = option(1000, "optimiser steps")
+    gradient_accumulation_steps: int = option(2, "forwards a rank's share is split into at least")
+    max_nonfinite_steps: int = option(5, "skipped steps in a row after which training stops")
+
+    def __post_init__(self) -> None:
+        if self.total_steps < 1 or self.gradient_accumulation_steps < 1:
+            raise ValueError("total_steps and gradient_accumulation_steps must be at least 1")
+        if not 0 <= self.warmup_steps < self.total_steps:
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) must be less than total_steps "
+                f"({self.total_steps}): lower --warmup_steps for a short run"
+            )
+        if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"need 0 <= min_lr <= lr and lr > 0; got {self.min_lr} and {self.lr}")
+        if self.max_grad_norm <= 0:
+            raise ValueError("max_grad_norm must be positive")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    results_dir: str = option("results/visual-opsd", "metrics, samples and configuration")
+    checkpoint_dir: str | None = option(None, "checkpoints; default: RESULTS_DIR/checkpoints")
+    save_every: int = option(500, "steps between checkpoints (the last step is always saved)")
+    save_release: bool = option(True, "also write a release folder at each checkpoint")
+    keep_last: int = option(2, "training states kept (release folders are all kept)")
+    log_every: int = option(10, "steps between lines of metrics.jsonl")
+    samples_per_step: int = option(2, "completions of rank 0 written to samples.jsonl")
+    resume: str | None = option(None, "latest, a step number, or the folder of a training state")
+    auto_resume: bool = option(False, "the same as --resume latest")
+    resume_from: str | None = option(None, "the same as --resume PATH")
+    global_seed: int = option(4396, "random numbers of sampling and of the noise control")
+    device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    sharding_strategy: str = option(
+        "HYBRID_SHARD", "HYBRID_SHARD or FULL_SHARD", choices=("HYBRID_SHARD", "FULL_SHARD")
+    )
+    num_shard: int | None = option(None, "ranks that share one copy; default: GPUs per node")
+    num_replicate: int | None = option(None, "copies; default: ranks / num_shard")
+    cpu_offload: bool = option(False, "keep weights, gradients and optimiser in host memory")
+    timeout_s: float = option(1800.0, "seconds after which a stuck collective fails")
+    progress: bool = option(True, "draw a progress bar")
+    wandb_project: str | None = option(None, "log to this wandb project too")
+    wandb_name: str | None = option(None, "wandb run name")
+    wandb_offline: bool = option(False, "wandb without network")
+
+    def __post_init__(self) -> None:
+        if self.save_every < 1 or self.log_every < 1 or self.keep_last < 1:
+            raise ValueError("save_every, log_every and keep_last must be at least 1")
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.checkpoint_dir or Path(self.results_dir) / "checkpoints")
+
+    @property
+    def resume_spec(self) -> str | None:
+        """One meaning out of --resume, --resume_from and --auto_resume."""
+        return self.resume or self.resume_from or ("latest" if self.auto_resume else None)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a training run is told."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    prompt: PromptSettings = field(default_factory=PromptSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    sample: SampleSettings = field(default_factory=SampleSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+
+
+# What the text-only SFT baseline sets differently (the paper's 2,000 steps; the loss is CE alone).
+SFT_DEFAULTS: dict[str, Any] = {
+    "dataset_config_file": "data/configs/sft.yaml",
+    "results_dir": "results/sft-baseline",
+    "total_steps": 2000,
+    "jsd_weight": 0.0,
+    "ce_weight": 1.0,
+}

@@ -1,0 +1,89 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""From a parquet row to the contexts that are forwarded; run in the loader's workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from data.parquet import Row
+from data.sequence import Context, ContextBuilder, TextSegment
+from data.thinkmorph import OPSD_ROWS, SFT_ROWS, Sample, parse_row
+from data.transforms import image_path
+from modeling.bagel.config import BagelConfig
+from scripts.visual_opsd.config import PromptSettings
+
+
+@dataclass(frozen=True)
+class TrainRow:
+    """One row, ready for a step. `teacher` is None and `targets` filled for SFT."""
+
+    name: str
+    position: int
+    question: str
+    answer: str
+    student: Context
+    teacher: Context | None = None
+    targets: tuple[TextSegment, ...] = ()
+
+
+def make_builder(tokenizer: Any, model: BagelConfig, settings: PromptSettings) -> ContextBuilder:
+    """The context builder that a model's sizes and the prompt settings describe."""
+    transform = image_path(settings.image_path, settings.vit_config())
+    return ContextBuilder(
+        tokenizer,
+        transform,
+        settings.build(),
+        side=model.vit_max_patches_per_side,
+        patch_size=model.vision.patch_size,
+        interpolate=model.interpolate_positions,
+    )
+
+
+def noise_generator(seed: int, position: int) -> torch.Generator:
+    """Random numbers of the noise control: those of one row of one step."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + position) % 2**63)
+
+
+def _name(sample: Sample) -> str:
+    return f"{sample.dataset}/{sample.pid}"
+
+
+@dataclass(frozen=True)
+class PrepareOPSD:
+    """Row -> student and teacher context; with `noise_seed` the VTs become Gaussian noise."""
+
+    builder: ContextBuilder
+    noise_seed: int | None = None
+
+    def __call__(self, row: Row) -> TrainRow:
+        sample = parse_row(row, OPSD_ROWS)
+        student = self.builder.student(sample)
+        noise = None
+        if self.noise_seed is not None:
+            noise = noise_generator(self.noise_seed, row.position)
+        teacher = self.builder.teacher(sample, student, noise)
+        return TrainRow(
+            _name(sample), row.position, sample.question, sample.answer, student, teacher
+        )
+
+
+@dataclass(frozen=True)
+class PrepareSFT:
+    """Row -> student context and the scored target text."""
+
+    builder: ContextBuilder
+    form: str = "single"
+
+    def __call__(self, row: Row) -> TrainRow:
+        sample = parse_row(row, SFT_ROWS)
+        return TrainRow(
+            _name(sample),
+            row.position,
+            sample.question,
+            sample.answer,
+            self.builder.student(sample),
+            targets=self.builder.sft_targets(sample, self.form),
+        )
