@@ -1,0 +1,285 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""The Visual-OPSD objective, readable on its own.
+
+The student (text only) and the teacher (the same model, shown the visual thoughts) score the same
+sampled completion. Per scored token the loss is a generalised Jensen-Shannon divergence between
+their next-token distributions, with t the teacher's and s the student's probabilities at
+temperature T:
+
+    beta = 0        KL(t || s)                                  (forward KL)
+    beta = 1        KL(s || t)                                  (reverse KL)
+    0 < beta < 1    beta KL(t || m) + (1 - beta) KL(s || m),    m = beta t + (1 - beta) s
+
+summed over the vocabulary and multiplied by T^2, so that gradients keep their size as T grows.
+beta = 0 and 1 are not the limits of the general form (those are 0).
+
+Top-k. The set is the teacher's k most probable tokens. Both models' logits are gathered there
+*before* the softmax: both distributions are renormalised on that set, and the mass outside does
+not count. `tail_bucket=True` keeps the probabilities of the full softmax instead and adds one
+bucket for everything outside the set.
+
+Clip. `token_clip` clamps every *vocabulary entry's* term from above (the name is the recipe's);
+there is no lower bound, so with beta 0 or 1, whose single terms can be negative, a clipped loss can
+be negative. `clip_scope="token"` clamps the sum over the vocabulary, once per token, instead. Where
+the clip binds, the gradient is zero.
+
+`chunked_loss.py` computes the same from hidden states without holding the logits of all tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE_LABEL = -100
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What the trainer minimises: jsd_weight * divergence + ce_weight * cross-entropy, per token.
+
+    `loss_kind` "jsd" is the paper's (`generalized_jsd_loss`), "tinker" the policy-gradient form
+    (`tinker_reverse_kl_loss`: no top-k, clip or beta). The other options are those of
+    `generalized_jsd_loss`; `temperature` does not touch the cross-entropy.
+    """
+
+    loss_kind: Literal["jsd", "tinker"] = "jsd"
+    beta: float = 0.5
+    temperature: float = 1.0
+    top_k: int | None = 256
+    token_clip: float | None = 0.05
+    clip_scope: Literal["entry", "token"] = "entry"
+    tail_bucket: bool = False
+    jsd_weight: float = 1.0
+    ce_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.loss_kind not in ("jsd", "tinker"):
+            raise ValueError(f"unknown loss_kind {self.loss_kind!r}: use 'jsd' or 'tinker'")
+        check_options(self.beta, self.temperature, self.token_clip, self.clip_scope)
+        for name in ("jsd_weight", "ce_weight"):
+            value = getattr(self, name)
+            if not (value >= 0.0 and math.isfinite(value)):
+                raise ValueError(f"{name} is {value}: it must be finite and >= 0")
+
+    def top_k_of(self, vocab: int) -> int | None:
+        """k if the divergence is restricted to the teacher's top-k of `vocab` entries."""
+        if self.loss_kind == "tinker" or self.top_k is None or not 0 < self.top_k < vocab:
+            return None
+        return self.top_k
+
+
+def generalized_jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    top_k: int | None = None,
+    token_clip: float | None = None,
+    *,
+    tail_bucket: bool = False,
+    clip_scope: str = "entry",
+) -> Tensor:
+    """Generalised JSD between the teacher's and the student's next-token distributions.
+
+    Args:
+        student_logits: (N, V) or (B, T, V), any float dtype; computed in fp32 (fp64 stays fp64).
+        teacher_logits: same shape. Not detached here: pass them without a graph.
+        labels: (N,) or (B, T); rows whose label is -100 are dropped, the ids play no other role.
+        beta: 0 is KL(teacher || student), 1 is KL(student || teacher).
+        temperature: divides both logits; the loss is multiplied by its square.
+        reduction: "mean" or "sum" over the kept rows, or "none": the kept rows, one value each.
+        top_k: restrict both to the teacher's top-k, renormalised. None, <= 0 or >= V: all of V.
+        token_clip: upper bound of each vocabulary entry's term (None: no bound).
+        tail_bucket: with top-k, one bucket for the mass outside instead of renormalising.
+        clip_scope: "entry" as above; "token": the bound holds for a token's sum instead.
+
+    Returns:
+        A scalar, or (kept rows,) for "none". Without a kept row: 0 (connected to the graph).
+
+    Raises:
+        ValueError: shapes that differ, an unknown reduction or scope, a value out of range.
+    """
+    check_options(beta, temperature, token_clip, clip_scope)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"unknown reduction {reduction!r}: use 'mean', 'sum' or 'none'")
+    student, teacher, _ = _kept_rows(student_logits, teacher_logits, labels)
+    rows = divergence_per_row(
+        student,
+        teacher,
+        beta=beta,
+        temperature=temperature,
+        top_k=top_k,
+        token_clip=token_clip,
+        tail_bucket=tail_bucket,
+        clip_scope=clip_scope,
+    )
+    if reduction == "none":
+        return rows
+    total = rows.sum()
+    return total if reduction == "sum" else total / max(rows.numel(), 1)
+
+
+def tinker_reverse_kl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    sampled_token_ids: Tensor,
+    labels: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Reverse KL as a policy gradient on the sampled tokens, without a sum over the vocabulary.
+
+    With x the sampled token, A = log t(x) - log s(x) is its advantage (a constant); the loss is
+    mean(-A log s(x)). Its *gradient*, not its value, estimates that of KL(student || teacher). No
+    top-k, no clip, no T^2.
+
+    Args:
+        student_logits: (N, V) or (B, T, V), any float dtype; computed in fp32 (fp64 stays fp64).
+        teacher_logits: same shape; receives no gradient.
+        sampled_token_ids: (N,) or (B, T) integer ids the student sampled.
+        labels: (N,) or (B, T); rows whose label is -100 are dropped before the mean.
+        temperature: divides both logits.
+
+    Returns:
+        A scalar; 0 (connected to the graph) if no row is kept.
+
+    Raises:
+        ValueError: shapes that differ, or a temperature that is not positive.
+    """
+    check_options(0.5, temperature, None, "entry")
+    if sampled_token_ids.shape != student_logits.shape[:-1]:
+        raise ValueError(
+            f"sampled_token_ids has shape {tuple(sampled_token_ids.shape)}, the logits have rows "
+            f"{tuple(student_logits.shape[:-1])}: pass one sampled id for each row of logits"
+        )
+    student, teacher, keep = _kept_rows(student_logits, teacher_logits, labels)
+    ids = sampled_token_ids.reshape(-1)
+    rows = tinker_per_row(student, teacher, ids if keep is None else ids[keep], temperature)
+    return rows.sum() / max(rows.numel(), 1)
+
+
+def divergence_per_row(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    beta: float,
+    temperature: float,
+    top_k: int | None,
+    token_clip: float | None,
+    tail_bucket: bool = False,
+    clip_scope: str = "entry",
+) -> Tensor:
+    """The divergence of each row: (N, V), (N, V) -> (N,) in fp32 (fp64 for fp64 logits)."""
+    student = _at_temperature(student_logits, temperature)  # (N, V)
+    teacher = _at_temperature(teacher_logits, temperature)
+    if top_k is None or not 0 < top_k < student.shape[-1]:
+        log_s, log_t = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+    else:
+        index = teacher_logits.topk(top_k, dim=-1).indices  # (N, k)
+        if tail_bucket:
+            log_s, log_t = (
+                _log_probs_with_tail(student, index),
+                _log_probs_with_tail(teacher, index),
+            )
+        else:
+            log_s = F.log_softmax(student.gather(-1, index), dim=-1)
+            log_t = F.log_softmax(teacher.gather(-1, index), dim=-1)
+    terms = divergence_terms(log_s, log_t, beta)  # (N, K)
+    if token_clip is not None and clip_scope == "entry":
+        terms = terms.clamp(max=token_clip)
+    rows = terms.sum(dim=-1)
+    if token_clip is not None and clip_scope == "token":
+        rows = rows.clamp(max=token_clip)
+    return rows * temperature**2
+
+
+def divergence_terms(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
+    """What each vocabulary entry adds to the divergence: log-probabilities (N, K) -> (N, K)."""
+    if beta == 0.0:
+        return log_t.exp() * (log_t - log_s)
+    if beta == 1.0:
+        return log_s.exp() * (log_s - log_t)
+    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+    from_teacher = beta * log_t.exp() * (log_t - log_m)
+    from_student = (1.0 - beta) * log_s.exp() * (log_s - log_m)
+    return from_teacher + from_student
+
+
+def tinker_per_row(
+    student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, temperature: float
+) -> Tensor:
+    """-A log s(x) of each row, A detached: (N, V), (N, V), ids (N,) -> (N,)."""
+    log_s = F.log_softmax(_at_temperature(student_logits, temperature), dim=-1)
+    log_t = F.log_softmax(_at_temperature(teacher_logits, temperature), dim=-1)
+    log_s = log_s.gather(-1, ids[:, None])[:, 0]
+    log_t = log_t.gather(-1, ids[:, None])[:, 0]
+    advantage = (log_t - log_s).detach()
+    return -advantage * log_s
+
+
+def check_options(
+    beta: float, temperature: float, token_clip: float | None, clip_scope: str
+) -> None:
+    """Raise ValueError for an option out of its range."""
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(
+            f"beta is {beta}: it must lie in [0, 1] (0 forward KL, 1 reverse KL, 0.5 JSD)"
+        )
+    if not (temperature > 0.0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature is {temperature}: it must be positive and finite")
+    if token_clip is not None and not token_clip >= 0.0:
+        raise ValueError(f"token_clip is {token_clip}: it must be >= 0, or None for no clip")
+    if clip_scope not in ("entry", "token"):
+        raise ValueError(f"unknown clip_scope {clip_scope!r}: use 'entry' or 'token'")
+
+
+def vocabulary_hint(student_vocab: int, teacher_vocab: int) -> str:
+    """The usual cause of logits that differ in their last dimension."""
+    return (
+        f"the vocabularies differ ({student_vocab} and {teacher_vocab}): student and teacher must "
+        "come from checkpoints with the same tokenizer and vocab_size"
+    )
+
+
+def _kept_rows(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Flatten to (rows, V) and drop the rows labelled -100; also the mask (None: all kept)."""
+    if student_logits.shape != teacher_logits.shape or student_logits.dim() not in (2, 3):
+        shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        cause = "both must be (N, V) or (B, T, V), with the same rows in the same order"
+        if student_logits.shape[-1:] != teacher_logits.shape[-1:]:
+            cause = vocabulary_hint(student_logits.shape[-1], teacher_logits.shape[-1])
+        raise ValueError(f"student_logits and teacher_logits have shapes {shapes}: {cause}")
+    vocab = student_logits.shape[-1]
+    student, teacher = student_logits.reshape(-1, vocab), teacher_logits.reshape(-1, vocab)
+    if labels is None:
+        return student, teacher, None
+    if labels.shape != student_logits.shape[:-1]:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}, the logits have rows "
+            f"{tuple(student_logits.shape[:-1])}: pass one label for each row of logits"
+        )
+    keep = labels.reshape(-1) != IGNORE_LABEL
+    return student[keep], teacher[keep], keep
+
+
+def _at_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Logits / T in at least fp32, whatever dtype the head computed in."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+
+
+def _log_probs_with_tail(logits: Tensor, index: Tensor) -> Tensor:
+    """Full-softmax log-probabilities at `index`, then that of everything else: (N, k + 1)."""
+    log_p = F.log_softmax(logits, dim=-1)
+    inside = log_p.gather(-1, index)
+    # A sum over the others, not 1 - inside: the difference has no digits left when k covers all.
+    outside = log_p.scatter(-1, index, -math.inf).logsumexp(dim=-1, keepdim=True)
+    return torch.cat([inside, outside], dim=-1)
