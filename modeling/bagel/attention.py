@@ -18,6 +18,7 @@ Shapes: q (T, nh, d), k and v (S, nkv, d), T query rows, S = T + cached rows; re
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -128,7 +129,7 @@ class DecodeLayout:
 
 
 @cache
-def _varlen() -> Callable[..., Tensor] | None:
+def _varlen() -> Callable[..., Any] | None:
     if find_spec("torch.nn.attention.varlen") is None:
         return None
     from torch.nn.attention.varlen import varlen_attn
@@ -307,10 +308,10 @@ def _run_calls(
 def _attend_varlen(
     q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, backend: str
 ) -> Tensor:
-    return _run_calls(
-        q, k, v, _calls(layout, q.device),
-        lambda *args: _one_call(*args, backend=backend),  # fmt: skip
-    )
+    def one_call(q: Tensor, k: Tensor, v: Tensor, call: _Calls, causal: bool) -> Tensor:
+        return _one_call(q, k, v, call, causal, backend)
+
+    return _run_calls(q, k, v, _calls(layout, q.device), one_call)
 
 
 def _attend_segments(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
@@ -319,7 +320,7 @@ def _attend_segments(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -
     def one_call(q: Tensor, k: Tensor, v: Tensor, call: _Calls, causal: bool) -> Tensor:
         bounds = list(zip(call.cu_query.tolist(), call.cu_key.tolist(), strict=True))
         outs = []
-        for (q0, k0), (q1, k1) in zip(bounds[:-1], bounds[1:], strict=True):
+        for (q0, k0), (q1, k1) in itertools.pairwise(bounds):
             mask = causal_lower_right(q1 - q0, k1 - k0) if causal else None
             outs.append(_sdpa(q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], mask)[0])
         return torch.cat(outs)

@@ -57,7 +57,9 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_frequencies(t).to(self.mlp[0].weight.dtype))
+        first = self.mlp[0]
+        assert isinstance(first, nn.Linear)
+        return self.mlp(timestep_frequencies(t).to(first.weight.dtype))
 
 
 class Connector(nn.Module):

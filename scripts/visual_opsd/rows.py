@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from data.parquet import Row
 from data.sequence import Context, ContextBuilder, TextSegment
-from data.thinkmorph import OPSD_ROWS, SFT_ROWS, Sample, parse_row
+from data.thinkmorph import OPSD_ROWS, SFT_ROWS, Row, Sample, parse_row
 from data.transforms import image_path
 from modeling.bagel.config import BagelConfig
 from scripts.visual_opsd.config import PromptSettings
