@@ -135,7 +135,9 @@ class _GradientInForward(torch.autograd.Function):
         keep_graph: bool,
     ) -> tuple[Tensor, Tensor]:
         rows, vocab = hidden.shape[0], head.shape[0]
-        grad_hidden = torch.empty_like(hidden) if form_gradient and ctx.needs_input_grad[0] else None
+        grad_hidden = (
+            torch.empty_like(hidden) if form_gradient and ctx.needs_input_grad[0] else None
+        )
         grad_head = None
         if form_gradient and ctx.needs_input_grad[1]:
             grad_head = torch.empty_like(head) if rows else torch.zeros_like(head)
