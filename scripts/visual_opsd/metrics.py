@@ -1,0 +1,252 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""What a run reports: metrics.jsonl, a progress bar, wandb on request, and phase timers."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from scripts.visual_opsd.processes import DistEnv, all_reduce_sums
+
+Metric = float | int | str | bool | None | Tensor
+
+
+@dataclass(frozen=True)
+class WandbSettings:
+    """`run_id` continues a run on wandb's side; leave it out for a new one."""
+
+    project: str
+    name: str | None = None
+    offline: bool = False
+    run_id: str | None = None
+
+
+def simple(value: Metric) -> float | int | str | None:
+    """A JSON value. NaN and the infinities, which JSON lacks, become strings float() reads."""
+    if isinstance(value, Tensor):
+        value = value.item()
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # "nan", "inf", "-inf"
+    return value
+
+
+def json_line(record: Mapping[str, Metric]) -> str:
+    """One line of JSON, "step" first, the other names sorted."""
+    names = sorted(record, key=lambda name: (name != "step", name))
+    return json.dumps({n: simple(record[n]) for n in names}, allow_nan=False) + "\n"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, with non-finite numbers as floats again."""
+    special = ("nan", "inf", "-inf")
+    return [
+        {k: float(v) if v in special else v for k, v in json.loads(line).items()}
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+
+
+class MetricLogger:
+    """Writes on rank 0, does nothing elsewhere: callers need no rank checks.
+
+    Args:
+        path: the metrics file; appended to, one flushed line a call, so that a kill loses at most
+            the line being written.
+        total_steps, start_step: for the progress bar (drawn on stderr).
+        progress: False draws none.
+        wandb: imported only when given.
+        config: the run's configuration, for wandb.
+
+    Raises:
+        ValueError: wandb was asked for and is not installed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        env: DistEnv,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        progress: bool = True,
+        wandb: WandbSettings | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._file = None
+        self._wandb_run: Any = None
+        self._bar: Any = None
+        if not env.is_main:
+            return
+        if wandb is not None:
+            self._wandb_run = _start_wandb(wandb, path.parent, config)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+        if progress:
+            # A log file gets a line now and then, a terminal a moving bar.
+            interval = 0.2 if sys.stderr.isatty() else 30.0
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                dynamic_ncols=True,
+                mininterval=interval,
+                unit="step",
+            )
+
+    def log(
+        self, step: int, metrics: Mapping[str, Metric], show: Mapping[str, str] | None = None
+    ) -> None:
+        """Write one line for `step`.
+
+        Args:
+            metrics: scalars; a tensor must hold one element (reading it synchronises its device).
+            show: name -> format of the metrics the progress bar shows, e.g. {"loss": ".4f"}.
+        """
+        if self._file is None:
+            return
+        record = {name: simple(value) for name, value in metrics.items()}
+        self._file.write(json_line({**record, "step": step}))
+        self._file.flush()
+        if self._bar is not None and show:
+            shown = {k: format(record[k], f) for k, f in show.items() if _is_number(record.get(k))}
+            self._bar.set_postfix(shown, refresh=False)
+        if self._wandb_run is not None:
+            numbers = {k: v for k, v in record.items() if _is_number(v)}
+            self._wandb_run.log(numbers, step=step)
+
+    def advance(self, steps: int = 1) -> None:
+        """Move the progress bar."""
+        if self._bar is not None:
+            self._bar.update(steps)
+
+    def message(self, text: str) -> None:
+        """Print a line on rank 0 without tearing the bar."""
+        if self._file is not None:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Close file, bar and wandb run; may be called twice."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._wandb_run is not None:
+            self._wandb_run.finish()
+            self._wandb_run = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> MetricLogger:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
+def _start_wandb(settings: WandbSettings, folder: Path, config: Mapping[str, Any] | None) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            "--wandb_project needs wandb, which is not installed: pip install wandb, or leave "
+            "the flag out (metrics.jsonl is always written)"
+        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    return wandb.init(
+        project=settings.project,
+        name=settings.name,
+        id=settings.run_id,
+        resume="allow" if settings.run_id else None,
+        mode="offline" if settings.offline else "online",
+        dir=str(folder),
+        config=dict(config or {}),
+    )
+
+
+class PhaseTimer:
+    """Seconds and tokens by phase: `with timer("sample") as count: count(tokens)`.
+
+    A GPU runs behind the host; with `synchronize=True` the phases' boundaries wait for it, so
+    that seconds belong to the phase that caused them (costs a little overlap). Phases may repeat
+    within a step and accumulate until `reduce` or `pop`.
+    """
+
+    def __init__(self, device: torch.device, *, synchronize: bool = False) -> None:
+        self._device = device
+        self._wait = synchronize and device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._tokens: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str, tokens: int = 0) -> Iterator[Any]:
+        self.add_tokens(phase, tokens)
+        start = self._now()
+        try:
+            yield lambda count: self.add_tokens(phase, count)
+        finally:
+            self._seconds[phase] += self._now() - start
+
+    def _now(self) -> float:
+        if self._wait:
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def add_tokens(self, phase: str, tokens: int) -> None:
+        """Count tokens that are known only after the phase."""
+        self._seconds.setdefault(phase, 0.0)
+        self._tokens[phase] = self._tokens.get(phase, 0.0) + tokens
+
+    def pop(self) -> dict[str, float]:
+        """This rank's sums since the last call: seconds/PHASE and tokens/PHASE."""
+        sums = {f"seconds/{p}": s for p, s in self._seconds.items()}
+        sums |= {f"tokens/{p}": t for p, t in self._tokens.items()}
+        self._seconds, self._tokens = {}, {}
+        return sums
+
+    def reduce(self, env: DistEnv) -> dict[str, float]:
+        """Over all ranks, one collective: mean seconds/PHASE and global tokens_per_s/PHASE.
+
+        All ranks must have run the same phases. Phases without tokens give seconds only.
+        """
+        return phase_metrics(all_reduce_sums(self.pop(), env), env.world_size)
+
+
+def phase_metrics(sums: Mapping[str, float], world_size: int) -> dict[str, float]:
+    """Turn sums over ranks (the keys of `PhaseTimer.pop`) into what is logged."""
+    metrics: dict[str, float] = {}
+    for key, total in sums.items():
+        kind, _, phase = key.partition("/")
+        if kind == "seconds":
+            seconds = total / world_size
+            metrics[key] = seconds
+            tokens = sums.get(f"tokens/{phase}", 0.0)
+            if tokens and seconds > 0:
+                metrics[f"tokens_per_s/{phase}"] = tokens / seconds
+    return metrics
+
+
+def peak_memory_gb(device: torch.device, *, reset: bool = False) -> float:
+    """Peak GB (1e9 bytes): allocated on the GPU since the last reset, or resident on the host."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return peak / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
