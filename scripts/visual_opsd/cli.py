@@ -95,7 +95,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\nsee {self.prog} --help\n")
 
 
-def build_parser(config_class: type, description: str) -> argparse.ArgumentParser:
+def build_parser(
+    config_class: type, description: str, defaults: dict[str, Any] | None = None
+) -> argparse.ArgumentParser:
     """argparse parser of a dataclass whose fields are dataclasses (one argument group each)."""
     parser = _Parser(description=description, allow_abbrev=False)
     parser.add_argument("--config", default=None, help="YAML file with the same names as the flags")
@@ -113,7 +115,7 @@ def build_parser(config_class: type, description: str) -> argparse.ArgumentParse
             f"--{flag.name}",
             type=_converter(flag.hint),
             default=argparse.SUPPRESS,
-            help=f"{text} (default: {flag.spec.default})",
+            help=f"{text} (default: {(defaults or {}).get(flag.name, flag.spec.default)})",
             **extra,
         )
     return parser
@@ -162,13 +164,18 @@ def _typed(name: str, value: Any, flag: _Flag, path: Path) -> Any:
     return value
 
 
-def parse_config(config_class: type[T], argv: Sequence[str] | None, description: str) -> T:
-    """Defaults, then the YAML file, then the flags."""
-    parser = build_parser(config_class, description)
+def parse_config(
+    config_class: type[T],
+    argv: Sequence[str] | None,
+    description: str,
+    defaults: dict[str, Any] | None = None,
+) -> T:
+    """Defaults (those of the fields, or `defaults`), then the YAML file, then the flags."""
+    parser = build_parser(config_class, description, defaults)
     given = vars(parser.parse_args(argv))
     config_file = given.pop("config")
     values = read_config_file(config_file, config_class) if config_file else {}
-    return make_config(config_class, {**values, **given})
+    return make_config(config_class, {**(defaults or {}), **values, **given})
 
 
 def make_config(config_class: type[T], values: dict[str, Any]) -> T:

@@ -1,0 +1,249 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""One optimiser step as Algorithm 1 of the paper has it: pack, score twice, compare, descend.
+
+What differs between Visual-OPSD, its noise control and the SFT baseline is only what stands in
+a `ScoredRow`; the road is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.packing import context_length, group_by_tokens, pack
+from data.sequence import Completion, Context, ImageSegment, TextSegment
+from modeling.bagel.bagel import Bagel
+from modeling.bagel.batch import PackedBatch
+from modeling.bagel.config import SpecialTokens
+from scripts.visual_opsd.chunked_loss import chunked_opsd_loss
+from scripts.visual_opsd.opsd_loss import LossConfig
+from scripts.visual_opsd.rows import TrainRow
+from scripts.visual_opsd.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """A row with its labels: the student's and the teacher's context, both ending in them."""
+
+    name: str
+    student: Context
+    teacher: Context | None
+    completion: Completion | None = None
+    truncated: bool = False
+
+    @property
+    def length(self) -> int:
+        """Rows of the longer of the two sequences."""
+        return max(context_length(c) for c in (self.student, self.teacher) if c is not None)
+
+    @property
+    def scored(self) -> int:
+        return sum(sum(s.scored) for s in self.student if isinstance(s, TextSegment) and s.scored)
+
+
+def score_completion(row: TrainRow, completion: Completion, max_forward_tokens: int) -> ScoredRow:
+    """Append a sampled completion to both contexts, cut so that the longer one fits.
+
+    Raises:
+        ValueError: the context alone leaves no room for a single token.
+    """
+    assert row.teacher is not None
+    longest = max(context_length(row.student), context_length(row.teacher))
+    room = max_forward_tokens - longest - 2  # the completion's two markers
+    truncated = len(completion.ids) > room
+    if truncated:
+        if room < 1:
+            raise ValueError(
+                f"{row.name}: its context takes {longest} of max_forward_tokens "
+                f"{max_forward_tokens}; raise the limit or lower vit_max_pixels"
+            )
+        completion = completion.truncated(room)
+    segment = completion.segment()
+    return ScoredRow(
+        row.name, (*row.student, segment), (*row.teacher, segment), completion, truncated
+    )
+
+
+def score_targets(row: TrainRow, max_forward_tokens: int) -> ScoredRow:
+    """SFT: the given text is the completion, there is no teacher."""
+    context = (*row.student, *row.targets)
+    length = context_length(context)
+    if length > max_forward_tokens:
+        over = length - max_forward_tokens
+        *others, last = row.targets
+        if over >= len(last.ids):
+            raise ValueError(
+                f"{row.name}: {length} rows do not fit max_forward_tokens {max_forward_tokens}; "
+                "raise the limit"
+            )
+        kept = last.ids[: len(last.ids) - over]
+        cut = TextSegment(kept, (True,) * len(kept) + (False,))
+        return ScoredRow(row.name, (*row.student, *others, cut), None, truncated=True)
+    return ScoredRow(row.name, context, None)
+
+
+def empty_row(with_teacher: bool, patch_dim: int) -> ScoredRow:
+    """A pack of weight zero for a rank without rows: it joins the collectives, scores nothing.
+
+    It holds an image, because a rank that skipped the ViT would leave the others waiting.
+    """
+    image = ImageSegment(torch.zeros(1, patch_dim), torch.zeros(1, dtype=torch.int64))
+    context: Context = (image, TextSegment(()))
+    return ScoredRow("(no row)", context, context if with_teacher else None)
+
+
+def plan_packs(lengths: Sequence[int], accumulation: int, pack_tokens: int) -> list[list[int]]:
+    """Indices of each forward: the share in `accumulation` runs, each cut at `pack_tokens`."""
+    count = len(lengths)
+    bounds = [count * i // accumulation for i in range(accumulation + 1)]
+    packs: list[list[int]] = []
+    for start, stop in pairwise(bounds):
+        run = group_by_tokens(lengths[start:stop], pack_tokens)
+        packs += [[start + i for i in group] for group in run]
+    return packs
+
+
+def check_same_labels(
+    student: PackedBatch, teacher: PackedBatch, names: Sequence[str], decode: Callable[..., str]
+) -> None:
+    """Student and teacher must score identical ids in identical order, sample by sample.
+
+    Raises:
+        ValueError: they do not (a bug: nothing is ever cut to fit); names the sample and shows
+            how both begin.
+    """
+    if student.score_counts == teacher.score_counts and torch.equal(
+        student.score_labels, teacher.score_labels
+    ):
+        return
+    pairs = zip(
+        names,
+        torch.split(student.score_labels, list(student.score_counts)),
+        torch.split(teacher.score_labels, list(teacher.score_counts)),
+        strict=True,
+    )
+    for name, ours, theirs in pairs:
+        if ours.shape != theirs.shape or not torch.equal(ours, theirs):
+            raise ValueError(
+                f"{name}: student and teacher score different tokens ({len(ours)} and "
+                f"{len(theirs)} rows). Student: {decode(ours[:24].tolist())!r}; teacher: "
+                f"{decode(theirs[:24].tolist())!r}"
+            )
+
+
+@dataclass
+class PackResult:
+    """What one forward and backward left behind; tensors stay on the device."""
+
+    loss: Tensor
+    stats: dict[str, Tensor]
+    label_logprobs: Tensor
+    rows: tuple[ScoredRow, ...]
+
+
+def run_pack(
+    student: Bagel,
+    teacher: Teacher | None,
+    teacher_head: Tensor | None,
+    rows: Sequence[ScoredRow],
+    *,
+    special: SpecialTokens,
+    loss: LossConfig,
+    chunk_size: int,
+    scale: float,
+    device: torch.device,
+    decode: Callable[..., str],
+) -> PackResult:
+    """Forward (teacher without gradient, then student) and backward of one pack.
+
+    Args:
+        teacher_head: the teacher's gathered head, None when it is the student's own.
+        scale: what the summed loss is multiplied by before the backward pass.
+    """
+    student_batch = pack([row.student for row in rows], special)
+    teacher_hidden: Tensor | None = None
+    if teacher is not None:
+        contexts = [row.teacher for row in rows if row.teacher is not None]
+        teacher_batch = pack(contexts, special)
+        check_same_labels(student_batch, teacher_batch, [row.name for row in rows], decode)
+        teacher_hidden = teacher.hidden(teacher_batch.to(device))
+    student_batch = student_batch.to(device)
+
+    def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        theirs = None
+        if teacher_hidden is not None:
+            theirs = weight.detach() if teacher_head is None else teacher_head
+        return chunked_opsd_loss(
+            hidden, weight, teacher_hidden, theirs, student_batch.score_labels, None, loss,
+            chunk_size=chunk_size,
+        )  # fmt: skip
+
+    loss_sum, stats = student(student_batch, head=head)
+    (loss_sum * scale).backward()
+    logprobs = stats.pop("label_logprob")
+    return PackResult(loss_sum.detach(), stats, logprobs, tuple(rows))
+
+
+def sampler_gap(results: Sequence[PackResult]) -> tuple[float, float]:
+    """(sum, maximum) of |log-probability recomputed - log-probability of the sampler|."""
+    total, worst = 0.0, 0.0
+    for result in results:
+        completions = [row.completion for row in result.rows if row.completion is not None]
+        recorded = [p for c in completions for p in c.logprobs]
+        if len(recorded) != len(result.label_logprobs) or not recorded:
+            continue
+        gap = (result.label_logprobs.float().cpu() - torch.tensor(recorded)).abs()
+        total, worst = total + float(gap.sum()), max(worst, float(gap.max()))
+    return total, worst
+
+
+def completion_counts(rows: Sequence[ScoredRow], eos: int) -> dict[str, float]:
+    """Sums over rows that describe the completions."""
+    completions = [row.completion for row in rows if row.completion is not None]
+    return {
+        "completions": len(completions),
+        "completion_tokens": sum(len(c.ids) for c in completions),
+        "capped": sum(c.capped for c in completions),
+        "ended": sum(not c.capped for c in completions),
+        "empty": sum(not c.ids for c in completions),
+        "image_skips": sum(eos in c.ids for c in completions),
+        "truncated": sum(row.truncated for row in rows),
+    }
+
+
+def mean_of(sums: dict[str, float], name: str, count: str) -> float:
+    return sums[name] / sums[count] if sums[count] else 0.0
+
+
+def summarise(sums: dict[str, float], loss: LossConfig, with_completions: bool) -> dict[str, Any]:
+    """Global sums -> the figures of metrics.jsonl (per scored row, or per completion)."""
+    figures: dict[str, Any] = {
+        name: mean_of(sums, name, "rows")
+        for name in (
+            "loss", "divergence", "ce", "forward_kl", "teacher_topk_mass", "student_entropy",
+            "teacher_entropy",
+        )
+        if name in sums
+    }  # fmt: skip
+    figures["scored_tokens"] = sums["rows"]
+    if with_completions:
+        figures["completion_length"] = mean_of(sums, "completion_tokens", "completions")
+        for name in ("capped", "ended", "empty", "image_skips", "truncated"):
+            figures[_RATES[name]] = mean_of(sums, name, "completions")
+        if "gap" in sums:
+            figures["sampler_gap"] = mean_of(sums, "gap", "rows")
+    return figures
+
+
+_RATES = {
+    "capped": "cap_rate",
+    "ended": "eos_rate",
+    "empty": "empty_rate",
+    "image_skips": "image_skip_rate",
+    "truncated": "truncated_rate",
+}

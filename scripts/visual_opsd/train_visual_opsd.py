@@ -1,0 +1,28 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Visual-OPSD (and its noise control): python -m scripts.visual_opsd.train_visual_opsd --help
+
+One process, or any number of them under torchrun.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from scripts.visual_opsd.cli import parse_config, run_main
+from scripts.visual_opsd.config import TrainConfig
+from scripts.visual_opsd.processes import init_distributed, shutdown
+from scripts.visual_opsd.trainer import Trainer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; returns the exit code."""
+    config = parse_config(TrainConfig, argv, "Train with Visual-OPSD.")
+    env = init_distributed(config.run.device, config.run.timeout_s)
+    try:
+        return Trainer(config, env).train()
+    finally:
+        shutdown()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,525 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""The training loop of Visual-OPSD, its noise control and the SFT baseline.
+
+    rows -> rollout (full weights, no collective) -> packs -> teacher, student, loss, backward
+         -> clip -> AdamW -> EMA -> metrics, checkpoint
+
+Every random number is keyed by (seed, step, row), so a resumed run, another number of ranks and
+another number of workers see the same batches and the same completions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from data.dataset_info import load_dataset_config
+from data.parquet import StepRows, StepSampler, make_loader, open_sources
+from data.rejects import RejectLedger
+from data.thinkmorph import OPSD_ROWS, SFT_ROWS
+from modeling.bagel.bagel import Bagel
+from modeling.checkpoint import iter_weights, locate_weights, save_bagel
+from modeling.tokenizer import load_tokenizer
+from modeling.weight_files import FLOAT_DTYPES, open_weights
+from scripts.visual_opsd.cli import flat
+from scripts.visual_opsd.config import TrainConfig
+from scripts.visual_opsd.distributed import (
+    check_precision,
+    clip_grad_norm,
+    iter_full_state,
+    load_sharded,
+    make_mesh,
+    materialise,
+    shard_model,
+    summon_full_params,
+)
+from scripts.visual_opsd.metrics import MetricLogger, PhaseTimer, WandbSettings, peak_memory_gb
+from scripts.visual_opsd.on_policy_sampler import Interrupted, sample_completions
+from scripts.visual_opsd.processes import (
+    DistEnv,
+    agree,
+    all_reduce_max_int,
+    all_reduce_sums,
+    gather_objects,
+    raise_together,
+)
+from scripts.visual_opsd.rows import PrepareOPSD, PrepareSFT, TrainRow, make_builder
+from scripts.visual_opsd.step import (
+    PackResult,
+    ScoredRow,
+    completion_counts,
+    empty_row,
+    plan_packs,
+    run_pack,
+    sampler_gap,
+    score_completion,
+    score_targets,
+    summarise,
+)
+from scripts.visual_opsd.teacher import Teacher
+from scripts.visual_opsd.training_state import (
+    TrainingState,
+    claim_checkpoint_dir,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    truncate_jsonl,
+)
+
+TERMINATED = 143  # 128 + SIGTERM, what a shell reports for a terminated process
+_SHOWN = {"loss": ".4f", "grad_norm": ".3f", "completion_length": ".1f"}
+_FINE, _STOP, _FAILED = 0, 1, 2
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Dtype of the forward passes.
+
+    Raises:
+        ValueError: bf16 asked for on a CPU, where everything is fp32.
+    """
+    if precision == "bf16" and device.type == "cpu":
+        raise ValueError("precision bf16 needs a GPU; on a CPU use --precision fp32 (or auto)")
+    if precision == "fp32" or device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16
+
+
+def learning_rate_factor(step: int, config: TrainConfig) -> float:
+    """Factor on lr of 0-based step `step`: linear warm-up, then cosine down to min_lr."""
+    optim = config.optim
+    if step < optim.warmup_steps:
+        return (step + 1) / optim.warmup_steps
+    if optim.lr_scheduler == "constant":
+        return 1.0
+    span = max(1, optim.total_steps - 1 - optim.warmup_steps)
+    progress = min(1.0, (step - optim.warmup_steps) / span)
+    floor = optim.min_lr / optim.lr
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Trainer:
+    """Builds everything a run needs, trains, saves.
+
+    Args:
+        config: resolved settings. env: this process.
+        sft: train on the given text instead of on completions of the student.
+
+    Raises:
+        ValueError: anything the user can mend, with cause and fix.
+    """
+
+    def __init__(self, config: TrainConfig, env: DistEnv, *, sft: bool = False) -> None:
+        self.config, self.env, self.sft = config, env, sft
+        if not sft and config.loss.jsd_weight == 0 and config.loss.ce_weight == 0:
+            raise ValueError("jsd_weight and ce_weight are both 0: there is nothing to train on")
+        if sft and config.loss.jsd_weight != 0:
+            raise ValueError("SFT has no teacher: set jsd_weight to 0")
+        self.dtype = compute_dtype(config.model.precision, env.device)
+        self.loss = config.loss.build()
+        self.settings = config.sample.sampler()
+        self.results = Path(config.run.results_dir)
+        # Errors in paths, prompts and data come before anything is built or written.
+        self.model_config, _ = locate_weights(config.model.model_path)
+        self.tokenizer, self.special = load_tokenizer(config.model.model_path)
+        if len(self.tokenizer) > self.model_config.llm.vocab_size:
+            raise ValueError(
+                f"{config.model.model_path}: the tokenizer has {len(self.tokenizer)} tokens, the "
+                f"embedding {self.model_config.llm.vocab_size} rows; use the release's own files"
+            )
+        self.sampler = self._open_data()
+        self.checkpoint = None
+        if config.run.resume_spec is not None:
+            self.checkpoint = find_checkpoint(config.run.checkpoints, config.run.resume_spec)
+        self._build_models()
+        self.stopping = False
+        self.step = 0  # completed optimiser steps
+        self.bad_steps = 0
+        self.ledger = RejectLedger(
+            self.results / "bad_rows.jsonl" if env.is_main else None,
+            max_rate=config.data.max_bad_rate,
+        )
+        self._restore()
+
+    # ------------------------------------------------------------------------------- building
+
+    def _open_data(self) -> StepSampler:
+        config = self.config
+        sources = open_sources(
+            load_dataset_config(config.data.dataset_config_file),
+            SFT_ROWS if self.sft else OPSD_ROWS,
+            config.data.data_root,
+        )
+        return StepSampler(sources, config.data.data_seed, config.data.global_batch_size)
+
+    def _sharded(self, *, trains: bool, dtype: torch.dtype, offload: bool) -> Bagel:
+        """A model on meta, sharded, and filled from the release folder."""
+        config = self.config
+        with torch.device("meta"):
+            model = Bagel(self.model_config)
+        if not trains:
+            model.requires_grad_(False)
+            model.to(dtype)
+        elif not self._freeze(model):
+            raise ValueError("freeze_llm, freeze_vit and freeze_und leave nothing to train")
+        shard_model(
+            model,
+            self.mesh,
+            block_classes=Bagel.block_classes(),
+            param_dtype=self.dtype,
+            activation_checkpointing=trains and config.model.activation_checkpointing,
+            compile_blocks=config.model.compile_blocks,
+            cpu_offload=offload,
+        )
+        materialise(model, self.env.device, cpu_offload=offload)
+        load_sharded(model, iter_weights(config.model.model_path))
+        return model
+
+    def _freeze(self, model: Bagel) -> bool:
+        """Apply the freeze flags; True when something still trains."""
+        settings = self.config.model
+        parts = (
+            (settings.freeze_llm, model.language_model),
+            (settings.freeze_vit, model.vit_model),
+            (settings.freeze_und, model.connector),
+        )
+        for frozen, part in parts:
+            part.requires_grad_(not frozen)
+        return not all(frozen for frozen, _ in parts)
+
+    def _build_models(self) -> None:
+        config, run = self.config, self.config.run
+        self.mesh = make_mesh(self.env, run.sharding_strategy, run.num_shard, run.num_replicate)
+        self.student = self._sharded(trains=True, dtype=torch.float32, offload=run.cpu_offload)
+        self.teacher: Teacher | None = None
+        self.ema: Bagel | None = None
+        if not self.sft and config.loss.jsd_weight != 0:
+            mode = config.teacher.teacher_mode
+            model = None
+            if mode != "self":
+                # A fixed teacher never accumulates small steps, so compute dtype is enough.
+                master = torch.float32 if mode == "ema" else self.dtype
+                offload = config.teacher.teacher_cpu_offload
+                model = self._sharded(trains=False, dtype=master, offload=offload)
+            self.ema = model if mode == "ema" else None
+            self.teacher = Teacher(mode, model, self.student, config.teacher.ema_decay)
+        check_precision(self.student, self.dtype, ema=self.ema)
+        self.trainable = [p for p in self.student.parameters() if p.requires_grad]
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            self.trainable,
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+        )
+        self.scheduler = LambdaLR(
+            self.optimizer, lambda step: learning_rate_factor(step, self.config)
+        )
+
+    @property
+    def state(self) -> TrainingState:
+        return TrainingState(self.student, self.optimizer, self.scheduler, self.ema)
+
+    def _saved_config(self) -> dict[str, Any]:
+        """Settings stored with checkpoints, and what the order of the rows depends on."""
+        return {**asdict(self.config), "rows": self.sampler.signature(), "sft": self.sft}
+
+    def _restore(self) -> None:
+        run = self.config.run
+        if self.checkpoint is not None:
+            resumed = load_checkpoint(
+                self.checkpoint, self.state, env=self.env, config=self._saved_config()
+            )
+            self.step = resumed.step
+            self.bad_steps = int(resumed.extra["bad_steps"])
+            self.ledger.resume(resumed.extra["rejects"], self.step)
+        claim_checkpoint_dir(run.checkpoints, self.checkpoint, self.env)
+        if self.env.is_main:
+            self.results.mkdir(parents=True, exist_ok=True)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                truncate_jsonl(self.results / name, self.step)
+            (self.results / "config.yaml").write_text(
+                yaml.safe_dump(flat(self.config), sort_keys=False)
+            )
+
+    # ------------------------------------------------------------------------------- training
+
+    def train(self) -> int:
+        """Run to `total_steps`; returns the exit code (0, or 143 after SIGTERM)."""
+        config, run = self.config, self.config.run
+        self._catch_sigterm()
+        wandb = None
+        if run.wandb_project:
+            wandb = WandbSettings(run.wandb_project, run.wandb_name, run.wandb_offline)
+        self.timer = PhaseTimer(self.env.device, synchronize=True)
+        with MetricLogger(
+            self.results / "metrics.jsonl",
+            self.env,
+            total_steps=config.optim.total_steps,
+            start_step=self.step,
+            progress=run.progress,
+            wandb=wandb,
+            config=flat(config),
+        ) as self.log:
+            rows = iter(self._loader())
+            while self.step < config.optim.total_steps:
+                if not self._one_step(rows):
+                    self._save_state()
+                    self.log.message(f"terminated: state of step {self.step} saved; --resume it")
+                    return TERMINATED
+                if self.step % run.save_every == 0 or self.step == config.optim.total_steps:
+                    self._save_state()
+                    self._save_release()
+        return 0
+
+    def _loader(self) -> Any:
+        config = self.config
+        builder = make_builder(self.tokenizer, self.model_config, config.prompt)
+        prepare: PrepareOPSD | PrepareSFT
+        if self.sft:
+            prepare = PrepareSFT(builder, config.data.sft_format)
+        else:
+            noise_seed = config.run.global_seed if config.teacher.noise_vt else None
+            prepare = PrepareOPSD(builder, noise_seed)
+        return make_loader(
+            self.sampler,
+            prepare,
+            rank=self.env.rank,
+            world_size=self.env.world_size,
+            start_step=self.step,
+            total_steps=config.optim.total_steps,
+            num_workers=config.data.num_workers,
+            prefetch_factor=config.data.prefetch_factor,
+        )
+
+    def _catch_sigterm(self) -> None:
+        def stop(*_: object) -> None:
+            self.stopping = True
+
+        signal.signal(signal.SIGTERM, stop)
+
+    def _one_step(self, loader: Iterator[StepRows[TrainRow]]) -> bool:
+        """One optimiser step; False when the run was told to stop (nothing of the step counts)."""
+        status, failure = _FINE, None
+        batch: StepRows[TrainRow] | None = None
+        scored: list[ScoredRow] = []
+        try:
+            with self.timer("data"):
+                batch = next(loader)
+            scored = self._score(batch)
+            status = _STOP if self.stopping else _FINE
+        except Interrupted:
+            status = _STOP
+        except Exception as error:
+            # Also out-of-memory in a rollout: the other ranks must not wait for this one.
+            status, failure = _FAILED, error
+        worst = all_reduce_max_int(status, self.env)
+        if worst == _FAILED:
+            raise_together(failure)
+        if worst == _STOP:
+            return False
+        assert batch is not None
+        sums = all_reduce_sums(
+            {
+                "scored": sum(row.scored for row in scored),
+                "rows_read": batch.rows_read,
+                "rejects": len(batch.rejects),
+            },
+            self.env,
+        )
+        self._record_rejects(batch, sums)
+        self._update(scored, sums)
+        return not agree(self.stopping, self.env)
+
+    def _score(self, batch: StepRows[TrainRow]) -> list[ScoredRow]:
+        """Rows with labels: completions of the student's current weights, or the SFT targets."""
+        limit = self.config.sample.max_forward_tokens
+        rows = batch.values
+        if self.sft:
+            return [score_targets(row, limit) for row in rows]
+        with self.timer("sample"), summon_full_params(self.student) as plain:
+            assert isinstance(plain, Bagel)
+            completions = sample_completions(
+                plain,
+                [row.student for row in rows],
+                [item.slot for item in batch.items],
+                tokenizer=self.tokenizer,
+                special=self.special,
+                settings=self.settings,
+                seed=self.config.run.global_seed,
+                step=batch.step,
+                device=self.env.device,
+                should_stop=lambda: self.stopping,
+            )
+        self.timer.add_tokens("sample", sum(len(c.ids) for c in completions))
+        self._write_samples(batch, completions)
+        return [score_completion(r, c, limit) for r, c in zip(rows, completions, strict=True)]
+
+    def _record_rejects(self, batch: StepRows[TrainRow], sums: dict[str, float]) -> None:
+        rejects = batch.rejects
+        if sums["rejects"]:
+            rejects = [reject for part in gather_objects(rejects) for reject in part]
+        self.ledger.record(int(sums["rows_read"]), rejects)
+
+    def _update(self, scored: Sequence[ScoredRow], sums: dict[str, float]) -> None:
+        """Packs, gradient, clipping, AdamW, EMA, metrics."""
+        with self.timer("train", sum(row.length for row in scored)):
+            results = self._run_packs(scored, sums["scored"])
+            grad_norm = clip_grad_norm(self.trainable, self.config.optim.max_grad_norm)
+        figures = self._reduce(results, scored)
+        finite = math.isfinite(float(grad_norm)) and math.isfinite(figures["loss"])
+        learning_rate = self.scheduler.get_last_lr()[0]
+        with self.timer("optimise"):
+            if finite:
+                self.optimizer.step()
+                if self.teacher is not None:
+                    self.teacher.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scheduler.step()
+        self.step += 1
+        self._note_nonfinite(finite, results)
+        phases = self.timer.reduce(self.env)
+        last = self.step == self.config.optim.total_steps
+        if self.step % self.config.run.log_every == 0 or last or not finite:
+            self.log.log(
+                self.step,
+                {
+                    **figures,
+                    **phases,
+                    "grad_norm": float(grad_norm),
+                    "lr": learning_rate,
+                    "skipped_rows": self.ledger.rejected,
+                    "rows_read": self.ledger.rows_read,
+                    "nonfinite": not finite,
+                    "peak_memory_gb": peak_memory_gb(self.env.device),
+                },
+                show=_SHOWN,
+            )
+        self.log.advance()
+
+    def _run_packs(self, scored: Sequence[ScoredRow], total: float) -> list[PackResult]:
+        config = self.config
+        packs = plan_packs(
+            [row.length for row in scored],
+            config.optim.gradient_accumulation_steps,
+            config.sample.pack_tokens,
+        )
+        filler = empty_row(self.teacher is not None, self.model_config.vision.patch_dim)
+        head = self.teacher.head(self.dtype) if self.teacher is not None else None
+        # FSDP2 averages gradients over ranks; the loss is divided by the global token count.
+        scale = self.env.world_size / max(total, 1.0)
+        results = []
+        for index in range(all_reduce_max_int(len(packs), self.env)):
+            rows = [scored[i] for i in packs[index]] if index < len(packs) else [filler]
+            results.append(
+                run_pack(
+                    self.student, self.teacher, head, rows,
+                    special=self.special, loss=self.loss, chunk_size=config.loss.loss_chunk_size,
+                    scale=scale, device=self.env.device, decode=self.tokenizer.decode,
+                )
+            )  # fmt: skip
+        return results
+
+    # ------------------------------------------------------------------------------ reporting
+
+    def _reduce(self, results: Sequence[PackResult], scored: Sequence[ScoredRow]) -> dict[str, Any]:
+        """Sums over packs and ranks, then means over scored rows or completions."""
+        sums: dict[str, float | Tensor] = {"loss": torch.stack([r.loss for r in results]).sum()}
+        for name in results[0].stats:
+            sums[name] = torch.stack([r.stats[name] for r in results]).sum()
+        with_completions = not self.sft
+        if with_completions:
+            sums |= completion_counts(scored, self.special.eos)
+            if self.config.loss.jsd_temperature == self.config.sample.sample_temperature:
+                sums["gap"], _ = sampler_gap(results)
+        return summarise(all_reduce_sums(sums, self.env), self.loss, with_completions)
+
+    def _note_nonfinite(self, finite: bool, results: Sequence[PackResult]) -> None:
+        """Name the rows of a skipped step; stop after too many in a row."""
+        self.bad_steps = 0 if finite else self.bad_steps + 1
+        if finite:
+            return
+        mine = [
+            row.name
+            for result in results
+            if not math.isfinite(float(result.loss))
+            for row in result.rows
+        ]
+        names = [name for part in gather_objects(mine) for name in part]
+        where = ", ".join(names[:8]) if names else "none: the gradient, not a loss, is non-finite"
+        self.log.message(f"step {self.step}: non-finite, update skipped; rows: {where}")
+        limit = self.config.optim.max_nonfinite_steps
+        if self.bad_steps >= limit:
+            raise ValueError(
+                f"{self.bad_steps} steps in a row had a non-finite loss or gradient (rows of the "
+                f"last: {where}); lower --lr, check these rows, or resume an earlier step"
+            )
+
+    def _write_samples(self, batch: StepRows[TrainRow], completions: Sequence[Any]) -> None:
+        if not self.env.is_main:
+            return
+        count = self.config.run.samples_per_step
+        with (self.results / "samples.jsonl").open("a", encoding="utf-8") as file:
+            for row, completion in list(zip(batch.values, completions, strict=True))[:count]:
+                record = {
+                    "step": batch.step + 1,
+                    "row": row.name,
+                    "question": row.question,
+                    "answer": row.answer,
+                    "completion": self.tokenizer.decode(list(completion.ids)),
+                    "tokens": len(completion.ids),
+                    "capped": completion.capped,
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    # --------------------------------------------------------------------------------- saving
+
+    def _save_state(self) -> None:
+        run = self.config.run
+        if self.step == 0 or find_existing(run.checkpoints, self.step):
+            return
+        save_checkpoint(
+            run.checkpoints,
+            self.step,
+            self.state,
+            env=self.env,
+            config=self._saved_config(),
+            extra={"rejects": self.ledger.state_dict(), "bad_steps": self.bad_steps},
+            keep_last=run.keep_last,
+        )
+
+    def _save_release(self) -> None:
+        """A complete release folder `<checkpoint_dir>/<step>`, which evaluators load."""
+        run = self.config.run
+        if not run.save_release:
+            return
+        trained = {name for name, p in self.student.named_parameters() if p.requires_grad}
+        stored = open_weights(self.config.model.model_path)
+        dtypes = {key: FLOAT_DTYPES[tensor.dtype] for key, tensor in stored.items()}
+        tensors = iter_full_state(self.student, trained, dtypes.get)
+        save_bagel(
+            tensors,
+            run.checkpoints / f"{self.step:07d}" if self.env.is_main else None,
+            base=self.config.model.model_path,
+            step=self.step,
+            run_config=flat(self.config),
+            overwrite=True,
+        )
+
+
+def find_existing(checkpoints: Path, step: int) -> bool:
+    """Whether this step's state is already complete on disk (nothing happened since)."""
+    try:
+        return find_checkpoint(checkpoints, step) is not None
+    except ValueError:
+        return False
