@@ -126,7 +126,7 @@ class Prompts:
 
     @classmethod
     def for_style(cls, style: str) -> Prompts:
-        """"packer": the paper's training prompt. "inferencer": the prompt of the VLMEvalKit
+        """ "packer": the paper's training prompt. "inferencer": the prompt of the VLMEvalKit
         wrapper, system text between newlines and an image tag before the question."""
         if style == "packer":
             return cls()

@@ -67,7 +67,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.section("worst deviation per golden (share of tolerance, absolute)")
     for case in sorted(_deviations):
         worst = _deviations[case]
-        terminalreporter.write_line(f"{case}: {worst['share']:.3f} of tolerance, {worst['abs']:.2e}")
+        terminalreporter.write_line(
+            f"{case}: {worst['share']:.3f} of tolerance, {worst['abs']:.2e}"
+        )
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

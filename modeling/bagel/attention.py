@@ -240,9 +240,7 @@ def _parts(layout: AttentionLayout) -> tuple[list[Any], list[Any]]:
         chunk = np.flatnonzero(visible)
         before = np.arange(key_start, key_start + past)
         if sum(block.end - block.start for block in blocks) < n:  # some row is text
-            causal.append(
-                (query_start + chunk, np.concatenate([before, key_start + past + chunk]))
-            )
+            causal.append((query_start + chunk, np.concatenate([before, key_start + past + chunk])))
         for block in blocks:
             own = np.arange(block.start, block.end)
             earlier = chunk[chunk < block.start]
@@ -253,9 +251,7 @@ def _parts(layout: AttentionLayout) -> tuple[list[Any], list[Any]]:
     return causal, full
 
 
-def _calls(
-    layout: AttentionLayout, device: torch.device
-) -> tuple[_Calls | None, _Calls | None]:
+def _calls(layout: AttentionLayout, device: torch.device) -> tuple[_Calls | None, _Calls | None]:
     def make() -> tuple[_Calls | None, _Calls | None]:
         causal, full = _parts(layout)
         return _as_call(layout, causal, device), _as_call(layout, full, device)
@@ -276,9 +272,7 @@ def _one_call(q: Tensor, k: Tensor, v: Tensor, call: _Calls, causal: bool, backe
     extra: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
     if _varlen_has_gqa_flag():
         extra["enable_gqa"] = q.shape[1] != k.shape[1]
-    return function(
-        q, k, v, call.cu_query, call.cu_key, call.max_query, call.max_key, **extra
-    )
+    return function(q, k, v, call.cu_query, call.cu_key, call.max_query, call.max_key, **extra)
 
 
 def _run_calls(

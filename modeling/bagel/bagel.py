@@ -68,9 +68,7 @@ class Bagel(nn.Module):
         """Compute dtype: that of the (gathered) embedding."""
         return self.language_model.model.embed_tokens.weight.dtype
 
-    def encode_images(
-        self, patches: Tensor, position_ids: Tensor, lens: tuple[int, ...]
-    ) -> Tensor:
+    def encode_images(self, patches: Tensor, position_ids: Tensor, lens: tuple[int, ...]) -> Tensor:
         """ViT, connector, then the fixed position table: (Nv, 588) -> (Nv, H)."""
         features = self.connector(self.vit_model(patches, position_ids, lens))
         return features + self.vit_pos_embed(position_ids).to(features.dtype)
@@ -80,9 +78,7 @@ class Bagel(nn.Module):
         text = self.language_model.model.embed_tokens(batch.text_ids)
         x = text.new_zeros((batch.total, text.shape[-1])).index_copy(0, batch.text_rows, text)
         if batch.vit_patches is not None:
-            features = self.encode_images(
-                batch.vit_patches, batch.vit_position_ids, batch.vit_lens
-            )
+            features = self.encode_images(batch.vit_patches, batch.vit_position_ids, batch.vit_lens)
             x = x.index_copy(0, batch.vit_rows, features.to(x.dtype))
         return x
 
@@ -92,9 +88,7 @@ class Bagel(nn.Module):
     ) -> Tensor: ...
 
     @overload
-    def forward(
-        self, batch: PackedBatch, *, head: Head[T], cache: KVCache | None = ...
-    ) -> T: ...
+    def forward(self, batch: PackedBatch, *, head: Head[T], cache: KVCache | None = ...) -> T: ...
 
     def forward(
         self,

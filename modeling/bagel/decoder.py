@@ -154,9 +154,7 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         if self.checkpointing and x.requires_grad:
             # Inside the layer, so that a sharded layer recomputes without gathering twice.
-            return checkpoint(
-                self._body, x, cos, sin, layout, routing, cache, use_reentrant=False
-            )
+            return checkpoint(self._body, x, cos, sin, layout, routing, cache, use_reentrant=False)
         return self._body(x, cos, sin, layout, routing, cache)
 
 

@@ -52,9 +52,7 @@ class KVCache:
         def make() -> tuple[Tensor, Tensor]:
             written: list[Any] = []
             read: list[Any] = []
-            for b, (n, past) in enumerate(
-                zip(layout.query_lens, layout.past_lens, strict=True)
-            ):
+            for b, (n, past) in enumerate(zip(layout.query_lens, layout.past_lens, strict=True)):
                 if past + n > self.max_len:
                     raise ValueError(
                         f"{past + n} positions do not fit a cache of {self.max_len}; "

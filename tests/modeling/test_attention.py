@@ -19,7 +19,9 @@ LAYOUTS = {
     "two_images": AttentionLayout((15,), (0,), ((Block(0, 4), Block(9, 13)),)),
     "only_image": AttentionLayout((6, 3), (0, 0), ((Block(0, 6),), (Block(0, 3),))),
     "several": AttentionLayout((9, 1, 14), (0, 0, 0), ((Block(2, 6),), (), (Block(4, 12),))),
-    "noise": AttentionLayout((16,), (0,), ((Block(2, 6, True), Block(6, 10), Block(12, 14, True)),)),
+    "noise": AttentionLayout(
+        (16,), (0,), ((Block(2, 6, True), Block(6, 10), Block(12, 14, True)),)
+    ),
     "cached": AttentionLayout((5, 8), (6, 0), ((), (Block(1, 7),))),
     "cached_image": AttentionLayout((6, 4), (3, 9), ((Block(0, 6),), (Block(1, 4),))),
 }
@@ -99,8 +101,10 @@ def test_decode_reads_its_own_prefix_only() -> None:
 
 def test_splits_build_the_same_layout() -> None:
     layout = AttentionLayout.from_splits(
-        [9, 1, 14], [2, 4, 3, 1, 4, 8, 2], ["causal", "full", "causal", "causal"] + ["causal", "full", "causal"]
-    )  # fmt: skip
+        [9, 1, 14],
+        [2, 4, 3, 1, 4, 8, 2],
+        ["causal", "full", "causal", "causal", "causal", "full", "causal"],
+    )
     assert layout == LAYOUTS["several"]
     with pytest.raises(ValueError, match="unknown attention mode"):
         AttentionLayout.from_splits([2], [2], ["sideways"])

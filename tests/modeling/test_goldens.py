@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import assert_golden, load_golden
+from PIL import Image
 from torch import Tensor
 
 from data.packing import pack
@@ -27,8 +30,6 @@ from modeling.bagel.decoder import RMSNorm, apply_rotary, rotary
 from modeling.bagel.embeddings import timestep_frequencies
 from modeling.bagel.kv_cache import KVCache
 from modeling.tokenizer import load_tokenizer
-from PIL import Image
-from tests.conftest import assert_golden, load_golden
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +49,7 @@ def text_splits(tensors: dict[str, Tensor], meta: dict[str, Any]) -> list[tuple[
     starts = torch.tensor([0, *meta["batch"]["split_lens"]]).cumsum(0).tolist()
     rows = tensors["packed_text_indexes"]
     ids = tensors["packed_text_ids"]
-    return [
-        tuple(ids[(rows >= a) & (rows < b)].tolist())
-        for a, b in zip(starts[:-1], starts[1:], strict=True)
-    ]
+    return [tuple(ids[(rows >= a) & (rows < b)].tolist()) for a, b in pairwise(starts)]
 
 
 def check_pack(batch: PackedBatch, tensors: dict[str, Tensor]) -> None:
@@ -286,7 +284,7 @@ def test_packed_segments_of_golden_11(tiny_bagel_path: Any) -> None:
 
 
 def test_special_tokens_and_prompts(tiny_bagel_path: Any) -> None:
-    meta, t = load_golden("11_special_tokens")
+    meta, _ = load_golden("11_special_tokens")
     tokenizer, special = load_tokenizer(tiny_bagel_path)
     for entry in meta["encode"]:
         assert tokenizer.encode(entry["text"], add_special_tokens=False) == entry["ids"]
