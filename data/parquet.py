@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.dataset_info import DatasetSource, check_sources, dataset_files
@@ -382,6 +383,7 @@ def make_loader(
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         worker_init_fn=_quiet_worker,
+        generator=torch.Generator(),  # or each pass would draw from the trainer's global one
         multiprocessing_context=context,
     )
     return StepLoader(dataset, loader)

@@ -25,6 +25,7 @@ class RowGroup:
     """Place of a row group: `first` counts in the dataset, `first_in_file` in its file.
 
     It is read in blocks of `block_rows` rows; only a very large group has more than one.
+    `bytes` is the decompressed size of all columns.
     """
 
     file: str
@@ -33,14 +34,17 @@ class RowGroup:
     first: int
     first_in_file: int
     block_rows: int
+    bytes: int
 
 
-def _open_parquet(file: str | Path) -> pq.ParquetFile:
+def open_parquet(file: str | Path) -> pq.ParquetFile:
     """Raises ValueError for what is no parquet file; a missing file stays FileNotFoundError."""
     try:
         # A buffered stream reads page by page: a file of one huge row group is never whole in
         # memory.
-        return pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+        return pq.ParquetFile(
+            file, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
+        )
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:
@@ -94,19 +98,19 @@ class ParquetDataset:
         groups: list[RowGroup] = []
         first = 0
         for file in self.files:
-            with _open_parquet(file) as parquet:
+            with open_parquet(file) as parquet:
                 metadata = parquet.metadata
                 self.columns[file] = check_schema(parquet.schema_arrow, needs, where=file)
                 in_file = 0
                 for number in range(metadata.num_row_groups):
                     group = metadata.row_group(number)
-                    if group.num_rows == 0:
+                    rows, size = group.num_rows, group.total_byte_size
+                    if rows == 0:
                         continue
-                    blocks = max(1, -(-group.total_byte_size // block_bytes))
-                    size = -(-group.num_rows // blocks)
-                    groups.append(RowGroup(file, number, group.num_rows, first, in_file, size))
-                    first += group.num_rows
-                    in_file += group.num_rows
+                    block_rows = -(-rows // max(1, -(-size // block_bytes)))
+                    groups.append(RowGroup(file, number, rows, first, in_file, block_rows, size))
+                    first += rows
+                    in_file += rows
         if not groups:
             listed = ", ".join(self.files) or "no files"
             raise ValueError(
@@ -152,7 +156,7 @@ class ParquetDataset:
             if self._handle is not None:
                 self._handle[1].close()
             self._stream = None
-            self._handle = (file, _open_parquet(file))
+            self._handle = (file, open_parquet(file))
         return self._handle[1]
 
     def _read_block(self, number: int, block: int) -> pa.Table:

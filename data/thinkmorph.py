@@ -48,6 +48,7 @@ class RowNeeds:
 OPSD_ROWS = RowNeeds()
 SFT_ROWS = RowNeeds(visual_thoughts="unused", text_trace="required", thoughts="unused")
 EVALUATION_ROWS = RowNeeds(visual_thoughts="unused", text_trace="unused", thoughts="unused")
+WHOLE_ROWS = RowNeeds(visual_thoughts="optional", text_trace="optional", thoughts="optional")
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def _text(row: Row, column: str) -> str:
     return "" if value is None else str(value)
 
 
-def _image(row: Row, column: str) -> Image.Image | None:
+def row_image(row: Row, column: str) -> Image.Image | None:
     """RGB image of a column, None if the cell is empty. Raises BadRow."""
     value = row.values.get(column)
     data = value
@@ -227,13 +228,13 @@ def parse_row(row: Row, needs: RowNeeds = OPSD_ROWS) -> Sample:
     for name, text in texts.items():
         if not text.strip():
             raise bad(f"missing_{name}", f"column {name} is empty")
-    problem = _image(row, PROBLEM_IMAGE)
+    problem = row_image(row, PROBLEM_IMAGE)
     if problem is None:
         raise bad("missing_image", f"column {PROBLEM_IMAGE} is empty")
 
     images: list[Image.Image] = []
     if needs.visual_thoughts != "unused":
-        images = [image for name in IMAGE_COLUMNS if (image := _image(row, name)) is not None]
+        images = [image for name in IMAGE_COLUMNS if (image := row_image(row, name)) is not None]
     if needs.visual_thoughts == "required" and not images:
         raise bad("no_visual_thought", "no reasoning_image_i holds an image")
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 DEFAULT_MAX_PIXELS = 14 * 14 * 9 * 1024
@@ -66,8 +66,10 @@ def decode_image(source: bytes | str | Path) -> Image.Image:
     except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, IndexError ...
-        size = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
-        raise ValueError(f"cannot decode the image ({size}): {error}") from error
+        what = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+        unknown = isinstance(error, UnidentifiedImageError)
+        cause = "not in a format Pillow knows" if unknown else error
+        raise ValueError(f"cannot decode the image ({what}): {cause}") from error
 
 
 @runtime_checkable

@@ -1,0 +1,330 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Look at ThinkMorph-schema parquet before training on it.
+
+    python -m data.check PATH [--tokenizer DIR] [--split train] [--use opsd|sft|evaluation]
+
+PATH is a parquet file, a dataset folder or a folder of datasets. Prints a table for each dataset;
+exit code 1 if a file cannot be read, lacks columns or holds no rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data.dataset_info import is_dataset_folder, split_files
+from data.row_groups import ParquetDataset, RowGroup, open_parquet
+from data.thinkmorph import (
+    EVALUATION_ROWS,
+    IMAGE_COLUMNS,
+    OPSD_ROWS,
+    PROBLEM_IMAGE,
+    SFT_ROWS,
+    WHOLE_ROWS,
+    BadRow,
+    Row,
+    RowNeeds,
+    Sample,
+    inspect_schema,
+    parse_row,
+    row_image,
+)
+
+USES: dict[str, RowNeeds] = {"opsd": OPSD_ROWS, "sft": SFT_ROWS, "evaluation": EVALUATION_ROWS}
+MAX_BAD_RATE = 0.01
+LARGE_GROUP = 256 << 20
+SHOWN = 5
+
+Lines = list[tuple[str, str]]
+
+
+@dataclass
+class RowStats:
+    """What was seen in some rows; adds up over row groups."""
+
+    rows: int = 0
+    images: int = 0
+    undecodable: int = 0
+    usable: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+    visual_thoughts: Counter[int] = field(default_factory=Counter)
+    problem_sizes: list[tuple[int, int]] = field(default_factory=list)
+    thought_sizes: list[tuple[int, int]] = field(default_factory=list)
+    lengths: dict[str, list[int]] = field(default_factory=dict)
+
+    def add(self, other: RowStats) -> None:
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            if isinstance(value, int):
+                setattr(self, name, mine + value)
+            elif isinstance(value, list):
+                mine.extend(value)
+            elif isinstance(value, Counter):
+                mine.update(value)
+            else:
+                for key, numbers in value.items():
+                    mine.setdefault(key, []).extend(numbers)
+
+    def see(self, sample: Sample, length: Callable[[str], int]) -> None:
+        self.images += 1 + len(sample.thought_images)
+        self.visual_thoughts[len(sample.thought_images)] += 1
+        self.problem_sizes.append(sample.problem_image.size)
+        self.thought_sizes += [image.size for image in sample.thought_images]
+        self.usable["evaluation"] += 1
+        self.usable["opsd"] += bool(sample.thought_images)
+        self.usable["sft"] += bool(sample.text_trace.strip())
+        texts = {
+            "question": sample.question,
+            "answer": sample.answer,
+            "text trace": sample.text_trace,
+            "thoughts": "".join(sample.thoughts),
+        }
+        for key, text in texts.items():
+            if text:
+                self.lengths.setdefault(key, []).append(length(text))
+
+    def see_bad(self, row: Row | None, bad: BadRow) -> None:
+        self.reasons[bad.reason] += 1
+        if len(self.examples) < SHOWN:
+            self.examples.append(str(bad))
+        if row is None:
+            return
+        for use, needs in USES.items():  # a broken visual thought, say, does not disturb SFT
+            with contextlib.suppress(BadRow):
+                parse_row(row, needs)
+                self.usable[use] += 1
+        for column in (PROBLEM_IMAGE, *IMAGE_COLUMNS):
+            try:
+                self.images += row_image(row, column) is not None
+            except BadRow as image:
+                self.images += 1
+                self.undecodable += image.reason == "broken_image"
+
+
+def scan(dataset: ParquetDataset, rows: range, length: Callable[[str], int]) -> RowStats:
+    """Statistics of some rows, every image decoded."""
+    stats = RowStats()
+    for index in rows:
+        stats.rows += 1
+        row = None
+        try:
+            row = dataset.read_row(index)
+            stats.see(parse_row(row, WHOLE_ROWS), length)
+        except BadRow as bad:
+            stats.see_bad(row, bad)
+    return stats
+
+
+def scan_all(
+    dataset: ParquetDataset, length: Callable[[str], int], num_workers: int = 1
+) -> RowStats:
+    """`scan` of a whole dataset, a row group at a time, over threads (decoding frees the GIL)."""
+    parts = [range(group.first, group.first + group.rows) for group in dataset.groups]
+    total = RowStats()
+    # Each part reads through its own copy: the row-group cache is not made for threads.
+    with (
+        tqdm(total=len(dataset), desc=dataset.name, unit="row", delay=2, leave=False) as bar,
+        ThreadPoolExecutor(max(1, num_workers)) as pool,
+    ):
+        for stats in pool.map(lambda part: scan(copy.copy(dataset), part, length), parts):
+            total.add(stats)
+            bar.update(stats.rows)
+    return total
+
+
+def _group(group: RowGroup) -> str:
+    return f"{group.rows} rows, {group.bytes / 2**20:.1f} MiB"
+
+
+def _range(values: Sequence[int]) -> str:
+    if not values:
+        return "none"
+    return f"min {min(values)}, median {int(np.median(values))}, max {max(values)}"
+
+
+def _sizes(sizes: list[tuple[int, int]]) -> str:
+    if not sizes:
+        return "none"
+    ordered = sorted(sizes, key=lambda size: size[0] * size[1])
+    smallest, middle, largest = (ordered[i] for i in (0, len(ordered) // 2, -1))
+    words = (f"{w} x {h}" for w, h in (smallest, middle, largest))
+    return "min {}, median {}, max {} (width x height, by area)".format(*words)
+
+
+def _schema_lines(files: Iterable[Path], needs: RowNeeds) -> tuple[Lines, bool]:
+    """Columns over all files, and whether every file can be used."""
+    used: dict[str, None] = {}
+    others: dict[str, None] = {}
+    problems: dict[str, None] = {}
+    for file in files:
+        try:
+            with open_parquet(file) as parquet:
+                report = inspect_schema(parquet.schema_arrow, needs)
+                whole = inspect_schema(parquet.schema_arrow, WHOLE_ROWS)
+        except (ValueError, OSError) as error:
+            problems[str(error)] = None
+            continue
+        used.update(dict.fromkeys(whole.used))
+        others.update(dict.fromkeys(name for name in report.found if name not in whole.used))
+        for kind, names in (("missing", report.missing), ("wrong type", whole.wrong_type)):
+            problems.update(dict.fromkeys(f"{kind}: {name} ({file.name})" for name in names))
+    lines = [
+        ("columns found", ", ".join(used) or "none of those used"),
+        ("columns ignored", ", ".join(others) or "none"),
+        ("columns missing", "\n".join(problems) or "none"),
+    ]
+    return lines, not problems
+
+
+def check_dataset(
+    name: str,
+    files: Sequence[Path],
+    *,
+    use: str = "opsd",
+    length: Callable[[str], int] = len,
+    unit: str = "characters",
+    num_workers: int = 1,
+) -> tuple[Lines, bool]:
+    """Table of one dataset as (label, value) lines, and whether it can be used."""
+    lines: Lines = [("files", str(len(files)))]
+    schema_lines, ok = _schema_lines(files, USES[use])
+    if not ok:
+        return [*lines, *schema_lines, ("SCHEMA ERROR", f"cannot be used for {use}")], False
+    try:
+        dataset = ParquetDataset(name, files, WHOLE_ROWS)
+    except ValueError as error:
+        return [*lines, *schema_lines, ("rows", "0"), ("ERROR", str(error))], False
+    largest = max(dataset.groups, key=lambda group: group.bytes)
+    stats = scan_all(dataset, length, num_workers)
+    bad = stats.reasons.total()
+    reasons = ", ".join(f"{count} {reason}" for reason, count in stats.reasons.most_common())
+    counts = ", ".join(f"{n} rows with {k}" for k, n in sorted(stats.visual_thoughts.items()))
+    lines += [
+        ("row groups", f"{len(dataset.groups)}, the largest of {_group(largest)}"),
+        ("rows", str(stats.rows)),
+        *schema_lines,
+        ("images", str(stats.images)),
+        ("images undecodable", str(stats.undecodable)),
+        ("bad rows", f"{bad} ({reasons})" if bad else "0"),
+        *((f"usable for {name}", f"{stats.usable[name]} rows") for name in USES),
+        ("visual thoughts", counts or "none"),
+        ("problem image", _sizes(stats.problem_sizes)),
+        ("visual thought", _sizes(stats.thought_sizes)),
+    ]
+    for key, values in stats.lengths.items():
+        lines.append((f"{key} ({unit})", _range(values)))
+    lines += [("bad row", example) for example in stats.examples[:SHOWN]]
+    lost = stats.rows - stats.usable[use]
+    if lost > MAX_BAD_RATE * stats.rows:
+        lines.append(
+            ("WARNING", f"{lost} of {stats.rows} rows cannot be used for {use}, more than the "
+             f"{MAX_BAD_RATE:.0%} training allows")
+        )  # fmt: skip
+    if largest.bytes > LARGE_GROUP:
+        lines.append(
+            ("WARNING", f"a row group holds {_group(largest)}; random reads "
+             "are faster with row groups of about 100 rows")
+        )  # fmt: skip
+    return lines, True
+
+
+def find_datasets(path: Path, split: str) -> list[tuple[str, list[Path] | ValueError]]:
+    """(name, files) at a path; an error in place of the files of a dataset without the split.
+
+    Raises ValueError if there is nothing at the path.
+    """
+    if path.is_file():
+        return [(path.stem, [path])]
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    single = is_dataset_folder(path)
+    folders = [path] if single else sorted(p for p in path.iterdir() if is_dataset_folder(p))
+    if not folders:
+        raise ValueError(
+            f"{path} holds no parquet files; expected a .parquet file, a dataset folder "
+            "(NAME/data/*.parquet) or a folder of those"
+        )
+    found: list[tuple[str, list[Path] | ValueError]] = []
+    for folder in folders:
+        try:
+            found.append((folder.resolve().name, split_files(folder, split)))
+        except ValueError as error:
+            found.append((folder.resolve().name, error))
+    return found
+
+
+def format_table(title: str, lines: Lines) -> str:
+    width = max(len(label) for label, _ in lines)
+    out = [title]
+    for label, value in lines:
+        first, *rest = value.splitlines() or [""]
+        out.append(f"  {label:<{width}}  {first}")
+        out += [f"  {'':<{width}}  {line}" for line in rest]
+    return "\n".join(out)
+
+
+def _length_function(tokenizer_path: str | None) -> tuple[Callable[[str], int], str]:
+    if tokenizer_path is None:
+        return len, "characters"
+    from modeling.tokenizer import load_tokenizer  # transformers takes seconds to import
+
+    tokenizer: Any = load_tokenizer(tokenizer_path)[0]
+    lock = threading.Lock()  # tokenizers refuse concurrent use
+
+    def length(text: str) -> int:
+        with lock:
+            return len(tokenizer.encode(text, add_special_tokens=False))
+
+    return length, "tokens"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.check", description="Check ThinkMorph-schema parquet files."
+    )
+    parser.add_argument("path", help="parquet file, dataset folder, or folder of datasets")
+    parser.add_argument("--tokenizer", metavar="DIR", help="checkpoint folder; lengths in tokens")
+    parser.add_argument("--split", default="train", help="split to read (default: train)")
+    parser.add_argument(
+        "--use", choices=sorted(USES), default="opsd", help="what the data is for (default: opsd)"
+    )
+    parser.add_argument(
+        "--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="decoding threads"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        length, unit = _length_function(options.tokenizer)
+        datasets = find_datasets(Path(options.path).expanduser(), options.split)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    good = True
+    for name, files in datasets:
+        if isinstance(files, ValueError):
+            lines, ok = [("ERROR", str(files))], False
+        else:
+            lines, ok = check_dataset(
+                name, files, use=options.use, length=length, unit=unit,
+                num_workers=options.num_workers,
+            )  # fmt: skip
+        print(format_table(f"{name} (split {options.split})", lines), flush=True)
+        good &= ok
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
