@@ -233,7 +233,8 @@ def test_absent_checkpoint(tmp_path: Path, tiny: Tensors, make_base: Callable[..
 def test_truncated_file(length: int, tiny: Tensors, make_base: Callable[..., Path]) -> None:
     file = make_base(tiny) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read: .*fetch it again"):
+    why = "its header promises 4844512 bytes" if length in (100_000, -1) else "end inside the"
+    with pytest.raises(ValueError, match=rf"\.safetensors cannot be read: .*{why}.*fetch it again"):
         load_bagel(file.parent)
 
 
@@ -552,7 +553,7 @@ def test_saving_needs_about_one_tensor(
     extra = (peak - before) / 2**20
     print(f"extra anonymous memory: {extra:.0f} MiB")
     # One fp32 tensor (32) and a piece of it or of an untouched one (up to 16), not six (192).
-    assert 30 < extra < 90, f"{extra:.0f} MiB"
+    assert 30 < extra < 80, f"{extra:.0f} MiB"
     assert saved is not None
     written = open_weights(saved)
     for i in range(count):
