@@ -159,8 +159,7 @@ def shard_model(
     classes = tuple(block_classes)
     blocks = [m for m in model.modules() if isinstance(m, classes) and m is not model]
     if not blocks:
-        names = ", ".join(c.__name__ for c in classes)
-        raise ValueError(f"{type(model).__name__} holds no block of class {names}")
+        raise ValueError(f"{type(model).__name__} holds no {[c.__name__ for c in classes]} block")
     _PLAIN_TWINS[model] = _plain_twin(model)
     if activation_checkpointing:
         set_checkpointing = getattr(model, "set_gradient_checkpointing", None)

@@ -66,7 +66,7 @@ def init_distributed(device: str = "auto", timeout_s: float = 1800) -> DistEnv:
     if launched:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        store = dist.HashStore()  # type: ignore[attr-defined]  # public, not in __all__
+        store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     here = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     return DistEnv(rank, world_size, local_rank, local_world_size, here)

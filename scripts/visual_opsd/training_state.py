@@ -73,12 +73,13 @@ FORMAT_VERSION = 1
 # say how often to report, or split the same work differently. Everything else must be equal.
 # fmt: off
 FREE_FIELDS = frozenset((
-    "results_dir", "checkpoint_dir", "output_name", "resume", "auto_resume", "resume_from",
-    "save_every", "keep_last", "log_every", "samples_per_step", "progress", "timeout_s",
-    "num_workers", "prefetch_factor", "device", "sharding_strategy", "num_shard",
+    "results_dir", "checkpoint_dir", "output_name", "data_root", "resume", "auto_resume",
+    "resume_from", "save_every", "save_release", "keep_last", "log_every",
+    "samples_per_step", "progress", "timeout_s", "num_workers", "prefetch_factor",
+    "max_bad_rate", "max_nonfinite_steps", "device", "sharding_strategy", "num_shard",
     "num_replicate", "cpu_offload", "teacher_cpu_offload", "gradient_accumulation_steps",
-    "activation_checkpointing", "compile_blocks", "loss_chunk_size", "wandb_project",
-    "wandb_name", "wandb_offline",
+    "pack_tokens", "sample_batch_size", "loss_chunk_size", "activation_checkpointing",
+    "compile_blocks", "wandb_project", "wandb_name", "wandb_offline",
 ))
 # fmt: on
 
@@ -200,6 +201,8 @@ def save_checkpoint(
     def finish() -> None:
         trainer = {"scheduler": state.scheduler.state_dict(), "extra": dict(extra or {})}
         _save_synced(trainer, tmp / "trainer.pt")
+        # Better to fail here than when the run is resumed: loading accepts simple types only.
+        torch.load(tmp / "trainer.pt", weights_only=True)
         files = [p for p in sorted(tmp.rglob("*")) if p.is_file()]
         for path in files:
             _fsync(path)

@@ -15,9 +15,8 @@ HERE = Path(__file__).parent
 
 
 def program_environment() -> dict[str, str]:
-    """For programs beside this file: one thread, the repository and this folder importable."""
-    path = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    """For programs beside this file: one thread, the repository importable."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
 
 
 def launch(processes: int, *arguments: str, timeout: float) -> str:

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from launching import launch
 from torch import nn
-from toy_distributed_model import (
+
+from scripts.visual_opsd import distributed as D
+from scripts.visual_opsd import training_state as T
+from tests.scripts.launching import launch
+from tests.scripts.toy_distributed_model import (
     TOY_BLOCKS,
     ToyModel,
     ToyRun,
@@ -20,10 +23,7 @@ from toy_distributed_model import (
     toy_generate,
     toy_model,
 )
-from two_process_checks import CHECKS
-
-from scripts.visual_opsd import distributed as D
-from scripts.visual_opsd import training_state as T
+from tests.scripts.two_process_checks import CHECKS
 
 HERE = Path(__file__).parent
 CONFIG = {"lr": 0.01, "num_workers": 2, "loss": {"beta": 0.5}}
@@ -141,7 +141,7 @@ def test_summon_misuse(sharded: Any) -> None:
 
 def test_shard_model_errors(env: D.DistEnv) -> None:
     mesh = D.make_mesh(env)
-    with pytest.raises(ValueError, match="no block of class Conv2d"):
+    with pytest.raises(ValueError, match=r"holds no \['Conv2d'\] block"):
         D.shard_model(toy_model(), mesh, block_classes=[nn.Conv2d], param_dtype=torch.float32)
     model = nn.Sequential(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="set_gradient_checkpointing"):
@@ -175,9 +175,9 @@ def test_precision_contract(env: D.DistEnv, sharded: Any) -> None:
     def shard(model: nn.Module) -> nn.Module:
         return D.shard_model(model, mesh, block_classes=TOY_BLOCKS, param_dtype=torch.float32)
 
-    half = toy_model(dtype=torch.bfloat16)
-    half.inv_freq, half.table = half.inv_freq.float(), half.table.float()
-    half = shard(half)
+    toy = toy_model(dtype=torch.bfloat16)
+    toy.inv_freq, toy.table = toy.inv_freq.float(), toy.table.float()
+    half = shard(toy)
     with pytest.raises(ValueError, match=r"model connector.weight has torch.bfloat16 shards"):
         D.check_precision(half, torch.float32)
     half.requires_grad_(False)

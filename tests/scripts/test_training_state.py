@@ -7,6 +7,7 @@ What needs two processes, another mesh or another world size is in two_process_c
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import shutil
 import signal
@@ -19,11 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launching import program_environment
-from toy_distributed_model import ToyRun, state_hash
 
 from scripts.visual_opsd import training_state as T
 from scripts.visual_opsd.distributed import DistEnv, init_distributed, iter_full_state, shutdown
+from tests.scripts.launching import program_environment
+from tests.scripts.toy_distributed_model import ToyRun, state_hash
 
 HERE = Path(__file__).parent
 CONFIG: dict[str, Any] = {
@@ -225,6 +226,12 @@ def test_a_failed_save_leaves_no_checkpoint(
     assert list(T.complete_steps(tmp_path)) == [1]
 
 
+def test_extra_values_that_could_not_be_loaded(run: ToyRun, tmp_path: Path) -> None:
+    with pytest.raises(pickle.UnpicklingError, match="weights_only"):
+        save(run, tmp_path, 1, extra={"folder": tmp_path})
+    assert T.find_checkpoint(tmp_path, "latest") is None
+
+
 @pytest.mark.parametrize("moment", ["shards", "rename"])
 def test_sigkill_while_saving(env: DistEnv, tmp_path: Path, moment: str) -> None:
     """A process killed inside save_checkpoint leaves step 1 usable and step 2 invisible."""
@@ -232,7 +239,7 @@ def test_sigkill_while_saving(env: DistEnv, tmp_path: Path, moment: str) -> None
     program.write_text(
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from toy_distributed_model import ToyRun\n"
+        "from tests.scripts.toy_distributed_model import ToyRun\n"
         "from scripts.visual_opsd import training_state as T\n"
         "from scripts.visual_opsd.distributed import init_distributed\n"
         "run, where = ToyRun(init_distributed('cpu'), (1, 1)), Path(sys.argv[1])\n"

@@ -15,7 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from toy_distributed_model import (
+
+from scripts.visual_opsd import distributed as D
+from scripts.visual_opsd import training_state as T
+from scripts.visual_opsd.processes import on_main
+from tests.scripts.toy_distributed_model import (
     TOY_BLOCKS,
     ToyModel,
     ToyRun,
@@ -26,10 +30,6 @@ from toy_distributed_model import (
     toy_model,
     toy_optimizer,
 )
-
-from scripts.visual_opsd import distributed as D
-from scripts.visual_opsd import training_state as T
-from scripts.visual_opsd.processes import on_main
 
 MESHES = ((1, 2), (2, 1))
 
@@ -131,7 +131,8 @@ def check_bf16(env: D.DistEnv, work: Path) -> None:
         assert dict(full.named_buffers())["inv_freq"].dtype == torch.float32
         toy_generate(full, toy_batch(0)[0][0], 2 + env.rank, 0)
     model(*toy_batch(0)[env.rank]).backward()
-    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(g is not None and g.dtype == torch.float32 for g in grads)
     cast = dict(D.iter_full_state(model, ["head.weight"], lambda key: torch.bfloat16))
     assert list(cast) == ["head.weight"]
     assert torch.equal(cast["head.weight"], masters["head.weight"].bfloat16())
