@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_golden, load_golden
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,6 +22,7 @@ from scripts.visual_opsd.opsd_loss import (
     generalized_jsd_loss,
     tinker_reverse_kl_loss,
 )
+from tests.conftest import assert_golden, load_golden
 
 # Called with unpacked lists of tensors, whose length a type checker cannot know.
 chunked_opsd_loss: Callable[..., tuple[Tensor, dict[str, Tensor]]] = chunked_loss.chunked_opsd_loss
