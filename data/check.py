@@ -237,7 +237,7 @@ def check_dataset(
     if largest.bytes > LARGE_GROUP:
         lines.append(
             ("WARNING", f"a row group holds {_group(largest)}; random reads "
-             "are faster with row groups of about 100 rows")
+             "are faster with row_group_size=100")
         )  # fmt: skip
     return lines, True
 

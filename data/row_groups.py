@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import itertools
+import warnings
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -17,14 +17,15 @@ import pyarrow.parquet as pq
 from data.thinkmorph import OPSD_ROWS, BadRow, Row, RowNeeds, check_schema
 
 CACHE_BYTES = 256 << 20
-BLOCK_BYTES = 64 << 20
+# Memory of a worker grows with the row group, whatever is read of it: writers put up to 1024 rows
+# into one page.
+LARGE_GROUP_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class RowGroup:
     """Place of a row group: `first` counts in the dataset, `first_in_file` in its file.
 
-    It is read in blocks of `block_rows` rows; only a very large group has more than one.
     `bytes` is the decompressed size of all columns.
     """
 
@@ -33,15 +34,13 @@ class RowGroup:
     rows: int
     first: int
     first_in_file: int
-    block_rows: int
     bytes: int
 
 
 def open_parquet(file: str | Path) -> pq.ParquetFile:
     """Raises ValueError for what is no parquet file; a missing file stays FileNotFoundError."""
     try:
-        # A buffered stream reads page by page: a file of one huge row group is never whole in
-        # memory.
+        # A buffered stream holds one page besides the decoded rows, not whole column chunks.
         return pq.ParquetFile(
             file, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
         )
@@ -58,25 +57,12 @@ def open_parquet(file: str | Path) -> pq.ParquetFile:
         raise ValueError(f"{file} is not a readable parquet file: {error}; {hint}") from error
 
 
-def _blocks(batches: Iterator[pa.RecordBatch], size: int) -> Iterator[pa.Table]:
-    """Tables of `size` rows (the last may be shorter); a batch may be shorter than asked for."""
-    pending: list[pa.RecordBatch] = []
-    for batch in batches:
-        pending.append(batch)
-        while sum(part.num_rows for part in pending) >= size:
-            table = pa.Table.from_batches(pending)
-            yield table.slice(0, size)
-            pending = [part for part in table.slice(size).to_batches() if part.num_rows]
-    if pending:
-        yield pa.Table.from_batches(pending)
-
-
 class ParquetDataset:
     """Random access to the rows of some parquet files.
 
-    The index comes from metadata only. Rows are read by row group (huge groups in blocks), with
-    the columns `needs` asks for, through a cache of `cache_bytes`; the cache is per process and
-    does not travel to worker processes.
+    The index comes from metadata only. Rows are read by row group, with the columns `needs` asks
+    for, through a cache of `cache_bytes` (always at least the last group); the cache belongs to
+    its process and does not travel to workers. Not for use by several threads at once.
 
     Raises ValueError (on construction) for unreadable files, missing columns and no rows at all.
     """
@@ -89,7 +75,6 @@ class ParquetDataset:
         *,
         split: str = "train",
         cache_bytes: int = CACHE_BYTES,
-        block_bytes: int = BLOCK_BYTES,
     ) -> None:
         self.name, self.split, self.needs = name, split, needs
         self.files = tuple(str(file) for file in files)
@@ -107,8 +92,7 @@ class ParquetDataset:
                     rows, size = group.num_rows, group.total_byte_size
                     if rows == 0:
                         continue
-                    block_rows = -(-rows // max(1, -(-size // block_bytes)))
-                    groups.append(RowGroup(file, number, rows, first, in_file, block_rows, size))
+                    groups.append(RowGroup(file, number, rows, first, in_file, size))
                     first += rows
                     in_file += rows
         if not groups:
@@ -117,19 +101,26 @@ class ParquetDataset:
                 f"dataset {name} (split {split}) has no rows: {listed}. The files are empty; "
                 "generate or download them again."
             )
+        largest = max(groups, key=lambda group: group.bytes)
+        if largest.bytes > LARGE_GROUP_BYTES:
+            warnings.warn(
+                f"{largest.file}: a row group of {largest.rows} rows holds "
+                f"{largest.bytes / 2**30:.1f} GiB, and reading any row of it takes as much memory "
+                "in every worker; rewrite the file with row_group_size=100",
+                stacklevel=2,
+            )
         self.groups = tuple(groups)
         self._length = first
         self._firsts = [group.first for group in groups]
         self._forget()
 
     def _forget(self) -> None:
-        self._cache: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
         self._handle: tuple[str, pq.ParquetFile] | None = None
-        self._stream: tuple[int, int, Iterator[pa.Table]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_cache", "_handle", "_stream"):
+        for name in ("_cache", "_handle"):
             del state[name]
         return state
 
@@ -155,43 +146,22 @@ class ParquetDataset:
         if self._handle is None or self._handle[0] != file:
             if self._handle is not None:
                 self._handle[1].close()
-            self._stream = None
             self._handle = (file, open_parquet(file))
         return self._handle[1]
 
-    def _read_block(self, number: int, block: int) -> pa.Table:
-        """Rows [block * block_rows, (block + 1) * block_rows) of row group `number`."""
-        group = self.groups[number]
-        parquet = self._parquet(group.file)
-        columns = list(self.columns[group.file])
-        if group.block_rows >= group.rows:
-            return parquet.read_row_group(group.number, columns=columns, use_threads=False)
-        # Reading on from the last block makes a pass in order linear in the size of the group.
-        if self._stream is None or self._stream[0] != number or self._stream[1] > block:
-            batches = parquet.iter_batches(
-                group.block_rows, row_groups=[group.number], columns=columns, use_threads=False
-            )
-            self._stream = (number, 0, _blocks(batches, group.block_rows))
-        _, at, blocks = self._stream
-        self._stream = None  # an error below leaves no half-read stream behind
-        expected = min(group.block_rows, group.rows - block * group.block_rows)
-        table = next(itertools.islice(blocks, block - at, None), None)
-        if table is None or table.num_rows != expected:
-            raise OSError(f"row group {group.number} ends before its stated {group.rows} rows")
-        self._stream = (number, block + 1, blocks)
-        return table
-
-    def _block(self, number: int, block: int) -> pa.Table:
-        key = (number, block)
-        table = self._cache.get(key)
+    def _group(self, number: int) -> pa.Table:
+        """A row group, from the cache or read; the oldest make room for it."""
+        table = self._cache.get(number)
         if table is None:
-            table = self._read_block(number, block)
-            room = self.cache_bytes - table.nbytes
+            group = self.groups[number]
+            table = self._parquet(group.file).read_row_group(
+                group.number, columns=list(self.columns[group.file]), use_threads=False
+            )
             held = sum(other.nbytes for other in self._cache.values())
-            while self._cache and held > room:
+            while self._cache and held > self.cache_bytes - table.nbytes:
                 held -= self._cache.popitem(last=False)[1].nbytes
-            self._cache[key] = table
-        self._cache.move_to_end(key)
+            self._cache[number] = table
+        self._cache.move_to_end(number)
         return table
 
     def read_row(self, index: int, position: int = -1) -> Row:
@@ -199,9 +169,8 @@ class ParquetDataset:
         number, offset = self._group_of(index)
         group = self.groups[number]
         row = group.first_in_file + offset
-        block, inside = divmod(offset, group.block_rows)
         try:
-            values = self._block(number, block).slice(inside, 1).to_pylist()[0]
+            values = self._group(number).slice(offset, 1).to_pylist()[0]
         except (FileNotFoundError, PermissionError):
             raise  # the data is gone, not damaged
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

@@ -10,8 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from conftest import TINY_BAGEL
-from synthetic import (
+
+from data.check import main
+from tests.conftest import TINY_BAGEL
+from tests.data.synthetic import (
     SCHEMA,
     good_row,
     image_cell,
@@ -20,8 +22,6 @@ from synthetic import (
     write_dataset,
     write_parquet,
 )
-
-from data.check import main
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from synthetic import SCHEMA, good_row, image_cell, truncated_png, write_dataset, write_parquet
 
+from data import row_groups
 from data.dataset_info import DatasetSource
 from data.parquet import (
     ParquetDataset,
@@ -33,6 +33,14 @@ from data.parquet import (
     open_sources,
 )
 from data.thinkmorph import EVALUATION_ROWS, BadRow, Row, parse_row
+from tests.data.synthetic import (
+    SCHEMA,
+    good_row,
+    image_cell,
+    truncated_png,
+    write_dataset,
+    write_parquet,
+)
 
 BROKEN = {"problem_image_0": image_cell(truncated_png())}
 
@@ -98,12 +106,12 @@ def test_only_needed_columns_and_row_groups_are_read(
 
 def test_cache_is_bounded_and_stays_in_its_process(tmp_path: Path) -> None:
     dataset = _dataset(tmp_path, rows=40, row_group_size=4)
-    table = dataset._block(0, 0)
+    table = dataset._group(0)
     dataset.cache_bytes = 3 * table.nbytes
     for index in range(40):
         dataset.read_row(index)
         assert sum(t.nbytes for t in dataset._cache.values()) <= dataset.cache_bytes
-    assert list(dataset._cache)[-1] == (9, 0) and len(dataset._cache) > 1
+    assert list(dataset._cache)[-1] == 9 and len(dataset._cache) > 1
     dataset.cache_bytes = 0  # a group larger than the cache is still readable
     assert dataset.read_row(5).values["pid"] == "pid-5" and len(dataset._cache) == 1
     copy = pickle.loads(pickle.dumps(dataset))
@@ -111,43 +119,10 @@ def test_cache_is_bounded_and_stays_in_its_process(tmp_path: Path) -> None:
     assert _numbers(copy) == list(range(40))
 
 
-@pytest.mark.parametrize("order", ["forward", "backward", "random"])
-def test_huge_row_groups_are_read_in_blocks(
-    tmp_path: Path, order: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = write_dataset(tmp_path, rows=50, files=2, row_group_size=1000)
-    files = sorted((folder / "data").glob("*.parquet"))
-    size = pq.ParquetFile(files[0]).metadata.row_group(0).total_byte_size
-    opened = 0
-    original = pq.ParquetFile.iter_batches
-
-    def spy(self: pq.ParquetFile, *arguments: Any, **options: Any) -> Any:
-        nonlocal opened
-        opened += 1
-        return original(self, *arguments, **options)
-
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
-    dataset = ParquetDataset("Jigsaw_Assembly", files, block_bytes=size // 4, cache_bytes=0)
-    assert [group.block_rows for group in dataset.groups] == [5, 5]  # 25 rows in 5 blocks
-    indices = list(range(50))
-    if order == "backward":
-        indices.reverse()
-    elif order == "random":
-        np.random.default_rng(0).shuffle(indices)
-    assert [dataset.read_row(i).values["pid"] for i in indices] == [f"pid-{i}" for i in indices]
-    if order == "forward":
-        assert opened == 2  # one pass over each group
-
-
-def test_short_batches_are_put_together() -> None:
-    from data.row_groups import _blocks
-
-    batches = [
-        pa.RecordBatch.from_pydict({"x": list(range(start, stop))})
-        for start, stop in ((0, 2), (2, 3), (3, 9), (9, 10))
-    ]
-    tables = [table["x"].to_pylist() for table in _blocks(iter(batches), 4)]
-    assert tables == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+def test_huge_row_groups_are_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_groups, "LARGE_GROUP_BYTES", 100)
+    with pytest.warns(UserWarning, match=r"row group of 4 rows holds .*row_group_size=100"):
+        _dataset(tmp_path)
 
 
 def test_empty_and_foreign_files(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, assert_golden, load_golden
 from PIL import Image
 
 from data import transforms
@@ -28,6 +27,7 @@ from data.transforms import (
     to_pixels,
     to_rgb,
 )
+from tests.conftest import GOLDEN, assert_golden, load_golden
 
 COLUMN_PRESETS = ["opsd_vit", "wrapper_vit", "thinkmorph_vit", "vae"]
 
@@ -45,6 +45,21 @@ def test_all_172_recorded_sizes() -> None:
         for name, (want_h, want_w) in zip(COLUMN_PRESETS, expected, strict=True):
             found = PRESETS[name].target_size(width, height, img_num)
             assert found == (want_w, want_h), (name, width, height, img_num)
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_extreme_shapes_stay_within_the_position_table(name: str) -> None:
+    transform = PRESETS[name]
+    shapes = [(1, 1), (1, 60_000), (60_000, 1), (8_000, 10_000), (3, 2_000_000), (980, 981)]
+    for width, height in shapes:
+        for img_num in (1, 8):
+            for side in transform.target_size(width, height, img_num):
+                assert side % transform.stride == 0
+                assert transform.stride <= side <= transform.max_size
+    with pytest.raises(ValueError, match="0 x 3 pixels"):
+        transform.target_size(0, 3)
+    with pytest.raises(ValueError, match="img_num must be at least 1"):
+        transform.target_size(3, 3, 0)
 
 
 @pytest.mark.parametrize("name", list("abcdef"))
