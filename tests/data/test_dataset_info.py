@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from synthetic import write_dataset
 
 from data import dataset_info
 from data.dataset_info import (
@@ -18,6 +17,7 @@ from data.dataset_info import (
     load_dataset_config,
     split_files,
 )
+from tests.data.synthetic import write_dataset
 
 CONFIGS = Path(dataset_info.__file__).parent / "configs"
 

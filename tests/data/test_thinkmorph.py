@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from synthetic import IMAGE, SCHEMA, good_row, image_cell, png, truncated_png
 
 from data.thinkmorph import (
     EVALUATION_ROWS,
@@ -22,6 +21,7 @@ from data.thinkmorph import (
     inspect_schema,
     parse_row,
 )
+from tests.data.synthetic import IMAGE, SCHEMA, good_row, image_cell, png, truncated_png
 
 
 def _row(**changes: Any) -> Row:
