@@ -123,7 +123,7 @@ def test_phase_timer() -> None:
     env = init_distributed("cpu")
     reduced = timer.reduce(env)
     shutdown()
-    assert 0.04 <= reduced["seconds/sample"] < 1
+    assert 0.04 <= reduced["seconds/sample"] < 60  # a busy machine oversleeps
     assert reduced["tokens_per_s/sample"] == pytest.approx(40 / reduced["seconds/sample"])
     assert set(reduced) == {"seconds/sample", "tokens_per_s/sample", "seconds/save"}
     assert timer.pop() == {}
