@@ -143,6 +143,7 @@ class Trainer:
         self._build_models()
         self.stopping = False
         self.step = 0  # completed optimiser steps
+        self.saved_step = 0  # the last one whose state is on disk
         self.bad_steps = 0
         self.ledger = RejectLedger(
             self.results / "bad_rows.jsonl" if env.is_main else None,
@@ -240,7 +241,7 @@ class Trainer:
             resumed = load_checkpoint(
                 self.checkpoint, self.state, env=self.env, config=self._saved_config()
             )
-            self.step = resumed.step
+            self.step = self.saved_step = resumed.step
             self.bad_steps = int(resumed.extra["bad_steps"])
             self.ledger.resume(resumed.extra["rejects"], self.step)
         claim_checkpoint_dir(run.checkpoints, self.checkpoint, self.env)
@@ -486,8 +487,8 @@ class Trainer:
 
     def _save_state(self) -> None:
         run = self.config.run
-        if self.step == 0 or find_existing(run.checkpoints, self.step):
-            return
+        if self.step == self.saved_step:
+            return  # nothing happened since
         save_checkpoint(
             run.checkpoints,
             self.step,
@@ -497,6 +498,7 @@ class Trainer:
             extra={"rejects": self.ledger.state_dict(), "bad_steps": self.bad_steps},
             keep_last=run.keep_last,
         )
+        self.saved_step = self.step
 
     def _save_release(self) -> None:
         """A complete release folder `<checkpoint_dir>/<step>`, which evaluators load."""
@@ -516,10 +518,3 @@ class Trainer:
             overwrite=True,
         )
 
-
-def find_existing(checkpoints: Path, step: int) -> bool:
-    """Whether this step's state is already complete on disk (nothing happened since)."""
-    try:
-        return find_checkpoint(checkpoints, step) is not None
-    except ValueError:
-        return False
