@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_golden, load_golden
 from PIL import Image
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from modeling.bagel.decoder import RMSNorm, apply_rotary, rotary
 from modeling.bagel.embeddings import timestep_frequencies
 from modeling.bagel.kv_cache import KVCache
 from modeling.tokenizer import load_tokenizer
+from tests.conftest import assert_golden, load_golden
 
 
 @pytest.fixture(scope="module")

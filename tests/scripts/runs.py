@@ -1,0 +1,159 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Start the training entry points as a user would, in processes of their own, and read results."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+ROOT = Path(__file__).parents[2]
+TINY_BAGEL = ROOT / "tests" / "tiny-bagel"
+# Figures that measure the machine, not the run.
+_MACHINE = ("seconds/", "tokens_per_s/", "peak_memory_gb")
+
+
+def make_world(folder: Path, rows: int = 64) -> Path:
+    """A small maze data set and its dataset config; returns the config's path."""
+    from data.worlds.__main__ import main
+
+    arguments = ["spatial_navigation", "--rows", str(rows), "--heldout-rows", "8"]
+    assert main([*arguments, "--out", str(folder), "--seed", "3"]) == 0
+    config = folder / "datasets.yaml"
+    config.write_text("datasets:\n  - {name: Spatial_Navigation}\n")
+    return config
+
+
+def train_arguments(world: Path, results: Path, **changes: Any) -> list[str]:
+    """Flags of a run that takes a fraction of a second a step."""
+    values: dict[str, Any] = {
+        "model_path": TINY_BAGEL,
+        "dataset_config_file": world / "datasets.yaml",
+        "data_root": world,
+        "results_dir": results,
+        "device": "cpu",
+        "total_steps": 6,
+        "warmup_steps": 2,
+        "lr": 1e-3,
+        "global_batch_size": 4,
+        "num_workers": 0,
+        "sample_max_new_tokens": 16,
+        "vit_max_size": 112,
+        "vit_min_size": 14,
+        "log_every": 1,
+        "save_every": 2,
+        "save_release": False,
+        "progress": False,
+        "timeout_s": 60,
+        **changes,
+    }
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def command(module: str, arguments: Sequence[str], ranks: int = 1) -> list[str]:
+    launcher = [sys.executable, "-m"]
+    if ranks > 1:
+        launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
+    return [*launcher, module, *arguments]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_GLOO_LAZY_INIT": "1"}
+
+
+def start(module: str, arguments: Sequence[str], ranks: int = 1) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(module, arguments, ranks),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(module: str, arguments: Sequence[str], ranks: int = 1, timeout: float = 150) -> str:
+    """Run to the end; returns what it printed."""
+    process = start(module, arguments, ranks)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill_tree(process)
+        raise AssertionError(f"timed out after {timeout} s: {process.args}") from None
+    assert process.returncode == 0, output
+    return output
+
+
+def descendants(pid: int) -> list[int]:
+    """The process and everything below it (torchrun puts workers into sessions of their own)."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it ended meanwhile
+        parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found = [pid]
+    for known in found:
+        found += parents.get(known, [])
+    return found
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the launcher and all its workers at once."""
+    for pid in descendants(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], what: str) -> None:
+    """Poll until `condition`; fails if the process ends first."""
+    deadline = time.monotonic() + 90
+    while not condition():
+        if process.poll() is not None:
+            raise AssertionError(f"ended before {what}:\n{process.communicate()[0]}")
+        assert time.monotonic() < deadline, f"no {what} within 90 s"
+        time.sleep(0.005)
+
+
+def logged_steps(results: Path) -> list[int]:
+    path = results / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+def figures(results: Path) -> list[dict[str, Any]]:
+    """Logged figures of each step, without those that measure the machine."""
+    lines = (results / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(_MACHINE)} for line in lines
+    ]
+
+
+def full_state(results: Path, step: int, scratch: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a training state: student, EMA, optimiser."""
+    target = scratch / f"{results.name}-{step}.pt"
+    dcp_to_torch_save(results / "checkpoints" / f"step_{step:07d}" / "state", target)
+    found: dict[str, torch.Tensor] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[prefix] = value
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}/{key}", inner)
+
+    walk("", torch.load(target, weights_only=True))
+    return found
