@@ -269,6 +269,7 @@ class TrainConfig:
 
 # What the text-only SFT baseline sets differently (the paper's 2,000 steps; the loss is CE alone).
 SFT_DEFAULTS: dict[str, Any] = {
+    "model_path": "models/BAGEL-7B-MoT",  # ThinkMorph was already trained on these data sets
     "dataset_config_file": "data/configs/sft.yaml",
     "results_dir": "results/sft-baseline",
     "total_steps": 2000,

@@ -2,9 +2,14 @@
 # What the run_*.sh launchers share; sourced, never run. It moves to the repository's root, so
 # that the launchers work from any directory, and offers
 #
-#   parse_arguments MAX "$@"   -> POSITIONAL (at most MAX), FLAGS (from the first --flag on)
-#   resolve_model PATH         prints PATH, made absolute if it exists where the user stands
-#   launch MODULE ARGUMENT...  replaces the shell by torchrun on MODULE
+#   parse_arguments MAX "$@"      fills POSITIONAL (at most MAX) and FLAGS (from the first --flag)
+#   add_positional FLAG...        adds --FLAG to ARGUMENTS for each positional that was given,
+#   add_environment NAME=FLAG...  for each variable that is set,
+#   add_output NAME               and where a training run writes
+#   launch MODULE ARGUMENT...     replaces the shell by torchrun on MODULE
+#
+# What is not given is not passed on: defaults stand in the Python programs alone, and a --config
+# file among the flags is not overridden.
 #
 # A launcher defines usage() before it calls them.
 
@@ -14,9 +19,11 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." || exit 1
 
 common_usage() {
     cat <<TEXT
-Everything from the first argument that starts with -- goes to the Python program as it is
-(its own --help lists all flags). A relative MODEL_PATH is looked up where you stand, then, like
-every other relative path, at the root of the repository.
+In brackets: the program's own defaults, which are the paper's. Everything from the first argument
+that starts with -- goes to the program as it is; its own --help lists all flags. With a --config
+file among them that changes what the name of the results says, give that name yourself.
+A relative MODEL_PATH is looked up where you stand, then, like every other relative path, at the
+root of the repository.
 
 Where it runs: one process per GPU of this machine, or one on the CPU. With ARNOLD_WORKER_NUM,
 ARNOLD_WORKER_GPU, ARNOLD_WORKER_0_HOST, ARNOLD_WORKER_0_PORT and ARNOLD_ID, or inside srun of a
@@ -41,6 +48,7 @@ parse_arguments() {
     shift
     POSITIONAL=()
     FLAGS=()
+    ARGUMENTS=()
     case ${1:-} in
         -h | --help)
             usage
@@ -63,12 +71,35 @@ parse_arguments() {
     fi
 }
 
-resolve_model() {
-    if [[ $1 != /* && -e $CALLER_DIRECTORY/$1 ]]; then
-        echo "$CALLER_DIRECTORY/$1"
-    else
-        echo "$1"
-    fi
+# add_positional FLAG...: the Nth FLAG belongs to the Nth positional argument, - to none.
+add_positional() {
+    local number=0 value
+    for value in ${POSITIONAL[@]+"${POSITIONAL[@]}"}; do
+        number=$((number + 1))
+        if [[ -z $value || ${!number} == - ]]; then
+            continue
+        fi
+        if [[ ${!number} == model_path && $value != /* && -e $CALLER_DIRECTORY/$value ]]; then
+            value=$CALLER_DIRECTORY/$value
+        fi
+        ARGUMENTS+=("--${!number}" "$value")
+    done
+}
+
+# add_output NAME: where a training run writes.
+add_output() {
+    ARGUMENTS+=(--results_dir "results/$1" --checkpoint_dir "results/$1/checkpoints")
+}
+
+# add_environment NAME=FLAG...
+add_environment() {
+    local pair name
+    for pair in "$@"; do
+        name=${pair%%=*}
+        if [[ -n ${!name:-} ]]; then
+            ARGUMENTS+=("--${pair#*=}" "${!name}")
+        fi
+    done
 }
 
 # Processes to start on this machine: one per visible GPU, one without any.
@@ -162,19 +193,6 @@ launch() {
     exec "${command[@]}"
 }
 
-# --flag for every NAME=flag whose environment variable NAME is set; the program's own defaults
-# hold for the rest, so that they stand in one place.
-flags_from_environment() {
-    local pair name
-    ENVIRONMENT_FLAGS=()
-    for pair in "$@"; do
-        name=${pair%%=*}
-        if [[ -n ${!name:-} ]]; then
-            ENVIRONMENT_FLAGS+=("--${pair#*=}" "${!name}")
-        fi
-    done
-}
-
 # Visual-OPSD itself, for the two launchers that differ in the visual thoughts only:
 #   launch_opsd NAME_PREFIX [CONDITION_FLAG...] :: "$@"
 launch_opsd() {
@@ -186,20 +204,14 @@ launch_opsd() {
     done
     shift
     parse_arguments 7 "$@"
-    set -- ${POSITIONAL[@]+"${POSITIONAL[@]}"}
-    local model mode=${2:-ema} beta=${3:-0.5} temperature=${4:-1.0} weight=${5:-1.0}
-    local steps=${6:-1000}
-    model=$(resolve_model "${1:-models/ThinkMorph-7B}")
-    local output=results/${7:-$prefix-$mode-beta$beta}
-    flags_from_environment EMA_DECAY=ema_decay JSD_TOP_K=jsd_top_k JSD_TOKEN_CLIP=jsd_token_clip \
+    add_positional model_path teacher_mode jsd_beta jsd_temperature jsd_weight total_steps -
+    add_environment EMA_DECAY=ema_decay JSD_TOP_K=jsd_top_k JSD_TOKEN_CLIP=jsd_token_clip \
         CE_WEIGHT=ce_weight SAMPLE_MAX_NEW=sample_max_new_tokens SAMPLE_TEMP=sample_temperature \
         MAX_FORWARD_TOKENS=max_forward_tokens SAMPLE_MAX_IMAGE_SKIPS=sample_max_image_skips
-    launch scripts.visual_opsd.train_visual_opsd \
-        --model_path "$model" --teacher_mode "$mode" --jsd_beta "$beta" \
-        --jsd_temperature "$temperature" --jsd_weight "$weight" --total_steps "$steps" \
-        --results_dir "$output" --checkpoint_dir "$output/checkpoints" \
-        ${condition[@]+"${condition[@]}"} ${ENVIRONMENT_FLAGS[@]+"${ENVIRONMENT_FLAGS[@]}"} \
-        ${FLAGS[@]+"${FLAGS[@]}"}
+    local name=$prefix-${POSITIONAL[1]:-ema}-beta${POSITIONAL[2]:-0.5}
+    add_output "${POSITIONAL[6]:-$name}"
+    launch scripts.visual_opsd.train_visual_opsd "${ARGUMENTS[@]}" \
+        ${condition[@]+"${condition[@]}"} ${FLAGS[@]+"${FLAGS[@]}"}
 }
 
 opsd_arguments() {
@@ -215,7 +227,7 @@ TEXT
 
 opsd_variables() {
     cat <<TEXT
-Environment (where unset, the trainer's default, which is the paper's value):
+Environment:
   EMA_DECAY               decay of the EMA teacher (0.995)
   JSD_TOP_K               vocabulary entries of the teacher in the loss, 0 for all (256)
   JSD_TOKEN_CLIP          upper bound of each entry's term (0.05)

@@ -22,7 +22,6 @@ TEXT
 }
 
 parse_arguments 3 "$@"
-set -- ${POSITIONAL[@]+"${POSITIONAL[@]}"}
-model=$(resolve_model "${1:-models/ThinkMorph-7B}")
-launch scripts.visual_opsd.kl_diagnostic --model_path "$model" --num_samples "${2:-1000}" \
-    --output_dir "${3:-results/visual_opsd_kl_diagnostic}" ${FLAGS[@]+"${FLAGS[@]}"}
+add_positional model_path num_samples output_dir
+launch scripts.visual_opsd.kl_diagnostic ${ARGUMENTS[@]+"${ARGUMENTS[@]}"} \
+    ${FLAGS[@]+"${FLAGS[@]}"}

@@ -19,8 +19,6 @@ TEXT
 }
 
 parse_arguments 3 "$@"
-set -- ${POSITIONAL[@]+"${POSITIONAL[@]}"}
-model=$(resolve_model "${1:-models/BAGEL-7B-MoT}")
-output=results/${3:-sft-baseline}
-launch scripts.visual_opsd.train_sft --model_path "$model" --total_steps "${2:-2000}" \
-    --results_dir "$output" --checkpoint_dir "$output/checkpoints" ${FLAGS[@]+"${FLAGS[@]}"}
+add_positional model_path total_steps -
+add_output "${POSITIONAL[2]:-sft-baseline}"
+launch scripts.visual_opsd.train_sft "${ARGUMENTS[@]}" ${FLAGS[@]+"${FLAGS[@]}"}

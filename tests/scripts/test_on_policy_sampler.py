@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load_golden
 from PIL import Image
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from scripts.visual_opsd.on_policy_sampler import (
     sample_completions,
     to_completion,
 )
+from tests.conftest import load_golden
 
 # FACTS section 10.14: where the reference's protocol is mended, ours differs on purpose.
 OURS_DIFFER = {"eos_exactly_at_budget", "empty_second_round"}

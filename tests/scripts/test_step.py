@@ -41,7 +41,7 @@ from scripts.visual_opsd.step import (
 )
 from scripts.visual_opsd.teacher import Teacher
 from scripts.visual_opsd.trainer import learning_rate_factor
-from conftest import assert_golden, load_golden
+from tests.conftest import assert_golden, load_golden
 
 
 @pytest.fixture
