@@ -60,6 +60,19 @@ def tiny_bagel_path() -> Path:
     return TINY_BAGEL
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the deviations seen in one of xdist's processes to the one that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["deviations"] = dict(_deviations)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for case, worst in getattr(node, "workeroutput", {}).get("deviations", {}).items():
+        for key, value in worst.items():
+            _deviations[case][key] = max(_deviations[case][key], value)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print the worst deviation of every golden, so that it can be quoted."""
     if not _deviations:
