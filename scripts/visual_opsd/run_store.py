@@ -1,0 +1,199 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Files of a run that only reads a model: JSON lines that survive a kill, settings, fingerprints.
+
+Rank k appends to NAME.rank_k.jsonl; at the end rank 0 merges these and an earlier NAME.jsonl, in
+row order, into NAME.jsonl. A killed run leaves rank files, from which the next one goes on with
+any number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from modeling.checkpoint import is_generation_key
+from modeling.weight_files import open_weights
+
+SETTINGS_FILE = "settings.json"
+# Weights up to this size are hashed as a whole, of larger ones three samples of each tensor.
+_WHOLE_BYTES = 1 << 26
+_SAMPLE_BYTES = 4096
+
+
+def weights_fingerprint(path: str | Path) -> str:
+    """Digest that tells two checkpoints apart, whatever their folders are called.
+
+    Covers names, shapes and dtypes of the tensors that understanding uses, and their bytes (of
+    large files the first, middle and last 4 KiB of each tensor: a training step moves them all).
+
+    Raises:
+        ValueError: as `modeling.weight_files.open_weights`.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    tensors = [t for k, t in sorted(open_weights(path).items()) if not is_generation_key(k)]
+    whole = sum(tensor.nbytes for tensor in tensors) <= _WHOLE_BYTES
+    for tensor in tensors:
+        digest.update(f"{tensor.key} {tensor.dtype} {tensor.shape}\n".encode())
+        if whole or tensor.nbytes <= 3 * _SAMPLE_BYTES:
+            spans = [(tensor.start, tensor.nbytes)]
+        else:
+            middle = tensor.start + tensor.nbytes // 2
+            starts = (tensor.start, middle, tensor.stop - _SAMPLE_BYTES)
+            spans = [(start, _SAMPLE_BYTES) for start in starts]
+        with tensor.file.open("rb") as stream:
+            for start, size in spans:
+                stream.seek(start)
+                digest.update(stream.read(size))
+    return digest.hexdigest()
+
+
+def stable_hash(value: Any) -> str:
+    """Digest of a JSON-able value; the order of keys does not matter."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object. Raises ValueError, calling it `what`, if it is absent or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: {what}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): {what}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object: {what}")
+    return value
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSON-lines file; a last line without its end (a killed writer's) is left out.
+
+    Raises:
+        ValueError: another line is not JSON; names it.
+    """
+    records = []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} line {number} is not JSON ({error}); the file was edited or damaged: "
+                "delete that line, its row will be computed again"
+            ) from error
+    return records
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSON-lines file, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        for record in records:
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+class RankedLines:
+    """JSON lines of one kind, appended to by every rank and merged by rank 0.
+
+    Args:
+        folder: the run's; must exist. name: stem of the files.
+        key: field that names a record (an integer); a record read twice counts once.
+    """
+
+    def __init__(self, folder: Path, name: str, key: str = "index") -> None:
+        self.folder, self.name, self.key = folder, name, key
+        self.merged = folder / f"{name}.jsonl"
+
+    def _rank_files(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{self.name}.rank_*.jsonl"))
+
+    def exists(self) -> bool:
+        """Whether any record file is there, be it of a finished or a killed run."""
+        return self.merged.is_file() or bool(self._rank_files())
+
+    def clear(self) -> None:
+        """Remove all records."""
+        for file in [self.merged, *self._rank_files()]:
+            file.unlink(missing_ok=True)
+
+    def read(self) -> dict[int, dict[str, Any]]:
+        """Every record there is, by key, in the order of the keys."""
+        found: dict[int, dict[str, Any]] = {}
+        merged = [self.merged] if self.merged.is_file() else []
+        for file in [*merged, *self._rank_files()]:
+            for record in read_lines(file):
+                found[int(record[self.key])] = record
+        return dict(sorted(found.items()))
+
+    def append(self, rank: int, records: Iterable[Mapping[str, Any]]) -> None:
+        """Add records to a rank's file; on the disk's side of a kill after this returns."""
+        path = self.folder / f"{self.name}.rank_{rank}.jsonl"
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        with path.open("ab+") as stream:
+            if stream.tell():
+                stream.seek(-1, os.SEEK_END)
+                if stream.read(1) != b"\n":  # drop the line a killed process was writing
+                    stream.seek(0)
+                    stream.truncate(stream.read().rfind(b"\n") + 1)
+            stream.write(text.encode("utf-8"))
+
+    def merge(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write `records` (what `read` gave, or some of it) as the merged file, then remove the
+        rank files."""
+        write_lines(self.merged, records)
+        for file in self._rank_files():
+            file.unlink()
+
+
+def claim_folder(
+    folder: Path, settings: Mapping[str, Any], *, has_results: bool, hint: str
+) -> None:
+    """Make `folder` the run's: write settings.json, or find it there with the same settings.
+
+    Args:
+        settings: everything the results depend on.
+        has_results: the folder holds results that other settings would spoil.
+        hint: what the user can do about other settings.
+
+    Raises:
+        ValueError: the results are of other settings; names the ones that differ.
+    """
+    path = folder / SETTINGS_FILE
+    if has_results:
+        held = read_json(path, "it says what the results beside it were made with; " + hint)
+        if held.get("hash") != stable_hash(settings):
+            different = "; ".join(differing(held.get("settings", {}), settings))
+            raise ValueError(f"{folder} holds results of other settings ({different}); {hint}")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"hash": stable_hash(settings), "settings": settings})
+
+
+def differing(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """"name: old, now new" of every setting in which two runs differ."""
+
+    def short(value: Any) -> str:
+        text = json.dumps(value, ensure_ascii=False)
+        return text if len(text) <= 60 else text[:57] + "..."
+
+    wanted = json.loads(json.dumps(wanted))  # tuples become lists, as in what was read
+    return [
+        f"{name}: {short(held.get(name))}, now {short(wanted.get(name))}"
+        for name in sorted({*held, *wanted})
+        if held.get(name) != wanted.get(name)
+    ]
