@@ -55,7 +55,7 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
 def check(function, layout: AttentionLayout, tensors: list[Tensor], tolerance: float) -> None:
     mine = [x.detach().requires_grad_() for x in tensors]
     wide = [x.detach().double().requires_grad_() for x in tensors]
-    out, expected = function(*mine, layout), oracle(*wide, layout)
+    out, expected = function(*mine, layout), oracle(wide[0], wide[1], wide[2], layout)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     out.backward(weights)
     expected.backward(weights.double())

@@ -16,8 +16,10 @@ from data.packing import pack
 from data.sequence import (
     INFERENCER_SYSTEM_PROMPT,
     PACKER_SYSTEM_PROMPT,
+    Context,
     ContextBuilder,
     ImageSegment,
+    Segment,
     TextSegment,
     given_completion,
 )
@@ -209,12 +211,13 @@ def test_cached_greedy(bundle: Any) -> None:
     builder = ContextBuilder(bundle.tokenizer, transform)
     vae_resized = ImageTransform(128, 64, 16).resize(image)
     pixels = {len(patchify(transform(i), 14)): i for i in (image, vae_resized)}
-    segments = [
+    picture = ImageSegment(t["stage1.packed_vit_tokens"], t["stage1.packed_vit_position_ids"])
+    segments: list[Segment] = [
         builder.text(meta["stages"][0]["text"]),
-        ImageSegment(t["stage1.packed_vit_tokens"], t["stage1.packed_vit_position_ids"]),
+        picture,
         builder.text(meta["stages"][2]["text"]),
     ]
-    assert len(segments[1].patches) in pixels
+    assert len(picture.patches) in pixels
     cache = KVCache(bundle.config.llm, 1, 200, "cpu", torch.float32)
     kv, rope = 0, 0
     for segment, stage in zip(segments, meta["stages"], strict=True):
@@ -245,6 +248,7 @@ def test_cached_batch(bundle: Any) -> None:
     position_ids = t["stage1.packed_vit_position_ids"].split(lens)
     cache = KVCache(bundle.config.llm, 2, 200, "cpu", torch.float32)
     past = [(0, 0), (0, 0)]
+    contexts: list[Context]
     for stage in meta["stages"]:
         if stage["kind"] == "text":
             contexts = [(builder.text(text),) for text in stage["texts"]]

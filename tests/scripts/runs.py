@@ -90,7 +90,7 @@ def run(module: str, arguments: Sequence[str], ranks: int = 1, timeout: float = 
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         kill_tree(process)
-        raise AssertionError(f"timed out after {timeout} s: {process.args}") from None
+        raise AssertionError(f"timed out after {timeout} s: {process.args!r}") from None
     assert process.returncode == 0, output
     return output
 
