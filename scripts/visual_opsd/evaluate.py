@@ -297,7 +297,7 @@ def evaluate(config: EvaluateConfig, env: DistEnv) -> dict[str, Any]:
     pool = RowPool(open_data(settings.data, settings.split, settings.data_root, settings.needs))
     wanted = result_settings(config, pool, dtype)
     on_main(env, lambda: _prepare_folder(store, wanted, settings))
-    # Unusable rows are tried again: the file may have been repaired.
+    # Unusable rows are tried again: what kept them from being read may be gone.
     done = {index for index, record in store.read().items() if "bad" not in record}
     total = min(len(pool), settings.limit or len(pool))
     todo = [index for index in range(total) if index not in done]

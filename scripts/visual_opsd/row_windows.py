@@ -266,7 +266,7 @@ def _ahead(items: Iterator[Any]) -> Iterator[Any]:
             yield value
     finally:
         stopped.set()
-        thread.join()
+        thread.join(timeout=5)  # it ends by itself with the window it is reading
 
 
 class BadRows:
