@@ -222,6 +222,9 @@ class RunSettings:
     keep_last: int = option(2, "training states kept (release folders are all kept)")
     log_every: int = option(10, "steps between lines of metrics.jsonl")
     samples_per_step: int = option(2, "completions of rank 0 written to samples.jsonl")
+    replay_samples: str | None = option(
+        None, "train on the completions of this samples.jsonl instead of sampling"
+    )
     resume: str | None = option(None, "latest, a step number, or the folder of a training state")
     auto_resume: bool = option(False, "the same as --resume latest")
     resume_from: str | None = option(None, "the same as --resume PATH")

@@ -10,7 +10,6 @@ another number of workers see the same batches and the same completions.
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from data.dataset_info import load_dataset_config
 from data.parquet import StepRows, StepSampler, make_loader, open_sources
 from data.rejects import RejectLedger
+from data.sequence import Completion
 from data.thinkmorph import OPSD_ROWS, SFT_ROWS
 from modeling.bagel.bagel import Bagel
 from modeling.checkpoint import iter_weights, locate_weights, save_bagel
@@ -53,6 +53,7 @@ from scripts.visual_opsd.processes import (
     gather_objects,
     raise_together,
 )
+from scripts.visual_opsd.recorded import RecordedCompletions, write_samples
 from scripts.visual_opsd.rows import PrepareOPSD, PrepareSFT, TrainRow, make_builder
 from scripts.visual_opsd.step import (
     PackResult,
@@ -137,6 +138,8 @@ class Trainer:
                 f"embedding {self.model_config.llm.vocab_size} rows; use the release's own files"
             )
         self.sampler = self._open_data()
+        replay = config.run.replay_samples
+        self.recorded = RecordedCompletions.read(replay) if replay and not sft else None
         self.checkpoint = None
         if config.run.resume_spec is not None:
             self.checkpoint = find_checkpoint(config.run.checkpoints, config.run.resume_spec)
@@ -348,11 +351,19 @@ class Trainer:
         rows = batch.values
         if self.sft:
             return [score_targets(row, limit) for row in rows]
+        completions = self._completions(batch)
+        self._write_samples(batch, completions)
+        return [score_completion(r, c, limit) for r, c in zip(rows, completions, strict=True)]
+
+    def _completions(self, batch: StepRows[TrainRow]) -> list[Completion]:
+        """One completion for each row, from the student's current weights."""
+        if self.recorded is not None:
+            return [self.recorded.take(batch.step, item) for item in batch.items]
         with self.timer("sample"), summon_full_params(self.student) as plain:
             assert isinstance(plain, Bagel)
             completions = sample_completions(
                 plain,
-                [row.student for row in rows],
+                [row.student for row in batch.values],
                 [item.slot for item in batch.items],
                 tokenizer=self.tokenizer,
                 special=self.special,
@@ -363,8 +374,7 @@ class Trainer:
                 should_stop=lambda: self.stopping,
             )
         self.timer.add_tokens("sample", sum(len(c.ids) for c in completions))
-        self._write_samples(batch, completions)
-        return [score_completion(r, c, limit) for r, c in zip(rows, completions, strict=True)]
+        return completions
 
     def _record_rejects(self, batch: StepRows[TrainRow], sums: dict[str, float]) -> None:
         rejects = batch.rejects
@@ -466,22 +476,13 @@ class Trainer:
                 f"last: {where}); lower --lr, check these rows, or resume an earlier step"
             )
 
-    def _write_samples(self, batch: StepRows[TrainRow], completions: Sequence[Any]) -> None:
-        if not self.env.is_main:
-            return
-        count = self.config.run.samples_per_step
-        with (self.results / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for row, completion in list(zip(batch.values, completions, strict=True))[:count]:
-                record = {
-                    "step": batch.step + 1,
-                    "row": row.name,
-                    "question": row.question,
-                    "answer": row.answer,
-                    "completion": self.tokenizer.decode(list(completion.ids)),
-                    "tokens": len(completion.ids),
-                    "capped": completion.capped,
-                }
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    def _write_samples(
+        self, batch: StepRows[TrainRow], completions: Sequence[Completion]
+    ) -> None:
+        if self.env.is_main:
+            count = self.config.run.samples_per_step
+            pairs = list(zip(batch.items, completions, strict=True))[:count]
+            write_samples(self.results / "samples.jsonl", batch.step, pairs, self.tokenizer.decode)
 
     # --------------------------------------------------------------------------------- saving
 
