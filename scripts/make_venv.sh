@@ -14,7 +14,7 @@ if (($# < 2)); then
 fi
 venv=$1
 shift
-cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 # A name on PATH proves little: version managers install stand-ins that only print an error.
 is_supported() {

@@ -213,11 +213,15 @@ def test_further_flags_pass_through_last_and_untouched(programs: Path) -> None:
 def test_every_launcher_works_from_another_directory(
     programs: Path, tmp_path: Path, script: str
 ) -> None:
-    words = dry_run(
-        programs, LAUNCHERS / script, cwd=tmp_path, env={"CDPATH": str(tmp_path.parent)}
-    )
+    words = dry_run(programs, LAUNCHERS / script, cwd=tmp_path)
     assert words[1] == str(ROOT)
     assert words[words.index("-m", words.index("torch.distributed.run")) + 1] == MODULES[script]
+
+
+def test_cdpath_does_not_lead_astray(programs: Path, tmp_path: Path) -> None:
+    relative = RUN_OPSD.relative_to(ROOT)
+    (tmp_path / relative.parent).mkdir(parents=True)
+    assert dry_run(programs, relative, env={"CDPATH": str(tmp_path)})[1] == str(ROOT)
 
 
 def test_a_relative_model_path_is_the_callers_if_it_exists_there(
@@ -256,6 +260,7 @@ def test_mistakes_are_named(programs: Path) -> None:
         ({"CUDA_VISIBLE_DEVICES": "0,2,5"}, 3),
         ({"CUDA_VISIBLE_DEVICES": ""}, 1),
         ({"CUDA_VISIBLE_DEVICES": "-1"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,-1,2"}, 2),
         ({"CUDA_VISIBLE_DEVICES": "0,1", "NPROC_PER_NODE": "4"}, 4),
         ({}, 2),
     ],

@@ -14,8 +14,7 @@
 # A launcher defines usage() before it calls them.
 
 CALLER_DIRECTORY=$PWD
-unset CDPATH
-cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." || exit 1
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." || exit 1
 
 common_usage() {
     cat <<TEXT
