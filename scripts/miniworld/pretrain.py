@@ -1,5 +1,6 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""Trains the miniature base from nothing, on the demo's own prompts: minutes on one GPU.
+"""Trains the miniature base from nothing, on the demo's own prompts: minutes on one GPU,
+half an hour on one CPU core that others use too.
 
     python -m scripts.miniworld.pretrain --out examples/tiny-base
 
@@ -8,7 +9,7 @@ Where gymnasium is missing (it is needed for the tiles only), take the mazes and
     python -m scripts.miniworld.pretrain --export-table mazes.npz      # where gymnasium is
     python -m scripts.miniworld.pretrain --table mazes.npz --out DIR   # where the GPU is
 
-The mixture of rows decides what the base can do (why each is needed: docs/log.md): most rows
+The mixture of rows decides what the base can do: most rows
 are answered under the teacher's context with the true VT, few under the student's context
 (`--text-share`), few under the teacher's with a Gaussian VT (`--noise-share`), so that a useless
 VT is nothing new; walks make detours (`--detour`) that are shown but not taught, so that the base
@@ -294,8 +295,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU")
-    add("--steps", type=int, default=2000)
-    add("--batch-size", type=int, default=256)
+    add("--steps", type=int, default=1500)
+    add("--batch-size", type=int, default=64)
     add("--lr", type=float, default=1e-3)
     add("--min-lr-ratio", type=float, default=0.05)
     add("--warmup-steps", type=int, default=50)
