@@ -149,7 +149,7 @@ def read_config_file(path: str | Path, config_class: type) -> dict[str, Any]:
 
 def _typed(name: str, value: Any, flag: _Flag, path: Path) -> Any:
     base, optional = _base_type(flag.hint)
-    if value is None and optional:
+    if optional and (value is None or (isinstance(value, str) and value.lower() == "none")):
         return None
     if base is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
