@@ -259,7 +259,8 @@ def table(result: dict[str, Any]) -> str:
 
     def pair(label: str, name: str) -> str:
         value = result["paired"][name]
-        return f"{label:<38}{value['difference']:>+7.1f}    {value['low']:+.1f} to {value['high']:+.1f}"
+        bounds = f"{value['low']:+.1f} to {value['high']:+.1f}"
+        return f"{label:<38}{value['difference']:>+7.1f}    {bounds}"
 
     return "\n".join(
         (
@@ -299,7 +300,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; 0 when the effect is there."""
     parser = build_parser()
-    args, args.train_flags = parser.parse_known_args(argv)
+    args, train_flags = parser.parse_known_args(argv)
+    args.train_flags = train_flags
     if not Path(args.base).is_dir():
         print(f"error: no base checkpoint at {args.base}; give --base DIR", file=sys.stderr)
         return 2
