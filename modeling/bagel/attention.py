@@ -190,6 +190,7 @@ def _attend_decode(q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
     groups = k.shape[2]
     # The query heads of a group become query rows of one key head, so nothing is repeated.
     q = q.view(batch, groups, heads // groups, dim)
+    slots = slots.to(q.device)  # elsewhere only if the model is spread over several devices
     seen = torch.arange(k.shape[1], device=q.device) <= slots[:, None]  # (B, M)
     out = F.scaled_dot_product_attention(
         q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen[:, None, None, :]

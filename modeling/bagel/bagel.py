@@ -31,6 +31,8 @@ class Bagel(nn.Module):
     def __init__(self, config: BagelConfig) -> None:
         super().__init__()
         self.config = config
+        # Where each decoder layer computes, if not all where the prompt is (modeling/spread.py).
+        self.layer_devices: tuple[torch.device, ...] | None = None
         width = config.llm.hidden_size
         self.language_model = LanguageModel(config.llm, config.visual_gen)
         self.vit_model = VisionModel(config.vision, config.vit_max_patches_per_side)

@@ -185,7 +185,7 @@ def generate(
         )
     device = prompt.text_ids.device
     longest = max(prompt.layout.key_lens) + max_new_tokens + 1
-    cache = KVCache(model.config.llm, batch, longest, device, model.dtype)
+    cache = KVCache(model.config.llm, batch, longest, model.layer_devices or device, model.dtype)
     model(prompt, cache=cache)
     rows = _Rows(prompt, special, max_new_tokens)
     rounds = _Rounds(batch, continues, max_image_skips)

@@ -1,8 +1,9 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""Pre-allocated key/value cache, (layers, batch, max_len, kv heads, head dim)."""
+"""Pre-allocated key/value cache: one (batch, max_len, kv heads, head dim) pair a layer."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ class KVCache:
 
     Sample b of a layout owns cache row b. Lengths are not stored here: a packed chunk brings
     them in its layout (`past_lens`), a decode step in its `slots`.
+
+    device: that of all layers, or one for each layer (a model spread over several).
     """
 
     def __init__(
@@ -25,28 +28,18 @@ class KVCache:
         config: LLMConfig,
         batch: int,
         max_len: int,
-        device: torch.device | str,
+        device: torch.device | str | Sequence[torch.device],
         dtype: torch.dtype,
     ) -> None:
-        shape = (
-            config.num_hidden_layers,
-            batch,
-            max_len,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        layers = config.num_hidden_layers
+        devices = [device] * layers if isinstance(device, torch.device | str) else device
+        assert len(devices) == layers, (len(devices), layers)
+        shape = (batch, max_len, config.num_key_value_heads, config.head_dim)
+        self.batch, self.max_len = batch, max_len
+        self.keys = [torch.zeros(shape, device=d, dtype=dtype) for d in devices]
+        self.values = [torch.zeros(shape, device=d, dtype=dtype) for d in devices]
 
-    @property
-    def batch(self) -> int:
-        return self.keys.shape[1]
-
-    @property
-    def max_len(self) -> int:
-        return self.keys.shape[2]
-
-    def _rows(self, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
+    def _rows(self, layout: AttentionLayout, device: torch.device) -> tuple[Tensor, Tensor]:
         """Flat cache rows that the chunk fills, and those that it reads (old, then new)."""
 
         def make() -> tuple[Tensor, Tensor]:
@@ -60,13 +53,12 @@ class KVCache:
                     )
                 written.append(b * self.max_len + past + np.arange(n))
                 read.append(b * self.max_len + np.arange(past + n))
-            device = self.keys.device
             return (
                 torch.from_numpy(np.concatenate(written)).to(device),
                 torch.from_numpy(np.concatenate(read)).to(device),
             )
 
-        rows: tuple[Tensor, Tensor] = layout.memo(("cache", self.max_len, self.keys.device), make)
+        rows: tuple[Tensor, Tensor] = layout.memo(("cache", self.max_len, device), make)
         return rows
 
     def update(
@@ -76,10 +68,11 @@ class KVCache:
         keys, values = self.keys[layer], self.values[layer]  # (B, M, nkv, d)
         if isinstance(layout, DecodeLayout):
             rows = torch.arange(keys.shape[0], device=keys.device)
-            keys.index_put_((rows, layout.slots), k)
-            values.index_put_((rows, layout.slots), v)
+            slots = layout.slots.to(keys.device)  # elsewhere only if the model is spread
+            keys.index_put_((rows, slots), k)
+            values.index_put_((rows, slots), v)
             return keys, values
-        written, read = self._rows(layout)
+        written, read = self._rows(layout, keys.device)
         keys.flatten(0, 1).index_copy_(0, written, k)
         values.flatten(0, 1).index_copy_(0, written, v)
         if not any(layout.past_lens):

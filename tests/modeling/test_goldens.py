@@ -228,7 +228,7 @@ def test_cached_greedy(bundle: Any) -> None:
     for layer in (0, 2):
         for kind, store in (("key", cache.keys), ("value", cache.values)):
             name = f"prefill_{kind}_layer{layer}"
-            assert_golden(meta, name, store[layer, 0, :kv], t[name])
+            assert_golden(meta, name, store[layer][0, :kv], t[name])
     ids, logits = greedy(bundle, cache, [kv], [rope], 24)
     assert_golden(meta, "next_token_logits", logits[0], t["next_token_logits"])
     assert_golden(meta, "greedy_ids", ids[:, 0], t["greedy_ids"])
@@ -236,7 +236,7 @@ def test_cached_greedy(bundle: Any) -> None:
     # One prefill of all segments fills the same cache.
     whole = KVCache(bundle.config.llm, 1, 200, "cpu", torch.float32)
     bundle.model(pack([tuple(segments)], bundle.special_tokens), cache=whole)
-    assert_golden(meta, "prefill_key_layer2", whole.keys[2, 0, :kv], t["prefill_key_layer2"])
+    assert_golden(meta, "prefill_key_layer2", whole.keys[2][0, :kv], t["prefill_key_layer2"])
 
 
 @torch.no_grad()
@@ -262,7 +262,7 @@ def test_cached_batch(bundle: Any) -> None:
     kv_lens, ropes = (list(values) for values in zip(*past, strict=True))
     for layer in (0, 2):
         for kind, store in (("key", cache.keys), ("value", cache.values)):
-            merged = torch.cat([store[layer, b, :n] for b, n in enumerate(kv_lens)])
+            merged = torch.cat([store[layer][b, :n] for b, n in enumerate(kv_lens)])
             name = f"prefill_{kind}_layer{layer}"
             assert_golden(meta, name, merged, t[name])
     ids, logits = greedy(bundle, cache, kv_lens, ropes, 24)
