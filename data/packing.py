@@ -3,6 +3,8 @@
 
 Text block: `<|im_start|> ids <|im_end|>`, causal, one rope position a token.
 Image block: `<|vision_start|> patches <|vision_end|>`, bidirectional inside, one position for all.
+Latent block: the same with latent tokens; a noised one is hidden from all other rows, and the
+block that follows takes its position again.
 """
 
 from __future__ import annotations
@@ -13,15 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.sequence import Context, ImageSegment, Segment, TextSegment
+from data.sequence import Context, ImageSegment, LatentSegment, Segment, TextSegment
 from modeling.bagel.attention import AttentionLayout, Block
-from modeling.bagel.batch import PackedBatch
+from modeling.bagel.batch import PackedBatch, PackedLatents
 from modeling.bagel.config import SpecialTokens
+from modeling.bagel.flow import Branches, noised
 
 
 def segment_length(segment: Segment) -> int:
     """Rows a segment takes, its two markers included."""
-    body = segment.ids if isinstance(segment, TextSegment) else segment.patches
+    if isinstance(segment, TextSegment):
+        return len(segment.ids) + 2
+    body = segment.patches if isinstance(segment, ImageSegment) else segment.latents
     return len(body) + 2
 
 
@@ -41,6 +46,8 @@ class _Builder:
         self.positions: list[int] = []
         self.images: list[ImageSegment] = []
         self.vit_rows: list[np.ndarray] = []
+        self.latents: list[LatentSegment] = []
+        self.latent_rows: list[np.ndarray] = []
         self.score_rows: list[int] = []
         self.score_labels: list[int] = []
 
@@ -62,15 +69,54 @@ class _Builder:
                     self.score_labels.append(ids[i + 1])
         return position + len(ids)
 
-    def add_image(self, segment: ImageSegment, position: int) -> int:
+    def put_image(self, n: int, position: int) -> np.ndarray:
+        """Both markers and n rows between them, which are returned."""
         self.put_text([self.special.start_of_image], [position])
-        n = len(segment.patches)
-        self.images.append(segment)
-        self.vit_rows.append(np.arange(self.row, self.row + n))
+        rows = np.arange(self.row, self.row + n)
         self.positions.extend([position] * n)
         self.row += n
         self.put_text([self.special.end_of_image], [position])
+        return rows
+
+    def add_image(self, segment: ImageSegment, position: int) -> int:
+        self.images.append(segment)
+        self.vit_rows.append(self.put_image(len(segment.patches), position))
         return position + 1
+
+    def add_latents(self, segment: LatentSegment, position: int) -> int:
+        self.latents.append(segment)
+        self.latent_rows.append(self.put_image(len(segment.latents), position))
+        return position + (segment.noise is None)
+
+    def packed_latents(self, sample_lens: Sequence[int]) -> PackedLatents | None:
+        if not self.latents:
+            return None
+        rows = np.concatenate(self.latent_rows)
+        lens = [len(r) for r in self.latent_rows]
+        tokens, targets, predicted = [], [self.latents[0].latents[:0]], [rows[:0]]
+        for segment, own in zip(self.latents, self.latent_rows, strict=True):
+            if segment.time is None or segment.noise is None:
+                tokens.append(segment.latents)
+                continue
+            seen, target = noised(segment.latents, segment.noise, segment.time)
+            tokens.append(seen)
+            targets.append(target)
+            predicted.append(own)
+        velocity_rows = np.concatenate(predicted)
+        bounds = np.searchsorted(velocity_rows, np.cumsum([0, *sample_lens]))
+        times = [segment.time or 0.0 for segment in self.latents]
+        return PackedLatents(
+            tokens=torch.cat(tokens),
+            rows=_long(rows),
+            und_rows=_long(np.delete(np.arange(self.row), rows)),
+            position_ids=torch.cat([s.position_ids for s in self.latents]),
+            lens=tuple(lens),
+            images=_long(np.repeat(np.arange(len(lens)), lens)),
+            times=torch.tensor(times, dtype=torch.float32),
+            velocity_rows=_long(velocity_rows),
+            velocity_targets=torch.cat(targets),
+            velocity_counts=tuple(np.diff(bounds).tolist()),
+        )
 
 
 def pack(
@@ -103,9 +149,13 @@ def pack(
             if isinstance(segment, TextSegment):
                 position = builder.add_text(segment, position)
             else:
-                first = builder.row - start
-                position = builder.add_image(segment, position)
-                own.append(Block(first, builder.row - start))
+                first, noise = builder.row - start, False
+                if isinstance(segment, ImageSegment):
+                    position = builder.add_image(segment, position)
+                else:
+                    position = builder.add_latents(segment, position)
+                    noise = segment.noise is not None
+                own.append(Block(first, builder.row - start, noise))
         lens.append(builder.row - start)
         blocks.append(tuple(own))
         counts.append(len(builder.score_rows) - scored_before)
@@ -125,7 +175,29 @@ def pack(
         score_labels=_long(builder.score_labels),
         score_counts=tuple(counts),
         next_positions=tuple(next_positions),
+        latents=builder.packed_latents(lens),
     )
+
+
+def pack_branches(
+    images: Sequence[LatentSegment],
+    pasts: Sequence[Sequence[tuple[int, int]]],
+    special: SpecialTokens,
+    *,
+    together: bool = True,
+) -> Branches:
+    """What `denoise` takes to draw `images` (`LatentSegment.blank`) after cached contexts.
+
+    Args:
+        pasts: of each guidance branch (full context, text dropped, image dropped; as many as are
+            used), (cached rows, next rope position) of each image.
+        together: also pack all branches into one sequence, so that a step is one forward.
+    """
+    each = tuple(pack([(image,) for image in images], special, past=past) for past in pasts)
+    if not together or len(pasts) == 1:
+        return Branches(each, None)
+    all_images = [(image,) for _ in pasts for image in images]
+    return Branches(each, pack(all_images, special, past=[p for past in pasts for p in past]))
 
 
 def _long(values: Sequence[int] | np.ndarray) -> Tensor:
@@ -145,4 +217,11 @@ def group_by_tokens(lengths: Sequence[int], limit: int) -> list[list[int]]:
     return groups
 
 
-__all__ = ["Context", "context_length", "group_by_tokens", "pack", "segment_length"]
+__all__ = [
+    "Context",
+    "context_length",
+    "group_by_tokens",
+    "pack",
+    "pack_branches",
+    "segment_length",
+]

@@ -74,7 +74,37 @@ class ImageSegment:
     position_ids: Tensor
 
 
-Segment: TypeAlias = TextSegment | ImageSegment
+@dataclass(frozen=True)
+class LatentSegment:
+    """A block `<|vision_start|> latent tokens <|vision_end|>` of the autoencoder's image.
+
+    latents: (n, 64) fp32, scaled and shifted. position_ids: (n,) int64 into the latent table.
+    time, noise: None for a clean image that the rest may look at; otherwise the flow time in
+        (0, 1] and the standard normal values (n, 64) of an image to be denoised: the model sees
+        (1 - time) latents + time noise, nothing but the image itself sees it, and what follows
+        reuses its rope position.
+    """
+
+    latents: Tensor
+    position_ids: Tensor
+    time: float | None = None
+    noise: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert len(self.position_ids) == len(self.latents)
+        assert (self.time is None) == (self.noise is None)
+        if self.time is not None and not 0 < self.time <= 1:
+            raise ValueError(f"the flow time of a noised image must be in (0, 1], got {self.time}")
+        assert self.noise is None or self.noise.shape == self.latents.shape
+
+    @classmethod
+    def blank(cls, position_ids: Tensor, dim: int = 64) -> LatentSegment:
+        """An image about to be drawn: `denoise` replaces its tokens and its time."""
+        empty = torch.zeros(len(position_ids), dim)
+        return cls(empty, position_ids, 1.0, empty)
+
+
+Segment: TypeAlias = TextSegment | ImageSegment | LatentSegment
 Context: TypeAlias = tuple[Segment, ...]
 
 

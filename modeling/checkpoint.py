@@ -25,6 +25,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from modeling.autoencoder import AE_FILE, AutoEncoder, load_autoencoder
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig, SpecialTokens, read_llm_config, read_vision_config
 from modeling.tokenizer import load_tokenizer
@@ -47,7 +48,7 @@ _SQUARE_TABLES = (VIT_TABLE, _PATCH_POSITIONS, LATENT_TABLE)
 _GENERATION_PREFIXES = ("time_embedder.", "vae2llm.", "llm2vae.", "latent_pos_embed.")
 _REQUIRED_FILES = ("llm_config.json", "vit_config.json")
 _COPIED_FILES = (
-    "ae.safetensors",
+    AE_FILE,
     *_REQUIRED_FILES,
     "config.json",
     "generation_config.json",
@@ -76,7 +77,7 @@ class BagelBundle:
     tokenizer: Any
     special_tokens: SpecialTokens
     config: BagelConfig
-    vae: nn.Module | None = None
+    vae: AutoEncoder | None = None
 
 
 def is_generation_key(key: str) -> bool:
@@ -261,6 +262,7 @@ def load_bagel(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     weights: WhichWeights = "auto",
+    vae_dtype: torch.dtype = torch.float32,
 ) -> BagelBundle:
     """Load a checkpoint folder, one tensor at a time straight to `device` and `dtype`.
 
@@ -271,11 +273,15 @@ def load_bagel(
         device: where the parameters live.
         dtype: of all parameters, the fixed position tables included.
         weights: "model" or "ema" names the file; "auto" prefers model.safetensors.
+        vae_dtype: of the autoencoder, which `visual_gen=True` reads from ae.safetensors.
 
     Raises:
         ValueError: folder, file or configuration missing or damaged; tensors missing,
             unexpected or of another shape (all of them named); a tokenizer with more tokens
             than the embedding has rows.
+
+    Warns:
+        UserWarning: `visual_gen=True` and no ae.safetensors; `vae` is None then.
     """
     config, sources = locate_weights(path, visual_gen=visual_gen, weights=weights)
     tokenizer, special_tokens = load_tokenizer(path)
@@ -287,7 +293,19 @@ def load_bagel(
     model = _meta_model(config)
     state = {key: source.get(device, dtype) for key, source in sources.items()}
     model.load_state_dict(state, strict=True, assign=True)
-    return BagelBundle(model, tokenizer, special_tokens, config)
+    vae = _load_vae(Path(path), device, vae_dtype) if visual_gen else None
+    return BagelBundle(model, tokenizer, special_tokens, config, vae)
+
+
+def _load_vae(path: Path, device: torch.device | str, dtype: torch.dtype) -> AutoEncoder | None:
+    if (path / AE_FILE).is_file():
+        return load_autoencoder(path, device=device, dtype=dtype)
+    warnings.warn(
+        f"{path} lacks {AE_FILE}, so images can be neither encoded to latents nor drawn; "
+        "copy it from the release",
+        stacklevel=3,
+    )
+    return None
 
 
 # -- saving -----------------------------------------------------------------------------------

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from modeling.bagel.attention import DecodeLayout
-from modeling.bagel.batch import PackedBatch
+from modeling.bagel.batch import PackedBatch, PackedLatents
 from modeling.bagel.config import BagelConfig
-from modeling.bagel.decoder import DecoderLayer, LanguageModel
+from modeling.bagel.decoder import DecoderLayer, LanguageModel, Routing
 from modeling.bagel.embeddings import Connector, PositionTable, TimestepEmbedder, sincos_table
-from modeling.bagel.kv_cache import KVCache
+from modeling.bagel.kv_cache import KeyValues, KVCache
 from modeling.bagel.vision import VisionLayer, VisionModel
 
 T = TypeVar("T")
+U = TypeVar("U")
 Head = Callable[[Tensor, Tensor], T]
+FlowHead = Callable[[Tensor], U]
 
 
 class Bagel(nn.Module):
@@ -82,39 +84,102 @@ class Bagel(nn.Module):
         if batch.vit_patches is not None:
             features = self.encode_images(batch.vit_patches, batch.vit_position_ids, batch.vit_lens)
             x = x.index_copy(0, batch.vit_rows, features.to(x.dtype))
+        if batch.latents is not None:
+            x = x.index_copy(0, batch.latents.rows, self.embed_latents(batch.latents).to(x.dtype))
         return x
+
+    def embed_latents(self, latents: PackedLatents) -> Tensor:
+        """Latent tokens with their flow time and fixed position: (Nl, H)."""
+        if not self.config.visual_gen:
+            raise ValueError(
+                "the sequence holds latent tokens, but the model was built without its generation "
+                "expert; load it with visual_gen=True"
+            )
+        x = self.vae2llm(latents.tokens.to(self.vae2llm.weight.dtype))
+        times = self.time_embedder(latents.times)[latents.images]
+        return x + times + self.latent_pos_embed(latents.position_ids).to(x.dtype)
 
     @overload
     def forward(
-        self, batch: PackedBatch, *, head: None = ..., cache: KVCache | None = ...
+        self,
+        batch: PackedBatch,
+        *,
+        head: None = ...,
+        flow_head: None = ...,
+        cache: KeyValues | None = ...,
     ) -> Tensor: ...
 
     @overload
-    def forward(self, batch: PackedBatch, *, head: Head[T], cache: KVCache | None = ...) -> T: ...
+    def forward(
+        self,
+        batch: PackedBatch,
+        *,
+        head: Head[T],
+        flow_head: None = ...,
+        cache: KeyValues | None = ...,
+    ) -> T: ...
+
+    @overload
+    def forward(
+        self,
+        batch: PackedBatch,
+        *,
+        head: None = ...,
+        flow_head: FlowHead[U],
+        cache: KeyValues | None = ...,
+    ) -> U: ...
+
+    @overload
+    def forward(
+        self,
+        batch: PackedBatch,
+        *,
+        head: Head[T],
+        flow_head: FlowHead[U],
+        cache: KeyValues | None = ...,
+    ) -> tuple[T, U]: ...
 
     def forward(
         self,
         batch: PackedBatch,
         *,
         head: Head[T] | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor | T:
+        flow_head: FlowHead[U] | None = None,
+        cache: KeyValues | None = None,
+    ) -> Tensor | T | U | tuple[T, U]:
         """Run a packed sequence; with a cache its keys and values are stored there.
 
         Args:
             head: called with the hidden states of the scored rows (S, H) and the head weight
                 (V, H) before this forward ends, because under FSDP2 the head is sharded again
                 afterwards; its result is returned.
+            flow_head: likewise called with the velocities (M, 64) of the noised images' rows,
+                in the compute dtype.
 
         Returns:
-            hidden states (T, H), or what `head` returned.
+            hidden states (T, H), or what `head` or `flow_head` returned, or both results.
+
+        Raises:
+            ValueError: latent tokens and a model without generation expert, or `flow_head` and
+                no latent tokens.
         """
+        latents = batch.latents
+        x = self.embed(batch)
+        # Without latent rows the understanding expert does everything.
+        routing = Routing(latents.und_rows, latents.rows) if latents is not None else None
         hidden = self.language_model.model(
-            self.embed(batch), batch.position_ids, batch.layout, cache=cache
+            x, batch.position_ids, batch.layout, routing=routing, cache=cache
         )
+        if flow_head is None:
+            if head is None:
+                return hidden
+            return head(hidden[batch.score_rows], self.language_model.lm_head.weight)
+        if latents is None:
+            raise ValueError("flow_head needs a sequence with a latent image; pack one")
+        velocities = flow_head(self.llm2vae(hidden[latents.velocity_rows]))
         if head is None:
-            return hidden
-        return head(hidden[batch.score_rows], self.language_model.lm_head.weight)
+            return velocities
+        return head(hidden[batch.score_rows], self.language_model.lm_head.weight), velocities
 
     def decode_step(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: KVCache

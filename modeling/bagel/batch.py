@@ -4,11 +4,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from modeling.bagel.attention import AttentionLayout
+
+
+@dataclass(frozen=True)
+class PackedLatents:
+    """Latent tokens of the VAE images of a packed sequence: Nl tokens of Ni images.
+
+    Attributes:
+        tokens: (Nl, 64) fp32, as the model sees them: a clean image's latents, or x_t.
+        rows, und_rows: (Nl,) and (T - Nl,) int64; the rows they fill, for the generation expert,
+            and all others, for the understanding expert.
+        position_ids: (Nl,) int64 into the latent position table; lens: tokens of each image.
+        images: (Nl,) int64 image of each token; times: (Ni,) fp32 flow time of each image,
+            1 = noise, 0 = clean.
+        velocity_rows: (M,) int64 rows of the noised images, where a velocity is predicted;
+            velocity_targets: (M, 64) fp32 noise - latents; velocity_counts: of each sample.
+    """
+
+    tokens: Tensor
+    rows: Tensor
+    und_rows: Tensor
+    position_ids: Tensor
+    lens: tuple[int, ...]
+    images: Tensor
+    times: Tensor
+    velocity_rows: Tensor
+    velocity_targets: Tensor
+    velocity_counts: tuple[int, ...]
+
+    def to(self, device: torch.device | str) -> PackedLatents:
+        """The same with every tensor on `device`."""
+        return _moved(self, device)
 
 
 @dataclass(frozen=True)
@@ -24,6 +56,7 @@ class PackedBatch:
         score_rows: (S,) int64 rows whose output predicts a sampled label; score_labels: (S,)
             those labels; score_counts: scored rows of each sample, summing to S.
         next_positions: rope position that follows each sample.
+        latents: the VAE images, if there are any.
     """
 
     text_ids: Tensor
@@ -38,6 +71,7 @@ class PackedBatch:
     score_labels: Tensor
     score_counts: tuple[int, ...]
     next_positions: tuple[int, ...]
+    latents: PackedLatents | None = None
 
     @property
     def total(self) -> int:
@@ -46,9 +80,24 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        return _moved(self, device)
+
+    def at_time(self, tokens: Tensor, time: Tensor) -> PackedBatch:
+        """The same batch with other latent tokens (Nl, 64), all images at one flow time ()."""
+        assert self.latents is not None and tokens.shape == self.latents.tokens.shape
+        times = time.expand(self.latents.times.shape)
+        return replace(self, latents=replace(self.latents, tokens=tokens, times=times))
+
+
+_Batch = TypeVar("_Batch", PackedBatch, PackedLatents)
+
+
+def _moved(batch: _Batch, device: torch.device | str) -> _Batch:
+    moved: dict[str, Any] = {}
+    for f in fields(batch):
+        value = getattr(batch, f.name)
+        if isinstance(value, Tensor):
+            moved[f.name] = value.to(device, non_blocking=True)
+        elif isinstance(value, PackedLatents):
+            moved[f.name] = value.to(device)
+    return replace(batch, **moved)

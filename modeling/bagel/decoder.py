@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modeling.bagel.attention import AttentionLayout, DecodeLayout, attend
 from modeling.bagel.config import LLMConfig
-from modeling.bagel.kv_cache import KVCache
+from modeling.bagel.kv_cache import KeyValues
 
 GEN_SUFFIX = "_moe_gen"
 
@@ -27,6 +27,13 @@ class Routing:
 
     und_rows: Tensor
     gen_rows: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Routing:
+        """The same on `device` (a model spread over several devices moves its arguments)."""
+        return Routing(
+            self.und_rows.to(device, non_blocking=non_blocking),
+            self.gen_rows.to(device, non_blocking=non_blocking),
+        )
 
 
 class RMSNorm(nn.Module):
@@ -91,7 +98,7 @@ class Attention(nn.Module):
         sin: Tensor,
         layout: AttentionLayout | DecodeLayout,
         routing: Routing | None,
-        cache: KVCache | None,
+        cache: KeyValues | None,
         layer: int,
     ) -> Tensor:
         q = route(self, "q_proj", x, routing).unflatten(-1, (self.heads, -1))  # (T, nh, d)
@@ -136,7 +143,7 @@ class DecoderLayer(nn.Module):
         sin: Tensor,
         layout: AttentionLayout | DecodeLayout,
         routing: Routing | None,
-        cache: KVCache | None,
+        cache: KeyValues | None,
     ) -> Tensor:
         normed = route(self, "input_layernorm", x, routing)
         x = x + self.self_attn(normed, cos, sin, layout, routing, cache, self.layer)
@@ -150,7 +157,7 @@ class DecoderLayer(nn.Module):
         sin: Tensor,
         layout: AttentionLayout | DecodeLayout,
         routing: Routing | None = None,
-        cache: KVCache | None = None,
+        cache: KeyValues | None = None,
     ) -> Tensor:
         if self.checkpointing and x.requires_grad:
             # Inside the layer, so that a sharded layer recomputes without gathering twice.
@@ -177,7 +184,7 @@ class Decoder(nn.Module):
         position_ids: Tensor,
         layout: AttentionLayout | DecodeLayout,
         routing: Routing | None = None,
-        cache: KVCache | None = None,
+        cache: KeyValues | None = None,
     ) -> Tensor:
         """x (T, H), position_ids (T,) -> hidden states after the final norm (T, H)."""
         cos, sin = rotary(position_ids, self.head_dim, self.rope_theta)

@@ -42,6 +42,20 @@ class Generation:
     rounds: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class CachedPrompt:
+    """Contexts that a cache holds already: row b of it belongs to sample b.
+
+    lens: rows of each context. next_positions: rope position that follows each. The cache needs
+    room behind the longest context for all new tokens and one more; what is decoded is written
+    there, the contexts themselves stay as they are.
+    """
+
+    cache: KVCache
+    lens: tuple[int, ...]
+    next_positions: tuple[int, ...]
+
+
 def choose(logits: Tensor, temperature: float, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
     """Next token of each row of logits (B, V), and its log-probability, fp32 (B,).
 
@@ -63,9 +77,15 @@ def choose(logits: Tensor, temperature: float, uniforms: Tensor | None) -> tuple
 class _Rows:
     """State of every row, on the device; the loop updates it without reading it."""
 
-    def __init__(self, prompt: PackedBatch, special: SpecialTokens, budget: int) -> None:
-        device = prompt.text_ids.device
-        batch = len(prompt.layout.query_lens)
+    def __init__(
+        self,
+        lens: Sequence[int],
+        next_positions: Sequence[int],
+        device: torch.device,
+        special: SpecialTokens,
+        budget: int,
+    ) -> None:
+        batch = len(lens)
         self.budget = budget
         self.eos = special.eos
         self.bos = special.bos
@@ -73,8 +93,8 @@ class _Rows:
         def full(value: int | bool, *shape: int) -> Tensor:
             return torch.full((batch, *shape), value, device=device)
 
-        self.base_slot = torch.tensor(prompt.layout.key_lens, device=device)
-        self.base_position = torch.tensor(prompt.next_positions, device=device)
+        self.base_slot = torch.tensor(lens, device=device)
+        self.base_position = torch.tensor(next_positions, device=device)
         self.token = full(special.bos)
         self.used = full(0)  # tokens fed so far, before the current one
         self.running = full(True)
@@ -147,7 +167,7 @@ class _Rounds:
 @torch.no_grad()
 def generate(
     model: Bagel,
-    prompt: PackedBatch,
+    prompt: PackedBatch | CachedPrompt,
     special: SpecialTokens,
     *,
     max_new_tokens: int,
@@ -159,10 +179,10 @@ def generate(
     on_check: Callable[[Callable[[], list[list[int]]]], None] | None = None,
     choose_token: Callable[[Tensor, float, Tensor | None], tuple[Tensor, Tensor]] = choose,
 ) -> list[Generation]:
-    """Decode every sample of a packed prompt.
+    """Decode every sample of a packed or cached prompt.
 
     Args:
-        prompt: contexts packed without cached rows, on the model's device.
+        prompt: contexts packed without cached rows, on the model's device, or cached ones.
         uniforms: (B, max_new_tokens + 1) in [0, 1), one number a position; None is greedy.
         continues: given the ids of a round that ended by itself, says whether it asked for a
             picture, so that another round may start (at most `max_image_skips` times).
@@ -171,23 +191,35 @@ def generate(
         choose_token: replaces `choose` in tests of the protocol.
 
     Raises:
-        ValueError: max_new_tokens < 1, temperature <= 0, or uniforms of another shape.
+        ValueError: max_new_tokens < 1, temperature <= 0, uniforms of another shape, or a cached
+            prompt whose cache has no room for the new tokens.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}; greedy: no sampling")
-    batch = len(prompt.layout.query_lens)
+    lens = prompt.lens if isinstance(prompt, CachedPrompt) else prompt.layout.key_lens
+    batch = len(lens)
     if uniforms is not None and uniforms.shape != (batch, max_new_tokens + 1):
         raise ValueError(
             f"uniforms must be {(batch, max_new_tokens + 1)}, one number a position; got "
             f"{tuple(uniforms.shape)}"
         )
-    device = prompt.text_ids.device
-    longest = max(prompt.layout.key_lens) + max_new_tokens + 1
-    cache = KVCache(model.config.llm, batch, longest, model.layer_devices or device, model.dtype)
-    model(prompt, cache=cache)
-    rows = _Rows(prompt, special, max_new_tokens)
+    longest = max(lens) + max_new_tokens + 1
+    if isinstance(prompt, CachedPrompt):
+        cache = prompt.cache
+        device = cache.keys[0].device
+        if cache.batch != batch or cache.max_len < longest:
+            raise ValueError(
+                f"the cached prompt is {cache.batch} x {cache.max_len}, but {batch} contexts and "
+                f"max_new_tokens need {batch} x {longest}; make room with KVCache.copy"
+            )
+    else:
+        device = prompt.text_ids.device
+        where = model.layer_devices or device
+        cache = KVCache(model.config.llm, batch, longest, where, model.dtype)
+        model(prompt, cache=cache)
+    rows = _Rows(lens, prompt.next_positions, device, special, max_new_tokens)
     rounds = _Rounds(batch, continues, max_image_skips)
     step = 0
     while True:
