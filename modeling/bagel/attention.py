@@ -347,7 +347,7 @@ def _padding(lens: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(gather), torch.from_numpy(scatter)
 
 
-def _padded_indices(layout: AttentionLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _padded_indices(layout: AttentionLayout, device: torch.device) -> tuple[Tensor, ...]:
     query_gather, query_scatter = _padding(layout.query_lens)
     key_gather, _ = _padding(layout.key_lens)
     mask = torch.zeros(len(layout.query_lens), query_gather.shape[1], key_gather.shape[1])
@@ -356,12 +356,12 @@ def _padded_indices(layout: AttentionLayout) -> tuple[Tensor, Tensor, Tensor, Te
     for b in range(len(layout.query_lens)):
         allowed = layout.allowed(b)
         mask[b, : allowed.shape[0], : allowed.shape[1]] = allowed
-    return query_gather, query_scatter, key_gather, mask[:, None]
+    return tuple(x.to(device) for x in (query_gather, query_scatter, key_gather, mask[:, None]))
 
 
 def _attend_padded(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
     query_gather, query_scatter, key_gather, mask = layout.memo(
-        "padded", lambda: _padded_indices(layout)
+        ("padded", q.device), lambda: _padded_indices(layout, q.device)
     )
     out = _sdpa(q[query_gather], k[key_gather], v[key_gather], mask)
     return out.flatten(0, 1)[query_scatter]
