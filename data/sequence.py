@@ -37,7 +37,7 @@ _THINK_PROMPT = (
 PACKER_SYSTEM_PROMPT = _THINK_PROMPT.format(gap=" ")
 INFERENCER_SYSTEM_PROMPT = "\n" + _THINK_PROMPT.format(gap="") + "\n"
 
-# Our own wording of the two teacher strings; --reference_intro and --transition replace them.
+# Our own wording of the two teacher strings; a YAML file given by --prompts replaces them.
 REFERENCE_INTRO = (
     "The following pictures are privileged visual references for this problem. Look at them "
     "silently: never mention, quote or describe them in your reply."
