@@ -85,6 +85,8 @@ def test_noise_of_the_encoder(vae: AutoEncoder) -> None:
     assert torch.equal(vae.encode(image, generator=torch.Generator().manual_seed(5)), expected)
     torch.manual_seed(5)  # without a generator: torch's own, as the reference does
     assert torch.equal(vae.encode(image), expected)
+    tokens = encode_tokens(vae, list(image), generator=torch.Generator().manual_seed(5))
+    assert torch.equal(torch.stack(tokens), torch.stack([latent_tokens(x) for x in expected]))
     with pytest.raises(ValueError, match=r"noise must be \(2, 16, 2, 4\)"):
         vae.encode(image, noise=drawn[:1])
     with pytest.raises(ValueError, match="multiples of 8"):
