@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +20,22 @@ CACHE_BYTES = 256 << 20
 # Memory of a worker grows with the row group, whatever is read of it: writers put up to 1024 rows
 # into one page.
 LARGE_GROUP_BYTES = 1 << 30
+
+
+class RowSource(Protocol):
+    """A dataset whose rows can be read by number, whatever its files are."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def files(self) -> tuple[str, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def locate(self, index: int) -> tuple[str, int]: ...
+
+    def read_row(self, index: int, position: int = -1) -> Row: ...
 
 
 @dataclass(frozen=True)
