@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -250,18 +251,28 @@ def test_not_enough_memory_while_answering(
         demo.main(arguments())
 
 
-def test_exit_codes() -> None:
-    """1 and one line for wrong input; 2 for an unknown flag; from any directory."""
-    script = ROOT / "examples" / "inference_demo.py"
-    wrong = subprocess.run(
-        [sys.executable, script, *arguments(image="nowhere.png")],
-        capture_output=True, text=True, cwd=ROOT / "tests", timeout=120,
-    )  # fmt: skip
-    assert (wrong.returncode, wrong.stdout) == (1, "")
-    assert wrong.stderr == "error: there is no image file nowhere.png; check --image\n"
-    with pytest.raises(SystemExit) as unknown:
-        demo.main([*arguments(), "--imge", "x"])
-    assert unknown.value.code == 2
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (("--image", "nowhere.png"), 1, "error: there is no image file nowhere.png; check --image"),
+        (("--imge", "x"), 2, r"error: unrecognized arguments: --imge x .*mean --image"),
+    ],
+)
+def test_exit_codes(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    code: int,
+    said: str,
+) -> None:
+    """1 for wrong input, 2 for an unknown flag, with one message and nothing on stdout."""
+    monkeypatch.setattr(sys, "argv", ["inference_demo.py", *arguments(*flags)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "examples" / "inference_demo.py"), run_name="__main__")
+    assert end.value.code == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.search(said, captured.err) and "Traceback" not in captured.err
 
 
 # ---------------------------------------------------------------------------------- example
@@ -276,6 +287,7 @@ def documented_commands() -> list[list[str]]:
 def test_documented_example_runs() -> None:
     command = documented_commands()[1]
     assert "examples/tiny-base" in command
+    assert command[1] == "examples/inference_demo.py"
     done = subprocess.run(
         [sys.executable, *command[1:], "--device", "cpu"],
         capture_output=True, text=True, cwd=ROOT, timeout=120,
