@@ -105,7 +105,7 @@ class TsvDataset:
             if fields is None:
                 return
             if fields:  # a blank line is no record
-                index = _plain_index(fields[at]) if at < len(fields) else ""
+                index = plain_index(fields[at]) if at < len(fields) else ""
                 if index in self._places:
                     raise ValueError(f"{self.path}: index {index!r} stands twice")
                 self._places[index] = len(self._spans)
@@ -143,7 +143,7 @@ class TsvDataset:
         values = self._record(row)
         image = values.get("image", "")
         if 0 < len(image) <= _REFERENCE_LENGTH:
-            place = self._places.get(_plain_index(image))
+            place = self._places.get(plain_index(image))
             shared = "" if place is None else self._record(place).get("image", "")
             if len(shared) <= _REFERENCE_LENGTH:
                 raise BadRow(
@@ -156,7 +156,7 @@ class TsvDataset:
         return Row(self.name, file, row, values, position)
 
 
-def _plain_index(text: str) -> str:
+def plain_index(text: str) -> str:
     """The index as text: "7", " 7" and pandas' "7.0" are one."""
     text = text.strip()
     whole, dot, rest = text.partition(".")

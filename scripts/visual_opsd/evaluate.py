@@ -1,19 +1,22 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""Accuracy of a checkpoint on a world or a parquet split.
+"""Accuracy of a checkpoint on a world, a parquet split or the paper's benchmarks.
 
     python -m scripts.visual_opsd.evaluate --model_path DIR --data Spatial_Navigation
+    python -m scripts.visual_opsd.evaluate --model_path DIR --benchmark all --tsv_root LMUData
 
 Greedy answers of the text-only student (`--context vt` and `noise` show it what the teacher sees:
 the real visual thoughts, or Gaussian noise in their place). A row of a generated world is judged
-by the world's scorer, any other by exact match of its last <answer>...</answer>. Every raw answer
-is kept; a killed run is resumed by the same command; torchrun splits the rows over its processes.
+by the world's scorer, one of a benchmark by its rule (`benchmark_scoring.RULES`), any other by
+exact match of its last <answer>...</answer>. Every raw answer is kept; a killed run is resumed by
+the same command; torchrun splits the rows over its processes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,25 @@ from data.parquet import Reject
 from data.rejects import summarise
 from data.sequence import Completion, Context, ContextBuilder
 from data.thinkmorph import EVALUATION_ROWS, Row, RowNeeds, parse_row
+from data.tsv import TsvDataset
 from data.worlds import get_scorer
 from modeling import BagelBundle, load_bagel
+from scripts.visual_opsd import benchmarks
+from scripts.visual_opsd.benchmark_scoring import Verdict, exact_verdict
+from scripts.visual_opsd.benchmark_table import (
+    FIGURES_FILE,
+    benchmark_figures,
+    describe,
+    versions,
+)
 from scripts.visual_opsd.cli import flat, option, parse_config, run_main
 from scripts.visual_opsd.config import PromptSettings
+from scripts.visual_opsd.evaluation_summary import (
+    comparison_line,
+    split_bad,
+    summarise_run,
+    table,
+)
 from scripts.visual_opsd.on_policy_sampler import SamplerSettings, sample_completions
 from scripts.visual_opsd.processes import (
     DistEnv,
@@ -54,6 +72,7 @@ from scripts.visual_opsd.rows import make_builder, noise_generator
 from scripts.visual_opsd.run_store import (
     RankedLines,
     claim_folder,
+    read_json,
     stable_hash,
     weights_fingerprint,
     write_json,
@@ -62,10 +81,9 @@ from scripts.visual_opsd.run_store import (
 from scripts.visual_opsd.scoring import (
     PairedComparison,
     compare_runs,
-    exact_match,
     extract_answer,
-    wilson_interval,
 )
+from scripts.visual_opsd.timing import BatchClock, summarise_timing, timing_line, timing_text
 
 CONTEXTS = ("text", "vt", "noise")
 
@@ -113,8 +131,21 @@ class EvaluateSettings:
 
 
 @dataclass(frozen=True)
+class BenchmarkSettings:
+    """Benchmarks by name, instead of `--data`."""
+
+    benchmark: str | None = option(
+        None, "instead of --data: benchmarks by name, separated by commas, or all"
+    )
+    tsv_root: str | None = option(
+        None, f"folder of the benchmarks' TSV files, else {benchmarks.ROOT_VARIABLE}"
+    )
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)
     compute: ComputeSettings = field(default_factory=ComputeSettings)
 
@@ -122,26 +153,28 @@ class EvaluateConfig:
 # ---------------------------------------------------------------------------------- rows
 
 
+Judge = Callable[[str], Verdict]
+
+
 @dataclass(frozen=True)
 class Question:
-    """One row to answer: its context, and what judges the answer."""
+    """One row to answer: its context, and what judges the answer.
+
+    `benchmark`: further fields of its line, for a row of a benchmark. `seconds`: reading, decoding
+    and resizing took.
+    """
 
     name: RowName
     question: str
     answer: str
-    world: str | None
-    world_state: str | None
     context: Context
+    judge: Judge
+    benchmark: Mapping[str, str] | None = None
+    seconds: float = 0.0
 
     @property
     def length(self) -> int:
         return context_length(self.context)
-
-    def correct(self, text: str) -> bool:
-        """The world's verdict on a generated text, or exact match."""
-        if self.world is not None:
-            return get_scorer(self.world)({"world_state": self.world_state}, text)
-        return exact_match(self.answer, text)
 
 
 @dataclass(frozen=True)
@@ -150,8 +183,25 @@ class PrepareQuestion:
 
     builder: ContextBuilder
     settings: EvaluateSettings
+    rules: Mapping[str, benchmarks.Benchmark] = field(default_factory=dict)
 
     def __call__(self, row: Row) -> Question:
+        started = time.perf_counter()
+        made = self._benchmark(row) if row.dataset in self.rules else self._sample(row)
+        return replace(made, seconds=time.perf_counter() - started)
+
+    def _benchmark(self, row: Row) -> Question:
+        line = benchmarks.parse_row(self.rules[row.dataset], row)
+        return Question(
+            row_name(row, line.index, benchmarks.TSV_IDENTITY),
+            line.question,
+            line.answer,
+            benchmarks.build_context(self.builder, line.parts),
+            line.judge,
+            {"group": line.group, "category": line.category},
+        )
+
+    def _sample(self, row: Row) -> Question:
         sample = parse_row(row, self.settings.needs)
         context = self.builder.student(sample)
         if self.settings.context != "text":
@@ -163,14 +213,24 @@ class PrepareQuestion:
             row_name(row, sample.pid, IDENTITY_COLUMNS),
             sample.question,
             sample.answer,
-            sample.world,
-            sample.world_state,
             context,
+            _world_judge(sample.world, sample.world_state)
+            if sample.world is not None
+            else partial(exact_verdict, answer=sample.answer),
         )
 
 
+def _world_judge(world: str, state: str | None) -> Judge:
+    scorer = get_scorer(world)
+    return lambda text: Verdict(scorer({"world_state": state}, text), None)
+
+
 def prediction(index: int, question: Question, completion: Completion, text: str) -> dict[str, Any]:
-    """A line of predictions.jsonl."""
+    """A line of predictions.jsonl; `given` is what a benchmark's rule took for the answer."""
+    verdict = question.judge(text)
+    extra = {}
+    if question.benchmark is not None:
+        extra = {**question.benchmark, "given": verdict.given}
     return {
         "index": index,
         **asdict(question.name),
@@ -178,10 +238,11 @@ def prediction(index: int, question: Question, completion: Completion, text: str
         "answer": question.answer,
         "text": text,
         "output_tokens": len(completion.ids),
-        "correct": question.correct(text),
+        "correct": verdict.correct,
         "answered": extract_answer(text) is not None,
         "capped": completion.capped,
         "empty": not completion.ids and not completion.capped,
+        **extra,
     }
 
 
@@ -201,13 +262,48 @@ def result_settings(config: EvaluateConfig, pool: RowPool, dtype: torch.dtype) -
         "noise_seed": settings.noise_seed if settings.context == "noise" else None,
         "precision": str(dtype).removeprefix("torch."),
         **prompt_identity(config.prompt),
+        **(versions() if benchmark_files(pool) else {}),
     }
 
 
+def open_rows(config: EvaluateConfig) -> RowPool:
+    """The rows the settings name.
+
+    Raises:
+        ValueError: as `open_data` and `open_benchmarks`; benchmarks with a teacher's context.
+    """
+    settings, named = config.evaluate, config.benchmark
+    if named.benchmark is None:
+        return RowPool(open_data(settings.data, settings.split, settings.data_root, settings.needs))
+    if settings.context != "text":
+        raise ValueError(
+            f"--context {settings.context}: benchmarks hold no visual thoughts to show; use "
+            "--context text"
+        )
+    return RowPool(benchmarks.open_benchmarks(named.benchmark, named.tsv_root))
+
+
+def benchmark_files(pool: RowPool) -> list[TsvDataset]:
+    """The benchmarks among the datasets."""
+    return [dataset for dataset in pool.datasets if isinstance(dataset, TsvDataset)]
+
+
+@dataclass(frozen=True)
+class Stores:
+    """What the ranks append to: answers, and how long they took (which no resume repeats)."""
+
+    answers: RankedLines
+    timing: RankedLines
+
+    @classmethod
+    def of(cls, folder: Path) -> Stores:
+        return cls(RankedLines(folder, "predictions"), RankedLines(folder, "timing"))
+
+
 def answer_rows(
-    config: EvaluateConfig, env: DistEnv, pool: RowPool, indices: Sequence[int], store: RankedLines
+    config: EvaluateConfig, env: DistEnv, pool: RowPool, indices: Sequence[int], stores: Stores
 ) -> None:
-    """Answer and judge this rank's rows, appending to its file window by window."""
+    """Answer and judge this rank's rows, appending to its files window by window."""
     settings = config.evaluate
     if not indices:
         return
@@ -223,7 +319,9 @@ def answer_rows(
         check_every=8 if env.device.type == "cuda" else 2,  # a check costs a GPU its run-ahead
     )
     prepare = PrepareQuestion(
-        make_builder(bundle.tokenizer, bundle.config, config.prompt), settings
+        make_builder(bundle.tokenizer, bundle.config, config.prompt),
+        settings,
+        {dataset.name: benchmarks.find_benchmark(dataset) for dataset in benchmark_files(pool)},
     )
     bad = BadRows(settings.max_bad_rate)
     windows = read_windows(
@@ -237,8 +335,11 @@ def answer_rows(
     with progress_bar(len(indices), shown) as bar:
         for window in windows:
             lines = [_bad_line(index, reject) for index, reject in window.rejects]
-            lines += _answer_window(bundle, window.rows, sampler, env.device, bar)
-            store.append(env.rank, sorted(lines, key=lambda line: int(line["index"])))
+            answers, timing = _answer_window(bundle, window.rows, sampler, env.device, bar)
+            stores.timing.append(env.rank, timing)  # first: an answer on file is never redone
+            stores.answers.append(
+                env.rank, sorted([*lines, *answers], key=lambda line: int(line["index"]))
+            )
             bar.update(len(window.rejects))
             bad.add(window)
 
@@ -249,10 +350,17 @@ def _answer_window(
     sampler: SamplerSettings,
     device: torch.device,
     bar: Any,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Lines of predictions.jsonl and timing.jsonl."""
     if not rows:
-        return []
+        return [], []
     before = bar.n
+    clock = BatchClock()
+
+    def on_rows(done: int) -> None:
+        clock.finished(done)
+        bar.update(before + done - bar.n)
+
     completions = sample_completions(
         bundle.model,
         [question.context for _, question in rows],
@@ -263,24 +371,21 @@ def _answer_window(
         seed=0,
         step=0,
         device=device,
-        on_rows=lambda done: bar.update(before + done - bar.n),
+        on_rows=on_rows,
     )
-    return [
-        prediction(index, question, completion, bundle.tokenizer.decode(completion.ids))
-        for (index, question), completion in zip(rows, completions, strict=True)
-    ]
+    answers, timing = [], []
+    for (index, question), completion, batch in zip(
+        rows, completions, clock.of_rows(), strict=True
+    ):
+        text = bundle.tokenizer.decode(completion.ids)
+        answers.append(prediction(index, question, completion, text))
+        dataset = question.name.dataset
+        timing.append(timing_line(index, dataset, question.seconds, batch, len(completion.ids)))
+    return answers, timing
 
 
 def _bad_line(index: int, reject: Reject) -> dict[str, Any]:
     return {"index": index, "bad": asdict(reject)}
-
-
-def split_bad(
-    records: Mapping[int, Mapping[str, Any]],
-) -> tuple[list[Mapping[str, Any]], list[Reject]]:
-    """Predictions, and the rows that could not be used."""
-    good = [record for record in records.values() if "bad" not in record]
-    return good, [Reject(**record["bad"]) for record in records.values() if "bad" in record]
 
 
 def evaluate(config: EvaluateConfig, env: DistEnv) -> dict[str, Any]:
@@ -292,11 +397,12 @@ def evaluate(config: EvaluateConfig, env: DistEnv) -> dict[str, Any]:
     """
     settings = config.evaluate
     folder = Path(settings.output_dir)
-    store = RankedLines(folder, "predictions")
+    stores = Stores.of(folder)
+    store = stores.answers
     dtype = config.compute.dtype(env.device)
-    pool = RowPool(open_data(settings.data, settings.split, settings.data_root, settings.needs))
+    pool = open_rows(config)
     wanted = result_settings(config, pool, dtype)
-    on_main(env, lambda: _prepare_folder(store, wanted, settings))
+    on_main(env, lambda: _prepare_folder(stores, wanted, settings))
     # Unusable rows are tried again: what kept them from being read may be gone.
     done = {index for index, record in store.read().items() if "bad" not in record}
     total = min(len(pool), settings.limit or len(pool))
@@ -305,13 +411,16 @@ def evaluate(config: EvaluateConfig, env: DistEnv) -> dict[str, Any]:
 
     started = time.perf_counter()
     mine = todo[env.rank :: env.world_size]
-    attempt(lambda: answer_rows(config, env, pool, mine, store))
+    attempt(lambda: answer_rows(config, env, pool, mine, stores))
     seconds = time.perf_counter() - started
     summary: dict[str, Any] = {}
 
     def finish() -> None:
         good, rejects = split_bad(store.read())
         store.merge(good)
+        timing = list(stores.timing.read().values())
+        stores.timing.merge(timing)
+        write_json(folder / "timing.json", summarise_timing(timing))
         write_lines(folder / "bad_rows.jsonl", [asdict(reject) for reject in rejects])
         check_bad_rate(rejects, total, settings.max_bad_rate)
         if not good:
@@ -330,89 +439,37 @@ def evaluate(config: EvaluateConfig, env: DistEnv) -> dict[str, Any]:
                 **asdict(compare_runs(folder, settings.compare)),
             }
         write_json(folder / "summary.json", summary)
+        if benchmark_files(pool):
+            figures = benchmark_run(pool, good, rejects)
+            write_json(folder / FIGURES_FILE, {**versions(), "benchmarks": figures})
 
     on_main(env, finish)
     return summary
 
 
-def _prepare_folder(
-    store: RankedLines, wanted: Mapping[str, Any], settings: EvaluateSettings
-) -> None:
+def _prepare_folder(stores: Stores, wanted: Mapping[str, Any], settings: EvaluateSettings) -> None:
     if settings.overwrite:
-        store.clear()
+        stores.answers.clear()
+        stores.timing.clear()
     claim_folder(
-        store.folder,
+        stores.answers.folder,
         wanted,
-        has_results=store.exists(),
+        has_results=stores.answers.exists(),
         hint="choose another --output_dir, or pass --overwrite to throw them away",
     )
 
 
-# ---------------------------------------------------------------------------------- results
-
-
-def summarise_run(
-    predictions: Sequence[Mapping[str, Any]], rejects: Sequence[Reject]
-) -> dict[str, Any]:
-    """The figures of summary.json, over all rows and for each dataset."""
-    names = list(dict.fromkeys(str(line["dataset"]) for line in predictions))
-    return {
-        **_figures(predictions),
-        "tasks": {n: _figures([p for p in predictions if p["dataset"] == n]) for n in names},
-        "bad_rows": len(rejects),
-        "bad_reasons": {
-            reason: sum(reject.reason == reason for reject in rejects)
-            for reason in sorted({reject.reason for reject in rejects})
-        },
-        "bad_summary": summarise(rejects) if rejects else "",
-    }
-
-
-def _figures(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    n = len(predictions)
-
-    def share(name: str) -> float:
-        return sum(bool(line[name]) for line in predictions) / n
-
-    correct = sum(bool(line["correct"]) for line in predictions)
-    tokens = sum(int(line["output_tokens"]) for line in predictions)
-    return {
-        "n": n,
-        "correct": correct,
-        "accuracy": share("correct"),
-        "interval": list(wilson_interval(correct, n)),
-        "mean_tokens": tokens / n,
-        "cap_rate": share("capped"),
-        "empty_rate": share("empty"),
-        "answered_rate": share("answered"),
-    }
-
-
-def table(summary: Mapping[str, Any]) -> str:
-    """The summary as text, one line a dataset and one for all."""
-    names = "".join(f"{name:>8}" for name in ("tokens", "capped", "empty"))
-    lines = [f"{'':24}{'n':>7}{'accuracy':>10}{'95 % interval':>17}{names}"]
-    tasks = summary["tasks"] if len(summary["tasks"]) > 1 else {}
-    for name, figures in [*tasks.items(), ("all", summary)]:
-        low, high = figures["interval"]
-        lines.append(
-            f"{name:24}{figures['n']:>7}{figures['accuracy']:>10.1%}"
-            f"{f'{low:.1%} - {high:.1%}':>17}{figures['mean_tokens']:>8.1f}"
-            f"{figures['cap_rate']:>8.1%}{figures['empty_rate']:>8.1%}"
-        )
-    if summary["bad_rows"]:
-        lines.append(f"{summary['bad_rows']} rows left out: {summary['bad_summary']}")
-    return "\n".join(lines)
-
-
-def comparison_line(comparison: PairedComparison, this: str, other: str) -> str:
-    """A paired comparison in one line."""
-    c = comparison
-    return (
-        f"{this} {c.accuracy_a:.1%} - {other} {c.accuracy_b:.1%} = {c.difference:+.1f} points "
-        f"(95 % {c.low:+.1f} .. {c.high:+.1f}; {c.only_a} rows only the former, {c.only_b} only "
-        f"the latter, McNemar p = {c.p_value:.2g}; n = {c.n})"
-    )
+def benchmark_run(
+    pool: RowPool, predictions: Sequence[Mapping[str, Any]], rejects: Sequence[Reject]
+) -> dict[str, dict[str, Any]]:
+    """Figures of each benchmark of which a row was answered, by name."""
+    found = {}
+    for dataset in benchmark_files(pool):
+        lines = [line for line in predictions if line["dataset"] == dataset.name]
+        bad = sum(reject.dataset == dataset.name for reject in rejects)
+        if lines:
+            found[dataset.name] = benchmark_figures(dataset, lines, bad)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -425,12 +482,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         shutdown()
     if env.is_main:
         settings = config.evaluate
+        folder = Path(settings.output_dir)
         print(f"{settings.model_path}, context {settings.context}:")
         print(table(summary))
+        if (folder / FIGURES_FILE).is_file():
+            print(describe(read_json(folder / FIGURES_FILE, "")["benchmarks"]))
+        print(timing_text(read_json(folder / "timing.json", "")))
         if settings.compare:
             figures = {k: v for k, v in summary["comparison"].items() if k != "other"}
             print(comparison_line(PairedComparison(**figures), "this", settings.compare))
-        print(f"{summary['seconds']:.1f} s; {Path(settings.output_dir) / 'summary.json'}")
+        print(f"{summary['seconds']:.1f} s; {folder / 'summary.json'}")
     return 0
 
 

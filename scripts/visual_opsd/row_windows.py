@@ -22,7 +22,9 @@ from tqdm import tqdm
 from data.dataset_info import dataset_files, is_dataset_folder, load_dataset_config, split_files
 from data.parquet import ParquetDataset, Reject, attempt
 from data.rejects import summarise
-from data.thinkmorph import IMAGE_COLUMNS, PROBLEM_IMAGE, Row, RowNeeds
+from data.row_groups import RowSource
+from data.thinkmorph import EVALUATION_ROWS, IMAGE_COLUMNS, PROBLEM_IMAGE, Row, RowNeeds
+from data.tsv import TsvDataset
 from scripts.visual_opsd.cli import option
 from scripts.visual_opsd.config import PromptSettings
 
@@ -70,17 +72,26 @@ def progress_bar(total: int, shown: bool) -> Any:
 # ------------------------------------------------------------------------------ which rows
 
 
-def open_data(
-    data: str, split: str, root: str | Path | None, needs: RowNeeds
-) -> list[ParquetDataset]:
+def open_data(data: str, split: str, root: str | Path | None, needs: RowNeeds) -> list[RowSource]:
     """Datasets of a comma-separated list of names (below the data root), folders or files.
 
+    A file that ends in .tsv is a benchmark's, called by its stem; any other is parquet.
+
     Raises:
-        ValueError: an unknown name, a folder without files of the split, two of one name.
+        ValueError: an unknown name, a folder without files of the split, two of one name, a TSV
+            file where visual thoughts or traces are needed.
     """
-    found = []
+    found: list[RowSource] = []
     for entry in (part.strip() for part in data.split(",") if part.strip()):
         path = Path(entry)
+        if path.suffix == ".tsv":
+            if needs != EVALUATION_ROWS:
+                raise ValueError(
+                    f"--data {entry}: benchmark files hold questions only, no visual thoughts; "
+                    "they can be evaluated with --context text, nothing else"
+                )
+            found.append(TsvDataset(path.stem, path))
+            continue
         if path.is_file():
             files, place = [path], path.resolve().parent
         elif path.is_dir() and is_dataset_folder(path):
@@ -105,10 +116,10 @@ def open_data(
 
 def open_config(
     path: str | Path, root: str | Path | None, needs: RowNeeds
-) -> tuple[list[ParquetDataset], list[float]]:
+) -> tuple[list[RowSource], list[float]]:
     """Datasets and weights of a YAML config (its row budgets concern training and do not apply)."""
     sources = [source for source in load_dataset_config(path) if source.weight > 0]
-    datasets = [
+    datasets: list[RowSource] = [
         ParquetDataset(s.name, dataset_files(s.name, s.split, root), needs, split=s.split)
         for s in sources
     ]
@@ -118,7 +129,7 @@ def open_config(
 class RowPool:
     """Datasets laid end to end: one index over all their rows."""
 
-    def __init__(self, datasets: Sequence[ParquetDataset]) -> None:
+    def __init__(self, datasets: Sequence[RowSource]) -> None:
         self.datasets = tuple(datasets)
         self.starts = [0]
         for dataset in self.datasets:
@@ -127,7 +138,7 @@ class RowPool:
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def locate(self, index: int) -> tuple[ParquetDataset, int]:
+    def locate(self, index: int) -> tuple[RowSource, int]:
         """Dataset of a row and the row's index in it."""
         number = bisect_right(self.starts, index) - 1
         return self.datasets[number], index - self.starts[number]
@@ -139,6 +150,7 @@ class RowPool:
                 "name": dataset.name,
                 "rows": len(dataset),
                 "files": [[Path(f).name, Path(f).stat().st_size] for f in dataset.files],
+                **({"md5": dataset.md5} if isinstance(dataset, TsvDataset) else {}),
             }
             for dataset in self.datasets
         ]
