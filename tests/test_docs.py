@@ -458,6 +458,9 @@ def test_readme_shows_the_recorded_demo_runs() -> None:
     shown = region(DOCUMENTS["README.md"], "demo results")
     table = demo_table(recorded)
     assert shown.strip() == table, f"README.md should hold\n{table}"
+    for arm in ("base", "real", "noise"):
+        mean = fmean(run["accuracy"][arm] for run in recorded["seeds"])
+        assert f"%, mean {100 * mean:.1f} |" in DOCUMENTS["docs/log.md"]
     recorded["seeds"][0]["accuracy"]["real"] += 0.01
     assert shown.strip() != demo_table(recorded)
 
