@@ -15,7 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.sequence import Context, ImageSegment, LatentSegment, Segment, TextSegment
+from data.sequence import (
+    Context,
+    ImageSegment,
+    LatentSegment,
+    PixelSegment,
+    Segment,
+    TextSegment,
+)
 from modeling.bagel.attention import AttentionLayout, Block
 from modeling.bagel.batch import PackedBatch, PackedLatents
 from modeling.bagel.config import SpecialTokens
@@ -26,8 +33,7 @@ def segment_length(segment: Segment) -> int:
     """Rows a segment takes, its two markers included."""
     if isinstance(segment, TextSegment):
         return len(segment.ids) + 2
-    body = segment.patches if isinstance(segment, ImageSegment) else segment.latents
-    return len(body) + 2
+    return len(segment.position_ids) + 2
 
 
 def context_length(context: Iterable[Segment]) -> int:
@@ -149,6 +155,7 @@ def pack(
             if isinstance(segment, TextSegment):
                 position = builder.add_text(segment, position)
             else:
+                assert not isinstance(segment, PixelSegment), "encode the pictures before packing"
                 first, noise = builder.row - start, False
                 if isinstance(segment, ImageSegment):
                     position = builder.add_image(segment, position)

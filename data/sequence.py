@@ -104,7 +104,22 @@ class LatentSegment:
         return cls(empty, position_ids, 1.0, empty)
 
 
-Segment: TypeAlias = TextSegment | ImageSegment | LatentSegment
+@dataclass(frozen=True)
+class PixelSegment:
+    """A picture on its way to a `LatentSegment`: rows are prepared without the autoencoder.
+
+    It has its final length; `pack` takes it once it is encoded.
+
+    pixels: (3, 16 h, 16 w) fp32 in [-1, 1]. position_ids: (h * w,) int64 into the latent table.
+    noised: to be denoised (training), otherwise clean.
+    """
+
+    pixels: Tensor
+    position_ids: Tensor
+    noised: bool = False
+
+
+Segment: TypeAlias = TextSegment | ImageSegment | LatentSegment | PixelSegment
 Context: TypeAlias = tuple[Segment, ...]
 
 
@@ -174,11 +189,18 @@ class Prompts:
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"prompts file {path} does not exist")
-        values = yaml.safe_load(path.read_text())
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from error
         known = {f.name for f in fields(cls)}
-        if not isinstance(values, dict) or not set(values) <= known:
+        if (
+            not isinstance(values, dict)
+            or not set(values) <= known
+            or not all(value is None or isinstance(value, str) for value in values.values())
+        ):
             raise ValueError(f"{path} must map some of {', '.join(sorted(known))} to strings")
-        return replace(base or cls(), **values)
+        return replace(base or cls(), **{name: text or "" for name, text in values.items()})
 
 
 class ContextBuilder:
@@ -187,6 +209,8 @@ class ContextBuilder:
     Args:
         tokenizer: a transformers tokenizer. vit_transform: PIL image -> (3, H, W) in [-1, 1].
         side: rows of the ViT position table (70 in the releases).
+        vae_transform: likewise for the autoencoder, where its images are used; latent_side and
+            latent_stride: rows of its position table and pixels a latent token covers.
     """
 
     def __init__(
@@ -198,11 +222,16 @@ class ContextBuilder:
         side: int = 70,
         patch_size: int = 14,
         interpolate: bool = False,
+        vae_transform: ImageTransform | Callable[[Image.Image], Tensor] | None = None,
+        latent_side: int = 64,
+        latent_stride: int = 16,
     ) -> None:
         self.tokenizer = tokenizer
         self.vit_transform = vit_transform
         self.prompts = prompts or Prompts()
         self.side, self.patch_size, self.interpolate = side, patch_size, interpolate
+        self.vae_transform = vae_transform
+        self.latent_side, self.latent_stride = latent_side, latent_stride
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
@@ -217,17 +246,31 @@ class ContextBuilder:
             ValueError: more patches on a side than the position table holds.
         """
         pixels = self.vit_transform(image)  # (3, H, W)
-        h, w = pixels.shape[1] // self.patch_size, pixels.shape[2] // self.patch_size
-        if max(h, w) > self.side and not self.interpolate:
+        grid = self._grid(pixels, self.patch_size, self.side, "vit_max_size")
+        return ImageSegment(patchify(pixels, self.patch_size), grid)
+
+    def picture(self, image: Image.Image, *, noised: bool = False) -> PixelSegment:
+        """The autoencoder's segment of one image, still in pixels.
+
+        Raises:
+            ValueError: more latent tokens on a side than the position table holds.
+        """
+        assert self.vae_transform is not None, "this builder was made without a VAE transform"
+        pixels = self.vae_transform(image)
+        grid = self._grid(pixels, self.latent_stride, self.latent_side, "vae_max_size")
+        return PixelSegment(pixels, grid, noised)
+
+    def _grid(self, pixels: Tensor, stride: int, side: int, flag: str) -> Tensor:
+        """Position ids of an image's patches."""
+        h, w = pixels.shape[1] // stride, pixels.shape[2] // stride
+        if self.interpolate:
+            return interpolated_position_ids(h, w, side)
+        if max(h, w) > side:
             raise ValueError(
                 f"an image of {w} x {h} patches does not fit the model's position table of "
-                f"{self.side} a side; lower vit_max_size to {self.side * self.patch_size}"
+                f"{side} a side; lower {flag} to {side * stride}"
             )
-        if self.interpolate:
-            position_ids = interpolated_position_ids(h, w, self.side)
-        else:
-            position_ids = extrapolated_position_ids(h, w, self.side)
-        return ImageSegment(patchify(pixels, self.patch_size), position_ids)
+        return extrapolated_position_ids(h, w, side)
 
     def student(self, sample: Sample) -> Context:
         """[system, problem image, question]"""
@@ -241,7 +284,12 @@ class ContextBuilder:
         return (*system, self.image(image), self.text(asked))
 
     def teacher(
-        self, sample: Sample, student: Context, noise: torch.Generator | None = None
+        self,
+        sample: Sample,
+        student: Context,
+        noise: torch.Generator | None = None,
+        *,
+        with_latents: bool = False,
     ) -> Context:
         """The student's context, then [intro, VT images, transition].
 
@@ -249,19 +297,57 @@ class ContextBuilder:
             student: `self.student(sample)`, reused so that the shared part is the same object.
             noise: when given, each VT's patches are replaced by standard normal values from it
                 (the noise control).
+            with_latents: put each VT's picture for the autoencoder before its ViT image, as when
+                a released model reads what it drew.
         """
         if not sample.thought_images:
             raise ValueError(f"{sample.file} row {sample.row} has no visual thought to teach with")
         prompts = self.prompts
-        images = [self.image(image) for image in sample.thought_images]
-        if noise is not None:
-            images = [
-                replace(segment, patches=torch.randn(segment.patches.shape, generator=noise))
-                for segment in images
-            ]
+        images: list[Segment] = []
+        for image in sample.thought_images:
+            patches = self.image(image)
+            if noise is not None:
+                shape = patches.patches.shape
+                patches = replace(patches, patches=torch.randn(shape, generator=noise))
+            if with_latents:
+                picture = self.picture(image)
+                if noise is not None:
+                    shape = picture.pixels.shape
+                    picture = replace(picture, pixels=torch.randn(shape, generator=noise))
+                images.append(picture)
+            images.append(patches)
         intro = (self.text(prompts.intro),) if prompts.intro else ()
         transition = (self.text(prompts.transition),) if prompts.transition else ()
         return (*student, *intro, *images, *transition)
+
+    def interleaved(self, sample: Sample) -> Context:
+        """What interleaved SFT trains on: [system, problem image, question, thought, drawing, ...].
+
+        The problem and every finished drawing are read as a clean VAE image and a ViT image; a
+        drawing is learnt from a noised VAE image before them. All thoughts are scored, the last
+        one with the answer. (Order of the upstream training data; it has no system prompt.)
+
+        Raises:
+            ValueError: not exactly one thought more than visual thoughts.
+        """
+        images, thoughts = sample.thought_images, sample.thoughts
+        if not images or len(thoughts) != len(images) + 1:
+            raise ValueError(
+                f"{len(images)} visual thoughts need a thought before, between and after them; "
+                f"there are {len(thoughts)} thoughts"
+            )
+        *system, problem, question = self.student(sample)
+        segments = [*system, self.picture(sample.problem_image), problem, question]
+        for i, thought in enumerate(thoughts):
+            text = thought if "<think>" in thought else f"<think>{thought}</think>"
+            text = ("<image_end>" if i else "") + text
+            last = i == len(images)
+            text += f"<answer>{sample.answer}</answer>" if last else "<image_start>"
+            segments.append(given_completion(self.encode(text)).segment())
+            if not last:
+                clean = self.picture(images[i])
+                segments += [replace(clean, noised=True), clean, self.image(images[i])]
+        return tuple(segments)
 
     def sft_targets(self, sample: Sample, form: str = "single") -> tuple[TextSegment, ...]:
         """Scored text of the SFT baseline.

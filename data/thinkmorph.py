@@ -46,6 +46,7 @@ class RowNeeds:
 
 
 OPSD_ROWS = RowNeeds()
+INTERLEAVED_ROWS = RowNeeds(text_trace="unused", thoughts="required")
 SFT_ROWS = RowNeeds(visual_thoughts="unused", text_trace="required", thoughts="unused")
 EVALUATION_ROWS = RowNeeds(visual_thoughts="unused", text_trace="unused", thoughts="unused")
 WHOLE_ROWS = RowNeeds(visual_thoughts="optional", text_trace="optional", thoughts="optional")

@@ -229,6 +229,10 @@ class AutoEncoder(nn.Module):
             raise ValueError(
                 f"the encoder's noise must be {tuple(mean.shape)}, got {tuple(noise.shape)}"
             )
+        return self.sample(mean, logvar, noise)
+
+    def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+        """Scaled and shifted latents of `moments` and standard normal values of their shape."""
         z = mean + torch.exp(0.5 * logvar) * noise.to(mean.device, mean.dtype)
         return self.config.scale * (z - self.config.shift)
 

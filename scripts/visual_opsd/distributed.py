@@ -412,12 +412,13 @@ def iter_full_state(
 def ema_update(ema_model: nn.Module, model: nn.Module, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * model, on this rank's fp32 shards; no communication.
 
-    Frozen parameters of `model` cannot have moved and are left out.
+    Frozen parameters of `model` cannot have moved and are left out; further parameters of
+    `ema_model` (a drawing branch that only the teacher has) stay as they are.
     """
     averages, currents = [], []
-    for (name, average), (_, current) in _paired(
-        dict(ema_model.named_parameters()), dict(model.named_parameters())
-    ):
+    of_model, of_ema = dict(model.named_parameters()), dict(ema_model.named_parameters())
+    common = {name: of_ema[name] for name in of_model if name in of_ema}
+    for (name, average), (_, current) in _paired(common, of_model):
         if current.requires_grad:
             assert average.dtype == current.dtype == torch.float32, f"{name} is not fp32"
             averages.append(_local(average))

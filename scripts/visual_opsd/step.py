@@ -7,6 +7,7 @@ a `ScoredRow`; the road is the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from data.packing import context_length, group_by_tokens, pack
-from data.sequence import Completion, Context, ImageSegment, TextSegment
+from data.sequence import Completion, Context, ImageSegment, LatentSegment, TextSegment
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
 from modeling.bagel.config import SpecialTokens
+from modeling.bagel.flow import flow_loss
 from scripts.visual_opsd.chunked_loss import chunked_opsd_loss
 from scripts.visual_opsd.opsd_loss import LossConfig
 from scripts.visual_opsd.rows import TrainRow
@@ -44,6 +46,12 @@ class ScoredRow:
     @property
     def scored(self) -> int:
         return sum(sum(s.scored) for s in self.student if isinstance(s, TextSegment) and s.scored)
+
+    @property
+    def noised(self) -> int:
+        """Latent rows whose velocity is predicted."""
+        noisy = (s for s in self.student if isinstance(s, LatentSegment) and s.noise is not None)
+        return sum(len(s.latents) for s in noisy)
 
 
 def score_completion(row: TrainRow, completion: Completion, max_forward_tokens: int) -> ScoredRow:
@@ -87,13 +95,16 @@ def score_targets(row: TrainRow, max_forward_tokens: int) -> ScoredRow:
     return ScoredRow(row.name, context, None)
 
 
-def empty_row(with_teacher: bool, patch_dim: int) -> ScoredRow:
+def empty_row(with_teacher: bool, patch_dim: int, latent_dim: int = 0) -> ScoredRow:
     """A pack of weight zero for a rank without rows: it joins the collectives, scores nothing.
 
-    It holds an image, because a rank that skipped the ViT would leave the others waiting.
+    It holds an image (and latents where drawing is trained, so latent_dim is not 0), because a
+    rank that skipped the ViT would leave the others waiting.
     """
-    image = ImageSegment(torch.zeros(1, patch_dim), torch.zeros(1, dtype=torch.int64))
-    context: Context = (image, TextSegment(()))
+    first = torch.zeros(1, dtype=torch.int64)
+    context: Context = (ImageSegment(torch.zeros(1, patch_dim), first), TextSegment(()))
+    if latent_dim:
+        context = (LatentSegment(torch.zeros(1, latent_dim), first), *context)
     return ScoredRow("(no row)", context, context if with_teacher else None)
 
 
@@ -145,6 +156,10 @@ class PackResult:
     label_logprobs: Tensor
     rows: tuple[ScoredRow, ...]
 
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(float(self.loss + self.stats.get("mse", 0.0)))
+
 
 def run_pack(
     student: Bagel,
@@ -158,12 +173,15 @@ def run_pack(
     scale: float,
     device: torch.device,
     decode: Callable[..., str],
+    flow_scale: float | None = None,
 ) -> PackResult:
     """Forward (teacher without gradient, then student) and backward of one pack.
 
     Args:
         teacher_head: the teacher's gathered head, None when it is the student's own.
         scale: what the summed loss is multiplied by before the backward pass.
+        flow_scale: the same for the flow-matching loss, where drawing is trained; its unscaled
+            sum and number of rows are the statistics mse and mse_rows.
     """
     student_batch = pack([row.student for row in rows], special)
     teacher_hidden: Tensor | None = None
@@ -183,8 +201,20 @@ def run_pack(
             chunk_size=chunk_size,
         )  # fmt: skip
 
-    loss_sum, stats = student(student_batch, head=head)
-    (loss_sum * scale).backward()
+    if flow_scale is None:
+        loss_sum, stats = student(student_batch, head=head)
+        (loss_sum * scale).backward()
+    else:
+        latents = student_batch.latents
+        assert latents is not None, "every pack must reach the drawing branch's weights"
+        (loss_sum, stats), flow_sum = student(
+            student_batch,
+            head=head,
+            flow_head=lambda velocity: flow_loss(velocity, latents.velocity_targets),
+        )
+        (loss_sum * scale + flow_sum * flow_scale).backward()
+        stats["mse"] = flow_sum.detach()
+        stats["mse_rows"] = flow_sum.new_tensor(float(len(latents.velocity_rows)))
     logprobs = stats.pop("label_logprob")
     return PackResult(loss_sum.detach(), stats, logprobs, tuple(rows))
 
@@ -231,6 +261,9 @@ def summarise(sums: dict[str, float], loss: LossConfig, with_completions: bool) 
         if name in sums
     }  # fmt: skip
     figures["scored_tokens"] = sums["rows"]
+    if "mse_rows" in sums:
+        figures["mse"] = mean_of(sums, "mse", "mse_rows")
+        figures["noised_tokens"] = sums["mse_rows"]
     if with_completions:
         figures["completion_length"] = mean_of(sums, "completion_tokens", "completions")
         for name in ("capped", "ended", "empty", "image_skips", "truncated"):

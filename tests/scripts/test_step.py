@@ -30,6 +30,7 @@ from scripts.visual_opsd.distributed import (
 )
 from scripts.visual_opsd.processes import DistEnv, init_distributed, shutdown
 from scripts.visual_opsd.rows import TrainRow
+from scripts.visual_opsd.schedule import learning_rate_factor
 from scripts.visual_opsd.step import (
     ScoredRow,
     check_same_labels,
@@ -40,7 +41,6 @@ from scripts.visual_opsd.step import (
     score_targets,
 )
 from scripts.visual_opsd.teacher import Teacher
-from scripts.visual_opsd.trainer import learning_rate_factor
 from tests.conftest import assert_golden, load_golden
 
 
