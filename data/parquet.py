@@ -9,14 +9,18 @@ raw Philox words, whose sequence NumPy guarantees, keyed by a hash; no library v
 
 from __future__ import annotations
 
+import atexit
+import ctypes
+import functools
 import hashlib
 import itertools
 import multiprocessing
+import os
 import pickle
 import signal
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -316,36 +320,59 @@ class _Steps(IterableDataset[Any], Generic[T]):
         for step in self.steps[worker.id :: worker.num_workers]:
             # As bytes through the pipe: neither a file descriptor for each tensor nor /dev/shm,
             # both of which run out on ordinary machines.
-            yield pickle.dumps(self.build(step), protocol=pickle.HIGHEST_PROTOCOL)
+            yield pickle.dumps(self._build_or_explain(step), protocol=pickle.HIGHEST_PROTOCOL)
+
+    def _build_or_explain(self, step: int) -> StepRows[T] | _Failure:
+        try:
+            return self.build(step)
+        except ValueError as error:
+            # A setting that does not fit the rows. DataLoader would wrap it into a traceback.
+            notes = getattr(error, "__notes__", [])
+            return _Failure("; ".join([str(error), *notes]))
 
 
 def _as_is(item: Any) -> Any:
     return item
 
 
-def _quiet_worker(_: int) -> None:
+def _quiet_worker(closing: Any, _: int) -> None:
     # A SIGTERM or Ctrl-C to the process group is the trainer's to handle: with dead workers it
     # could not finish its step and save. Workers notice a dead parent by themselves.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    def end(*_: object) -> None:
+        if closing.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class StepLoader(Generic[T]):
     """Iterable of `StepRows` in step order; made by `make_loader`."""
 
-    def __init__(self, steps: _Steps[T], loader: DataLoader[Any]) -> None:
-        self._steps, self._loader = steps, loader
+    def __init__(self, steps: _Steps[T], loader: DataLoader[Any], closing: Any) -> None:
+        self._steps, self._loader, self._closing = steps, loader, closing
 
     def __len__(self) -> int:
         return len(self._steps.steps)
 
-    def __iter__(self) -> Iterator[StepRows[T]]:
-        for item in self._loader:
-            if isinstance(item, bytes):
-                item = pickle.loads(item)  # from our own worker
-            if isinstance(item, _Failure):
-                raise ValueError(item.message)
-            yield item
+    def __iter__(self) -> Generator[StepRows[T], None, None]:
+        # Python ends what workers are left at exit by SIGTERM, and waits for them. They are left
+        # whenever an error's traceback still holds this generator.
+        atexit.register(self._let_workers_end)
+        self._closing.value = False
+        try:
+            for item in self._loader:
+                if isinstance(item, bytes):
+                    item = pickle.loads(item)  # from our own worker
+                if isinstance(item, _Failure):
+                    raise ValueError(item.message)
+                yield item
+        finally:
+            self._let_workers_end()
+            atexit.unregister(self._let_workers_end)
+
+    def _let_workers_end(self) -> None:
+        self._closing.value = True
 
 
 def make_loader(
@@ -375,15 +402,16 @@ def make_loader(
         )
     steps = range(start_step, max(start_step, total_steps))
     dataset = _Steps(sampler, prepare, sampler.slots(rank, world_size), steps, max_attempts)
-    context = multiprocessing.get_context(multiprocessing_context) if num_workers else None
+    context = multiprocessing.get_context(multiprocessing_context)
+    closing = context.RawValue(ctypes.c_bool, False)
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_size=None,
         collate_fn=_as_is,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
-        worker_init_fn=_quiet_worker,
+        worker_init_fn=functools.partial(_quiet_worker, closing),
         generator=torch.Generator(),  # or each pass would draw from the trainer's global one
-        multiprocessing_context=context,
+        multiprocessing_context=context if num_workers else None,
     )
-    return StepLoader(dataset, loader)
+    return StepLoader(dataset, loader, closing)

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 MARKER = "complete.json"
 SUPERSEDED = "superseded"
 _STEP_NAME = re.compile(r"step_(\d+)")
+_RELEASE_NAME = re.compile(r"(\d{7})")
+_STALE_NAME = re.compile(r"(step_)?\d{7}(\..*)?\.tmp")
 
 
 def step_folder(checkpoint_dir: Path, step: int) -> Path:
@@ -34,17 +37,21 @@ def read_marker(path: Path) -> dict[str, Any] | None:
     return marker if whole else None
 
 
-def _step_folders(checkpoint_dir: Path) -> dict[int, Path]:
+def release_folder(checkpoint_dir: Path, step: int) -> Path:
+    return checkpoint_dir / f"{step:07d}"
+
+
+def _folders(checkpoint_dir: Path, name: re.Pattern[str] = _STEP_NAME) -> dict[int, Path]:
     """Step -> folder of everything that carries a step's name, complete or not."""
     if not checkpoint_dir.is_dir():
         return {}
-    found = [(_STEP_NAME.fullmatch(p.name), p) for p in checkpoint_dir.iterdir() if p.is_dir()]
+    found = [(name.fullmatch(p.name), p) for p in checkpoint_dir.iterdir() if p.is_dir()]
     return dict(sorted((int(m[1]), p) for m, p in found if m))
 
 
 def complete_steps(checkpoint_dir: Path) -> dict[int, Path]:
     """Step -> folder of the complete checkpoints, in order of step."""
-    return {s: p for s, p in _step_folders(checkpoint_dir).items() if read_marker(p) is not None}
+    return {s: p for s, p in _folders(checkpoint_dir).items() if read_marker(p) is not None}
 
 
 def find_checkpoint(checkpoint_dir: Path, spec: str | int) -> Path | None:
@@ -83,37 +90,68 @@ def find_checkpoint(checkpoint_dir: Path, spec: str | int) -> Path | None:
     return path
 
 
-def claim_checkpoint_dir(checkpoint_dir: Path, resumed_from: Path | None, env: DistEnv) -> None:
-    """Make the folder ready for a run: call it once, on all ranks, after loading.
-
-    Removes what killed runs left half-written, and moves steps later than the resumed one (they
-    belong to a future that will not happen) to `superseded/`.
+def check_claim(checkpoint_dir: Path, resumed_from: Path | None) -> int:
+    """The step a run resumes in this folder, -1 if it begins there. Changes nothing.
 
     Raises:
         ValueError: the folder holds another run's checkpoints.
     """
+    complete = complete_steps(checkpoint_dir)
+    if resumed_from is not None and resumed_from.resolve().parent == checkpoint_dir.resolve():
+        return next(s for s, p in complete.items() if p.name == resumed_from.name)
+    released = _folders(checkpoint_dir, _RELEASE_NAME)
+    if complete:
+        raise ValueError(
+            f"{checkpoint_dir} already holds checkpoints (steps "
+            f"{', '.join(map(str, complete))}): continue them with --resume latest, or choose "
+            "another folder"
+        )
+    if released:
+        raise ValueError(
+            f"{checkpoint_dir} already holds checkpoints (release folders "
+            f"{', '.join(path.name for path in released.values())}): choose another folder"
+        )
+    return -1
+
+
+def check_folders(results: Path, checkpoint_dir: Path, resumed_from: Path | None) -> None:
+    """Make the folders of a run, and raise now what `claim_checkpoint_dir` would raise later.
+
+    Raises:
+        ValueError: one of them cannot be written to, or as `check_claim`.
+    """
+    for name, folder in (("results_dir", results), ("checkpoint_dir", checkpoint_dir)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to {folder}: {error}; choose another --{name}"
+            ) from error
+    check_claim(checkpoint_dir, resumed_from)
+
+
+def claim_checkpoint_dir(checkpoint_dir: Path, resumed_from: Path | None, env: DistEnv) -> None:
+    """Make the folder ready for a run: call it once, on all ranks, after loading.
+
+    Removes what killed runs left half-written, and moves steps and release folders later than the
+    resumed step (they belong to a future that will not happen) to `superseded/`.
+
+    Raises:
+        ValueError: as `check_claim`.
+    """
 
     def claim() -> None:
         checkpoint_dir.mkdir(parents=True, exist_ok=True)
-        for stale in checkpoint_dir.glob("step_*.tmp"):
-            logger.warning("removing %s, left half-written by an earlier run", stale)
-            shutil.rmtree(stale)
-        complete = complete_steps(checkpoint_dir)
-        inside = resumed_from is not None and resumed_from.resolve().parent == (
-            checkpoint_dir.resolve()
-        )
-        if complete and not inside:
-            raise ValueError(
-                f"{checkpoint_dir} already holds checkpoints (steps "
-                f"{', '.join(map(str, complete))}): continue them with --resume latest, or choose "
-                "another folder"
-            )
-        resumed_step = -1
-        if inside and resumed_from is not None:
-            resumed_step = next(s for s, p in complete.items() if p.name == resumed_from.name)
-        for step, path in _step_folders(checkpoint_dir).items():
-            if step > resumed_step:
-                _supersede(path)
+        for stale in checkpoint_dir.iterdir():
+            if _STALE_NAME.fullmatch(stale.name):
+                logger.warning("removing %s, left half-written by an earlier run", stale)
+                shutil.rmtree(stale)
+        resumed_step = check_claim(checkpoint_dir, resumed_from)
+        for name in (_STEP_NAME, _RELEASE_NAME):
+            for step, path in _folders(checkpoint_dir, name).items():
+                if step > resumed_step:
+                    _supersede(path)
 
     on_main(env, claim)
 

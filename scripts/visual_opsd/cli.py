@@ -130,7 +130,10 @@ def read_config_file(path: str | Path, config_class: type) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"config file {path} does not exist")
-    loaded = yaml.safe_load(path.read_text()) or {}
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} must be a mapping of flag names to values")
     flags = _flags(config_class)
@@ -156,6 +159,8 @@ def _typed(name: str, value: Any, flag: _Flag, path: Path) -> Any:
             return float(value)  # YAML reads 1e-5 as a string
         except ValueError:
             pass
+    if base is str and isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)  # resume: 500
     allowed = flag.spec.metadata.get("choices")
     if not isinstance(value, base) or (isinstance(value, bool) and base is not bool):
         raise ValueError(f"{path}: {name} must be {base.__name__}, got {value!r}")
@@ -204,6 +209,6 @@ def run_main(main: Callable[[], int | None]) -> typing.NoReturn:
     try:
         code = main()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("; ".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         sys.exit(1)
     sys.exit(code or 0)

@@ -170,6 +170,15 @@ class LossSettings:
     ce_weight: float = option(0.0, "weight of the cross-entropy on the completion")
     loss_chunk_size: int = option(512, "scored rows whose logits are held at once")
 
+    def __post_init__(self) -> None:
+        if self.loss_chunk_size < 1:
+            raise ValueError("loss_chunk_size must be at least 1")
+        if self.jsd_token_clip == 0:
+            raise ValueError(
+                "jsd_token_clip 0 would remove every positive term of the divergence; for no "
+                "bound use --jsd_token_clip none"
+            )
+
     def build(self) -> LossConfig:
         return LossConfig(
             loss_kind=self.jsd_loss_kind,  # type: ignore[arg-type]
@@ -227,7 +236,9 @@ class RunSettings:
     )
     resume: str | None = option(None, "latest, a step number, or the folder of a training state")
     auto_resume: bool = option(False, "the same as --resume latest")
-    resume_from: str | None = option(None, "the same as --resume PATH")
+    resume_from: str | None = option(
+        None, "the same as --resume PATH; with --auto_resume, only if there is no own state yet"
+    )
     global_seed: int = option(4396, "random numbers of sampling and of the noise control")
     device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     sharding_strategy: str = option(
@@ -245,15 +256,26 @@ class RunSettings:
     def __post_init__(self) -> None:
         if self.save_every < 1 or self.log_every < 1 or self.keep_last < 1:
             raise ValueError("save_every, log_every and keep_last must be at least 1")
+        if self.samples_per_step < 0 or self.global_seed < 0:
+            raise ValueError("samples_per_step and global_seed must not be negative")
+        if self.resume is not None:
+            others = (self.resume_from, "latest" if self.auto_resume else None)
+            if any(other not in (None, self.resume) for other in others):
+                raise ValueError(
+                    f"--resume {self.resume} contradicts --resume_from or --auto_resume, which "
+                    "mean the same: give one of them"
+                )
 
     @property
     def checkpoints(self) -> Path:
         return Path(self.checkpoint_dir or Path(self.results_dir) / "checkpoints")
 
     @property
-    def resume_spec(self) -> str | None:
-        """One meaning out of --resume, --resume_from and --auto_resume."""
-        return self.resume or self.resume_from or ("latest" if self.auto_resume else None)
+    def resume_specs(self) -> tuple[str, ...]:
+        """Where to begin, in order of preference: `find_checkpoint` decides."""
+        latest = "latest" if self.auto_resume else None
+        specs = (self.resume, latest, self.resume_from)
+        return tuple(dict.fromkeys(spec for spec in specs if spec is not None))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from data.packing import context_length
 from data.sequence import Context, ContextBuilder, TextSegment
-from data.thinkmorph import OPSD_ROWS, SFT_ROWS, Row, Sample, parse_row
+from data.thinkmorph import OPSD_ROWS, SFT_ROWS, BadRow, Row, Sample, parse_row
 from data.transforms import image_path
 from modeling.bagel.config import BagelConfig
 from scripts.visual_opsd.config import PromptSettings
@@ -31,12 +32,17 @@ class TrainRow:
 def make_builder(tokenizer: Any, model: BagelConfig, settings: PromptSettings) -> ContextBuilder:
     """The context builder that a model's sizes and the prompt settings describe."""
     transform = image_path(settings.image_path, settings.vit_config())
+    patch = model.vision.patch_size
+    if settings.vit_stride % patch:
+        raise ValueError(
+            f"vit_stride {settings.vit_stride} must be a multiple of the ViT's patch size {patch}"
+        )
     return ContextBuilder(
         tokenizer,
         transform,
         settings.build(),
         side=model.vit_max_patches_per_side,
-        patch_size=model.vision.patch_size,
+        patch_size=patch,
         interpolate=model.interpolate_positions,
     )
 
@@ -50,12 +56,29 @@ def _name(sample: Sample) -> str:
     return f"{sample.dataset}/{sample.pid}"
 
 
+def _check_length(row: Row, context: Context, limit: int | None) -> None:
+    """BadRow unless the context leaves room for a completion of one token."""
+    length = context_length(context)
+    if limit is not None and length + 3 > limit:  # the token between two markers
+        raise BadRow(
+            "too_long",
+            f"its context takes {length} of max_forward_tokens {limit}: raise the limit or lower "
+            "vit_max_pixels",
+            file=row.file,
+            row=row.row,
+        )
+
+
 @dataclass(frozen=True)
 class PrepareOPSD:
-    """Row -> student and teacher context; with `noise_seed` the VTs become Gaussian noise."""
+    """Row -> student and teacher context; with `noise_seed` the VTs become Gaussian noise.
+
+    A row whose contexts leave no room within `max_tokens` is rejected as "too_long".
+    """
 
     builder: ContextBuilder
     noise_seed: int | None = None
+    max_tokens: int | None = None
 
     def __call__(self, row: Row) -> TrainRow:
         sample = parse_row(row, OPSD_ROWS)
@@ -64,6 +87,7 @@ class PrepareOPSD:
         if self.noise_seed is not None:
             noise = noise_generator(self.noise_seed, row.position)
         teacher = self.builder.teacher(sample, student, noise)
+        _check_length(row, teacher, self.max_tokens)
         return TrainRow(
             _name(sample), row.position, sample.question, sample.answer, student, teacher
         )
@@ -71,18 +95,17 @@ class PrepareOPSD:
 
 @dataclass(frozen=True)
 class PrepareSFT:
-    """Row -> student context and the scored target text."""
+    """Row -> student context and the scored target text; "too_long" as for `PrepareOPSD`."""
 
     builder: ContextBuilder
     form: str = "single"
+    max_tokens: int | None = None
 
     def __call__(self, row: Row) -> TrainRow:
         sample = parse_row(row, SFT_ROWS)
+        student = self.builder.student(sample)
+        targets = self.builder.sft_targets(sample, self.form)
+        _check_length(row, (*student, *targets[:-1]), self.max_tokens)
         return TrainRow(
-            _name(sample),
-            row.position,
-            sample.question,
-            sample.answer,
-            self.builder.student(sample),
-            targets=self.builder.sft_targets(sample, self.form),
+            _name(sample), row.position, sample.question, sample.answer, student, targets=targets
         )

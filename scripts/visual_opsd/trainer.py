@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from data.dataset_info import load_dataset_config
-from data.parquet import StepRows, StepSampler, make_loader, open_sources
+from data.parquet import StepLoader, StepRows, StepSampler, make_loader, open_sources
 from data.rejects import RejectLedger
 from data.sequence import Completion
 from data.thinkmorph import OPSD_ROWS, SFT_ROWS
@@ -31,6 +32,7 @@ from modeling.bagel.bagel import Bagel
 from modeling.checkpoint import iter_weights, locate_weights, save_bagel
 from modeling.tokenizer import load_tokenizer
 from modeling.weight_files import FLOAT_DTYPES, open_weights
+from scripts.visual_opsd.checkpoint_folders import check_folders
 from scripts.visual_opsd.cli import flat
 from scripts.visual_opsd.config import TrainConfig
 from scripts.visual_opsd.distributed import (
@@ -51,6 +53,7 @@ from scripts.visual_opsd.processes import (
     all_reduce_max_int,
     all_reduce_sums,
     gather_objects,
+    on_main,
     raise_together,
 )
 from scripts.visual_opsd.recorded import RecordedCompletions, write_samples
@@ -73,6 +76,7 @@ from scripts.visual_opsd.training_state import (
     claim_checkpoint_dir,
     find_checkpoint,
     load_checkpoint,
+    release_folder,
     save_checkpoint,
     truncate_jsonl,
 )
@@ -80,6 +84,7 @@ from scripts.visual_opsd.training_state import (
 TERMINATED = 143  # 128 + SIGTERM, what a shell reports for a terminated process
 _SHOWN = {"loss": ".4f", "grad_norm": ".3f", "completion_length": ".1f"}
 _FINE, _STOP, _FAILED = 0, 1, 2
+T = TypeVar("T")
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -121,7 +126,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, env: DistEnv, *, sft: bool = False) -> None:
         self.config, self.env, self.sft = config, env, sft
-        if not sft and config.loss.jsd_weight == 0 and config.loss.ce_weight == 0:
+        if config.loss.jsd_weight == 0 and config.loss.ce_weight == 0:
             raise ValueError("jsd_weight and ce_weight are both 0: there is nothing to train on")
         if sft and config.loss.jsd_weight != 0:
             raise ValueError("SFT has no teacher: set jsd_weight to 0")
@@ -138,20 +143,23 @@ class Trainer:
                 f"embedding {self.model_config.llm.vocab_size} rows; use the release's own files"
             )
         self.sampler = self._open_data()
+        self.prepare = self._prepare()
+        self.ledger = RejectLedger(
+            self.results / "bad_rows.jsonl" if env.is_main else None,
+            max_rate=config.data.max_bad_rate,
+        )
         replay = config.run.replay_samples
         self.recorded = RecordedCompletions.read(replay) if replay and not sft else None
-        self.checkpoint = None
-        if config.run.resume_spec is not None:
-            self.checkpoint = find_checkpoint(config.run.checkpoints, config.run.resume_spec)
+        self.checkpoint: Path | None = None
+        for spec in config.run.resume_specs:
+            self.checkpoint = self.checkpoint or find_checkpoint(config.run.checkpoints, spec)
+        folders = (self.results, config.run.checkpoints, self.checkpoint)
+        on_main(env, lambda: check_folders(*folders))  # before minutes of loading
         self._build_models()
         self.stopping = False
         self.step = 0  # completed optimiser steps
         self.saved_step = 0  # the last one whose state is on disk
         self.bad_steps = 0
-        self.ledger = RejectLedger(
-            self.results / "bad_rows.jsonl" if env.is_main else None,
-            max_rate=config.data.max_bad_rate,
-        )
         self._restore()
 
     # ------------------------------------------------------------------------------- building
@@ -164,6 +172,15 @@ class Trainer:
             config.data.data_root,
         )
         return StepSampler(sources, config.data.data_seed, config.data.global_batch_size)
+
+    def _prepare(self) -> PrepareOPSD | PrepareSFT:
+        config = self.config
+        builder = make_builder(self.tokenizer, self.model_config, config.prompt)
+        limit = config.sample.max_forward_tokens
+        if self.sft:
+            return PrepareSFT(builder, config.data.sft_format, max_tokens=limit)
+        noise_seed = config.run.global_seed if config.teacher.noise_vt else None
+        return PrepareOPSD(builder, noise_seed, max_tokens=limit)
 
     def _sharded(self, *, trains: bool, dtype: torch.dtype, offload: bool) -> Bagel:
         """A model on meta, sharded, and filled from the release folder."""
@@ -240,16 +257,17 @@ class Trainer:
 
     def _restore(self) -> None:
         run = self.config.run
+        rejects: dict[str, Any] = {"rows_read": 0, "reasons": {}}
         if self.checkpoint is not None:
             resumed = load_checkpoint(
                 self.checkpoint, self.state, env=self.env, config=self._saved_config()
             )
             self.step = self.saved_step = resumed.step
             self.bad_steps = int(resumed.extra["bad_steps"])
-            self.ledger.resume(resumed.extra["rejects"], self.step)
+            rejects = resumed.extra["rejects"]
         claim_checkpoint_dir(run.checkpoints, self.checkpoint, self.env)
+        self.ledger.resume(rejects, self.step)
         if self.env.is_main:
-            self.results.mkdir(parents=True, exist_ok=True)
             for name in ("metrics.jsonl", "samples.jsonl"):
                 truncate_jsonl(self.results / name, self.step)
             (self.results / "config.yaml").write_text(
@@ -261,12 +279,11 @@ class Trainer:
     def train(self) -> int:
         """Run to `total_steps`; returns the exit code (0, or 143 after SIGTERM)."""
         config, run = self.config, self.config.run
-        self._catch_sigterm()
         wandb = None
         if run.wandb_project:
             wandb = WandbSettings(run.wandb_project, run.wandb_name, run.wandb_offline)
         self.timer = PhaseTimer(self.env.device, synchronize=True)
-        with MetricLogger(
+        logger = MetricLogger(
             self.results / "metrics.jsonl",
             self.env,
             total_steps=config.optim.total_steps,
@@ -274,30 +291,42 @@ class Trainer:
             progress=run.progress,
             wandb=wandb,
             config=flat(config),
-        ) as self.log:
-            rows = iter(self._loader())
+        )
+        with self._noting_sigterm(), logger as self.log, closing(iter(self._loader())) as rows:
+            self._begin()
             while self.step < config.optim.total_steps:
                 if not self._one_step(rows):
                     self._save_state()
-                    self.log.message(f"terminated: state of step {self.step} saved; --resume it")
+                    kept = f"state of step {self.step} saved; --resume it"
+                    self.log.message(f"terminated: {kept if self.step else 'nothing to save yet'}")
                     return TERMINATED
-                if self.step % run.save_every == 0 or self.step == config.optim.total_steps:
+                if self._saves():
                     self._save_state()
                     self._save_release()
         return 0
 
-    def _loader(self) -> Any:
+    def _saves(self) -> bool:
+        """Whether a checkpoint is due after the last completed step."""
+        last = self.step == self.config.optim.total_steps
+        return last or self.step % self.config.run.save_every == 0
+
+    def _begin(self) -> None:
+        """Say where the run starts; write the release folder that a killed run still owes."""
+        run = self.config.run
+        if self.checkpoint is None:
+            if run.resume_specs:
+                self.log.message(f"no checkpoint in {run.checkpoints} yet: starting at step 0")
+            return
+        self.log.message(f"resumed from {self.checkpoint}")
+        owed = self._saves() and not release_folder(run.checkpoints, self.step).exists()
+        if agree(owed, self.env):
+            self._save_release()
+
+    def _loader(self) -> StepLoader[TrainRow]:
         config = self.config
-        builder = make_builder(self.tokenizer, self.model_config, config.prompt)
-        prepare: PrepareOPSD | PrepareSFT
-        if self.sft:
-            prepare = PrepareSFT(builder, config.data.sft_format)
-        else:
-            noise_seed = config.run.global_seed if config.teacher.noise_vt else None
-            prepare = PrepareOPSD(builder, noise_seed)
         return make_loader(
             self.sampler,
-            prepare,
+            self.prepare,
             rank=self.env.rank,
             world_size=self.env.world_size,
             start_step=self.step,
@@ -306,33 +335,45 @@ class Trainer:
             prefetch_factor=config.data.prefetch_factor,
         )
 
-    def _catch_sigterm(self) -> None:
+    @contextmanager
+    def _noting_sigterm(self) -> Iterator[None]:
         def stop(*_: object) -> None:
             self.stopping = True
 
-        signal.signal(signal.SIGTERM, stop)
-
-    def _one_step(self, loader: Iterator[StepRows[TrainRow]]) -> bool:
-        """One optimiser step; False when the run was told to stop (nothing of the step counts)."""
-        status, failure = _FINE, None
-        batch: StepRows[TrainRow] | None = None
-        scored: list[ScoredRow] = []
+        before = signal.signal(signal.SIGTERM, stop)
         try:
-            with self.timer("data"):
-                batch = next(loader)
-            scored = self._score(batch)
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _together(self, action: Callable[[], T]) -> T | None:
+        """Run on every rank: None on all when one was told to stop, one's error raised on all.
+
+        Between two of these calls every rank joins the same collectives, so a rank that failed
+        (bad rows, out of memory in a rollout) is never waited for.
+        """
+        status, failure, result = _FINE, None, None
+        try:
+            result = action()
             status = _STOP if self.stopping else _FINE
         except Interrupted:
             status = _STOP
         except Exception as error:
-            # Also out-of-memory in a rollout: the other ranks must not wait for this one.
             status, failure = _FAILED, error
         worst = all_reduce_max_int(status, self.env)
         if worst == _FAILED:
             raise_together(failure)
-        if worst == _STOP:
+        return result if worst == _FINE else None
+
+    def _one_step(self, loader: Iterator[StepRows[TrainRow]]) -> bool:
+        """One optimiser step; False when the run was told to stop (nothing of the step counts)."""
+        with self.timer("data"):
+            batch = self._together(lambda: next(loader))
+        if batch is None:
             return False
-        assert batch is not None
+        scored = self._together(lambda: self._score(batch))
+        if scored is None:
+            return False
         sums = all_reduce_sums(
             {
                 "scored": sum(row.scored for row in scored),
@@ -398,7 +439,6 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             self.scheduler.step()
         self.step += 1
-        self._note_nonfinite(finite, results)
         phases = self.timer.reduce(self.env)
         last = self.step == self.config.optim.total_steps
         if self.step % self.config.run.log_every == 0 or last or not finite:
@@ -417,6 +457,7 @@ class Trainer:
                 show=_SHOWN,
             )
         self.log.advance()
+        self._note_nonfinite(finite, results)
 
     def _run_packs(self, scored: Sequence[ScoredRow], total: float) -> list[PackResult]:
         config = self.config
@@ -476,9 +517,7 @@ class Trainer:
                 f"last: {where}); lower --lr, check these rows, or resume an earlier step"
             )
 
-    def _write_samples(
-        self, batch: StepRows[TrainRow], completions: Sequence[Completion]
-    ) -> None:
+    def _write_samples(self, batch: StepRows[TrainRow], completions: Sequence[Completion]) -> None:
         if self.env.is_main:
             count = self.config.run.samples_per_step
             pairs = list(zip(batch.items, completions, strict=True))[:count]
@@ -512,10 +551,9 @@ class Trainer:
         tensors = iter_full_state(self.student, trained, dtypes.get)
         save_bagel(
             tensors,
-            run.checkpoints / f"{self.step:07d}" if self.env.is_main else None,
+            release_folder(run.checkpoints, self.step) if self.env.is_main else None,
             base=self.config.model.model_path,
             step=self.step,
             run_config=flat(self.config),
             overwrite=True,
         )
-

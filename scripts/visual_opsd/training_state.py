@@ -47,6 +47,7 @@ from scripts.visual_opsd.checkpoint_folders import (
     complete_steps,
     find_checkpoint,
     read_marker,
+    release_folder,
     step_folder,
     truncate_jsonl,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "find_checkpoint",
     "flat_config",
     "load_checkpoint",
+    "release_folder",
     "save_checkpoint",
     "truncate_jsonl",
 ]
