@@ -19,6 +19,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from scripts.visual_opsd.processes import leave
+
 T = TypeVar("T")
 
 
@@ -211,4 +213,4 @@ def run_main(main: Callable[[], int | None]) -> typing.NoReturn:
     except ValueError as error:
         print("; ".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         sys.exit(1)
-    sys.exit(code or 0)
+    leave(code or 0)

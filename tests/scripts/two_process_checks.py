@@ -18,7 +18,7 @@ from torch import nn
 
 from scripts.visual_opsd import distributed as D
 from scripts.visual_opsd import training_state as T
-from scripts.visual_opsd.processes import on_main
+from scripts.visual_opsd.processes import leave, on_main
 from tests.scripts.toy_distributed_model import (
     TOY_BLOCKS,
     ToyModel,
@@ -279,6 +279,7 @@ def main() -> None:
         if env.is_main:
             print(f"ok {check.__name__}", flush=True)
     D.shutdown()
+    leave(0)
 
 
 if __name__ == "__main__":
