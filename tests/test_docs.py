@@ -104,7 +104,8 @@ def option_problems(
         if value != wanted[flag] or type(value) is not type(wanted[flag]):
             problems.append(f"--{flag}: {value!r} is written, {wanted[flag]!r} is the default")
         for choice in specs[flag].metadata.get("choices", ()):
-            if not re.search(rf"\b{choice}\b", " ".join((default_cell, *meaning))):
+            word = rf"(?<![\w+]){re.escape(choice)}(?![\w+])"
+            if not re.search(word, " ".join((default_cell, *meaning))):
                 problems.append(f"--{flag}: choice {choice} is not explained")
     problems += [f"--{flag} is not documented" for flag in wanted if flag not in seen]
     problems += [f"--{flag} stands twice" for flag in set(seen) if seen.count(flag) > 1]
