@@ -22,7 +22,7 @@ OWN_MODULES = {*ROOMS, "tests", "inferencer", "download_model"}
 # What a package is imported as, where that differs from its name on the index.
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}
 # Used when present, never required.
-OPTIONAL = {"flash_attn"}
+OPTIONAL = {"flash_attn", "vlmeval"}
 MEGABYTE = 1 << 20
 
 
