@@ -173,6 +173,29 @@ def test_golden_by_default(bundle: Any, case: str) -> None:
     assert_outputs(meta, tensors, outputs)
 
 
+@pytest.mark.parametrize("compat", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_golden_with_a_seed_of_its_own(
+    bundle: Any, tiny_bagel_path: Any, compat: bool, dtype: torch.dtype
+) -> None:
+    """Whatever the global generator does; in half precision the same text, about the image."""
+    meta, tensors = load_golden("09_interleave")
+    loaded = bundle
+    if dtype != torch.float32:
+        loaded = load_bagel(tiny_bagel_path, visual_gen=True, dtype=dtype)
+    inferencer = make(loaded, transforms=transforms_of(meta), reference_compat=compat)
+    state = torch.get_rng_state()
+    parts = inputs_of(meta, tensors)
+    outputs = inferencer.interleave_inference(parts, seed=meta["seed"], **meta["kwargs"])
+    assert torch.equal(torch.get_rng_state(), state)
+    if dtype == torch.float32:
+        assert_outputs(meta, tensors, outputs)
+        return
+    assert [outputs[0], outputs[2]] == [meta["outputs"][k]["text"] for k in (0, 2)]
+    difference = (as_tensor(outputs[1]).float() - tensors["output1_u8"].float()).abs()
+    assert difference.mean() < 8, difference.mean()
+
+
 @pytest.mark.parametrize("case", ["interleave", "understanding_nothink_two_images"])
 @pytest.mark.parametrize("compat", [True, False])
 def test_trace_by_the_single_methods(bundle: Any, case: str, compat: bool) -> None:
@@ -294,6 +317,23 @@ def test_compat_changes_the_argument(bundle: Any) -> None:
     again = make(bundle)
     expected = again.update_context_text("Text", again.init_gen_context())
     assert torch.equal(inferencer.next_token_logits(context), again.next_token_logits(expected))
+
+
+def test_what_was_sampled_enters_the_context(bundle: Any) -> None:
+    """Wild text is encoded otherwise than it was sampled; compat encodes it anew."""
+    segments = {}
+    for compat in (False, True):
+        inferencer = make(bundle, reference_compat=compat)
+        empty = [CachedContext.empty(bundle.model)]
+        generators = [torch.Generator().manual_seed(1)]
+        (text, segment), *_ = inferencer.write(empty, generators, 40, True, 50.0)
+        assert segment.scored is None and "<|im_" not in text
+        segments[compat] = segment.ids
+        if compat:
+            assert list(segment.ids) == bundle.tokenizer.encode(text)
+        else:
+            assert text == bundle.tokenizer.decode(segment.ids)
+    assert segments[True] != segments[False]
 
 
 def expected_interleave(inferencer: Any, parts: list[Any], update: bool, seed: int) -> list[Any]:
