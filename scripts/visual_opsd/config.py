@@ -13,13 +13,14 @@ from scripts.visual_opsd.on_policy_sampler import SamplerSettings
 from scripts.visual_opsd.opsd_loss import LossConfig
 
 TEACHER_MODES = ("ema", "fixed", "self")
+TEACHER_VTS = ("vit", "vae+vit")
 
 
 @dataclass(frozen=True)
 class ModelSettings:
     model_path: str = option("models/ThinkMorph-7B", "release folder to start from")
     visual_gen: bool = option(
-        False, "kept for the reference's scripts: training needs the understanding branch only"
+        False, "kept for the reference's scripts; what a run needs of the drawing branch is loaded"
     )
     freeze_llm: bool = option(False, "do not train the decoder, embeddings and head")
     freeze_vit: bool = option(False, "do not train the ViT")
@@ -33,8 +34,8 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.visual_gen:
             raise ValueError(
-                "--visual_gen True: this trainer loads and trains the understanding branch only; "
-                "the saved folder still holds the base's generation weights"
+                "--visual_gen True: only interleaved SFT trains the drawing branch (train_sft "
+                "--mode interleaved); otherwise the saved folder holds the base's"
             )
 
 
@@ -58,6 +59,8 @@ class PromptSettings:
     vit_min_size: int = option(378, "shortest side of a ViT image in pixels")
     vit_stride: int = option(14, "sides are multiples of this (the ViT's patch)")
     vit_max_pixels: int = option(2007040, "pixels of a ViT image at most")
+    vae_max_size: int = option(1024, "longest side of a picture that the autoencoder encodes")
+    vae_min_size: int = option(512, "shortest side of a picture that the autoencoder encodes")
 
     def build(self) -> Prompts:
         """The strings, after every switch."""
@@ -80,6 +83,10 @@ class PromptSettings:
             "stride": self.vit_stride,
             "max_pixels": self.vit_max_pixels,
         }
+
+    def vae_config(self) -> dict[str, int]:
+        """The same for the autoencoder; a latent token covers 16 x 16 pixels."""
+        return {"max_size": self.vae_max_size, "min_size": self.vae_min_size, "stride": 16}
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,10 @@ class DataSettings:
 class TeacherSettings:
     teacher_mode: str = option("ema", "ema, fixed (the base) or self (the live weights)")
     ema_decay: float = option(0.995, "EMA teacher: share kept at each step")
+    teacher_vt: str = option(
+        "vit", "what the teacher reads of a visual thought; vae+vit: as at inference",
+        choices=TEACHER_VTS,
+    )  # fmt: skip
     noise_vt: bool = option(False, "control: Gaussian noise in place of the visual thoughts")
     teacher_cpu_offload: bool = option(False, "keep the teacher's shards in host memory")
 
@@ -114,6 +125,10 @@ class TeacherSettings:
         if self.teacher_mode not in TEACHER_MODES:
             raise ValueError(
                 f"unknown teacher_mode {self.teacher_mode!r}: choose {', '.join(TEACHER_MODES)}"
+            )
+        if self.teacher_vt not in TEACHER_VTS:
+            raise ValueError(
+                f"unknown teacher_vt {self.teacher_vt!r}: choose {' or '.join(TEACHER_VTS)}"
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
@@ -292,6 +307,29 @@ class TrainConfig:
     run: RunSettings = field(default_factory=RunSettings)
 
 
+@dataclass(frozen=True)
+class FlowSettings:
+    """What SFT learns besides text."""
+
+    mode: str = option(
+        "text", "text: the text-only baseline; interleaved: thoughts and drawings",
+        choices=("text", "interleaved"),
+    )  # fmt: skip
+    mse_weight: float = option(1.0, "interleaved: weight of the flow-matching loss")
+    timestep_shift: float = option(1.0, "interleaved: moves flow times towards the noise")
+
+    def __post_init__(self) -> None:
+        if self.mse_weight < 0 or self.timestep_shift <= 0:
+            raise ValueError("mse_weight must not be negative, timestep_shift must be positive")
+
+
+@dataclass(frozen=True)
+class SFTConfig(TrainConfig):
+    """The settings of SFT: those of every training run, and its mode."""
+
+    flow: FlowSettings = field(default_factory=FlowSettings)
+
+
 # What the text-only SFT baseline sets differently (the paper's 2,000 steps; the loss is CE alone).
 SFT_DEFAULTS: dict[str, Any] = {
     "model_path": "models/BAGEL-7B-MoT",  # ThinkMorph was already trained on these data sets
@@ -300,4 +338,17 @@ SFT_DEFAULTS: dict[str, Any] = {
     "total_steps": 2000,
     "jsd_weight": 0.0,
     "ce_weight": 1.0,
+}
+
+# What interleaved SFT sets besides: the released base's own training images and no system prompt.
+# A row holds its drawing three times (noised, clean, ViT) and cannot be cut, hence the room.
+INTERLEAVED_DEFAULTS: dict[str, Any] = {
+    **SFT_DEFAULTS,
+    "dataset_config_file": "data/configs/opsd.yaml",
+    "results_dir": "results/sft-interleaved",
+    "use_system_prompt": False,
+    "vit_max_size": 518,
+    "vit_min_size": 224,
+    "vit_max_pixels": 14 * 14 * 9 * 1024,
+    "max_forward_tokens": 16384,
 }

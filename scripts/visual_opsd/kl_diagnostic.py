@@ -47,6 +47,7 @@ from scripts.visual_opsd.kl_measurement import (
     PrepareDiagnostic,
     attach,
     choose_rows,
+    encode_row,
     measure,
 )
 from scripts.visual_opsd.kl_statistics import (
@@ -101,7 +102,14 @@ class Diagnosis:
     ) -> None:
         self.config, self.env, self.baseline = config, env, baseline
         settings, dtype = config.diagnostic, config.compute.dtype(env.device)
-        self.base = load_bagel(settings.base, device=env.device, dtype=dtype)
+        self.base = load_bagel(
+            settings.base, visual_gen=settings.with_latents, device=env.device, dtype=dtype
+        )
+        if settings.with_latents and self.base.vae is None:
+            raise ValueError(
+                f"--teacher_vt vae+vit: {settings.base} lacks ae.safetensors; copy it from the "
+                "release, or use --teacher_vt vit"
+            )
         self.student = self.base
         if not same_model:
             self.student = load_bagel(settings.model_path, device=env.device, dtype=dtype)
@@ -146,6 +154,10 @@ class Diagnosis:
             measure, self.base, pack_tokens=self.config.sample.pack_tokens, device=self.env.device
         )
         decode = self.base.tokenizer.decode
+        if self.config.diagnostic.with_latents:
+            vae, seed = self.base.vae, self.config.diagnostic.seed
+            assert vae is not None
+            rows = [(index, encode_row(row, vae, seed, index)) for index, row in rows]
         completions = self.base_completions(rows)
         scored = [attach(i, row, c, limit) for (i, row), c in zip(rows, completions, strict=True)]
         models = [self.base.model] if self.baseline is None else []
@@ -191,7 +203,10 @@ def _labels(completion: Completion, bundle: BagelBundle) -> list[int]:
 def identity(config: DiagnosticConfig, pool: RowPool, dtype: torch.dtype) -> dict[str, Any]:
     """Everything the base's side depends on: a baseline must agree in all of it."""
     settings, sample = config.diagnostic, config.sample
+    # Absent for the ViT alone, so that baselines of before this choice existed still serve.
+    latents = {"teacher_vt": settings.teacher_vt, "vae": config.prompt.vae_config()}
     return {
+        **(latents if settings.with_latents else {}),
         "base": weights_fingerprint(settings.base),
         "data": pool.signature(),
         "num_samples": settings.num_samples,
@@ -328,6 +343,7 @@ def summarise_run(
         "go": test["go"],
         "go_test": test,
         "is_baseline": is_baseline,
+        "teacher_vt": settings.teacher_vt,
         "gap_closed": gap_closed(base, student),
         "gap_closed_own_samples": gap_closed(base, own, paired=False) if own else None,
         "base": base_figures,

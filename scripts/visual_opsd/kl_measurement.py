@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,12 +14,14 @@ from data.packing import context_length, group_by_tokens, pack
 from data.sequence import Completion, Context, ContextBuilder
 from data.thinkmorph import Need, Row, RowNeeds, parse_row
 from modeling import BagelBundle
+from modeling.autoencoder import AutoEncoder
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
 from scripts.visual_opsd.chunked_loss import chunked_divergences
 from scripts.visual_opsd.cli import option
-from scripts.visual_opsd.config import PromptSettings, SampleSettings
+from scripts.visual_opsd.config import TEACHER_VTS, PromptSettings, SampleSettings
 from scripts.visual_opsd.kl_statistics import COLUMNS, SampleDivergences, answer_mask
+from scripts.visual_opsd.latents import encode_pictures, row_generator
 from scripts.visual_opsd.row_windows import (
     THOUGHT_IDENTITY_COLUMNS,
     ComputeSettings,
@@ -50,6 +52,10 @@ class DiagnosticSettings:
         "student", "student: the base's own samples; trace: the dataset's text traces",
         choices=("student", "trace"),
     )  # fmt: skip
+    teacher_vt: str = option(
+        "vit", "what the teacher reads of a visual thought; vae+vit: as at inference",
+        choices=TEACHER_VTS,
+    )  # fmt: skip
     seed: int = option(42, "choice of rows, sampling and noise")
     go_threshold: float = option(0.05, "GO needs an answer-span KL above this, in nats")
     output_dir: str = option("results/visual_opsd_kl_diagnostic", "tables, figures, completions")
@@ -66,6 +72,11 @@ class DiagnosticSettings:
     @property
     def base(self) -> str:
         return self.base_path or self.model_path
+
+    @property
+    def with_latents(self) -> bool:
+        """Whether the teacher reads the VTs' latents too."""
+        return self.teacher_vt == "vae+vit"
 
     @property
     def needs(self) -> RowNeeds:
@@ -134,6 +145,7 @@ class PrepareDiagnostic:
         sample = parse_row(row, self.settings.needs)
         student = self.builder.student(sample)
         noise = noise_generator(self.settings.seed, row.position)
+        latents = self.settings.with_latents
         trace = None
         if self.settings.completions == "trace":
             trace = self.builder.sft_targets(sample)[0].ids
@@ -142,10 +154,19 @@ class PrepareDiagnostic:
             sample.question,
             sample.answer,
             student,
-            self.builder.teacher(sample, student),
-            self.builder.teacher(sample, student, noise),
+            self.builder.teacher(sample, student, with_latents=latents),
+            self.builder.teacher(sample, student, noise, with_latents=latents),
             trace,
         )
+
+
+def encode_row(row: DiagnosticRow, vae: AutoEncoder, seed: int, index: int) -> DiagnosticRow:
+    """The row, the pictures of both teachers' contexts encoded."""
+    teacher, noise = (
+        encode_pictures(context, vae, row_generator(arm, seed, index))
+        for arm, context in (("teacher", row.teacher), ("noise teacher", row.noise))
+    )
+    return replace(row, teacher=teacher, noise=noise)
 
 
 @dataclass(frozen=True)

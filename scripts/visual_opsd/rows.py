@@ -11,7 +11,7 @@ import torch
 from data.packing import context_length
 from data.sequence import Context, ContextBuilder, TextSegment
 from data.thinkmorph import OPSD_ROWS, SFT_ROWS, BadRow, Row, Sample, parse_row
-from data.transforms import image_path
+from data.transforms import ImageTransform, image_path
 from modeling.bagel.config import BagelConfig
 from scripts.visual_opsd.config import PromptSettings
 
@@ -44,6 +44,9 @@ def make_builder(tokenizer: Any, model: BagelConfig, settings: PromptSettings) -
         side=model.vit_max_patches_per_side,
         patch_size=patch,
         interpolate=model.interpolate_positions,
+        vae_transform=ImageTransform(**settings.vae_config()),
+        latent_side=model.max_latent_size,
+        latent_stride=8 * model.latent_patch_size,
     )
 
 
@@ -74,11 +77,13 @@ class PrepareOPSD:
     """Row -> student and teacher context; with `noise_seed` the VTs become Gaussian noise.
 
     A row whose contexts leave no room within `max_tokens` is rejected as "too_long".
+    with_latents: the teacher also reads the VTs' latents (still pixels here).
     """
 
     builder: ContextBuilder
     noise_seed: int | None = None
     max_tokens: int | None = None
+    with_latents: bool = False
 
     def __call__(self, row: Row) -> TrainRow:
         sample = parse_row(row, OPSD_ROWS)
@@ -86,7 +91,7 @@ class PrepareOPSD:
         noise = None
         if self.noise_seed is not None:
             noise = noise_generator(self.noise_seed, row.position)
-        teacher = self.builder.teacher(sample, student, noise)
+        teacher = self.builder.teacher(sample, student, noise, with_latents=self.with_latents)
         _check_length(row, teacher, self.max_tokens)
         return TrainRow(
             _name(sample), row.position, sample.question, sample.answer, student, teacher

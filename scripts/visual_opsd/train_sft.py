@@ -1,21 +1,38 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""Text-only SFT, the paper's baseline: python -m scripts.visual_opsd.train_sft --help"""
+"""SFT on given rows: python -m scripts.visual_opsd.train_sft --help
+
+--mode text is the paper's baseline (the text-only trace, then the answer); --mode interleaved
+makes a model that draws its visual thoughts from one that does not do so yet.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from scripts.visual_opsd.cli import parse_config, run_main
-from scripts.visual_opsd.config import SFT_DEFAULTS, TrainConfig
+from scripts.visual_opsd.config import INTERLEAVED_DEFAULTS, SFT_DEFAULTS, SFTConfig
+from scripts.visual_opsd.interleaved import InterleavedTrainer
 from scripts.visual_opsd.processes import init_distributed, shutdown
 from scripts.visual_opsd.trainer import Trainer
+
+_TITLE = "SFT: the text-only baseline, or (--mode interleaved) thoughts and drawings."
+
+
+def read_config(argv: Sequence[str] | None) -> SFTConfig:
+    """The settings; defaults depend on the mode."""
+    config = parse_config(SFTConfig, argv, _TITLE, SFT_DEFAULTS)
+    if config.flow.mode == "interleaved":
+        config = parse_config(SFTConfig, argv, _TITLE, INTERLEAVED_DEFAULTS)
+    return config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code."""
-    config = parse_config(TrainConfig, argv, "Text-only SFT baseline.", SFT_DEFAULTS)
+    config = read_config(argv)
     env = init_distributed(config.run.device, config.run.timeout_s)
     try:
+        if config.flow.mode == "interleaved":
+            return InterleavedTrainer(config, env).train()
         return Trainer(config, env, sft=True).train()
     finally:
         shutdown()

@@ -14,7 +14,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,9 +27,10 @@ from data.dataset_info import load_dataset_config
 from data.parquet import StepLoader, StepRows, StepSampler, make_loader, open_sources
 from data.rejects import RejectLedger
 from data.sequence import Completion
-from data.thinkmorph import OPSD_ROWS, SFT_ROWS
+from data.thinkmorph import OPSD_ROWS, SFT_ROWS, Row, RowNeeds
+from modeling.autoencoder import load_autoencoder
 from modeling.bagel.bagel import Bagel
-from modeling.checkpoint import iter_weights, locate_weights, save_bagel
+from modeling.checkpoint import is_generation_key, iter_weights, locate_weights, save_bagel
 from modeling.tokenizer import load_tokenizer
 from modeling.weight_files import FLOAT_DTYPES, open_weights
 from scripts.visual_opsd.checkpoint_folders import check_folders
@@ -45,6 +46,7 @@ from scripts.visual_opsd.distributed import (
     shard_model,
     summon_full_params,
 )
+from scripts.visual_opsd.latents import encode_teachers
 from scripts.visual_opsd.metrics import MetricLogger, PhaseTimer, WandbSettings, peak_memory_gb
 from scripts.visual_opsd.on_policy_sampler import Interrupted, sample_completions
 from scripts.visual_opsd.processes import (
@@ -58,6 +60,7 @@ from scripts.visual_opsd.processes import (
 )
 from scripts.visual_opsd.recorded import RecordedCompletions, write_samples
 from scripts.visual_opsd.rows import PrepareOPSD, PrepareSFT, TrainRow, make_builder
+from scripts.visual_opsd.schedule import compute_dtype, learning_rate_factor
 from scripts.visual_opsd.step import (
     PackResult,
     ScoredRow,
@@ -87,32 +90,6 @@ _FINE, _STOP, _FAILED = 0, 1, 2
 T = TypeVar("T")
 
 
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Dtype of the forward passes.
-
-    Raises:
-        ValueError: bf16 asked for on a CPU, where everything is fp32.
-    """
-    if precision == "bf16" and device.type == "cpu":
-        raise ValueError("precision bf16 needs a GPU; on a CPU use --precision fp32 (or auto)")
-    if precision == "fp32" or device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16
-
-
-def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """Factor on lr of 0-based step `step`: linear warm-up, then cosine down to min_lr."""
-    optim = config.optim
-    if step < optim.warmup_steps:
-        return (step + 1) / optim.warmup_steps
-    if optim.lr_scheduler == "constant":
-        return 1.0
-    span = max(1, optim.total_steps - 1 - optim.warmup_steps)
-    progress = min(1.0, (step - optim.warmup_steps) / span)
-    floor = optim.min_lr / optim.lr
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 class Trainer:
     """Builds everything a run needs, trains, saves.
 
@@ -124,9 +101,11 @@ class Trainer:
         ValueError: anything the user can mend, with cause and fix.
     """
 
+    draws = False  # whether the drawing branch is trained too (interleaved.py)
+
     def __init__(self, config: TrainConfig, env: DistEnv, *, sft: bool = False) -> None:
         self.config, self.env, self.sft = config, env, sft
-        if config.loss.jsd_weight == 0 and config.loss.ce_weight == 0:
+        if config.loss.jsd_weight == 0 and config.loss.ce_weight == 0 and not self.draws:
             raise ValueError("jsd_weight and ce_weight are both 0: there is nothing to train on")
         if sft and config.loss.jsd_weight != 0:
             raise ValueError("SFT has no teacher: set jsd_weight to 0")
@@ -135,7 +114,11 @@ class Trainer:
         self.settings = config.sample.sampler()
         self.results = Path(config.run.results_dir)
         # Errors in paths, prompts and data come before anything is built or written.
-        self.model_config, _ = locate_weights(config.model.model_path)
+        self.with_teacher = not sft and config.loss.jsd_weight != 0
+        self.teacher_latents = self.with_teacher and config.teacher.teacher_vt == "vae+vit"
+        path, latents = config.model.model_path, self.draws or self.teacher_latents
+        self.model_config, _ = locate_weights(path, visual_gen=latents)
+        self.vae = load_autoencoder(path, device=env.device) if latents else None
         self.tokenizer, self.special = load_tokenizer(config.model.model_path)
         if len(self.tokenizer) > self.model_config.llm.vocab_size:
             raise ValueError(
@@ -168,25 +151,30 @@ class Trainer:
         config = self.config
         sources = open_sources(
             load_dataset_config(config.data.dataset_config_file),
-            SFT_ROWS if self.sft else OPSD_ROWS,
+            self._needs(),
             config.data.data_root,
         )
         return StepSampler(sources, config.data.data_seed, config.data.global_batch_size)
 
-    def _prepare(self) -> PrepareOPSD | PrepareSFT:
+    def _needs(self) -> RowNeeds:
+        return SFT_ROWS if self.sft else OPSD_ROWS
+
+    def _prepare(self) -> Callable[[Row], TrainRow]:
         config = self.config
         builder = make_builder(self.tokenizer, self.model_config, config.prompt)
         limit = config.sample.max_forward_tokens
         if self.sft:
             return PrepareSFT(builder, config.data.sft_format, max_tokens=limit)
         noise_seed = config.run.global_seed if config.teacher.noise_vt else None
-        return PrepareOPSD(builder, noise_seed, max_tokens=limit)
+        return PrepareOPSD(builder, noise_seed, limit, self.teacher_latents)
 
-    def _sharded(self, *, trains: bool, dtype: torch.dtype, offload: bool) -> Bagel:
+    def _sharded(
+        self, *, trains: bool, dtype: torch.dtype, offload: bool, visual_gen: bool
+    ) -> Bagel:
         """A model on meta, sharded, and filled from the release folder."""
         config = self.config
         with torch.device("meta"):
-            model = Bagel(self.model_config)
+            model = Bagel(replace(self.model_config, visual_gen=visual_gen))
         if not trains:
             model.requires_grad_(False)
             model.to(dtype)
@@ -202,7 +190,7 @@ class Trainer:
             cpu_offload=offload,
         )
         materialise(model, self.env.device, cpu_offload=offload)
-        load_sharded(model, iter_weights(config.model.model_path))
+        load_sharded(model, iter_weights(config.model.model_path, visual_gen=visual_gen))
         return model
 
     def _freeze(self, model: Bagel) -> bool:
@@ -215,22 +203,32 @@ class Trainer:
         )
         for frozen, part in parts:
             part.requires_grad_(not frozen)
+        if not self.draws:  # a teacher of mode self reads latents; nothing trains on them
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and not is_generation_key(name))
         return not all(frozen for frozen, _ in parts)
 
     def _build_models(self) -> None:
         config, run = self.config, self.config.run
         self.mesh = make_mesh(self.env, run.sharding_strategy, run.num_shard, run.num_replicate)
-        self.student = self._sharded(trains=True, dtype=torch.float32, offload=run.cpu_offload)
+        mode = config.teacher.teacher_mode
+        self.student = self._sharded(
+            trains=True,
+            dtype=torch.float32,
+            offload=run.cpu_offload,
+            visual_gen=self.draws or (self.teacher_latents and mode == "self"),
+        )
         self.teacher: Teacher | None = None
         self.ema: Bagel | None = None
-        if not self.sft and config.loss.jsd_weight != 0:
-            mode = config.teacher.teacher_mode
+        if self.with_teacher:
             model = None
             if mode != "self":
                 # A fixed teacher never accumulates small steps, so compute dtype is enough.
                 master = torch.float32 if mode == "ema" else self.dtype
                 offload = config.teacher.teacher_cpu_offload
-                model = self._sharded(trains=False, dtype=master, offload=offload)
+                model = self._sharded(
+                    trains=False, dtype=master, offload=offload, visual_gen=self.teacher_latents
+                )
             self.ema = model if mode == "ema" else None
             self.teacher = Teacher(mode, model, self.student, config.teacher.ema_decay)
         check_precision(self.student, self.dtype, ema=self.ema)
@@ -377,6 +375,7 @@ class Trainer:
         sums = all_reduce_sums(
             {
                 "scored": sum(row.scored for row in scored),
+                "noised": sum(row.noised for row in scored),
                 "rows_read": batch.rows_read,
                 "rejects": len(batch.rejects),
             },
@@ -389,7 +388,11 @@ class Trainer:
     def _score(self, batch: StepRows[TrainRow]) -> list[ScoredRow]:
         """Rows with labels: completions of the student's current weights, or the SFT targets."""
         limit = self.config.sample.max_forward_tokens
-        rows = batch.values
+        rows: Sequence[TrainRow] = batch.values
+        if self.teacher_latents:
+            assert self.vae is not None
+            with self.timer("encode"):
+                rows = encode_teachers(rows, self.vae, self.config.run.global_seed)
         if self.sft:
             return [score_targets(row, limit) for row in rows]
         completions = self._completions(batch)
@@ -426,7 +429,7 @@ class Trainer:
     def _update(self, scored: Sequence[ScoredRow], sums: dict[str, float]) -> None:
         """Packs, gradient, clipping, AdamW, EMA, metrics."""
         with self.timer("train", sum(row.length for row in scored)):
-            results = self._run_packs(scored, sums["scored"])
+            results = self._run_packs(scored, sums)
             grad_norm = clip_grad_norm(self.trainable, self.config.optim.max_grad_norm)
         figures = self._reduce(results, scored)
         finite = math.isfinite(float(grad_norm)) and math.isfinite(figures["loss"])
@@ -459,17 +462,21 @@ class Trainer:
         self.log.advance()
         self._note_nonfinite(finite, results)
 
-    def _run_packs(self, scored: Sequence[ScoredRow], total: float) -> list[PackResult]:
+    def _run_packs(
+        self, scored: Sequence[ScoredRow], sums: dict[str, float]
+    ) -> list[PackResult]:
         config = self.config
         packs = plan_packs(
             [row.length for row in scored],
             config.optim.gradient_accumulation_steps,
             config.sample.pack_tokens,
         )
-        filler = empty_row(self.teacher is not None, self.model_config.vision.patch_dim)
+        model = self.model_config
+        latent_dim = self.draws * model.latent_patch_size**2 * model.latent_channels
+        filler = empty_row(self.teacher is not None, model.vision.patch_dim, latent_dim)
         head = self.teacher.head(self.dtype) if self.teacher is not None else None
         # FSDP2 averages gradients over ranks; the loss is divided by the global token count.
-        scale = self.env.world_size / max(total, 1.0)
+        scale = self.env.world_size / max(sums["scored"], 1.0)
         results = []
         for index in range(all_reduce_max_int(len(packs), self.env)):
             rows = [scored[i] for i in packs[index]] if index < len(packs) else [filler]
@@ -478,9 +485,14 @@ class Trainer:
                     self.student, self.teacher, head, rows,
                     special=self.special, loss=self.loss, chunk_size=config.loss.loss_chunk_size,
                     scale=scale, device=self.env.device, decode=self.tokenizer.decode,
+                    flow_scale=self._flow_scale(sums),
                 )
             )  # fmt: skip
         return results
+
+    def _flow_scale(self, sums: dict[str, float]) -> float | None:
+        """Factor on the summed flow-matching loss; None: nothing learns to draw."""
+        return None
 
     # ------------------------------------------------------------------------------ reporting
 
@@ -504,7 +516,7 @@ class Trainer:
         mine = [
             row.name
             for result in results
-            if not math.isfinite(float(result.loss))
+            if not result.finite
             for row in result.rows
         ]
         names = [name for part in gather_objects(mine) for name in part]
