@@ -19,7 +19,7 @@ import pytest
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from scripts.visual_opsd.cli import parse_config
-from scripts.visual_opsd.config import SFT_DEFAULTS, TrainConfig
+from scripts.visual_opsd.config import SFT_DEFAULTS, SFTConfig, TrainConfig
 from scripts.visual_opsd.evaluate import EvaluateConfig
 from scripts.visual_opsd.kl_measurement import DiagnosticConfig
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Programs whose flags are the fields of a configuration, and the defaults of their own.
 CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "scripts.visual_opsd.train_visual_opsd": (TrainConfig, {}),
-    "scripts.visual_opsd.train_sft": (TrainConfig, SFT_DEFAULTS),
+    "scripts.visual_opsd.train_sft": (SFTConfig, SFT_DEFAULTS),
     "scripts.visual_opsd.evaluate": (EvaluateConfig, {}),
     "scripts.visual_opsd.kl_diagnostic": (DiagnosticConfig, {}),
 }

@@ -21,8 +21,14 @@ from PIL import Image
 from data.rejects import Reject
 from scripts.visual_opsd import evaluate, train_visual_opsd
 from scripts.visual_opsd.cli import build_parser, flat, parse_config
-from scripts.visual_opsd.config import SFT_DEFAULTS, TrainConfig
-from scripts.visual_opsd.evaluate import EvaluateConfig, EvaluateSettings
+from scripts.visual_opsd.config import (
+    INTERLEAVED_DEFAULTS,
+    SFT_DEFAULTS,
+    FlowSettings,
+    SFTConfig,
+    TrainConfig,
+)
+from scripts.visual_opsd.evaluate import BenchmarkSettings, EvaluateConfig, EvaluateSettings
 from scripts.visual_opsd.kl_measurement import DiagnosticConfig, DiagnosticSettings
 from scripts.visual_opsd.row_windows import ComputeSettings
 from scripts.visual_opsd.training_state import FREE_FIELDS
@@ -133,18 +139,33 @@ def test_what_sft_changes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "config_class"),
+    ("document", "group", "config_class"),
     [
-        (EvaluateSettings, EvaluateConfig),
-        (ComputeSettings, EvaluateConfig),
-        (DiagnosticSettings, DiagnosticConfig),
+        ("EVAL.md", EvaluateSettings, EvaluateConfig),
+        ("EVAL.md", BenchmarkSettings, EvaluateConfig),
+        ("EVAL.md", ComputeSettings, EvaluateConfig),
+        ("EVAL.md", DiagnosticSettings, DiagnosticConfig),
+        ("TRAIN.md", FlowSettings, SFTConfig),
     ],
 )
-def test_options_of_evaluation_and_diagnostic(group: type, config_class: type) -> None:
+def test_options_of_the_other_programs(document: str, group: type, config_class: type) -> None:
     specs = {spec.name: spec for spec in fields(group)}
     wanted = {name: default_of(spec) for name, spec in specs.items()}
-    text = region(DOCUMENTS["EVAL.md"], f"options: {group.__name__}")
+    text = region(DOCUMENTS[document], f"options: {group.__name__}")
     assert option_problems(text, config_class, wanted, specs) == []
+
+
+def test_what_interleaved_sft_changes() -> None:
+    words = spans(region(DOCUMENTS["TRAIN.md"], "check: interleaved"))
+    found = {
+        flag.removeprefix("--"): read_value(SFTConfig, flag.removeprefix("--"), value)
+        for flag, value in zip(words[::2], words[1::2], strict=True)
+    }
+    assert found == {
+        name: value
+        for name, value in INTERLEAVED_DEFAULTS.items()
+        if SFT_DEFAULTS.get(name) != value
+    }
 
 
 def protocol_problems(text: str) -> list[str]:
