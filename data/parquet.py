@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.dataset_info import DatasetSource, check_sources, dataset_files
 from data.rejects import Reject, RejectLedger, summarise
-from data.row_groups import ParquetDataset, iter_rows
+from data.row_groups import ParquetDataset, RowSource, iter_rows
 from data.thinkmorph import OPSD_ROWS, BadRow, Row, RowNeeds
 
 __all__ = [
@@ -238,7 +238,7 @@ class StepRows(Generic[T]):
 
 
 def attempt(
-    dataset: ParquetDataset,
+    dataset: RowSource,
     index: int,
     prepare: Callable[[Row], T],
     *,
