@@ -307,6 +307,45 @@ def test_a_context_is_never_changed(bundle: Any) -> None:
     assert image_rows > 2 and second["ropes"][0] == start["ropes"][0] + 1
 
 
+def test_contexts_that_part_ways(bundle: Any) -> None:
+    """Both continue from the same rows, in a store with room to spare."""
+    inferencer = make(bundle)
+    start = inferencer.init_gen_context()
+    for text in (INFERENCER_SYSTEM_PROMPT, ASKED):
+        start = inferencer.update_context_text(text, start)
+    assert start["past_key_values"].cache.max_len >= start["kv_lens"][0] + 20
+    left = inferencer.update_context_text("Left.", start)
+    logits = inferencer.next_token_logits(left)
+    right = inferencer.update_context_text("No, right!", start)
+    assert left["past_key_values"] is start["past_key_values"]
+    assert torch.equal(inferencer.next_token_logits(left), logits)
+    assert not torch.equal(inferencer.next_token_logits(right), logits)
+    again = inferencer.update_context_text("Left.", start)
+    assert torch.equal(inferencer.next_token_logits(again), logits)
+
+
+def test_text_dropped_context_of_two_texts(bundle: Any) -> None:
+    """It lacks the last text only."""
+    kept: list[Any] = []
+
+    class Watched(InterleaveInferencer):
+        def draw(self, branches: Any, *rest: Any) -> list[Image.Image]:
+            kept.append([column[0].past for column in branches])
+            return super().draw(branches, *rest)
+
+    inferencer = make(bundle, Watched)
+    context = inferencer.init_gen_context()
+    lens = []
+    for text in (INFERENCER_SYSTEM_PROMPT, "Look at this.", ASKED):
+        context = inferencer.update_context_text(text, context)
+        lens.append(context["kv_lens"][0])
+    options = {**QUICK, "image_shapes": (64, 64), "num_timesteps": 2, "max_rounds": 1}
+    inferencer.interleave_inference(["Look at this.", ASKED], seed=0, **options)
+    (full, text_dropped, image_dropped), *_ = kept
+    assert text_dropped == (lens[1], lens[1]) and image_dropped == (lens[2], lens[2])
+    assert full[0] > lens[2]
+
+
 def test_compat_changes_the_argument(bundle: Any) -> None:
     inferencer = make(bundle, reference_compat=True)
     context = inferencer.init_gen_context()
