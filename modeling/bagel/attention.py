@@ -76,7 +76,7 @@ class AttentionLayout:
     def from_splits(
         cls, sample_lens: Sequence[int], split_lens: Sequence[int], modes: Sequence[str]
     ) -> AttentionLayout:
-        """From consecutive splits with modes "causal", "full" or "noise" (FACTS section 4)."""
+        """From consecutive splits with modes "causal", "full" or "noise"."""
         blocks: list[tuple[Block, ...]] = []
         splits = iter(zip(split_lens, modes, strict=True))
         for sample_len in sample_lens:

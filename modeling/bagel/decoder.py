@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
 def rotary(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin (T, head_dim) in fp32; the frequencies are recomputed, so no cast reaches them.
 
-    (The reference keeps them in a buffer that its FSDP casts to bf16: FACTS section 10.8.)
+    (The reference keeps them in a buffer that its FSDP casts to bf16.)
     """
     exponent = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
     angles = position_ids.float()[:, None] * (1.0 / theta**exponent)  # (T, d / 2)

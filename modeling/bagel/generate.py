@@ -3,7 +3,7 @@
 
 The token loop reads nothing back to the host except every `check_every` steps. A row that
 samples `<|im_end|>` pauses; at the next check it either is finished or, when its round asked
-for a picture and a skip is left (FACTS section 9), goes on with the two tokens of the joint,
+for a picture and a skip is left, goes on with the two tokens of the joint,
 `<|im_end|><|im_start|>`, as its context. Pausing changes no result: a paused row keeps
 rewriting one cache slot, and its random numbers are indexed by its own position.
 

@@ -88,7 +88,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.embeddings = VisionEmbeddings(config, side)
         self.encoder = VisionEncoder(config)
-        # Applied although layer -2 is selected, as in the releases (FACTS section 3).
+        # Applied although layer -2 is selected, as in the releases.
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, patches: Tensor, position_ids: Tensor, lens: Sequence[int]) -> Tensor:

@@ -50,7 +50,7 @@ def position_uniforms(seed: int, step: int, row_id: int, count: int) -> Tensor:
 
 
 def to_completion(generation: Generation) -> Completion:
-    """What student and teacher score: every sampled label, nothing forced (DESIGN rule 2)."""
+    """What student and teacher score: every sampled label, nothing forced."""
     ids, sampled, logprobs = generation.ids, generation.sampled, generation.logprobs
     scored_logprobs = tuple(p for p, s in zip(logprobs, sampled, strict=True) if s)
     if generation.capped:

@@ -104,7 +104,7 @@ def test_pictures(vae: AutoEncoder) -> None:
 
 
 def test_release_sizes() -> None:
-    """FACTS: 83,819,683 parameters at width 128, 244 tensors under the same names."""
+    """The release: 83,819,683 parameters at width 128, 244 tensors under the same names."""
     with torch.device("meta"):
         full = AutoEncoder()
     assert sum(p.numel() for p in full.parameters()) == 83_819_683

@@ -210,7 +210,7 @@ def test_interval_is_compared_in_fp32() -> None:
 def written_out(
     v: Tensor, vt: Tensor, vi: Tensor | None, text: float, image: float, kind: str, low: float
 ) -> Tensor:
-    """The three rules number by number, as FACTS section 5 states them."""
+    """The three rules number by number, restated."""
     guided = vt + text * (v - vt)
     out = torch.empty_like(v)
     for row in range(len(v)):

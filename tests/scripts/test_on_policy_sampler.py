@@ -25,7 +25,7 @@ from scripts.visual_opsd.on_policy_sampler import (
 )
 from tests.conftest import load_golden
 
-# FACTS section 10.14: where the reference's protocol is mended, ours differs on purpose.
+# Where the reference's protocol is mended, ours differs on purpose.
 OURS_DIFFER = {"eos_exactly_at_budget", "empty_second_round"}
 SCRIPTED = list(load_golden("12_sampler")[0]["scripted"])
 
