@@ -2,7 +2,7 @@
 """Segments and contexts: what the student, the teacher and the SFT baseline read.
 
 Student: [system, problem image, question]. Teacher: the same, then [intro, VT images,
-transition]; neither the written thoughts nor the answer ever enter it (paper, section 3).
+transition]; neither the written thoughts nor the answer ever enter it (the paper's method).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""Completions from the student's current weights (paper, Algorithm 1, line 3).
+"""Completions from the student's current weights (in the paper's Algorithm 1, the rollout).
 
 The sampler is handed a plain module (see `distributed.summon_full_params`) and knows nothing of
 sharding. A row's random numbers are a pure function of (seed, step, row id), one a position, so

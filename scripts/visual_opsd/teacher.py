@@ -1,5 +1,5 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""The teacher: the same network with the privileged context (paper, section 3.2).
+"""The teacher: the same network with the privileged context.
 
 ema    fp32 shards that follow the student: e <- d e + (1 - d) p after every step
 fixed  the base weights, for the whole run
