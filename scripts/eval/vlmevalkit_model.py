@@ -1,8 +1,9 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
 """A model class for VLMEvalKit that answers with this repository's decoder, many rows at a time.
 
+    # in vlmeval/config.py, after supported_VLM; this repository's root on PYTHONPATH
     from scripts.eval.vlmevalkit_model import VisualOPSD
-    supported_VLM["visual_opsd"] = partial(VisualOPSD, model_path="results/.../0001000")
+    supported_VLM["visual_opsd"] = partial(VisualOPSD, model_path="/path/to/0001000")
 
 Text-only (the default) it decodes as `scripts.visual_opsd.evaluate` does; with
 `understanding_output=False` the model draws visual thoughts and looks at them. Prompts have the
