@@ -1,5 +1,5 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-r"""Ask the text-only student about one image; the answer is printed as it is made.
+r"""Ask about one image: the text-only student, or with --interleave a model that draws.
 
     python examples/inference_demo.py --image FILE --question TEXT --model_path DIR
 
@@ -9,10 +9,19 @@ Without a large model, with the miniature that `make demo` starts from (its own 
         --config examples/demo/images.yaml --prompts examples/demo/prompts.yaml \
         --image examples/demo/maze.png --question "Which moves reach the goal?"
 
+With the drawing branch and the autoencoder of a whole release, `--interleave` lets the model draw
+visual thoughts and look at them,
+
+    python examples/inference_demo.py --interleave --image FILE --question TEXT --model_path DIR
+
+and writes what it drew (round_1.png, ...), answer.txt and a page with text and pictures in their
+order (index.html) to `--out`. Prompt, image sizes and guidance are then those of the released
+wrapper (`--prompt_style inferencer`, `--vit_min_size 224`) unless flags say otherwise.
+
 `--device spread` divides the model over all GPUs, then CPU memory, then reads the rest from the
-release's file, layer by layer; the slower places are visited for every token. The text goes to
-stdout, timing and placement to stderr. Exit code 1: wrong input, or not enough memory; 2: unknown
-flag. The small maze of the example is one that no training saw; from the repository's root
+release's file, layer by layer; the slower places are visited for every token. Text and paths go
+to stdout, timing and placement to stderr. Exit code 1: wrong input, or not enough memory; 2:
+unknown flag. The small maze of the example is one that no training saw; from the repository's root
 
     python -c "from data.worlds import spatial_navigation as world, writer; \
         maze = world.Maze.parse('FFFF/FFFS/FHHF/GFFH'); \
@@ -27,7 +36,7 @@ import io
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +45,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs as a p
 import torch
 from PIL import Image
 
+from data.interleave import Part
 from data.packing import context_length, pack
-from data.sequence import Completion, Context
+from data.sequence import Completion, Context, TextSegment
 from data.transforms import decode_image
+from examples.interleave_page import InterleavePage, check_folder
+from inferencer import InterleaveInferencer
 from modeling import BagelBundle, load_bagel
+from modeling.autoencoder import AE_FILE, AutoEncoderConfig
 from modeling.bagel.config import BagelConfig
 from modeling.bagel.generate import generate, marker_check
-from modeling.checkpoint import locate_weights
+from modeling.checkpoint import is_generation_key, locate_weights
 from modeling.spread import (
     Place,
     free_memory,
@@ -51,6 +64,7 @@ from modeling.spread import (
     weight_bytes,
     working_bytes,
 )
+from modeling.weight_files import open_weights
 from scripts.visual_opsd.cli import option, parse_config, run_main
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.on_policy_sampler import IMAGE_MARKER, position_uniforms, to_completion
@@ -63,6 +77,16 @@ _SAVE = (
     "--device spread uses every GPU and CPU memory; --dtype bf16 halves fp32; a smaller "
     "--vit_max_size or --max_new_tokens takes less beyond the weights"
 )
+_SAVE_DRAWING = (
+    "--dtype bf16 halves fp32; a smaller --image_size, --max_rounds, --vit_max_size or "
+    "--max_new_tokens takes less beyond the weights"
+)
+# With --interleave, in place of the flags' own defaults: the released wrapper's.
+INTERLEAVE_DEFAULTS = {
+    "prompt_style": "inferencer", "image_path": "inferencer", "vit_min_size": 224,
+}  # fmt: skip
+GUIDANCE: dict[str, Any] = {"cfg_interval": (0.0, 1.0), "cfg_renorm_type": "text_channel"}
+_LATENT_STEP = 16  # pixels that a latent token of a release covers, to each side
 
 
 @dataclass(frozen=True)
@@ -70,7 +94,9 @@ class DemoSettings:
     model_path: str = option("models/ThinkMorph-7B", "release folder")
     image: str | None = option(None, "image file (required)")
     question: str | None = option(None, "question about it (required)")
-    max_new_tokens: int = option(1024, "budget of the answer, over all its rounds")
+    max_new_tokens: int = option(
+        1024, "budget of the answer, over all its rounds; with --interleave of each text"
+    )
     temperature: float = option(0.3, "of sampling; without --do_sample it has no effect")
     do_sample: bool = option(False, "sample; otherwise greedy")
     seed: int = option(0, "random numbers of sampling")
@@ -101,9 +127,51 @@ class DemoSettings:
 
 
 @dataclass(frozen=True)
+class DrawingSettings:
+    interleave: bool = option(False, "let the model draw, and write a page of its reasoning")
+    out: str = option("results/interleave", "folder of the page; an earlier page is replaced")
+    num_timesteps: int = option(50, "flow times of a drawing; one step fewer is taken")
+    cfg_text_scale: float = option(4.0, "text guidance; 1: no guidance at all")
+    cfg_img_scale: float = option(2.0, "image guidance; 1: none")
+    image_size: int | None = option(
+        None, "longest side of problem image and drawings in pixels, a multiple of 16 "
+        "(default: by --vae_max_size and --vae_min_size)"
+    )  # fmt: skip
+    max_rounds: int = option(3, "pictures drawn at most")
+
+    def __post_init__(self) -> None:
+        if not self.interleave:
+            given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+            if given:
+                raise ValueError(f"--{given[0]} goes with --interleave")
+        if self.max_rounds < 1:
+            raise ValueError("max_rounds must be at least 1; without --interleave nothing is drawn")
+        if self.num_timesteps < 2:
+            raise ValueError(f"num_timesteps must be at least 2, got {self.num_timesteps}")
+        size = self.image_size
+        if size is not None and (size < _LATENT_STEP or size % _LATENT_STEP):
+            raise ValueError(f"image_size must be a multiple of {_LATENT_STEP}, got {size}")
+
+
+@dataclass(frozen=True)
 class DemoConfig:
     demo: DemoSettings = field(default_factory=DemoSettings)
+    drawing: DrawingSettings = field(default_factory=DrawingSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)
+
+    def __post_init__(self) -> None:
+        if self.drawing.interleave and self.demo.device == "spread":
+            raise ValueError(
+                "--interleave does not go with --device spread, which holds no drawing branch; "
+                "use one GPU or --device cpu"
+            )
+
+    def sized(self) -> PromptSettings:
+        """The prompt settings with the pictures' size in place."""
+        size = self.drawing.image_size
+        if size is None:
+            return self.prompt
+        return replace(self.prompt, vae_max_size=size, vae_min_size=size)
 
 
 def log(message: str) -> None:
@@ -148,18 +216,22 @@ def parse_max_memory(text: str) -> dict[Place, int]:
 # ------------------------------------------------------------------------------ model
 
 
-def load_model(settings: DemoSettings, question: str) -> tuple[BagelBundle, torch.device]:
+def load_model(config: DemoConfig, question: str) -> tuple[BagelBundle, torch.device]:
     """The model, and the device on which its prompts are.
 
     Raises:
-        ValueError: a wrong model folder, no GPU where one is asked for, or not enough memory.
+        ValueError: a wrong model folder, one that cannot draw where it should, no GPU where one
+            is asked for, or not enough memory.
     """
-    config, _ = locate_weights(settings.model_path)
+    settings, draws = config.demo, config.drawing.interleave
+    if draws:
+        check_can_draw(settings.model_path)
+    model, _ = locate_weights(settings.model_path, visual_gen=draws)
     # An upper bound: a full grid of patches, and no token shorter than a character.
-    rows = config.vit_max_patches_per_side**2 + len(question) + _SYSTEM_ROWS
+    rows = model.vit_max_patches_per_side**2 + len(question) + _SYSTEM_ROWS
     rows += settings.max_new_tokens
     if settings.device == "spread":
-        return _load_spread(settings, config, rows)
+        return _load_spread(settings, model, rows)
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "--device cuda, but torch sees no GPU (a CPU build of torch, a driver older than its "
@@ -168,10 +240,53 @@ def load_model(settings: DemoSettings, question: str) -> tuple[BagelBundle, torc
     gpu = settings.device != "cpu" and torch.cuda.is_available()
     dtype = settings.dtype_on(gpu)
     place: Place = 0 if gpu else "cpu"
-    needed = weight_bytes(config, dtype) + working_bytes(config, rows, dtype)
+    needed = weight_bytes(model, dtype)
+    needed += drawing_bytes(config, model, dtype) if draws else working_bytes(model, rows, dtype)
     # Asking for all devices would take memory on GPUs that are not used.
-    check_memory(place, needed, torch.cuda.mem_get_info(0)[0] if gpu else free_memory()["cpu"])
-    return load_bagel(settings.model_path, device=to_device(place), dtype=dtype), to_device(place)
+    free = torch.cuda.mem_get_info(0)[0] if gpu else free_memory()["cpu"]
+    check_memory(place, needed, free, _SAVE_DRAWING if draws else _SAVE)
+    device = to_device(place)
+    return load_bagel(settings.model_path, visual_gen=draws, device=device, dtype=dtype), device
+
+
+def check_can_draw(path: str) -> None:
+    """Raise ValueError unless a folder has a drawing branch and the autoencoder."""
+    lacking = []
+    if not any(is_generation_key(key) for key in open_weights(path)):
+        lacking.append("the drawing branch (tensors *_moe_gen, vae2llm and llm2vae)")
+    if not (Path(path) / AE_FILE).is_file():
+        lacking.append(f"the autoencoder ({AE_FILE})")
+    if lacking:
+        raise ValueError(
+            f"{path} cannot draw: it lacks {' and '.join(lacking)}; give a whole release such as "
+            "ThinkMorph-7B or a student saved over one, or leave --interleave out"
+        )
+
+
+def drawing_bytes(config: DemoConfig, model: BagelConfig, dtype: torch.dtype) -> int:
+    """Bytes that interleaved reasoning takes beyond the model's weights (estimate).
+
+    Raises:
+        ValueError: pictures larger than the model's latent grid.
+    """
+    settings, prompt = config.demo, config.sized()
+    limit = model.max_latent_size * _LATENT_STEP
+    if prompt.vae_max_size > limit:
+        raise ValueError(
+            f"pictures of {prompt.vae_max_size} pixels are too large for this model, whose limit "
+            f"is {limit}; give --image_size {limit} or less"
+        )
+    latents = (prompt.vae_max_size // _LATENT_STEP) ** 2
+    side = min(prompt.vit_max_size // model.vision.patch_size, model.vit_max_patches_per_side)
+    looks = config.drawing.max_rounds + 1
+    patches = side**2
+    rows = looks * (latents + patches + settings.max_new_tokens) + 2 * _SYSTEM_ROWS
+    cache = 2 * model.llm.num_hidden_layers * model.llm.num_key_value_heads * model.llm.head_dim
+    held = 2 * rows * cache * dtype.itemsize  # once more, side by side, while drawing
+    # The autoencoder in fp32; six tensors of the picture's size in its widest last level.
+    autoencoder = (Path(settings.model_path) / AE_FILE).stat().st_size
+    autoencoder += 6 * 4 * AutoEncoderConfig().width * prompt.vae_max_size**2
+    return held + autoencoder + working_bytes(model, 3 * latents + patches, dtype)
 
 
 def _load_spread(
@@ -191,12 +306,12 @@ def _load_spread(
     return bundle, to_device(placement.main)
 
 
-def check_memory(place: Place, needed: int, free: int) -> None:
+def check_memory(place: Place, needed: int, free: int, advice: str = _SAVE) -> None:
     """Raise ValueError unless `needed` bytes are free."""
     if needed > free:
         raise ValueError(
             f"not enough memory: this takes about {needed / 1e9:.3g} GB, and {to_device(place)} "
-            f"has {free / 1e9:.3g} GB free. {_SAVE}"
+            f"has {free / 1e9:.3g} GB free. {advice}"
         )
 
 
@@ -268,17 +383,90 @@ def _out_of_memory(error: BaseException) -> bool:
     return known or "can't allocate memory" in str(error)
 
 
+class TellingInferencer(InterleaveInferencer):
+    """Hands over each text and picture when it is made, not only at the end."""
+
+    tell: Callable[[Part], None] = print
+
+    def write(self, *args: Any, **kwargs: Any) -> list[tuple[str, TextSegment]]:
+        replies = super().write(*args, **kwargs)
+        for text, _ in replies:
+            self.tell(text)
+        return replies
+
+    def draw(self, *args: Any, **kwargs: Any) -> list[Image.Image]:
+        pictures = super().draw(*args, **kwargs)
+        for picture in pictures:
+            self.tell(picture)
+        return pictures
+
+
+def interleave(
+    bundle: BagelBundle, config: DemoConfig, image: Image.Image, question: str
+) -> InterleavePage:
+    """Let the model write and draw; print its texts and the paths of its pictures as they come.
+
+    Returns:
+        the page, which holds all parts but is not finished.
+    """
+    settings, drawing = config.demo, config.drawing
+    builder = make_builder(
+        bundle.tokenizer, bundle.config, replace(config.sized(), image_path="direct")
+    )
+    prompts = builder.prompts
+    facts = {"model": settings.model_path, "seed": settings.seed} | {
+        name: getattr(drawing, name)
+        for name in ("num_timesteps", "cfg_text_scale", "cfg_img_scale", "max_rounds")
+    }
+    page = InterleavePage(Path(drawing.out), image, question, facts)
+    started = time.perf_counter()
+
+    def tell(part: Part) -> None:
+        nonlocal started
+        path = page.add(part)
+        print(part if path is None else f"[{path}]", flush=True)
+        kind = "text" if path is None else "picture"
+        log(f"{kind} in {time.perf_counter() - started:.1f} s")
+        started = time.perf_counter()
+
+    inferencer = TellingInferencer(
+        bundle.model, bundle.vae, bundle.tokenizer, builder.vae_transform, builder.vit_transform,
+        bundle.special_tokens, system_prompt=prompts.system or "",
+    )  # fmt: skip
+    inferencer.tell = tell
+    inferencer(
+        image,
+        prompts.question_prefix + question + prompts.instruction_suffix,
+        think=bool(prompts.system),
+        max_think_token_n=settings.max_new_tokens,
+        do_sample=settings.do_sample,
+        text_temperature=settings.temperature,
+        num_timesteps=drawing.num_timesteps,
+        cfg_text_scale=drawing.cfg_text_scale,
+        cfg_img_scale=drawing.cfg_img_scale,
+        max_rounds=drawing.max_rounds,
+        image_skips=settings.image_skips,
+        seed=settings.seed,
+        **GUIDANCE,
+    )
+    return page
+
+
 def run(config: DemoConfig) -> int:
     """Load, ask, print."""
     settings = config.demo
     image, question = read_input(settings)
     config.prompt.build()  # a wrong prompts file is found before the model is loaded
+    if config.drawing.interleave:
+        check_folder(Path(config.drawing.out))
     if not settings.do_sample and settings.temperature != DemoSettings().temperature:
         log("note: --temperature has no effect without --do_sample")
     started = time.perf_counter()
-    bundle, device = load_model(settings, question)
+    bundle, device = load_model(config, question)
     dtype = str(bundle.model.dtype).removeprefix("torch.")
     log(f"loaded {settings.model_path} in {time.perf_counter() - started:.1f} s: {device}, {dtype}")
+    if config.drawing.interleave:
+        return run_interleave(bundle, config, image, question)
     context = make_builder(bundle.tokenizer, bundle.config, config.prompt).question(image, question)
     started = time.perf_counter()
     completion, text = stream_answer(
@@ -299,11 +487,41 @@ def run(config: DemoConfig) -> int:
     return 0
 
 
+def run_interleave(
+    bundle: BagelBundle, config: DemoConfig, image: Image.Image, question: str
+) -> int:
+    """Reason with pictures, then finish the page."""
+    page = interleave(bundle, config, image, question)
+    answer = extract_answer("".join(page.texts))
+    answer = None if answer is None else answer.strip()
+    written = page.finish(answer)
+    print(f"answer: {'none' if answer is None else answer}\npage: {written}")
+    if answer is None:
+        log("the texts hold no <answer>...</answer>; see --max_new_tokens and --max_rounds")
+    if not page.drawn:
+        log("the model drew nothing: it never asked for a picture with <image_start>")
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> DemoConfig:
+    """The flags; those that --interleave leaves open have defaults of their own then."""
+    assert __doc__ is not None
+    about = __doc__.splitlines()[0]
+    config = parse_config(DemoConfig, argv, about)
+    if config.drawing.interleave:
+        config = parse_config(DemoConfig, argv, about, INTERLEAVE_DEFAULTS)
+        if config.prompt.image_path != "inferencer":
+            raise ValueError(
+                "--interleave resizes images for the autoencoder first, which is --image_path "
+                "inferencer; leave --image_path out"
+            )
+    return config
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
-    assert __doc__ is not None
-    config = parse_config(DemoConfig, argv, __doc__.splitlines()[0])
+    config = parse(argv)
     try:
         return run(config)
     except KeyboardInterrupt:
@@ -313,7 +531,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _out_of_memory(error):
             raise
         cause = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"not enough memory ({cause}). {_SAVE}") from error
+        advice = _SAVE_DRAWING if config.drawing.interleave else _SAVE
+        raise ValueError(f"not enough memory ({cause}). {advice}") from error
 
 
 if __name__ == "__main__":

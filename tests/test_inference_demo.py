@@ -302,7 +302,7 @@ def test_documented_example_runs() -> None:
 def test_documented_command_draws_the_example(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, flag, code = documented_commands()[2]
+    _, flag, code = documented_commands()[3]
     assert flag == "-c"
     (tmp_path / "examples" / "demo").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
