@@ -161,7 +161,7 @@ def test_shown_instead(bundle: Any) -> None:
     for name, hook in (
         ("kept", None),
         ("nothing", edit(None)),
-        ("larger", edit(picture(200, 150, 0))),
+        ("larger", edit(picture(140, 150, 0))),
     ):
         inferencer = make(bundle, Scripted)
         inferencer.script = (more, "done")
@@ -173,7 +173,7 @@ def test_shown_instead(bundle: Any) -> None:
     assert seen == [(0, 0, (80, 64))] * 2
     # Latent tokens and ViT patches, each with two markers and at one position.
     assert after["kept"][0] - after["nothing"][0] == 4 * 5 + 2 + 5 * 6 + 2
-    assert after["larger"][0] - after["nothing"][0] == 8 * 6 + 2 + 8 * 6 + 2
+    assert after["larger"][0] - after["nothing"][0] == 8 * 7 + 2 + 8 * 7 + 2
     assert after["kept"][1] - after["nothing"][1] == 2
     numbers: list[int] = []
 
