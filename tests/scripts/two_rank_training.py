@@ -1,0 +1,60 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Under torchrun with two processes: runs that test_trainer.py compares with one process.
+
+two_rank_training.py WORLD OUT
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.thinkmorph import Row
+from scripts.visual_opsd.processes import DistEnv, gather_objects, init_distributed, shutdown
+from tests.scripts.trainers import build, weights
+
+
+def same_batches(world: Path, out: Path, env: DistEnv) -> None:
+    """Four rows over two ranks, and one row: a rank that only takes part."""
+    for size in (4, 1):
+        trainer = build(
+            world, out / f"two-{size}", env, total_steps=2, global_batch_size=size,
+            samples_per_step=size,
+        )  # fmt: skip
+        assert trainer.train() == 0
+        student = weights(trainer.student)  # a collective
+        if env.is_main:
+            torch.save(student, out / f"two-{size}.pt")
+
+
+def one_rank_fails(world: Path, out: Path, env: DistEnv) -> None:
+    """A mistake that only rank 1's rows show: both ranks raise, nobody waits for the other."""
+    trainer: Any = build(world, out / "fails", env, global_batch_size=2)
+    prepare = trainer.prepare
+
+    def fail(row: Row) -> Any:
+        if env.rank == 1:
+            raise ValueError("a picture that does not fit")
+        return prepare(row)
+
+    trainer.prepare = fail
+    message = "nothing was raised"
+    try:
+        trainer.train()
+    except ValueError as error:
+        message = str(error)
+    messages = gather_objects(message)
+    assert messages == ["rank 1: a picture that does not fit", "a picture that does not fit"]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    environment = init_distributed("cpu", 60)
+    try:
+        same_batches(Path(sys.argv[1]), Path(sys.argv[2]), environment)
+        one_rank_fails(Path(sys.argv[1]), Path(sys.argv[2]), environment)
+    finally:
+        shutdown()
