@@ -31,7 +31,7 @@ class TrainRow:
 
 def make_builder(tokenizer: Any, model: BagelConfig, settings: PromptSettings) -> ContextBuilder:
     """The context builder that a model's sizes and the prompt settings describe."""
-    transform = image_path(settings.image_path, settings.vit_config())
+    transform = image_path(settings.image_path, settings.vit_config(), settings.vae_config())
     patch = model.vision.patch_size
     if settings.vit_stride % patch:
         raise ValueError(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling.checkpoint import is_generation_key
-from modeling.weight_files import open_weights
+from modeling.weight_files import open_weights, read_file
 
 SETTINGS_FILE = "settings.json"
 # Weights up to this size are hashed as a whole, of larger ones three samples of each tensor.
@@ -24,17 +24,23 @@ _WHOLE_BYTES = 1 << 26
 _SAMPLE_BYTES = 4096
 
 
-def weights_fingerprint(path: str | Path) -> str:
+def weights_fingerprint(path: str | Path, *, drawing: bool = False) -> str:
     """Digest that tells two checkpoints apart, whatever their folders are called.
 
     Covers names, shapes and dtypes of the tensors that understanding uses, and their bytes (of
     large files the first, middle and last 4 KiB of each tensor: a training step moves them all).
 
+    drawing: also those that drawing uses: the generation expert and the autoencoder.
+
     Raises:
         ValueError: as `modeling.weight_files.open_weights`.
     """
     digest = hashlib.blake2b(digest_size=16)
-    tensors = [t for k, t in sorted(open_weights(path).items()) if not is_generation_key(k)]
+    found = sorted(open_weights(path).items())
+    tensors = [t for k, t in found if drawing or not is_generation_key(k)]
+    autoencoder = Path(path) / "ae.safetensors"
+    if drawing and autoencoder.is_file():
+        tensors += [t for _, t in sorted(read_file(autoencoder).items())]
     whole = sum(tensor.nbytes for tensor in tensors) <= _WHOLE_BYTES
     for tensor in tensors:
         digest.update(f"{tensor.key} {tensor.dtype} {tensor.shape}\n".encode())
