@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 _BARS = ("#1b6ca8", "#8f8f8f", "#c8553d", "#e0a458", "#4c956c", "#6b4c9a")
+_PARTS = ("#cccccc", "#1b6ca8", "#c8553d", "#e0a458", "#4c956c")
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -54,4 +56,33 @@ def draw_arms(path: Path, summary: Mapping[str, Any]) -> None:
     axes.set_title("Answers after the drawn visual thought, and after others", fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _clean(axes)
+    _save(figure, path)
+
+
+def draw_attention(path: Path, summary: Mapping[str, Any]) -> None:
+    """Stacked shares of attention per layer, before and after the VT side by side.
+
+    Args:
+        summary: as `attention_analysis.analyse` gives it.
+    """
+    phases = ("before", "after")
+    figure = Figure(figsize=(max(7.0, 2.0 + 0.28 * summary["layers"]), 3.6))
+    places = np.arange(summary["layers"])
+    for number, phase in enumerate(phases):
+        axes = figure.add_subplot(1, 2, number + 1)
+        bottom = np.zeros(summary["layers"])
+        for part, colour in zip(summary["parts"], _PARTS, strict=True):
+            values = 100 * np.array(summary[phase]["shares"][part], dtype=float)
+            axes.bar(places, values, 0.9, bottom=bottom, color=colour, label=part.replace("_", " "))
+            bottom += values
+        axes.set_title(f"{phase} the visual thought", fontsize=10)
+        axes.set_xlabel("layer")
+        axes.set_ylim(0, 100)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _clean(axes)
+        if number == 0:
+            axes.set_ylabel("attention of the answer's tokens, %")
+        else:
+            axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.suptitle(f"Mean over heads, tokens and {summary['n']} samples", fontsize=8, y=0.02)
     _save(figure, path)
