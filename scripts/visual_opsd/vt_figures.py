@@ -84,5 +84,7 @@ def draw_attention(path: Path, summary: Mapping[str, Any]) -> None:
             axes.set_ylabel("attention of the answer's tokens, %")
         else:
             axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.suptitle(f"Mean over heads, tokens and {summary['n']} samples", fontsize=8, y=0.02)
+    figure.suptitle(
+        f"Mean over heads, tokens and {summary['n']} samples", fontsize=8, y=-0.02, va="top"
+    )
     _save(figure, path)
