@@ -7,6 +7,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from tests.data.synthetic import (
     truncated_png,
     write_dataset,
 )
+from tests.scripts.launching import program_environment
 from tests.scripts.runs import (
     kill_tree,
     logged_steps,
@@ -224,6 +227,28 @@ def test_a_failed_run_with_workers_ends(world: Path, tmp_path: Path) -> None:
     assert "an image of 100 x 100 patches does not fit" in line
     assert "while preparing" in line and "row" in line
     assert "Traceback" not in output
+
+
+def test_a_bug_in_a_worker_ends_the_process(tmp_path: Path) -> None:
+    """Nobody catches it: its traceback holds the workers until the interpreter waits for them."""
+    program = tmp_path / "bug.py"
+    program.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from data.parquet import ParquetDataset, Source, StepSampler, make_loader\n"
+        "def prepare(row):\n"
+        "    raise KeyError('a bug')\n"
+        "sampler = StepSampler([Source(ParquetDataset('J', sys.argv[1:]))], 0, 2)\n"
+        "for rows in make_loader(sampler, prepare, total_steps=9, num_workers=2):\n"
+        "    pass\n"
+    )
+    (file,) = (write_dataset(tmp_path, rows=4) / "data").iterdir()
+    ended = subprocess.run(
+        [sys.executable, str(program), str(file)],
+        env=program_environment(), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert "KeyError: 'a bug'" in ended.stderr and "while preparing" in ended.stderr
 
 
 def test_sigterm_to_the_whole_group_with_workers(world: Path, tmp_path: Path) -> None:
