@@ -270,6 +270,8 @@ def summarise(sums: dict[str, float], loss: LossConfig, with_completions: bool) 
             figures[_RATES[name]] = mean_of(sums, name, "completions")
         if "gap" in sums:
             figures["sampler_gap"] = mean_of(sums, "gap", "rows")
+    else:
+        figures["truncated_rate"] = mean_of(sums, "truncated", "sequences")
     return figures
 
 

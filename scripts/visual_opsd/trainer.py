@@ -506,6 +506,8 @@ class Trainer:
             sums |= completion_counts(scored, self.special.eos)
             if self.config.loss.jsd_temperature == self.config.sample.sample_temperature:
                 sums["gap"], _ = sampler_gap(results)
+        else:
+            sums |= {"sequences": len(scored), "truncated": sum(r.truncated for r in scored)}
         return summarise(all_reduce_sums(sums, self.env), self.loss, with_completions)
 
     def _note_nonfinite(self, finite: bool, results: Sequence[PackResult]) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from data.packing import context_length
 from data.sequence import ImageSegment
 from modeling import load_bagel
 from scripts.visual_opsd.cli import flat, parse_config
@@ -262,9 +263,25 @@ def test_sft_single_completion(world: Path, tmp_path: Path) -> None:
     assert line["scored_tokens"] == labels
     assert line["loss"] == line["ce"] == pytest.approx(loss, rel=1e-4)
     assert line["grad_norm"] == pytest.approx(norm, rel=1e-3)
+    assert line["truncated_rate"] == 0.0
     assert trainer.teacher is None and trainer.ema is None
     assert not (tmp_path / "samples.jsonl").exists()
     assert "completion_length" not in line and "seconds/sample" not in line
+
+
+def test_sft_texts_are_cut_to_fit_and_counted(world: Path, tmp_path: Path) -> None:
+    """The longer text loses its tail and its end; neither is a label any more."""
+    with one_process() as env:
+        whole = build(world, tmp_path / "whole", env, sft=True, global_batch_size=8)
+    lengths = [context_length((*row.student, *row.targets)) for row in first_rows(whole)]
+    limit = max(lengths) - 1
+    cut = sum(length > limit for length in lengths)
+    assert 0 < cut < 8
+    train(world, tmp_path / "cut", sft=True, global_batch_size=8, max_forward_tokens=limit)
+    (line,) = metrics(tmp_path / "cut")
+    assert line["truncated_rate"] == cut / 8
+    labels = sum(len(row.targets[0].ids) + 1 for row in first_rows(whole))
+    assert line["scored_tokens"] == labels - 2 * cut
 
 
 def test_sft_reference_splits(world: Path, tmp_path: Path) -> None:
