@@ -67,7 +67,6 @@ PAPER = {"beta": 0.5, "top_k": 256, "token_clip": 0.05}
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "paper": ({}, PAPER),
     "whole vocabulary": ({"jsd_top_k": 0}, {**PAPER, "top_k": None}),
-    "whole vocabulary, by name": ({"jsd_top_k": "none"}, {**PAPER, "top_k": None}),
     "no clip": ({"jsd_token_clip": "none"}, {**PAPER, "token_clip": None}),
     "token clip": (
         {"jsd_clip_scope": "token", "jsd_token_clip": 0.1},
@@ -317,7 +316,6 @@ def test_sft_traces_with_tags_are_not_wrapped_again(tmp_path: Path) -> None:
 # ------------------------------------------------------------- the same work, split differently
 
 SPLITS: dict[str, dict[str, Any]] = {
-    "accumulation 1": {"gradient_accumulation_steps": 1},
     "accumulation 2": {"gradient_accumulation_steps": 2},
     "accumulation beyond the rows": {"gradient_accumulation_steps": 7},
     "packs of one row": {"pack_tokens": 20},
