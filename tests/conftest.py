@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from modeling.bagel.batch import PackedBatch
+
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 TINY_BAGEL = TESTS / "tiny-bagel"
@@ -48,6 +50,26 @@ def assert_golden(
         worst["share"] = max(worst["share"], float((difference / bound).max()))
         worst["abs"] = max(worst["abs"], float(difference.max()))
     torch.testing.assert_close(actual, expected, atol=how["atol"], rtol=how["rtol"])
+
+
+def assert_generation_pack(
+    batch: PackedBatch, meta: dict[str, Any], t: dict[str, torch.Tensor]
+) -> None:
+    """The packed layout of golden 06: rows, positions and labels of text, ViT and latents."""
+    assert batch.latents is not None
+    for key, actual in {
+        "packed_text_ids": batch.text_ids,
+        "packed_text_indexes": batch.text_rows,
+        "packed_position_ids": batch.position_ids,
+        "packed_latent_position_ids": batch.latents.position_ids,
+        "packed_vae_token_indexes": batch.latents.rows,
+        "packed_vit_token_indexes": batch.vit_rows,
+        "mse_loss_indexes": batch.latents.velocity_rows,
+        "ce_loss_indexes": batch.score_rows,
+        "packed_label_ids": batch.score_labels,
+    }.items():
+        assert torch.equal(actual, t[key]), key
+    assert list(batch.layout.query_lens) == meta["batch"]["sample_lens"]
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ from data.thinkmorph import EVALUATION_ROWS, IMAGE_COLUMNS, PROBLEM_IMAGE, Row, 
 from data.tsv import TsvDataset
 from scripts.visual_opsd.cli import option
 from scripts.visual_opsd.config import PromptSettings
+from scripts.visual_opsd.schedule import compute_dtype
 
 IDENTITY_COLUMNS = ("question", "answer", PROBLEM_IMAGE, "world_state")
 THOUGHT_IDENTITY_COLUMNS = (*IDENTITY_COLUMNS, *IMAGE_COLUMNS)
@@ -46,19 +47,19 @@ class ComputeSettings:
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """The compute dtype on a device. Raises ValueError for bf16 on the CPU."""
-        if self.precision == "bf16" and device.type == "cpu":
-            raise ValueError("precision bf16 needs a GPU; on a CPU use --precision fp32 (or auto)")
-        wide = self.precision == "fp32" or (self.precision == "auto" and device.type == "cpu")
-        return torch.float32 if wide else torch.bfloat16
+        return compute_dtype(self.precision, device)
 
 
 def prompt_identity(settings: PromptSettings) -> dict[str, Any]:
     """What of the prompt settings a result depends on: the strings themselves and the sizes."""
-    return {
+    identity = {
         "prompts": asdict(settings.build()),
         "image_path": settings.image_path,
         "vit": settings.vit_config(),
     }
+    if settings.image_path == "inferencer":  # the only path through the VAE's resize
+        identity["vae"] = settings.vae_config()
+    return identity
 
 
 def progress_bar(total: int, shown: bool) -> Any:

@@ -39,6 +39,7 @@ from scripts.visual_opsd.config import TrainConfig
 from scripts.visual_opsd.distributed import (
     check_precision,
     clip_grad_norm,
+    copy_shards,
     iter_full_state,
     load_sharded,
     make_mesh,
@@ -169,9 +170,15 @@ class Trainer:
         return PrepareOPSD(builder, noise_seed, limit, self.teacher_latents)
 
     def _sharded(
-        self, *, trains: bool, dtype: torch.dtype, offload: bool, visual_gen: bool
+        self,
+        *,
+        trains: bool,
+        dtype: torch.dtype,
+        offload: bool,
+        visual_gen: bool,
+        source: Bagel | None = None,
     ) -> Bagel:
-        """A model on meta, sharded, and filled from the release folder."""
+        """A model on meta, sharded, and filled from `source` or the release folder."""
         config = self.config
         with torch.device("meta"):
             model = Bagel(replace(self.model_config, visual_gen=visual_gen))
@@ -190,7 +197,10 @@ class Trainer:
             cpu_offload=offload,
         )
         materialise(model, self.env.device, cpu_offload=offload)
-        load_sharded(model, iter_weights(config.model.model_path, visual_gen=visual_gen))
+        if source is not None and source.config == model.config:
+            copy_shards(model, source)  # the same weights: no need to read them again
+        else:
+            load_sharded(model, iter_weights(config.model.model_path, visual_gen=visual_gen))
         return model
 
     def _freeze(self, model: Bagel) -> bool:
@@ -227,7 +237,11 @@ class Trainer:
                 master = torch.float32 if mode == "ema" else self.dtype
                 offload = config.teacher.teacher_cpu_offload
                 model = self._sharded(
-                    trains=False, dtype=master, offload=offload, visual_gen=self.teacher_latents
+                    trains=False,
+                    dtype=master,
+                    offload=offload,
+                    visual_gen=self.teacher_latents,
+                    source=self.student,
                 )
             self.ema = model if mode == "ema" else None
             self.teacher = Teacher(mode, model, self.student, config.teacher.ema_decay)

@@ -27,7 +27,7 @@ from modeling.bagel.batch import PackedBatch
 from modeling.bagel.flow import flow_loss, noised, training_times
 from modeling.checkpoint import is_generation_key
 from modeling.tokenizer import load_tokenizer
-from tests.conftest import assert_golden, load_golden
+from tests.conftest import assert_generation_pack, assert_golden, load_golden
 
 GOLDEN_06 = ("06_train_visual_gen_shift1", "06_train_visual_gen_shift3")
 
@@ -142,19 +142,7 @@ def test_training_forward(bundle: Any, name: str) -> None:
     meta, t = load_golden(name)
     batch = pack(golden_contexts(bundle, meta, t), bundle.special_tokens)
     assert batch.latents is not None
-    for key, actual in {
-        "packed_text_ids": batch.text_ids,
-        "packed_text_indexes": batch.text_rows,
-        "packed_position_ids": batch.position_ids,
-        "packed_latent_position_ids": batch.latents.position_ids,
-        "packed_vae_token_indexes": batch.latents.rows,
-        "packed_vit_token_indexes": batch.vit_rows,
-        "mse_loss_indexes": batch.latents.velocity_rows,
-        "ce_loss_indexes": batch.score_rows,
-        "packed_label_ids": batch.score_labels,
-    }.items():
-        assert torch.equal(actual, t[key]), key
-    assert list(batch.layout.query_lens) == meta["batch"]["sample_lens"]
+    assert_generation_pack(batch, meta, t)
     assert batch.latents.velocity_counts == (20, 24)
     times = training_times(t["packed_timesteps"], meta["timestep_shift"])
     assert torch.equal(batch.latents.times[batch.latents.images], times)

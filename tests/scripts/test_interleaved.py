@@ -29,7 +29,7 @@ from scripts.visual_opsd.interleaved import PrepareInterleaved
 from scripts.visual_opsd.latents import encode_pictures, row_generator
 from scripts.visual_opsd.rows import make_builder
 from scripts.visual_opsd.train_sft import main, read_config
-from tests.conftest import TINY_BAGEL, load_golden
+from tests.conftest import TINY_BAGEL, assert_generation_pack, load_golden
 from tests.modeling.test_generation_packing import GOLDEN_06, golden_contexts
 from tests.scripts.runs import figures, full_state, make_world, run, train_arguments
 
@@ -128,19 +128,7 @@ def test_the_recorded_rows_are_packed_as_recorded(bundle: Any) -> None:
         contexts.append(encode_pictures(raw, bundle.vae, row_generator("x", 0, number)))
     batch = pack(contexts, bundle.special_tokens)
     assert batch.latents is not None
-    for key, actual in {
-        "packed_text_ids": batch.text_ids,
-        "packed_text_indexes": batch.text_rows,
-        "packed_position_ids": batch.position_ids,
-        "packed_latent_position_ids": batch.latents.position_ids,
-        "packed_vae_token_indexes": batch.latents.rows,
-        "packed_vit_token_indexes": batch.vit_rows,
-        "mse_loss_indexes": batch.latents.velocity_rows,
-        "ce_loss_indexes": batch.score_rows,
-        "packed_label_ids": batch.score_labels,
-    }.items():
-        assert torch.equal(actual, t[key]), key
-    assert list(batch.layout.query_lens) == meta["batch"]["sample_lens"]
+    assert_generation_pack(batch, meta, t)
 
 
 def test_several_drawings(bundle: Any, world: Path) -> None:
