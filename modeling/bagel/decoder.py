@@ -2,23 +2,30 @@
 """Qwen2 decoder as a mixture of transformers: one layer class, two experts, joint attention.
 
 Understanding rows (text, markers, ViT features) use the plain weights; latent rows of a drawn
-image use the `*_moe_gen` twins, which exist only in models built with `visual_gen=True`.
+image use the `*_moe_gen` twins, which exist only in models built with `visual_gen=True`. The rows
+of each expert are held in a tensor of their own and meet in the attention alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from modeling import fast
 from modeling.bagel.attention import AttentionLayout, DecodeLayout, attend
 from modeling.bagel.config import LLMConfig
 from modeling.bagel.kv_cache import KeyValues
+from modeling.bagel.projections import products
 
-GEN_SUFFIX = "_moe_gen"
+# Of the understanding expert, then of the generation expert.
+SUFFIXES = ("", "_moe_gen")
+# Rows of the understanding expert and, where there are latents, of the generation expert.
+Rows: TypeAlias = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,23 @@ class Routing:
         )
 
 
+def split_rows(x: Tensor, routing: Routing | None) -> Rows:
+    """(T, ...) -> the rows of each expert."""
+    if routing is None:
+        return (x,)
+    return x.index_select(0, routing.und_rows), x.index_select(0, routing.gen_rows)
+
+
+def join_rows(parts: Rows, routing: Routing | None) -> Tensor:
+    """The rows of each expert back in the packed order: (T, ...)."""
+    if routing is None:
+        return parts[0]
+    out = parts[0].new_empty((sum(len(part) for part in parts), *parts[0].shape[1:]))
+    for part, rows in zip(parts, (routing.und_rows, routing.gen_rows), strict=True):
+        out = out.index_copy_(0, rows, part)
+    return out
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm: statistics in fp32, cast back, then scaled."""
 
@@ -45,6 +69,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if fast.runs_kernels("rows", x):
+            from modeling.kernels.rows import rms_norm
+
+            return rms_norm(x, self.weight, self.eps)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return wide.to(x.dtype) * self.weight
@@ -67,15 +95,26 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + torch.cat([-right, left], dim=-1) * sin[:, None]
 
 
-def route(module: nn.Module, name: str, x: Tensor, routing: Routing | None) -> Tensor:
-    """Apply `name` to understanding rows and its generation twin to latent rows of x (T, ...)."""
-    und = getattr(module, name)
-    if routing is None:
-        return und(x)
-    y_und = und(x[routing.und_rows])
-    y_gen = getattr(module, name + GEN_SUFFIX)(x[routing.gen_rows])
-    out = y_und.new_empty((x.shape[0], *y_und.shape[1:]))
-    return out.index_copy(0, routing.und_rows, y_und).index_copy(0, routing.gen_rows, y_gen)
+def turned(
+    q: Tensor, k: Tensor, q_norm: RMSNorm, k_norm: RMSNorm, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Norm of each head, then rotation: q (T, nh, d), k (T, nkv, d), cos and sin (T, d)."""
+    half = q.shape[-1] // 2
+    here = q_norm.weight.device == q.device  # not if a module hook brings it for its call
+    if fast.runs_kernels("rows", q) and here and half & (half - 1) == 0:
+        from modeling.kernels.rows import norm_rotary
+
+        return norm_rotary(q, k, q_norm.weight, k_norm.weight, cos, sin, q_norm.eps)
+    return apply_rotary(q_norm(q), cos, sin), apply_rotary(k_norm(k), cos, sin)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up; nobody else may hold these two, which a backward pass overwrites."""
+    if fast.runs_kernels("rows", gate):
+        from modeling.kernels.rows import silu_mul
+
+        return silu_mul(gate, up)
+    return F.silu(gate) * up
 
 
 class Attention(nn.Module):
@@ -91,24 +130,36 @@ class Attention(nn.Module):
             self.add_module(f"q_norm{suffix}", RMSNorm(dim, config.rms_norm_eps))
             self.add_module(f"k_norm{suffix}", RMSNorm(dim, config.rms_norm_eps))
 
+    def project(
+        self, xs: Rows, cos: Rows, sin: Rows, routing: Routing | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Packed q (T, nh, d), k and v (T, nkv, d), rotated, from the rows of each expert."""
+        parts = []
+        for suffix, x, c, s in zip(SUFFIXES, xs, cos, sin, strict=False):
+            q, k, v = products(x, [getattr(self, f"{n}_proj{suffix}") for n in "qkv"])
+            q = q.unflatten(-1, (self.heads, -1))
+            k, v = (part.unflatten(-1, (self.kv_heads, -1)) for part in (k, v))
+            q_norm, k_norm = (getattr(self, f"{n}_norm{suffix}") for n in "qk")
+            parts.append((*turned(q, k, q_norm, k_norm, c, s), v))
+        q, k, v = (join_rows(part, routing) for part in zip(*parts, strict=True))
+        return q, k, v
+
     def forward(
         self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        xs: Rows,
+        cos: Rows,
+        sin: Rows,
         layout: AttentionLayout | DecodeLayout,
         routing: Routing | None,
         cache: KeyValues | None,
         layer: int,
-    ) -> Tensor:
-        q = route(self, "q_proj", x, routing).unflatten(-1, (self.heads, -1))  # (T, nh, d)
-        k = route(self, "k_proj", x, routing).unflatten(-1, (self.kv_heads, -1))
-        v = route(self, "v_proj", x, routing).unflatten(-1, (self.kv_heads, -1))
-        q = apply_rotary(route(self, "q_norm", q, routing), cos, sin)
-        k = apply_rotary(route(self, "k_norm", k, routing), cos, sin)
+    ) -> Rows:
+        q, k, v = self.project(xs, cos, sin, routing)
         if cache is not None:
             k, v = cache.update(layer, k, v, layout)
-        return route(self, "o_proj", attend(q, k, v, layout).flatten(1), routing)
+        seen = split_rows(attend(q, k, v, layout).flatten(1), routing)
+        pairs = zip(SUFFIXES, seen, strict=False)
+        return tuple(getattr(self, f"o_proj{suffix}")(x) for suffix, x in pairs)
 
 
 class MLP(nn.Module):
@@ -119,7 +170,14 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = products(x, [self.gate_proj, self.up_proj])
+        return self.down_proj(gated(gate, up))
+
+
+def each(module: nn.Module, name: str, xs: Rows) -> Rows:
+    """Apply `name` to the understanding rows and its generation twin to the latent rows."""
+    pairs = zip(SUFFIXES, xs, strict=False)
+    return tuple(getattr(module, name + suffix)(x) for suffix, x in pairs)
 
 
 class DecoderLayer(nn.Module):
@@ -127,7 +185,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: LLMConfig, layer: int, visual_gen: bool) -> None:
         super().__init__()
-        experts = ("", GEN_SUFFIX) if visual_gen else ("",)
+        experts = SUFFIXES if visual_gen else SUFFIXES[:1]
         self.layer = layer
         self.self_attn = Attention(config, experts)
         for suffix in experts:
@@ -138,31 +196,33 @@ class DecoderLayer(nn.Module):
 
     def _body(
         self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        xs: Rows,
+        cos: Rows,
+        sin: Rows,
         layout: AttentionLayout | DecodeLayout,
         routing: Routing | None,
         cache: KeyValues | None,
-    ) -> Tensor:
-        normed = route(self, "input_layernorm", x, routing)
-        x = x + self.self_attn(normed, cos, sin, layout, routing, cache, self.layer)
-        normed = route(self, "post_attention_layernorm", x, routing)
-        return x + route(self, "mlp", normed, routing)
+    ) -> Rows:
+        normed = each(self, "input_layernorm", xs)
+        added = self.self_attn(normed, cos, sin, layout, routing, cache, self.layer)
+        xs = tuple(x + more for x, more in zip(xs, added, strict=True))
+        added = each(self, "mlp", each(self, "post_attention_layernorm", xs))
+        return tuple(x + more for x, more in zip(xs, added, strict=True))
 
     def forward(
         self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        xs: Rows,
+        cos: Rows,
+        sin: Rows,
         layout: AttentionLayout | DecodeLayout,
         routing: Routing | None = None,
         cache: KeyValues | None = None,
-    ) -> Tensor:
-        if self.checkpointing and x.requires_grad:
+    ) -> Rows:
+        """Rows of each expert (T_e, H), their cos and sin (T_e, d) -> the same rows, one deeper."""
+        if self.checkpointing and any(x.requires_grad for x in xs):
             # Inside the layer, so that a sharded layer recomputes without gathering twice.
-            return checkpoint(self._body, x, cos, sin, layout, routing, cache, use_reentrant=False)
-        return self._body(x, cos, sin, layout, routing, cache)
+            return checkpoint(self._body, xs, cos, sin, layout, routing, cache, use_reentrant=False)
+        return self._body(xs, cos, sin, layout, routing, cache)
 
 
 class Decoder(nn.Module):
@@ -174,7 +234,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, i, visual_gen) for i in range(config.num_hidden_layers)
         )
-        for suffix in ("", GEN_SUFFIX) if visual_gen else ("",):
+        for suffix in SUFFIXES if visual_gen else SUFFIXES[:1]:
             self.add_module(f"norm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps))
         self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
 
@@ -187,11 +247,12 @@ class Decoder(nn.Module):
         cache: KeyValues | None = None,
     ) -> Tensor:
         """x (T, H), position_ids (T,) -> hidden states after the final norm (T, H)."""
-        cos, sin = rotary(position_ids, self.head_dim, self.rope_theta)
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        angles = rotary(position_ids, self.head_dim, self.rope_theta)
+        cos, sin = (split_rows(angle.to(x.dtype), routing) for angle in angles)
+        xs = split_rows(x, routing)
         for layer in self.layers:
-            x = layer(x, cos, sin, layout, routing, cache)
-        return route(self, "norm", x, routing)
+            xs = layer(xs, cos, sin, layout, routing, cache)
+        return join_rows(each(self, "norm", xs), routing)
 
 
 class LanguageModel(nn.Module):

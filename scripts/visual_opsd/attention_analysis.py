@@ -36,7 +36,7 @@ from modeling.bagel.attention import AttentionLayout
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
 from modeling.bagel.config import SpecialTokens
-from modeling.bagel.decoder import Attention, Routing, apply_rotary, route
+from modeling.bagel.decoder import Attention
 from scripts.visual_opsd.cli import flat, option, parse_config, run_main
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.latents import encode_pictures, row_generator
@@ -192,8 +192,9 @@ def watched(model: Bagel, see: Callable[[int, Tensor, Tensor], None]) -> Iterato
     """Call `see(layer, q, k)` with the rotated queries and keys of every layer of a forward."""
 
     def hook(module: Attention, inputs: tuple[Any, ...]) -> None:
-        x, cos, sin, _, routing, _, layer = inputs
-        see(layer, *queries_and_keys(module, x, cos, sin, routing))
+        xs, cos, sin, _, routing, _, layer = inputs
+        q, k, _ = module.project(xs, cos, sin, routing)
+        see(layer, q, k)
 
     layers = model.language_model.model.layers
     handles = [layer.self_attn.register_forward_pre_hook(hook) for layer in layers]  # type: ignore[union-attr]
@@ -203,15 +204,6 @@ def watched(model: Bagel, see: Callable[[int, Tensor, Tensor], None]) -> Iterato
         for handle in handles:
             handle.remove()
 
-
-def queries_and_keys(
-    module: Attention, x: Tensor, cos: Tensor, sin: Tensor, routing: Routing | None
-) -> tuple[Tensor, Tensor]:
-    """q (T, nh, d) and k (T, nkv, d) of a layer, from its normed input x (T, H)."""
-    q = route(module, "q_proj", x, routing).unflatten(-1, (module.heads, -1))
-    k = route(module, "k_proj", x, routing).unflatten(-1, (module.kv_heads, -1))
-    q = apply_rotary(route(module, "q_norm", q, routing), cos, sin)
-    return q, apply_rotary(route(module, "k_norm", k, routing), cos, sin)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from data.sequence import ImageSegment, LatentSegment, TextSegment, given_comple
 from data.worlds.writer import write_spatial_navigation
 from modeling import load_bagel
 from modeling.bagel.attention import AttentionLayout
-from modeling.bagel.decoder import apply_rotary
+from modeling.bagel.decoder import apply_rotary, join_rows
 from scripts.visual_opsd import attention_analysis as module
 from scripts.visual_opsd.attention_analysis import (
     PARTS,
@@ -124,7 +124,8 @@ def oracle_weights(model: Any, batch: Any, mask: Tensor) -> list[Tensor]:
     for handle in handles:
         handle.remove()
     found = []
-    for attention, (x, cos, sin, _, routing, _, _) in inputs:
+    for attention, (*of_experts, _, routing, _, _) in inputs:
+        x, cos, sin = (join_rows(part, routing) for part in of_experts)
         rows = torch.zeros(len(x), dtype=torch.bool)
         if routing is not None:
             rows[routing.gen_rows] = True

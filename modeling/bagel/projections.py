@@ -1,0 +1,91 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Linear layers that read the same rows, as one product: q, k and v; gate and up.
+
+Parameters keep their names and values. Those of a group are moved next to each other in one
+storage, so that one view spans them all: it costs no memory and can't go stale, because nothing
+is kept: whether weights adjoin is looked up at each use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeling import fast
+
+# What a decoder layer applies to the same rows; a `_moe_gen` follows for the other expert.
+_GROUPS = (
+    ("self_attn.q_proj{0}.weight", "self_attn.k_proj{0}.weight", "self_attn.v_proj{0}.weight"),
+    ("self_attn.q_proj{0}.bias", "self_attn.k_proj{0}.bias", "self_attn.v_proj{0}.bias"),
+    ("mlp{0}.gate_proj.weight", "mlp{0}.up_proj.weight"),
+)
+
+
+def adjoining(tensors: Sequence[Tensor]) -> Tensor | None:
+    """One view of tensors that follow each other in one storage (joined along dimension 0)."""
+    first = tensors[0]
+    if first.device.type == "meta":
+        return None
+    end = first.data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != end or not tensor.is_contiguous() or tensor.dtype != first.dtype:
+            return None
+        end += tensor.numel() * tensor.element_size()
+    storage = first.untyped_storage()
+    if storage.data_ptr() + storage.nbytes() < end:  # neighbours by chance
+        return None
+    shape = (sum(len(tensor) for tensor in tensors), *first.shape[1:])
+    return first.detach().as_strided(shape, first.stride())
+
+
+def projection_groups(names: Sequence[str]) -> Iterator[list[str]]:
+    """The groups of parameter names among `names` (state-dict keys of a model)."""
+    known = set(names)
+    layers = dict.fromkeys(name.rpartition(".self_attn.")[0] for name in names if ".q_proj" in name)
+    for layer in layers:
+        for suffix in ("", "_moe_gen"):
+            for group in _GROUPS:
+                keys = [f"{layer}.{key.format(suffix)}" for key in group]
+                if known.issuperset(keys):
+                    yield keys
+
+
+@torch.no_grad()
+def adjoin_projections(model: nn.Module) -> nn.Module:
+    """Move the weights of each group next to each other, in place; returns the model.
+
+    Needs room for one group at a time. Tensors that share the old storages keep them.
+    """
+    parameters = dict(model.named_parameters())
+    for keys in projection_groups(list(parameters)):
+        group = [parameters[key] for key in keys]
+        if adjoining(group) is not None or len({(p.device, p.dtype) for p in group}) > 1:
+            continue
+        joined = torch.cat([parameter.detach() for parameter in group])
+        for parameter, part in zip(
+            group, joined.split([len(p) for p in group]), strict=True
+        ):
+            parameter.data = part
+    return model
+
+
+def products(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+    """x (T, H) through layers side by side, in one product where nothing needs a gradient."""
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        joined = joined_weights(layers) if x.is_cuda and fast.is_on("projections") else None
+        if joined is not None and joined[0].device == x.device:
+            sizes = [layer.out_features for layer in layers]
+            return F.linear(x, *joined).split(sizes, dim=-1)
+    return tuple(layer(x) for layer in layers)
+
+
+def joined_weights(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of layers whose parameters adjoin; None if they do not."""
+    weight = adjoining([layer.weight for layer in layers])
+    if weight is None or layers[0].bias is None:
+        return None if weight is None else (weight, None)
+    bias = adjoining([layer.bias for layer in layers])
+    return None if bias is None else (weight, bias)
