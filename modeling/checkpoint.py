@@ -17,6 +17,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from modeling import fast
 from modeling.autoencoder import AE_FILE, AutoEncoder, load_autoencoder
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig, SpecialTokens, read_llm_config, read_vision_config
@@ -37,6 +39,7 @@ from modeling.weight_files import (
     WhichWeights,
     open_weights,
 )
+from modeling.weight_stream import paused_collector, reserve_memory, stream_weights
 
 TensorSource = StoredTensor | ComputedTensor
 
@@ -132,11 +135,6 @@ def _absent_tables(config: BagelConfig, stored: Mapping[str, StoredTensor]) -> d
     return {k: t for k, t in Bagel.fixed_tables(config).items() if k not in stored}
 
 
-def _meta_model(config: BagelConfig) -> Bagel:
-    with torch.device("meta"):
-        return Bagel(config)
-
-
 def locate_weights(
     path: str | Path,
     *,
@@ -152,14 +150,23 @@ def locate_weights(
         ValueError: everything `open_weights` raises, and one that names the missing,
             unexpected and mis-shaped tensors.
     """
-    stored = open_weights(path, weights)
+    config, _, sources = _build(path, open_weights(path, weights), visual_gen)
+    return config, sources
+
+
+def _build(
+    path: str | Path, stored: Mapping[str, StoredTensor], visual_gen: bool
+) -> tuple[BagelConfig, Bagel, dict[str, TensorSource]]:
+    """Configuration, module without memory ("meta"), and what fills it, in the module's order."""
     config = read_bagel_config(path, stored, visual_gen=visual_gen)
-    expected = {k: tuple(v.shape) for k, v in _meta_model(config).state_dict().items()}
+    with torch.device("meta"):
+        model = Bagel(config)
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     sources: dict[str, TensorSource] = {k: stored[k] for k in expected if k in stored}
     for key, table in _absent_tables(config, stored).items():
         sources[key] = ComputedTensor(key, table)
     _check_match(Path(path), stored, sources, expected, config)
-    return config, {key: sources[key] for key in expected}
+    return config, model, {key: sources[key] for key in expected}
 
 
 def _check_match(
@@ -264,7 +271,9 @@ def load_bagel(
     weights: WhichWeights = "auto",
     vae_dtype: torch.dtype = torch.float32,
 ) -> BagelBundle:
-    """Load a checkpoint folder, one tensor at a time straight to `device` and `dtype`.
+    """Load a checkpoint folder straight to `device` and `dtype`.
+
+    One tensor at a time, or to a GPU as `modeling.weight_stream` does.
 
     Args:
         path: folder with model.safetensors or ema.safetensors (or an index), llm_config.json,
@@ -283,18 +292,56 @@ def load_bagel(
     Warns:
         UserWarning: `visual_gen=True` and no ae.safetensors; `vae` is None then.
     """
-    config, sources = locate_weights(path, visual_gen=visual_gen, weights=weights)
-    tokenizer, special_tokens = load_tokenizer(path)
-    if len(tokenizer) > config.llm.vocab_size:
-        raise ValueError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens but the embedding only "
-            f"{config.llm.vocab_size} rows; use the tokenizer files of the same release"
-        )
-    model = _meta_model(config)
-    state = {key: source.get(device, dtype) for key, source in sources.items()}
-    model.load_state_dict(state, strict=True, assign=True)
+    device = torch.device(device)
+    with paused_collector():
+        stored = open_weights(path, weights)
+        with _reserved(stored, visual_gen, device, dtype):
+            config, model, sources = _build(path, stored, visual_gen)
+            tokenizer, special_tokens = load_tokenizer(path)
+        if len(tokenizer) > config.llm.vocab_size:
+            raise ValueError(
+                f"{path}: the tokenizer has {len(tokenizer)} tokens but the embedding only "
+                f"{config.llm.vocab_size} rows; use the tokenizer files of the same release"
+            )
+        model.load_state_dict(_read(sources, device, dtype), strict=True, assign=True)
     vae = _load_vae(Path(path), device, vae_dtype) if visual_gen else None
     return BagelBundle(model, tokenizer, special_tokens, config, vae)
+
+
+def _streams(device: torch.device) -> bool:
+    """Whether weights go to `device` through `stream_weights`."""
+    return device.type == "cuda" and fast.is_on("loading")
+
+
+def _reserved(
+    stored: Mapping[str, StoredTensor], visual_gen: bool, device: torch.device, dtype: torch.dtype
+) -> AbstractContextManager[None]:
+    """Memory for the tensors that will be read, judged by the file alone."""
+    if not _streams(device):
+        return nullcontext()
+    read = (s for key, s in stored.items() if visual_gen or not is_generation_key(key))
+    return reserve_memory(device, sum(math.prod(s.shape) for s in read) * dtype.itemsize)
+
+
+def _allocate(
+    sources: Mapping[str, TensorSource], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Uninitialised memory for each source, on `device` in `dtype`."""
+    return {k: torch.empty(s.shape, device=device, dtype=dtype) for k, s in sources.items()}
+
+
+def _read(
+    sources: Mapping[str, TensorSource], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Every source's tensor on `device` in `dtype`."""
+    if not _streams(device):
+        return {key: source.get(device, dtype) for key, source in sources.items()}
+    state = _allocate(sources, device, dtype)
+    stored = {key: s for key, s in sources.items() if isinstance(s, StoredTensor)}
+    stream_weights(stored, state)
+    for key in sources.keys() - stored.keys():
+        state[key].copy_(sources[key].get(device, dtype))
+    return state
 
 
 def _load_vae(path: Path, device: torch.device | str, dtype: torch.dtype) -> AutoEncoder | None:

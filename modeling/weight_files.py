@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal
@@ -45,6 +46,29 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _DTYPE_NAMES[dtype]
 
 
+class LazyReader:
+    """The safetensors reader of one file, opened when a tensor is first read through it.
+
+    Opening maps the whole file. Streaming does without, and a machine with less memory than the
+    file has bytes can refuse it.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    @cached_property
+    def opened(self) -> Any:
+        """The open reader.
+
+        Raises:
+            ValueError: the header is malformed.
+        """
+        try:
+            return safe_open(self._file, framework="pt", device="cpu")
+        except SafetensorError as error:
+            raise damaged(self._file, f"its safetensors header is malformed ({error})") from error
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor of a file: where it lies and how to read it (nothing is read before `get`)."""
@@ -55,7 +79,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int  # bytes from the beginning of the file
     stop: int
-    handle: Any  # the open safetensors reader, shared by the tensors of one file
+    reader: LazyReader  # shared by the tensors of one file
 
     @property
     def nbytes(self) -> int:
@@ -72,9 +96,9 @@ class StoredTensor:
         The result owns its memory: a view of the mapped file would change with the file.
         """
         if rows is None:
-            mapped = self.handle.get_tensor(self.key)
+            mapped = self.reader.opened.get_tensor(self.key)
         else:
-            mapped = self.handle.get_slice(self.key)[rows]
+            mapped = self.reader.opened.get_slice(self.key)[rows]
         # Move first, then cast: a GPU casts faster and half-width weights travel as they are.
         tensor: Tensor = mapped.to(device=device).to(dtype=dtype or mapped.dtype)
         return tensor.clone() if tensor.data_ptr() == mapped.data_ptr() else tensor
@@ -102,7 +126,8 @@ class ComputedTensor:
         return value.to(device=device, dtype=dtype or value.dtype, copy=True)
 
 
-def _damaged(file: Path, why: str) -> ValueError:
+def damaged(file: Path, why: str) -> ValueError:
+    """The error about a file that does not hold what it promises."""
     return ValueError(
         f"{file} cannot be read: {why}. The copy or download was probably cut short: "
         "delete the file and fetch it again (python download_model.py checks the sizes)"
@@ -118,13 +143,13 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
             raise ValueError(f"{file} is a git-lfs pointer, not the weights: run `git lfs pull`")
         length = int.from_bytes(first, "little")
         if len(first) < 8 or 8 + length > size:
-            raise _damaged(file, f"its {size} bytes end inside the safetensors header")
+            raise damaged(file, f"its {size} bytes end inside the safetensors header")
         try:
             header = json.loads(stream.read(length))
         except ValueError as error:  # not JSON, or not even text
-            raise _damaged(file, f"its safetensors header is not JSON ({error})") from error
+            raise damaged(file, f"its safetensors header is not JSON ({error})") from error
     if not isinstance(header, dict):
-        raise _damaged(file, "its safetensors header is not a JSON object")
+        raise damaged(file, "its safetensors header is not a JSON object")
     header.pop("__metadata__", None)
     return header, 8 + length
 
@@ -141,8 +166,8 @@ def read_file(file: str | Path) -> dict[str, StoredTensor]:
         end = data + max((info["data_offsets"][1] for info in header.values()), default=0)
         size = file.stat().st_size
         if size != end:
-            raise _damaged(file, f"its header promises {end} bytes, the file has {size}")
-        handle = safe_open(file, framework="pt", device="cpu")
+            raise damaged(file, f"its header promises {end} bytes, the file has {size}")
+        reader = LazyReader(file)
         tensors = [
             StoredTensor(
                 key,
@@ -151,13 +176,31 @@ def read_file(file: str | Path) -> dict[str, StoredTensor]:
                 tuple(info["shape"]),
                 data + info["data_offsets"][0],
                 data + info["data_offsets"][1],
-                handle,
+                reader,
             )
             for key, info in header.items()
         ]
-    except (SafetensorError, KeyError, TypeError, IndexError) as error:
-        raise _damaged(file, f"its safetensors header is malformed ({error})") from error
-    return {tensor.key: tensor for tensor in sorted(tensors, key=lambda t: (t.start, t.key))}
+        tensors.sort(key=lambda tensor: (tensor.start, tensor.stop, tensor.key))
+        misplaced = _first_misplaced(tensors, data)
+    except (KeyError, TypeError, IndexError) as error:
+        raise damaged(file, f"its safetensors header is malformed ({error})") from error
+    if misplaced is not None:
+        raise damaged(
+            file, f"its safetensors header is malformed (the bytes of {misplaced} do not fit)"
+        )
+    return {tensor.key: tensor for tensor in tensors}
+
+
+def _first_misplaced(tensors: Iterable[StoredTensor], start: int) -> str | None:
+    """The first key whose bytes do not follow the one before or do not make up its shape."""
+    for tensor in tensors:
+        width = FLOAT_DTYPES[tensor.dtype].itemsize if tensor.dtype in FLOAT_DTYPES else None
+        if tensor.start != start or tensor.stop < start:
+            return tensor.key
+        if width is not None and tensor.nbytes != math.prod(tensor.shape) * width:
+            return tensor.key
+        start = tensor.stop
+    return None
 
 
 def _weight_map(folder: Path, which: WhichWeights) -> dict[Path, list[str] | None]:
@@ -295,7 +338,7 @@ class WeightWriter:
             while left:
                 piece = stream.read(min(left, _CHUNK_BYTES))
                 if not piece:
-                    raise _damaged(source.file, f"it ends inside {source.key}")
+                    raise damaged(source.file, f"it ends inside {source.key}")
                 self._stream.write(piece)
                 left -= len(piece)
 

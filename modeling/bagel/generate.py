@@ -15,14 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from modeling import fast
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
 from modeling.bagel.config import SpecialTokens
 from modeling.bagel.kv_cache import KVCache
+from modeling.bagel.streamed_decode import StreamedDecoder, streams
+from modeling.graphs import RepeatedStep
+
+# (logits, temperature, uniforms) -> (token, log-probability) of each row
+TokenChoice: TypeAlias = Callable[[Tensor, float, Tensor | None], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -106,7 +113,10 @@ class _Rows:
         self.logprobs = torch.zeros(batch, budget + 1, device=device)
 
     def advance(self, token: Tensor, logprob: Tensor) -> None:
-        """Record the token that follows the one just fed, and decide who goes on."""
+        """Record the token that follows the one just fed, and decide who goes on.
+
+        Everything is written in place, so that a recorded step can be replayed.
+        """
         used = self.used + self.running
         token = torch.where(self.force_start, self.bos, token)
         column = used[:, None]
@@ -122,10 +132,10 @@ class _Rows:
         ended = ~self.force_start & (token == self.eos)
         capped = ~ended & (used >= self.budget)
         self.capped |= self.running & capped
-        self.token = torch.where(self.running, token, self.token)
-        self.used = torch.where(self.running, used, self.used)
+        self.token.copy_(torch.where(self.running, token, self.token))
+        self.used.copy_(torch.where(self.running, used, self.used))
         self.running &= ~(ended | capped)
-        self.force_start = torch.zeros_like(self.force_start)
+        self.force_start.zero_()
 
 
 def _resume(rows: _Rows, row: int) -> None:
@@ -177,7 +187,7 @@ def generate(
     max_image_skips: int = 0,
     check_every: int = 8,
     on_check: Callable[[Callable[[], list[list[int]]]], None] | None = None,
-    choose_token: Callable[[Tensor, float, Tensor | None], tuple[Tensor, Tensor]] = choose,
+    choose_token: TokenChoice = choose,
 ) -> list[Generation]:
     """Decode every sample of a packed or cached prompt.
 
@@ -221,14 +231,22 @@ def generate(
         model(prompt, cache=cache)
     rows = _Rows(lens, prompt.next_positions, device, special, max_new_tokens)
     rounds = _Rounds(batch, continues, max_image_skips)
-    step = 0
-    while True:
-        logits = model.decode_step(
-            rows.token, rows.base_position + rows.used, rows.base_slot + rows.used, cache
-        )
+    last_position = max(prompt.next_positions) + max_new_tokens + 1
+    logits_of = _logits(model, cache, last_position)
+    if choose_token is choose:
+        choose_token = _choose(model, device)
+
+    def advance() -> None:
+        logits = logits_of(rows.token, rows.base_position + rows.used, rows.base_slot + rows.used)
         following = rows.used + rows.running  # the position the next token will have
         numbers = None if uniforms is None else uniforms.gather(1, following[:, None]).squeeze(1)
         rows.advance(*choose_token(logits, temperature, numbers))
+
+    records = model.layer_devices is None and max_new_tokens > check_every
+    advance_all = RepeatedStep(advance, device, graph=records)
+    step = 0
+    while True:
+        advance_all()
         step += 1
         if step % check_every == 0:
             done = rounds.check(rows)
@@ -237,6 +255,24 @@ def generate(
             if done:
                 break
     return _collect(rows, rounds)
+
+
+def _logits(
+    model: Bagel, cache: KVCache, positions: int
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """(tokens, positions, slots) -> logits: the streamed step where it runs, or the eager one."""
+    if streams(model, cache.batch):
+        return StreamedDecoder(model, cache, positions)
+    return lambda tokens, places, slots: model.decode_step(tokens, places, slots, cache)
+
+
+def _choose(model: Bagel, device: torch.device) -> TokenChoice:
+    """`choose`, or its kernels on a GPU."""
+    if device.type == "cuda" and fast.runs_kernels("decode", model.language_model.lm_head.weight):
+        from modeling.kernels.sampling import choose_token
+
+        return choose_token
+    return choose
 
 
 def _so_far(rows: _Rows) -> list[list[int]]:

@@ -65,9 +65,7 @@ def adjoin_projections(model: nn.Module) -> nn.Module:
         if adjoining(group) is not None or len({(p.device, p.dtype) for p in group}) > 1:
             continue
         joined = torch.cat([parameter.detach() for parameter in group])
-        for parameter, part in zip(
-            group, joined.split([len(p) for p in group]), strict=True
-        ):
+        for parameter, part in zip(group, joined.split([len(p) for p in group]), strict=True):
             parameter.data = part
     return model
 

@@ -37,9 +37,7 @@ def _rms_norm(x, weight, out, rstd, width, eps, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rms_norm_backward(
-    grad, x, weight, rstd, grad_x, partial, rows, width, BLOCK: tl.constexpr
-):
+def _rms_norm_backward(grad, x, weight, rstd, grad_x, partial, rows, width, BLOCK: tl.constexpr):
     first = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < width

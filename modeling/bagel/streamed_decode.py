@@ -1,0 +1,119 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""`Bagel.decode_step` as a chain of weight-streaming kernels: five launches a layer.
+
+The eager step in `bagel.py` and `decoder.py` says what is computed; here the same weights are read
+at the speed of the memory. Nothing is copied but small tables: q, k and v, and gate and up, must
+adjoin (`projections.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeling import fast
+from modeling.bagel.bagel import Bagel
+from modeling.bagel.decoder import rotary
+from modeling.bagel.kv_cache import KVCache
+from modeling.bagel.projections import adjoin_projections, joined_weights
+
+
+@dataclass(frozen=True)
+class _Layer:
+    qkv: Tensor
+    qkv_bias: Tensor
+    o: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    input_norm: Tensor
+    mlp_norm: Tensor
+    q_norm: Tensor
+    k_norm: Tensor
+
+
+def _layer(module: Any) -> _Layer:
+    attention, mlp = module.self_attn, module.mlp
+    joined = joined_weights([attention.q_proj, attention.k_proj, attention.v_proj])
+    assert joined is not None and joined[1] is not None
+    return _Layer(
+        qkv=joined[0],
+        qkv_bias=joined[1],
+        o=attention.o_proj.weight,
+        gate=mlp.gate_proj.weight,
+        up=mlp.up_proj.weight,
+        down=mlp.down_proj.weight,
+        input_norm=module.input_layernorm.weight,
+        mlp_norm=module.post_attention_layernorm.weight,
+        q_norm=attention.q_norm.weight,
+        k_norm=attention.k_norm.weight,
+    )
+
+
+def streams(model: Bagel, batch: int) -> bool:
+    """Whether a model and batch can take the chain: half precision on one GPU, up to 64 rows."""
+    head = model.language_model.lm_head.weight
+    dim = model.config.llm.head_dim
+    return (
+        model.layer_devices is None
+        and type(head.data) is Tensor  # not a shard
+        and fast.runs_kernels("decode", head)
+        and torch.cuda.get_device_capability(head.device) >= (8, 0)
+        and batch <= 64
+        and dim >= 32
+        and dim & (dim - 1) == 0
+    )
+
+
+class StreamedDecoder:
+    """One decoding step of every row against a cache; call it like `Bagel.decode_step`.
+
+    Args:
+        model: of which `streams(model, cache.batch)` holds; its projections are made to adjoin.
+        positions: rope positions 0..positions-1 may come.
+    """
+
+    def __init__(self, model: Bagel, cache: KVCache, positions: int) -> None:
+        from modeling.kernels.decode_attention import DecodeAttention
+
+        adjoin_projections(model)
+        llm = model.config.llm
+        decoder = model.language_model.model
+        self.embedding = decoder.embed_tokens.weight
+        self.norm: Any = decoder.norm.weight  # type: ignore[union-attr]
+        self.head = model.language_model.lm_head.weight
+        self.layers = [_layer(module) for module in decoder.layers]
+        self.eps = llm.rms_norm_eps
+        self.cache = cache
+        places = torch.arange(positions, device=self.head.device)
+        angles = rotary(places, llm.head_dim, llm.rope_theta)
+        cos, sin = (angle[:, : llm.head_dim // 2].to(self.head.dtype) for angle in angles)
+        heads = (llm.num_attention_heads, llm.num_key_value_heads, llm.head_dim)
+        self.attention = DecodeAttention(cache.batch, cache.max_len, *heads, cos, sin)
+        self.seen = self.head.new_empty(cache.batch, llm.num_attention_heads * llm.head_dim)
+        # Launches that begin before the last one has ended; Hopper was the first with them.
+        self.chained = torch.cuda.get_device_capability(self.head.device) >= (9, 0)
+
+    def __call__(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        """tokens, positions, slots (B,) int64 -> logits (B, V)."""
+        from modeling.kernels.stream_linear import stream_linear
+
+        eps, chained = self.eps, self.chained
+        x = self.embedding[tokens]  # (B, H)
+        for index, layer in enumerate(self.layers):
+            qkv = stream_linear(
+                x, layer.qkv, gain=layer.input_norm, eps=eps, bias=layer.qkv_bias, chained=chained
+            )
+            seen = self.attention(
+                qkv, layer.q_norm, layer.k_norm, eps, positions, slots,
+                self.cache.keys[index], self.cache.values[index], out=self.seen, chained=chained,
+            )  # fmt: skip
+            x = stream_linear(seen, layer.o, residual=x, out=x, chained=chained)
+            gated = stream_linear(
+                x, layer.gate, second=layer.up, gain=layer.mlp_norm, eps=eps, chained=chained
+            )
+            x = stream_linear(gated, layer.down, residual=x, out=x, chained=chained)
+        return stream_linear(x, self.head, gain=self.norm, eps=eps, chained=chained)

@@ -1,0 +1,249 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Products of a few rows with a large matrix, at the speed at which the matrix can be read.
+
+A decoding step multiplies one row a sample with every weight of the model: memory bandwidth is
+all that counts, and each launch that has to wait for its neighbour costs. So what stands around
+the product is done in the same kernel: the norm before it (its scale is a factor of the result,
+hence no pass of its own), bias, SwiGLU, residual after it.
+
+    y = norm(x) W^T + bias          norm(x) = x / rms(x) * gain, or x
+    y = silu(norm(x) W^T) * (norm(x) W2^T)
+    y = residual + x W^T
+
+One row is multiplied with ordinary arithmetic, 2 to 64 on the tensor cores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the matrix is cut: rows and columns of a tile, warps of a program, tiles in flight."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def stream_linear_plain(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    gain: Tensor | None = None,
+    eps: float = 1e-6,
+    bias: Tensor | None = None,
+    second: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """What `stream_linear` computes, in fp32, rounded where the kernel rounds."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if gain is not None:
+        wide = (wide * gain.float()).to(x.dtype).float()
+    y = wide @ weight.float().t()
+    if gain is not None:
+        y = y * scale
+    if bias is not None:
+        y = y + bias.float()
+    if second is not None:
+        other = wide @ second.float().t()
+        if gain is not None:
+            other = other * scale
+        y = F.silu(y.to(x.dtype).float()).to(x.dtype).float() * other.to(x.dtype).float()
+    if residual is not None:
+        y = y.to(x.dtype).float() + residual.float()
+    return y.to(x.dtype)
+
+
+@triton.jit
+def _finish(
+    y, other, residual_at, mask, kind: tl.constexpr, PAIR: tl.constexpr, RESIDUAL: tl.constexpr
+):
+    """SwiGLU and residual; what eager code rounds in between is rounded here too."""
+    if PAIR:
+        y = y.to(kind).to(tl.float32)
+        silu = (y / (1.0 + tl.exp(-y))).to(kind).to(tl.float32)
+        y = silu * other.to(kind).to(tl.float32)
+    if RESIDUAL:
+        y = y.to(kind).to(tl.float32) + tl.load(residual_at, mask=mask, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _one_row(
+    x, weight, second, gain, bias, residual, out, N, K, eps,
+    NORM: tl.constexpr, PAIR: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    kind: tl.constexpr = out.dtype.element_ty
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    at = n.to(tl.int64)[:, None] * K + k[None, :]
+    rows = n < N
+    total = tl.zeros((BN, BK), tl.float32)
+    other = tl.zeros((BN, BK), tl.float32)
+    squares = tl.zeros((BK,), tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    for start in tl.range(0, K, BK, num_stages=STAGES):
+        if WHOLE:
+            w = tl.load(weight + at + start)
+            value = tl.load(x + start + k).to(tl.float32)
+        else:
+            inside = rows[:, None] & (start + k < K)[None, :]
+            w = tl.load(weight + at + start, mask=inside, other=0.0)
+            value = tl.load(x + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+        if NORM:
+            squares += value * value
+            if WHOLE:
+                g = tl.load(gain + start + k)
+            else:
+                g = tl.load(gain + start + k, mask=start + k < K, other=0.0)
+            value = (value * g.to(tl.float32)).to(kind).to(tl.float32)
+        total += w.to(tl.float32) * value[None, :]
+        if PAIR:
+            if WHOLE:
+                w2 = tl.load(second + at + start)
+            else:
+                w2 = tl.load(second + at + start, mask=inside, other=0.0)
+            other += w2.to(tl.float32) * value[None, :]
+    y = tl.sum(total, 1)
+    z = tl.sum(other, 1)
+    if NORM:
+        scale = 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
+        y *= scale
+        z *= scale
+    if BIAS:
+        y += tl.load(bias + n, mask=rows, other=0.0).to(tl.float32)
+    y = _finish(y, z, residual + n, rows, kind, PAIR, RESIDUAL)
+    tl.store(out + n, y, mask=rows)
+
+
+@triton.jit
+def _few_rows(
+    x, weight, second, gain, bias, residual, out, M, N, K, eps,
+    NORM: tl.constexpr, PAIR: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    WHOLE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    kind: tl.constexpr = out.dtype.element_ty
+    m = tl.arange(0, BM)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    at = n.to(tl.int64)[None, :] * K + k[:, None]  # (BK, BN): a tile of W^T
+    x_at = m[:, None] * K + k[None, :]
+    total = tl.zeros((BM, BN), tl.float32)
+    other = tl.zeros((BM, BN), tl.float32)
+    squares = tl.zeros((BM,), tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    for start in tl.range(0, K, BK, num_stages=STAGES):
+        if WHOLE:
+            w = tl.load(weight + at + start)
+            value = tl.load(x + x_at + start, mask=(m < M)[:, None], other=0.0)
+        else:
+            inside = (start + k < K)[:, None] & (n < N)[None, :]
+            w = tl.load(weight + at + start, mask=inside, other=0.0)
+            there = (m < M)[:, None] & (start + k < K)[None, :]
+            value = tl.load(x + x_at + start, mask=there, other=0.0)
+        if NORM:
+            wide = value.to(tl.float32)
+            squares += tl.sum(wide * wide, 1)
+            if WHOLE:
+                g = tl.load(gain + start + k)
+            else:
+                g = tl.load(gain + start + k, mask=start + k < K, other=0.0)
+            value = (wide * g.to(tl.float32)[None, :]).to(kind)
+        total = tl.dot(value, w, total, input_precision="ieee")
+        if PAIR:
+            if WHOLE:
+                w2 = tl.load(second + at + start)
+            else:
+                w2 = tl.load(second + at + start, mask=inside, other=0.0)
+            other = tl.dot(value, w2, other, input_precision="ieee")
+    if NORM:
+        scale = (1.0 / tl.sqrt(squares / K + eps))[:, None]
+        total *= scale
+        other *= scale
+    if BIAS:
+        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    to = m[:, None] * N + n[None, :]
+    total = _finish(total, other, residual + to, mask, kind, PAIR, RESIDUAL)
+    tl.store(out + to, total, mask=mask)
+
+
+def tile_for(rows: int, n: int, k: int, pair: bool) -> Tile:
+    """The tile that measured fastest on one H100 (docs/benchmarks)."""
+    if rows == 1:
+        return Tile(8, 512, 4, 2)
+    return Tile(32 if n < 8192 else 64, 128, 4, 4)
+
+
+def stream_linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    gain: Tensor | None = None,
+    eps: float = 1e-6,
+    bias: Tensor | None = None,
+    second: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    chained: bool = False,
+    tile: Tile | None = None,
+) -> Tensor:
+    """x (M, K) times weight (N, K), transposed: (M, N), with what belongs around it.
+
+    Args:
+        x, weight: contiguous, one dtype; M is at most `MAX_ROWS`.
+        gain: (K,) scale of an RMSNorm of x that comes first, with `eps`.
+        bias: (N,).
+        second: (N, K); the result is silu(product with weight) * (product with second).
+        residual: (M, N), added to the result; may be `out`.
+        out: where the result goes (new memory).
+        chained: overlap this launch with the end of the one before (Hopper and later).
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    assert m <= MAX_ROWS and weight.shape[1] == k and x.is_contiguous() and weight.is_contiguous()
+    if out is None:
+        out = x.new_empty(m, n)
+    tile = tile or tile_for(m, n, k, second is not None)
+    columns = min(tile.columns, triton.next_power_of_2(max(k, 16)))
+    flags = {
+        "NORM": gain is not None,
+        "PAIR": second is not None,
+        "BIAS": bias is not None,
+        "RESIDUAL": residual is not None,
+        "BN": tile.rows,
+        "BK": columns,
+        "STAGES": tile.stages,
+        "WHOLE": n % tile.rows == 0 and k % columns == 0,
+        "PDL": chained,
+        "num_warps": tile.warps,
+    }
+    if chained:
+        flags["launch_pdl"] = True
+    absent = out  # a pointer for what the kernel does not read
+    rest = [absent if t is None else t for t in (second, gain, bias, residual)]
+    grid = (triton.cdiv(n, tile.rows),)
+    if m == 1:
+        _one_row[grid](x, weight, *rest, out, n, k, eps, **flags)
+    else:
+        block = max(16, triton.next_power_of_2(m))
+        _few_rows[grid](x, weight, *rest, out, m, n, k, eps, BM=block, **flags)
+    return out

@@ -1,0 +1,263 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Fill tensors on a GPU from weight files, in the time of the slower of reading and copying.
+
+Threads read pieces of the files into a small ring of pinned buffers and queue each piece's copies
+on a side stream; a buffer is read into again once its last copy has ended. So later pieces are
+read while earlier ones travel. With tensors on the CPU the same code runs on ordinary memory,
+without a stream.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor
+
+from modeling.weight_files import FLOAT_DTYPES, StoredTensor, damaged
+
+# One core takes some 5 to 10 GB/s out of the page cache and PCIe 5 carries about 50, so up to ten
+# reads must be under way at any moment. `scripts.bench.load` measures other choices.
+THREADS = 12
+# Pinning costs about 0.25 s a GiB, and the whole load shall take little more than 0.3 s: so the
+# ring is 128 MiB, a buffer for each thread and a few whose copies are under way. A piece is large
+# enough (1 ms of reading) that the interpreter, some 50 us a piece, is no third bottleneck.
+PIECE_BYTES = 8 * 2**20
+SPARE_BUFFERS = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of one tensor's bytes inside a piece."""
+
+    key: str
+    first: int  # byte of the tensor
+    nbytes: int
+    offset: int  # byte of the piece
+
+
+@dataclass
+class Piece:
+    """A run of one file's bytes that is read at once; tensors that lie side by side share it."""
+
+    file: Path
+    start: int  # byte of the file
+    nbytes: int = 0
+    parts: list[Part] = field(default_factory=list)
+
+
+def plan_pieces(sources: Mapping[str, StoredTensor], piece_bytes: int) -> Iterator[Piece]:
+    """Pieces of at most `piece_bytes` that hold the tensors' bytes once and no others.
+
+    In the order of the files. A tensor is cut between two elements only.
+    """
+    assert piece_bytes >= max(dtype.itemsize for dtype in FLOAT_DTYPES.values()), piece_bytes
+    piece: Piece | None = None
+    for key, source in sorted(sources.items(), key=lambda kv: (str(kv[1].file), kv[1].start)):
+        width = FLOAT_DTYPES[source.dtype].itemsize
+        at = source.start
+        while at < source.stop:
+            room = 0
+            if piece is not None and (piece.file, piece.start + piece.nbytes) == (source.file, at):
+                room = (piece_bytes - piece.nbytes) // width * width
+            if piece is None or not room:
+                if piece is not None:
+                    yield piece
+                piece, room = Piece(source.file, at), piece_bytes // width * width
+            taken = min(room, source.stop - at)
+            piece.parts.append(Part(key, at - source.start, taken, piece.nbytes))
+            piece.nbytes += taken
+            at += taken
+    if piece is not None:
+        yield piece
+
+
+def read_piece(descriptor: int, piece: Piece, memory: memoryview) -> None:
+    """Read a piece of an open file to the beginning of `memory`; other threads run meanwhile.
+
+    Raises:
+        ValueError: the file ends before the piece does.
+    """
+    done = 0
+    while done < piece.nbytes:
+        view = memory[done : piece.nbytes]
+        count = os.preadv(descriptor, [view], piece.start + done)
+        if count == 0:
+            key = next(part.key for part in piece.parts if done < part.offset + part.nbytes)
+            raise damaged(piece.file, f"it ends inside {key}")
+        done += count
+
+
+def staging_memory(nbytes: int, pinned: bool) -> Tensor:
+    """(nbytes,) uint8, pinned for copies to a GPU.
+
+    Freed pinned memory stays with torch's allocator, for whoever asks for as much again.
+    """
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+
+
+class _Buffer:
+    def __init__(self, nbytes: int, pinned: bool) -> None:
+        self.bytes = staging_memory(nbytes, pinned)
+        self.memory = self.bytes.numpy().data
+        # Blocking: a waiting thread leaves its core to those that read.
+        self.copied = torch.cuda.Event(blocking=True) if pinned else None
+
+
+class _Ring:
+    """Staging buffers, given out in the order in which their copies were queued."""
+
+    def __init__(self, count: int, nbytes: int, pinned: bool) -> None:
+        self._nbytes, self._pinned = nbytes, pinned
+        self._free: SimpleQueue[_Buffer | None] = SimpleQueue()
+        for _ in range(count):
+            self._free.put(None)  # made when first needed, by its reader, while others read
+
+    def take(self) -> _Buffer:
+        """A buffer whose copies have ended (never waits for another thread's buffer)."""
+        buffer = self._free.get()
+        if buffer is None:
+            return _Buffer(self._nbytes, self._pinned)
+        if buffer.copied is not None:
+            buffer.copied.synchronize()
+        return buffer
+
+    def give(self, buffer: _Buffer) -> None:
+        """Return a buffer whose copies are queued on the current stream."""
+        if buffer.copied is not None:
+            buffer.copied.record()
+        self._free.put(buffer)
+
+
+def _deliver(part: Part, data: Tensor, stored: torch.dtype, target: Tensor) -> None:
+    """Queue the copy of a part's bytes (nbytes,) to its place in `target`."""
+    flat = target.reshape(-1)  # contiguous, so a view
+    if target.dtype == stored:
+        place = flat.view(torch.uint8)[part.first : part.first + part.nbytes]
+        place.copy_(data, non_blocking=True)
+        return
+    # Cast where it goes: a GPU casts faster, and torch would cast on the CPU first.
+    arrived = data.to(target.device, non_blocking=True, copy=True).view(stored)
+    first = part.first // stored.itemsize
+    flat[first : first + arrived.numel()].copy_(arrived)
+
+
+def stream_weights(
+    sources: Mapping[str, StoredTensor],
+    targets: Mapping[str, Tensor],
+    *,
+    threads: int | None = None,
+    piece_bytes: int | None = None,
+) -> None:
+    """Read every source into the target of its name; all of it has arrived on return.
+
+    Args:
+        sources: stored tensors of a floating dtype, of any number of files.
+        targets: for each key a contiguous tensor of the source's shape and any floating dtype,
+            all on one device; a part of a larger tensor will do.
+        threads, piece_bytes: THREADS and PIECE_BYTES unless given.
+
+    Raises:
+        ValueError: a file ends early. Any error of a thread stops the others and is raised here;
+            the targets hold anything then.
+    """
+    device = torch.device("cpu")
+    for key, source in sources.items():
+        target, device = targets[key], targets[key].device
+        assert tuple(target.shape) == source.shape, (key, target.shape, source.shape)
+        assert target.is_contiguous(), key
+    assert {targets[key].device for key in sources} <= {device}, "targets on several devices"
+
+    threads, piece_bytes = threads or THREADS, piece_bytes or PIECE_BYTES
+    pieces, turn, stopped = plan_pieces(sources, piece_bytes), threading.Lock(), threading.Event()
+    ring = _Ring(threads + SPARE_BUFFERS, piece_bytes, pinned=device.type == "cuda")
+    side = None
+    if device.type == "cuda":
+        side = torch.cuda.Stream(device)
+        # Whatever the targets' memory was used for before ends first.
+        side.wait_stream(torch.cuda.current_stream(device))
+
+    def next_piece() -> Piece | None:
+        with turn:
+            return None if stopped.is_set() else next(pieces, None)
+
+    def work() -> None:
+        # Inference mode, as targets may be made in it or require gradients. Device and stream are
+        # a thread's own.
+        with torch.inference_mode(), torch.cuda.stream(side):
+            while (piece := next_piece()) is not None:
+                buffer = ring.take()
+                read_piece(descriptors[piece.file], piece, buffer.memory)
+                for part in piece.parts:
+                    data = buffer.bytes[part.offset : part.offset + part.nbytes]
+                    stored = FLOAT_DTYPES[sources[part.key].dtype]
+                    _deliver(part, data, stored, targets[part.key])
+                ring.give(buffer)
+
+    try:
+        with ExitStack() as files, ThreadPoolExecutor(threads) as pool:
+            descriptors = {
+                file: files.enter_context(file.open("rb", buffering=0)).fileno()
+                for file in {source.file for source in sources.values()}
+            }
+            jobs = [pool.submit(work) for _ in range(threads)]
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+            finally:
+                stopped.set()  # after an error the others end with the piece they are at
+    finally:
+        if side is not None:  # also after an error: the caller may free what is written to
+            side.synchronize()
+
+
+# -- what else a fast load needs --------------------------------------------------------------
+
+
+@contextmanager
+def reserve_memory(device: torch.device, nbytes: int) -> Iterator[None]:
+    """Ask for the memory of a load of `nbytes` to a GPU while the block runs.
+
+    One block on the GPU and the ring's pinned buffers, freed at once: torch's allocators keep
+    them, and cut the tensors from that block. So the driver is asked for one block, not for
+    hundreds, and its milliseconds pass beside Python's.
+    """
+    stream = torch.cuda.current_stream(device)  # the allocator keeps the blocks of streams apart
+
+    def reserve() -> None:
+        # What is not to be had is asked for again, and complained about, where it is used.
+        with torch.cuda.stream(stream), suppress(RuntimeError):
+            held = [torch.empty(nbytes, dtype=torch.uint8, device=device)]
+            for _ in range(THREADS + SPARE_BUFFERS):
+                held.append(staging_memory(PIECE_BYTES, pinned=True))
+
+    thread = threading.Thread(target=reserve)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+@contextmanager
+def paused_collector() -> Iterator[None]:
+    """No cyclic garbage collection while the block runs.
+
+    With torch and transformers imported a full collection visits 330,000 objects: 0.14 to 0.2 s,
+    half a load, and the objects that a load makes are enough to start one.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
