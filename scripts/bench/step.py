@@ -1,0 +1,131 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Milliseconds a sample of a training step: student, teacher, loss, backward; with its memory.
+
+    python -m scripts.bench.step --json step.json
+
+The trainer's own `run_pack` on packs of several samples: student 2,079 rows, teacher 3,516 (one
+518 x 518 visual thought), 513 scored rows, beta 0.5, top-k 256, clip 0.05, one set of bf16 weights
+(teacher mode self), no optimiser, no sharding. With activation checkpointing packs hold four
+samples, without it two. Gradients are dropped before each timed pack, as a step does; the memory
+is what a second pack needs beyond weights and gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from data.packing import context_length
+from data.sequence import Completion
+from modeling.bagel.bagel import Bagel
+from scripts.bench.common import (
+    SPECIAL,
+    Ceilings,
+    Machine,
+    Report,
+    finish,
+    image,
+    layer_parameters,
+    parser,
+    prompt,
+    random_model,
+    start,
+    text,
+    vision_parameters,
+)
+from scripts.visual_opsd.cli import run_main
+from scripts.visual_opsd.opsd_loss import LossConfig
+from scripts.visual_opsd.step import PackResult, ScoredRow, run_pack
+from scripts.visual_opsd.teacher import Teacher
+
+PACKED = {True: 4, False: 2}  # samples of a pack, with and without checkpointing
+TARGETS = {True: 330.0, False: 285.0}
+REFERENCES = {True: 891.0, False: 638.0}
+
+
+def sample(machine: Machine, name: str) -> ScoredRow:
+    """A row whose completion has 512 tokens and its end, all sampled."""
+    student = prompt(machine)
+    teacher = (*student, text(machine, 40), image(machine), text(machine, 22))
+    ids = text(machine, 512).ids
+    completion = Completion(ids, (True,) * (len(ids) + 1), (0.0,) * (len(ids) + 1))
+    segment = completion.segment()
+    return ScoredRow(name, (*student, segment), (*teacher, segment), completion)
+
+
+def step_flop(model: Bagel, row: ScoredRow, checkpointing: bool) -> float:
+    """Products alone, for one sample; a checkpointed layer runs its forward twice."""
+    images = [len(s.position_ids) for s in (row.teacher or ()) if not hasattr(s, "ids")]
+    student, teacher = context_length(row.student), context_length(row.teacher or ())
+    passes = 2.0 * (4 if checkpointing else 3)
+    flop = layer_parameters(model) * (passes * student + 2.0 * teacher)
+    flop += vision_parameters(model) * (passes * images[0] + 2.0 * sum(images))
+    head = model.config.llm.vocab_size * model.config.llm.hidden_size
+    return flop + 8.0 * head * row.scored
+
+
+def bench(report: Report, model: Bagel, checkpointing: bool, repeats: int) -> float:
+    """Adds the time a sample; returns the bytes beyond weights and gradients."""
+    machine = report.machine
+    model.set_gradient_checkpointing(checkpointing)
+    rows = [sample(machine, f"row {i}") for i in range(PACKED[checkpointing])]
+    teacher = Teacher("self", None, model, 0.0)
+
+    def pack_once() -> PackResult:
+        return run_pack(
+            model, teacher, None, rows,
+            special=SPECIAL, loss=LossConfig(), chunk_size=512, scale=1.0 / sum(r.scored for r in rows),
+            device=machine.device, decode=str,
+        )  # fmt: skip
+
+    def one_step() -> None:
+        model.zero_grad(set_to_none=True)
+        pack_once()
+
+    seconds = machine.timed(one_step, repeats)
+    flop = step_flop(model, rows[0], checkpointing)
+    lengths = (context_length(rows[0].student), context_length(rows[0].teacher or ()))
+    report.add(
+        "step_ckpt_ms" if checkpointing else "step_ms",
+        [1e3 * s / len(rows) for s in seconds],
+        floor=1e3 * report.ceilings.seconds(flop=flop),
+        target=TARGETS[checkpointing],
+        reference=REFERENCES[checkpointing],
+        settings=f"student {lengths[0]}, teacher {lengths[1]} rows, {rows[0].scored} scored, "
+        f"packed by {len(rows)}, checkpointing {'on' if checkpointing else 'off'}; ms a sample",
+    )
+    # Gradients stay, as for the second pack of a step.
+    before = machine.reset_peak()
+    pack_once()
+    return machine.peak() - before
+
+
+def run(machine: Machine, report: Report, repeats: int) -> None:
+    model = random_model(machine.config, machine).requires_grad_(True)
+    for table in (model.vit_pos_embed,):
+        table.requires_grad_(False)
+    extra = bench(report, model, True, repeats)
+    report.add(
+        "peak_gb",
+        [extra / 1e9],
+        floor=None,
+        target=4.0,
+        reference=3.0,
+        settings="beyond weights and gradients, 4 samples packed, checkpointing on",
+    )
+    extra = bench(report, model, False, repeats)
+    report.notes["peak_gb_without_checkpointing"] = round(extra / 1e9, 2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser(__doc__).parse_args(argv)
+    report = start(args)
+    run(report.machine, report, args.repeats)
+    return finish(report, args.json)
+
+
+__all__ = ["Ceilings", "main"]
+
+if __name__ == "__main__":
+    run_main(main)
