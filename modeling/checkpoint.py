@@ -17,7 +17,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from modeling.weight_files import (
     WhichWeights,
     open_weights,
 )
-from modeling.weight_stream import paused_collector, reserve_memory, stream_weights
+from modeling.weight_stream import paused_collector, streaming
 
 TensorSource = StoredTensor | ComputedTensor
 
@@ -295,53 +295,58 @@ def load_bagel(
     device = torch.device(device)
     with paused_collector():
         stored = open_weights(path, weights)
-        with _reserved(stored, visual_gen, device, dtype):
+        with _arriving(stored, visual_gen, device, dtype) as arriving:
             config, model, sources = _build(path, stored, visual_gen)
             tokenizer, special_tokens = load_tokenizer(path)
-        if len(tokenizer) > config.llm.vocab_size:
-            raise ValueError(
-                f"{path}: the tokenizer has {len(tokenizer)} tokens but the embedding only "
-                f"{config.llm.vocab_size} rows; use the tokenizer files of the same release"
-            )
-        model.load_state_dict(_read(sources, device, dtype), strict=True, assign=True)
+            if len(tokenizer) > config.llm.vocab_size:
+                raise ValueError(
+                    f"{path}: the tokenizer has {len(tokenizer)} tokens but the embedding only "
+                    f"{config.llm.vocab_size} rows; use the tokenizer files of the same release"
+                )
+            state = {
+                key: arriving[key] if key in arriving else source.get(device, dtype)
+                for key, source in sources.items()
+            }
+            model.load_state_dict(state, strict=True, assign=True)
     vae = _load_vae(Path(path), device, vae_dtype) if visual_gen else None
     return BagelBundle(model, tokenizer, special_tokens, config, vae)
 
 
 def _streams(device: torch.device) -> bool:
-    """Whether weights go to `device` through `stream_weights`."""
+    """Whether threads read what goes to `device`."""
     return device.type == "cuda" and fast.is_on("loading")
 
 
-def _reserved(
+@contextmanager
+def _arriving(
     stored: Mapping[str, StoredTensor], visual_gen: bool, device: torch.device, dtype: torch.dtype
-) -> AbstractContextManager[None]:
-    """Memory for the tensors that will be read, judged by the file alone."""
+) -> Iterator[dict[str, Tensor]]:
+    """The model's stored tensors where threads read them, complete when the block has ended.
+
+    They are chosen by name: reading need not wait for the module. If they do not fit it, the
+    block's error about that comes before any of the reading.
+    """
     if not _streams(device):
-        return nullcontext()
-    read = (s for key, s in stored.items() if visual_gen or not is_generation_key(key))
-    return reserve_memory(device, sum(math.prod(s.shape) for s in read) * dtype.itemsize)
+        yield {}
+        return
+    wanted = {k: s for k, s in stored.items() if visual_gen or not is_generation_key(k)}
+    with streaming(wanted, device) as fill:
+        targets = _allocate(wanted, device, dtype)
+        fill(targets)
+        yield targets
 
 
 def _allocate(
     sources: Mapping[str, TensorSource], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Uninitialised memory for each source, on `device` in `dtype`."""
+    if device.type == "cuda":
+        # One request to the driver instead of hundreds: torch keeps the freed block and cuts the
+        # tensors from it. Where no block is as large, they are asked for one by one.
+        elements = sum(math.prod(source.shape) for source in sources.values())
+        with suppress(torch.OutOfMemoryError):
+            torch.empty(elements, dtype=dtype, device=device)
     return {k: torch.empty(s.shape, device=device, dtype=dtype) for k, s in sources.items()}
-
-
-def _read(
-    sources: Mapping[str, TensorSource], device: torch.device, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Every source's tensor on `device` in `dtype`."""
-    if not _streams(device):
-        return {key: source.get(device, dtype) for key, source in sources.items()}
-    state = _allocate(sources, device, dtype)
-    stored = {key: s for key, s in sources.items() if isinstance(s, StoredTensor)}
-    stream_weights(stored, state)
-    for key in sources.keys() - stored.keys():
-        state[key].copy_(sources[key].get(device, dtype))
-    return state
 
 
 def _load_vae(path: Path, device: torch.device | str, dtype: torch.dtype) -> AutoEncoder | None:

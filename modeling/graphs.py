@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -46,7 +47,10 @@ class RepeatedStep:
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self.step()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # the error inside says more
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         here.wait_stream(aside)
         return graph

@@ -195,7 +195,7 @@ def _first_misplaced(tensors: Iterable[StoredTensor], start: int) -> str | None:
     """The first key whose bytes do not follow the one before or do not make up its shape."""
     for tensor in tensors:
         width = FLOAT_DTYPES[tensor.dtype].itemsize if tensor.dtype in FLOAT_DTYPES else None
-        if tensor.start != start or tensor.stop < start:
+        if tensor.start != start:
             return tensor.key
         if width is not None and tensor.nbytes != math.prod(tensor.shape) * width:
             return tensor.key

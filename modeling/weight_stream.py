@@ -12,9 +12,9 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -150,52 +150,61 @@ def _deliver(part: Part, data: Tensor, stored: torch.dtype, target: Tensor) -> N
     flat[first : first + arrived.numel()].copy_(arrived)
 
 
-def stream_weights(
+@contextmanager
+def streaming(
     sources: Mapping[str, StoredTensor],
-    targets: Mapping[str, Tensor],
+    device: torch.device,
     *,
     threads: int | None = None,
     piece_bytes: int | None = None,
-) -> None:
-    """Read every source into the target of its name; all of it has arrived on return.
+) -> Iterator[Callable[[Mapping[str, Tensor]], None]]:
+    """Read every source into the target of its name while the block runs.
+
+    Reading begins at once. The block gives the targets by calling what it gets, and may go on with
+    other work; all of it has arrived when the block has ended.
+
+        with streaming(sources, device) as fill:
+            fill(targets)
 
     Args:
         sources: stored tensors of a floating dtype, of any number of files.
-        targets: for each key a contiguous tensor of the source's shape and any floating dtype,
-            all on one device; a part of a larger tensor will do.
+        device: of all targets. Each is a contiguous tensor of its source's shape and any floating
+            dtype; a part of a larger tensor will do.
         threads, piece_bytes: THREADS and PIECE_BYTES unless given.
 
     Raises:
-        ValueError: a file ends early. Any error of a thread stops the others and is raised here;
-            the targets hold anything then.
+        ValueError: a file ends early. Any error of a thread stops the others and is raised when
+            the block ends, unless that raises itself; the targets hold anything then.
     """
-    device = torch.device("cpu")
-    for key, source in sources.items():
-        target, device = targets[key], targets[key].device
-        assert tuple(target.shape) == source.shape, (key, target.shape, source.shape)
-        assert target.is_contiguous(), key
-    assert {targets[key].device for key in sources} <= {device}, "targets on several devices"
-
     threads, piece_bytes = threads or THREADS, piece_bytes or PIECE_BYTES
+    on_gpu = device.type == "cuda"
+    ring = _Ring(threads + SPARE_BUFFERS, piece_bytes, pinned=on_gpu)
+    side = torch.cuda.Stream(device) if on_gpu else None
     pieces, turn, stopped = plan_pieces(sources, piece_bytes), threading.Lock(), threading.Event()
-    ring = _Ring(threads + SPARE_BUFFERS, piece_bytes, pinned=device.type == "cuda")
-    side = None
-    if device.type == "cuda":
-        side = torch.cuda.Stream(device)
-        # Whatever the targets' memory was used for before ends first.
-        side.wait_stream(torch.cuda.current_stream(device))
+    given: Future[Mapping[str, Tensor]] = Future()
+
+    def fill(targets: Mapping[str, Tensor]) -> None:
+        for key, source in sources.items():
+            target = targets[key]
+            assert tuple(target.shape) == source.shape, (key, target.shape, source.shape)
+            assert target.is_contiguous(), key
+            assert target.device == (side.device if side is not None else device), key
+        if side is not None:  # whatever the targets' memory was used for before ends first
+            side.wait_stream(torch.cuda.current_stream(device))
+        given.set_result(targets)
 
     def next_piece() -> Piece | None:
         with turn:
             return None if stopped.is_set() else next(pieces, None)
 
     def work() -> None:
-        # Inference mode, as targets may be made in it or require gradients. Device and stream are
-        # a thread's own.
+        # Inference mode, as targets may be made in it or require gradients. It, the device and
+        # the stream are a thread's own.
         with torch.inference_mode(), torch.cuda.stream(side):
             while (piece := next_piece()) is not None:
                 buffer = ring.take()
                 read_piece(descriptors[piece.file], piece, buffer.memory)
+                targets = given.result()
                 for part in piece.parts:
                     data = buffer.bytes[part.offset : part.offset + part.nbytes]
                     stored = FLOAT_DTYPES[sources[part.key].dtype]
@@ -210,41 +219,29 @@ def stream_weights(
             }
             jobs = [pool.submit(work) for _ in range(threads)]
             try:
+                yield fill
+                assert given.done(), "the block gave no targets"
                 for job in as_completed(jobs):
                     job.result()
             finally:
                 stopped.set()  # after an error the others end with the piece they are at
+                given.cancel()
     finally:
         if side is not None:  # also after an error: the caller may free what is written to
             side.synchronize()
 
 
-# -- what else a fast load needs --------------------------------------------------------------
-
-
-@contextmanager
-def reserve_memory(device: torch.device, nbytes: int) -> Iterator[None]:
-    """Ask for the memory of a load of `nbytes` to a GPU while the block runs.
-
-    One block on the GPU and the ring's pinned buffers, freed at once: torch's allocators keep
-    them, and cut the tensors from that block. So the driver is asked for one block, not for
-    hundreds, and its milliseconds pass beside Python's.
-    """
-    stream = torch.cuda.current_stream(device)  # the allocator keeps the blocks of streams apart
-
-    def reserve() -> None:
-        # What is not to be had is asked for again, and complained about, where it is used.
-        with torch.cuda.stream(stream), suppress(RuntimeError):
-            held = [torch.empty(nbytes, dtype=torch.uint8, device=device)]
-            for _ in range(THREADS + SPARE_BUFFERS):
-                held.append(staging_memory(PIECE_BYTES, pinned=True))
-
-    thread = threading.Thread(target=reserve)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
+def stream_weights(
+    sources: Mapping[str, StoredTensor],
+    targets: Mapping[str, Tensor],
+    *,
+    threads: int | None = None,
+    piece_bytes: int | None = None,
+) -> None:
+    """Read every source into the target of its name, as `streaming` does; returns when done."""
+    device = next((targets[key].device for key in sources), torch.device("cpu"))
+    with streaming(sources, device, threads=threads, piece_bytes=piece_bytes) as fill:
+        fill(targets)
 
 
 @contextmanager

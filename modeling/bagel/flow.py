@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from modeling.bagel.attention import AttentionLayout, DecodeLayout
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
 from modeling.bagel.kv_cache import KVCache
+from modeling.graphs import RepeatedStep
 
 RENORMS = ("global", "channel", "text_channel")
 
@@ -298,23 +298,34 @@ def denoise(
     cache = StepCache(used, first.layout.query_lens * needed)
     parts = [cache.part(b * images, (b + 1) * images) for b in range(needed)]
     device = first.text_ids.device
-    device_times = times.to(device)
-    x = noise.to(device, torch.float32)
-    lengths = [start - stop for start, stop in pairwise(times.tolist())]
-    for step, guided in enumerate(guidance.steps(times)):
-        t = device_times[step]
-        if not guided:
-            velocity = _velocities(model, first, parts[0], x, t)
+    x = noise.to(device, torch.float32, copy=True)
+    time, length = torch.zeros(2, device=device)
+    velocity = torch.empty_like(x)
+
+    def plain_step() -> None:
+        velocity.copy_(_velocities(model, first, parts[0], x, time))
+        x.sub_(velocity * length)
+
+    def guided_step() -> None:
+        if together is not None:
+            rows = x.repeat(needed, 1)
+            found = list(_velocities(model, together, cache, rows, time).split(len(x)))
         else:
-            if together is not None:
-                rows = x.repeat(needed, 1)
-                found = list(_velocities(model, together, cache, rows, t).split(len(x)))
-            else:
-                pairs = zip(branches.each, parts, strict=False)
-                found = [_velocities(model, batch, part, x, t) for batch, part in pairs]
-            image_dropped = found[2] if needed == 3 else None
-            velocity = combine(found[0], found[1], image_dropped, guidance, lens)
-        x = x - velocity * lengths[step]
+            both = zip(branches.each, parts, strict=False)
+            found = [_velocities(model, batch, part, x, time) for batch, part in both]
+        image_dropped = found[2] if needed == 3 else None
+        velocity.copy_(combine(found[0], found[1], image_dropped, guidance, lens))
+        x.sub_(velocity * length)
+
+    take = {
+        guided: RepeatedStep(step, device, graph=model.layer_devices is None)
+        for guided, step in ((False, plain_step), (True, guided_step))
+    }
+    schedule = torch.stack([times[:-1], times[:-1] - times[1:]], dim=1).to(device)
+    for step, guided in enumerate(guidance.steps(times)):
+        time.copy_(schedule[step, 0])
+        length.copy_(schedule[step, 1])
+        take[guided]()
         if on_step is not None:
-            on_step(step, velocity)
+            on_step(step, velocity.clone())
     return x

@@ -49,6 +49,28 @@ def _normed(at, weight, mask, eps, HALF: tl.constexpr):
 
 
 @triton.jit
+def _part(part_max, part_sum, part_out, parts, part, count, head, dim, real):
+    """What one program left behind, from beyond the first-level cache; nothing past the last."""
+    at = (parts + part) * head.shape[0] + head
+    there = head * 0 + part < count
+    # Finite, as minus infinity from itself is no number.
+    peak = tl.load(part_max + at, mask=there, other=-1e30, cache_modifier=".cg")
+    total = tl.load(part_sum + at, mask=there, other=0.0, cache_modifier=".cg")
+    acc_at = part_out + at[:, None] * dim.shape[0] + dim[None, :]
+    acc = tl.load(acc_at, mask=real & there[:, None], other=0.0, cache_modifier=".cg")
+    return peak, total, acc
+
+
+@triton.jit
+def _merged(peak, total, acc, other_peak, other_total, other_acc):
+    """Two partial sums of a softmax as one."""
+    top = tl.maximum(peak, other_peak)
+    mine, theirs = tl.exp2(peak - top), tl.exp2(other_peak - top)
+    total = total * mine + other_total * theirs
+    return top, total, acc * mine[:, None] + other_acc * theirs[:, None]
+
+
+@triton.jit
 def _attend(
     qkv, q_weight, k_weight, cos, sin, positions, slots, keys, values,
     part_out, part_max, part_sum, arrived, out,
@@ -130,26 +152,36 @@ def _attend(
             at = (tl.program_id(0) * SPLITS + split) * ROWS + head
             tl.store(part_max + at, peak)
             tl.store(part_sum + at, total)
-            tl.store(part_out + at[:, None] * DIM + dim[None, :], acc)
+            tl.store(part_out + at[:, None] * DIM + dim[None, :], acc, mask=real)
             tl.debug_barrier()  # all of this program's parts are written before it is counted
             count = slot // CHUNK + 1
             if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel") == count - 1:
                 tl.debug_barrier()
                 tl.store(arrived + tl.program_id(0), 0)  # for the next launch
-                all_peak = tl.full((ROWS,), float("-inf"), tl.float32)
+                parts = tl.program_id(0) * SPLITS
+                all_peak = tl.full((ROWS,), -1e30, tl.float32)
                 all_total = tl.zeros((ROWS,), tl.float32)
                 all_acc = tl.zeros((ROWS, DIM), tl.float32)
-                for part in range(0, count):
-                    part_at = (tl.program_id(0) * SPLITS + part) * ROWS + head
-                    its_peak = tl.load(part_max + part_at, cache_modifier=".cg")
-                    its_total = tl.load(part_sum + part_at, cache_modifier=".cg")
-                    its_at = part_out + part_at[:, None] * DIM + dim[None, :]
-                    its = tl.load(its_at, cache_modifier=".cg")
-                    both = tl.maximum(all_peak, its_peak)
-                    mine, its_share = tl.exp2(all_peak - both), tl.exp2(its_peak - both)
-                    all_total = all_total * mine + its_total * its_share
-                    all_acc = all_acc * mine[:, None] + its * its_share[:, None]
-                    all_peak = both
+                # Four parts at a time, so that their loads are in flight together.
+                for part in range(0, count, 4):
+                    p0, t0, a0 = _part(
+                        part_max, part_sum, part_out, parts, part, count, head, dim, real
+                    )
+                    p1, t1, a1 = _part(
+                        part_max, part_sum, part_out, parts, part + 1, count, head, dim, real
+                    )
+                    p2, t2, a2 = _part(
+                        part_max, part_sum, part_out, parts, part + 2, count, head, dim, real
+                    )
+                    p3, t3, a3 = _part(
+                        part_max, part_sum, part_out, parts, part + 3, count, head, dim, real
+                    )
+                    p0, t0, a0 = _merged(p0, t0, a0, p1, t1, a1)
+                    p2, t2, a2 = _merged(p2, t2, a2, p3, t3, a3)
+                    p0, t0, a0 = _merged(p0, t0, a0, p2, t2, a2)
+                    all_peak, all_total, all_acc = _merged(
+                        p0, t0, a0, all_peak, all_total, all_acc
+                    )
                 tl.store(to, all_acc / all_total[:, None], mask=real)
 
 

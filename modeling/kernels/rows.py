@@ -24,10 +24,13 @@ _PROGRAMS = 264
 
 
 @triton.jit
-def _rms_norm(x, weight, out, rstd, width, eps, BLOCK: tl.constexpr):
+def _rms_norm(x, weight, out, rstd, width, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     value = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt_rn(tl.sum(value * value, 0) / width + eps)
     tl.store(rstd + row, scale)
@@ -55,17 +58,35 @@ def _rms_norm_backward(grad, x, weight, rstd, grad_x, partial, rows, width, BLOC
     tl.store(partial + first * width + columns, total, mask=inside)
 
 
+def _normed(
+    flat: Tensor, weight: Tensor, eps: float, chained: bool = False
+) -> tuple[Tensor, Tensor]:
+    rows, width = flat.shape
+    out = torch.empty_like(flat)
+    rstd = torch.empty(rows, device=flat.device, dtype=torch.float32)
+    block = triton.next_power_of_2(width)
+    flags = {"launch_pdl": True} if chained else {}
+    if rows:
+        _rms_norm[(rows,)](
+            flat, weight, out, rstd, width, eps, BLOCK=block, PDL=chained,
+            num_warps=_warps(block), **flags,
+        )  # fmt: skip
+    return out, rstd
+
+
+def rms_norm_rows(x: Tensor, weight: Tensor, eps: float, *, chained: bool = False) -> Tensor:
+    """The same for a contiguous x (R, H) without a gradient.
+
+    chained: overlap this launch with the end of the one before (Hopper and later).
+    """
+    return _normed(x, weight, eps, chained)[0]
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
-        rows, width = flat.shape
-        out = torch.empty_like(flat)
-        rstd = torch.empty(rows, device=x.device, dtype=torch.float32)
-        block = triton.next_power_of_2(width)
-        if rows:
-            warps = _warps(block)
-            _rms_norm[(rows,)](flat, weight, out, rstd, width, eps, BLOCK=block, num_warps=warps)
+        out, rstd = _normed(flat, weight, eps)
         ctx.save_for_backward(flat, weight, rstd)
         return out.view(x.shape)
 
@@ -87,7 +108,9 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm in one pass: x (..., H), weight (H,) -> (..., H)."""
-    return _RMSNorm.apply(x, weight, eps)
+    if torch.is_grad_enabled():
+        return _RMSNorm.apply(x, weight, eps)
+    return _normed(x.reshape(-1, x.shape[-1]).contiguous(), weight, eps)[0].view(x.shape)
 
 
 # --------------------------------------------------------------- norm and rotation of the heads

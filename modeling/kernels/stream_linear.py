@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from modeling.kernels.rows import rms_norm_rows
+
 MAX_ROWS = 64
 
 
@@ -34,6 +36,7 @@ class Tile:
     columns: int
     warps: int
     stages: int
+    swap: bool = False
 
 
 def stream_linear_plain(
@@ -134,55 +137,52 @@ def _one_row(
 
 @triton.jit
 def _few_rows(
-    x, weight, second, gain, bias, residual, out, M, N, K, eps,
-    NORM: tl.constexpr, PAIR: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    x, weight, second, bias, residual, out, M, N, K,
+    PAIR: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    WHOLE: tl.constexpr, PDL: tl.constexpr,
+    WHOLE: tl.constexpr, SWAP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     kind: tl.constexpr = out.dtype.element_ty
-    m = tl.arange(0, BM)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    k = tl.arange(0, BK)
-    at = n.to(tl.int64)[None, :] * K + k[:, None]  # (BK, BN): a tile of W^T
-    x_at = m[:, None] * K + k[None, :]
-    total = tl.zeros((BM, BN), tl.float32)
-    other = tl.zeros((BM, BN), tl.float32)
-    squares = tl.zeros((BM,), tl.float32)
+    if SWAP:  # (BN, BM) = W tile @ x^T tile
+        m, n = tl.arange(0, BM)[None, :], tl.program_id(0) * BN + tl.arange(0, BN)[:, None]
+        k_of_w, k_of_x = tl.arange(0, BK)[None, :], tl.arange(0, BK)[:, None]
+        total = tl.zeros((BN, BM), tl.float32)
+        other = tl.zeros((BN, BM), tl.float32)
+    else:  # (BM, BN) = x tile @ W^T tile
+        m, n = tl.arange(0, BM)[:, None], tl.program_id(0) * BN + tl.arange(0, BN)[None, :]
+        k_of_w, k_of_x = tl.arange(0, BK)[:, None], tl.arange(0, BK)[None, :]
+        total = tl.zeros((BM, BN), tl.float32)
+        other = tl.zeros((BM, BN), tl.float32)
+    at = n.to(tl.int64) * K + k_of_w
+    x_at = m * K + k_of_x
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     for start in tl.range(0, K, BK, num_stages=STAGES):
         if WHOLE:
             w = tl.load(weight + at + start)
-            value = tl.load(x + x_at + start, mask=(m < M)[:, None], other=0.0)
+            value = tl.load(x + x_at + start, mask=m < M, other=0.0)
         else:
-            inside = (start + k < K)[:, None] & (n < N)[None, :]
+            inside = (start + k_of_w < K) & (n < N)
             w = tl.load(weight + at + start, mask=inside, other=0.0)
-            there = (m < M)[:, None] & (start + k < K)[None, :]
-            value = tl.load(x + x_at + start, mask=there, other=0.0)
-        if NORM:
-            wide = value.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
-            if WHOLE:
-                g = tl.load(gain + start + k)
-            else:
-                g = tl.load(gain + start + k, mask=start + k < K, other=0.0)
-            value = (wide * g.to(tl.float32)[None, :]).to(kind)
-        total = tl.dot(value, w, total, input_precision="ieee")
+            value = tl.load(x + x_at + start, mask=(m < M) & (start + k_of_x < K), other=0.0)
+        if SWAP:
+            total = tl.dot(w, value, total, input_precision="ieee")
+        else:
+            total = tl.dot(value, w, total, input_precision="ieee")
         if PAIR:
             if WHOLE:
                 w2 = tl.load(second + at + start)
             else:
                 w2 = tl.load(second + at + start, mask=inside, other=0.0)
-            other = tl.dot(value, w2, other, input_precision="ieee")
-    if NORM:
-        scale = (1.0 / tl.sqrt(squares / K + eps))[:, None]
-        total *= scale
-        other *= scale
+            if SWAP:
+                other = tl.dot(w2, value, other, input_precision="ieee")
+            else:
+                other = tl.dot(value, w2, other, input_precision="ieee")
     if BIAS:
-        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    mask = (m < M)[:, None] & (n < N)[None, :]
-    to = m[:, None] * N + n[None, :]
+        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    mask = (m < M) & (n < N)
+    to = m * N + n
     total = _finish(total, other, residual + to, mask, kind, PAIR, RESIDUAL)
     tl.store(out + to, total, mask=mask)
 
@@ -190,8 +190,12 @@ def _few_rows(
 def tile_for(rows: int, n: int, k: int, pair: bool) -> Tile:
     """The tile that measured fastest on one H100 (docs/benchmarks)."""
     if rows == 1:
-        return Tile(8, 512, 4, 2)
-    return Tile(32 if n < 8192 else 64, 128, 4, 4)
+        if n > 100_000:
+            return Tile(4, 1024, 2, 5)
+        if pair:
+            return Tile(4, 512, 4, 3)
+        return Tile(8, 512, 4, 3 if k > 8192 else 1)
+    return Tile(32, 128, 2, 3) if n > 8192 else Tile(16, 256, 2, 6)
 
 
 def stream_linear(
@@ -225,7 +229,6 @@ def stream_linear(
     tile = tile or tile_for(m, n, k, second is not None)
     columns = min(tile.columns, triton.next_power_of_2(max(k, 16)))
     flags = {
-        "NORM": gain is not None,
         "PAIR": second is not None,
         "BIAS": bias is not None,
         "RESIDUAL": residual is not None,
@@ -238,12 +241,20 @@ def stream_linear(
     }
     if chained:
         flags["launch_pdl"] = True
-    absent = out  # a pointer for what the kernel does not read
-    rest = [absent if t is None else t for t in (second, gain, bias, residual)]
     grid = (triton.cdiv(n, tile.rows),)
+    absent = out  # a pointer for what the kernel does not read
+    second, bias, residual = (absent if t is None else t for t in (second, bias, residual))
     if m == 1:
-        _one_row[grid](x, weight, *rest, out, n, k, eps, **flags)
-    else:
-        block = max(16, triton.next_power_of_2(m))
-        _few_rows[grid](x, weight, *rest, out, m, n, k, eps, BM=block, **flags)
+        scale = absent if gain is None else gain
+        _one_row[grid](
+            x, weight, second, scale, bias, residual, out, n, k, eps,
+            NORM=gain is not None, **flags,
+        )  # fmt: skip
+        return out
+    if gain is not None:
+        x = rms_norm_rows(x, gain, eps, chained=chained)
+    block = max(8 if tile.swap else 16, triton.next_power_of_2(m))
+    _few_rows[grid](
+        x, weight, second, bias, residual, out, m, n, k, BM=block, SWAP=tile.swap, **flags
+    )
     return out

@@ -1,0 +1,288 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Seconds to load a release folder's understanding branch to the GPU, from a warm page cache.
+
+    python -m scripts.bench.load --json load.json
+
+Writes a folder of the true size (29.2 GB; `--tiny` for any machine) with random weights and the
+tokenizer of tests/tiny-bagel, and times `load_bagel` in fresh processes: from the call to the last
+byte on the GPU, CUDA's context made before. Beside it the two floors, taken in the same run:
+reading the same bytes into pinned buffers with as many threads, and copying as many bytes from a
+pinned buffer. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling import load_bagel, weight_stream
+from modeling.bagel.bagel import Bagel
+from modeling.bagel.config import BagelConfig, LLMConfig, VisionConfig
+from modeling.checkpoint import locate_weights
+from modeling.tokenizer import load_tokenizer
+from modeling.weight_files import StoredTensor, WeightWriter
+from modeling.weight_stream import plan_pieces, read_piece, staging_memory, stream_weights
+from scripts.visual_opsd.cli import run_main
+
+ROOT = Path(__file__).resolve().parents[2]
+TRUE_SIZE = BagelConfig(
+    llm=LLMConfig(3584, 28, 28, 4, 18944, 152064),
+    vision=VisionConfig(1152, 26, 16, 4304),
+    visual_gen=True,
+)
+TINY = BagelConfig(
+    llm=LLMConfig(64, 3, 4, 2, 128, 1408),
+    vision=VisionConfig(32, 2, 2, 64),
+    visual_gen=True,
+)
+TARGET_RATIO = 1.2
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+COPIED_BYTES = 256 * 2**20
+SAMPLE_S = 0.005
+
+
+def write_release(folder: Path, config: BagelConfig) -> None:
+    """Random bf16 weights of both experts, in the order that safetensors gives them: of names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vision = asdict(config.vision)
+    vision["num_hidden_layers"] += 1  # the file counts the layer that never runs
+    (folder / "llm_config.json").write_text(json.dumps(asdict(config.llm)))
+    (folder / "vit_config.json").write_text(json.dumps(vision))
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(ROOT / "tests" / "tiny-bagel" / name, folder / name)
+    with torch.device("meta"):
+        shapes = {k: tuple(v.shape) for k, v in sorted(Bagel(config).state_dict().items())}
+    # One tensor as large as the largest, the same 64 MB over and over: all are its first rows.
+    block = torch.empty(2**25, dtype=torch.bfloat16).normal_(0, 0.02)
+    largest = max(map(math.prod, shapes.values()))
+    values = block.repeat(-(-largest // len(block)))
+    layout = {key: ("BF16", shape) for key, shape in shapes.items()}
+    with WeightWriter(folder / "model.safetensors", layout) as writer:
+        for key, shape in shapes.items():
+            writer.write(key, values[: math.prod(shape)].view(shape))
+
+
+def seconds(work: Callable[[], None], repeats: int) -> float:
+    """Median of `repeats` after one that does not count."""
+    taken = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
+
+
+def reading(sources: Mapping[str, StoredTensor], on_gpu: bool) -> Callable[[], None]:
+    """Reads all bytes of `sources` into one buffer a thread, and does nothing with them."""
+    size, threads = weight_stream.PIECE_BYTES, weight_stream.THREADS
+    buffers = [staging_memory(size, on_gpu).numpy().data for _ in range(threads)]
+    plan = list(plan_pieces(sources, size))
+    files = {file: file.open("rb", buffering=0) for file in {piece.file for piece in plan}}
+
+    def work() -> None:
+        pieces, turn = iter(plan), threading.Lock()
+
+        def read(memory: memoryview) -> None:
+            while True:
+                with turn:
+                    piece = next(pieces, None)
+                if piece is None:
+                    return
+                read_piece(files[piece.file].fileno(), piece, memory)
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(read, buffers))
+
+    return work
+
+
+def copying(nbytes: int, device: torch.device) -> Callable[[], None]:
+    """Copies `nbytes` from a pinned buffer to the GPU (on the CPU: from memory to memory)."""
+    source = staging_memory(min(nbytes, COPIED_BYTES), device.type == "cuda").fill_(1)
+    target = torch.empty_like(source, device=device)
+
+    def work() -> None:
+        for done in range(0, nbytes, len(source)):
+            count = min(len(source), nbytes - done)
+            target[:count].copy_(source[:count], non_blocking=True)
+        _wait(device)
+
+    return work
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def anonymous_bytes() -> int:
+    """RssAnon of this process: pages of mapped files do not count. 0 where there is no /proc."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024
+
+
+def timed_load(folder: Path, device: torch.device) -> dict[str, Any]:
+    """One load in this process: its seconds, and RssAnon before it and at most."""
+    torch.zeros(1, device=device)  # makes CUDA's context
+    _wait(device)
+    peak = before = anonymous_bytes()
+    ended = threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not ended.wait(SAMPLE_S):
+            peak = max(peak, anonymous_bytes())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    start = time.perf_counter()
+    bundle = load_bagel(folder, device=device, dtype=torch.bfloat16)
+    _wait(device)
+    taken = time.perf_counter() - start
+    ended.set()
+    sampler.join()
+    peak = max(peak, anonymous_bytes())
+    state = bundle.model.state_dict()
+    _, sources = locate_weights(folder)
+    largest = max(sources, key=lambda key: math.prod(sources[key].shape))
+    for key in [*list(sources)[::50], largest]:
+        expected = sources[key].get(device, torch.bfloat16)
+        assert torch.equal(state[key], expected), f"{key} is not what the file holds"
+    return {"seconds": taken, "before": before, "peak": peak}
+
+
+def timed_parts(folder: Path, device: torch.device) -> dict[str, float]:
+    """Seconds of what a load consists of, one by one and no longer the first in the process."""
+    marks = {}
+    start = time.perf_counter()
+
+    def mark(name: str) -> None:
+        nonlocal start
+        _wait(device)
+        marks[name] = round(time.perf_counter() - start, 4)
+        start = time.perf_counter()
+
+    _, sources = locate_weights(folder)
+    mark("locate_s")
+    load_tokenizer(folder)
+    mark("tokenizer_s")
+    stored = {key: s for key, s in sources.items() if isinstance(s, StoredTensor)}
+    for name in ("allocate_singly_s", "allocate_s"):
+        targets: dict[str, torch.Tensor] = {}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        mark("")
+        if name == "allocate_s":  # as modeling.checkpoint does: one block first
+            torch.empty(sum(s.nbytes for s in stored.values()), dtype=torch.uint8, device=device)
+        for key, source in stored.items():
+            targets[key] = torch.empty(source.shape, dtype=torch.bfloat16, device=device)
+        mark(name)
+    for name in ("stream_first_s", "stream_s"):
+        stream_weights(stored, targets)
+        mark(name)
+    del marks[""]
+    return marks
+
+
+def in_fresh_process(folder: Path, args: argparse.Namespace, eager: str = "") -> dict[str, Any]:
+    command = [sys.executable, "-m", "scripts.bench.load", "--child", "--folder", str(folder)]
+    command += ["--device", args.device, "--threads", str(args.threads)]
+    command += ["--piece_mib", str(args.piece_mib)]
+    environment = {**os.environ, "VISUAL_OPSD_EAGER": eager}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Both floors and all loads of a folder that is there, as one result."""
+    device = torch.device(args.device)
+    on_gpu = device.type == "cuda"
+    _, sources = locate_weights(folder)
+    stored = {key: s for key, s in sources.items() if isinstance(s, StoredTensor)}
+    nbytes = sum(source.nbytes for source in stored.values())
+    floor_read = seconds(reading(stored, on_gpu), args.repeats)
+    floor_copy = seconds(copying(nbytes, device), args.repeats)
+    runs = [in_fresh_process(folder, args) for _ in range(args.repeats)]
+    eager = in_fresh_process(folder, args, eager="loading")
+    taken = [run["seconds"] for run in runs]
+    median, floor = statistics.median(taken), max(floor_read, floor_copy)
+    return {
+        "what": "load_bagel in a fresh process, understanding branch, bf16, warm page cache; "
+        "CUDA's context is made before",
+        "hardware": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "torch": torch.__version__,
+        "bytes": nbytes,
+        "median_s": round(median, 4),
+        "spread_s": round(max(taken) - min(taken), 4),
+        "floor_read_s": round(floor_read, 4),
+        "floor_copy_s": round(floor_copy, 4),
+        "floor_s": round(floor, 4),
+        "ratio": round(median / floor, 3),
+        "target_ratio": TARGET_RATIO,
+        "peak_rss_anon_gb": round(max(run["peak"] for run in runs) / 1e9, 3),
+        "before_rss_anon_gb": round(max(run["before"] for run in runs) / 1e9, 3),
+        "eager_s": round(eager["seconds"], 4),
+        "parts": runs[-1]["parts"],
+        "settings": {
+            "threads": args.threads,
+            "piece_mib": args.piece_mib,
+            "buffers": args.threads + weight_stream.SPARE_BUFFERS,
+            "repeats": args.repeats,
+            "cores": os.cpu_count(),
+            "file_bytes": (folder / "model.safetensors").stat().st_size,
+            "tokenizer": "tests/tiny-bagel",
+        },
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--folder", help="kept, and used as it is if it has weights; default: none")
+    parser.add_argument("--threads", type=int, default=weight_stream.THREADS)
+    parser.add_argument("--piece_mib", type=int, default=weight_stream.PIECE_BYTES // 2**20)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true", help="small widths")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", help="also write the result here")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    weight_stream.THREADS, weight_stream.PIECE_BYTES = args.threads, args.piece_mib * 2**20
+    if args.child:
+        place = Path(args.folder), torch.device(args.device)
+        loaded = timed_load(*place)
+        gc.collect()
+        print(json.dumps({**loaded, "parts": timed_parts(*place)}))
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(args.folder or temporary)
+        if not (folder / "model.safetensors").exists():
+            write_release(folder, TINY if args.tiny else TRUE_SIZE)
+        result = measure(folder.resolve(), args)
+    print(json.dumps(result))
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
