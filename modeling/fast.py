@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 FAST_PATHS = {
+    "attention": "flash attention that follows text and images in one pass, as Triton kernels",
     "rows": "Triton kernels for the norms, the rotary embedding and SwiGLU",
     "projections": "q, k and v in one product, gate and up in one",
     "decode": "weight-streaming products, cached attention and sampling as Triton kernels",

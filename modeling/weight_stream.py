@@ -29,7 +29,7 @@ from modeling.weight_files import FLOAT_DTYPES, StoredTensor, damaged
 THREADS = 12
 # Pinning costs about 0.25 s a GiB, and the whole load shall take little more than 0.3 s: so the
 # ring is 128 MiB, a buffer for each thread and a few whose copies are under way. A piece is large
-# enough (1 ms of reading) that the interpreter, some 50 us a piece, is no third bottleneck.
+# enough (1 ms of reading) that the interpreter, tens of microseconds, is no third bottleneck.
 PIECE_BYTES = 8 * 2**20
 SPARE_BUFFERS = 4
 
@@ -249,7 +249,7 @@ def paused_collector() -> Iterator[None]:
     """No cyclic garbage collection while the block runs.
 
     With torch and transformers imported a full collection visits 330,000 objects: 0.14 to 0.2 s,
-    half a load, and the objects that a load makes are enough to start one.
+    half of a load to a GPU, and the objects that a load makes were enough to start one.
     """
     was_on = gc.isenabled()
     gc.disable()

@@ -14,6 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+if not torch.cuda.is_available():
+    # Triton reads it when a kernel is defined; its interpreter takes tensors on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from modeling.bagel.batch import PackedBatch
 
 TESTS = Path(__file__).parent

@@ -7,7 +7,8 @@ Text is therefore causal, an image is bidirectional inside and sees everything b
 noised image is seen by nobody but itself.
 
 Backends, chosen by `backend_for` (override: environment variable VISUAL_OPSD_ATTENTION):
-    varlen  torch >= 2.11 `varlen_attn`, CUDA, bf16/fp16; the default there
+    blocks  our Triton kernels, which follow the layout in one pass; the default on CUDA, bf16/fp16
+    varlen  torch >= 2.11 `varlen_attn`; there without Triton, and where `blocks` can't serve
     flash   flash-attn, when importable and asked for by name
     sdpa    torch's scaled_dot_product_attention; CPU, and fp32 on CUDA
 varlen and flash make two calls, without a dense mask: one causal call over the rows of samples
@@ -32,7 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-BACKENDS = ("varlen", "flash", "sdpa")
+from modeling import fast
+
+BACKENDS = ("blocks", "varlen", "flash", "sdpa")
 # A padded dense mask is quickest for many short sequences on a CPU; beyond this many entries
 # (64 MB of booleans) the segment loop is used instead.
 _DENSE_MASK_LIMIT = 1 << 26
@@ -115,6 +118,27 @@ class AttentionLayout:
                 mask &= ~inside_k | inside_q
         return mask
 
+    @property
+    def limits(self) -> list[np.ndarray] | None:
+        """How many of its sample's keys each row sees, if all rows see a prefix of them.
+
+        Not so where other rows must not see a noised image that stands before them: None.
+        """
+
+        def make() -> list[np.ndarray] | None:
+            found = []
+            for n, past, blocks in zip(self.query_lens, self.past_lens, self.blocks, strict=True):
+                limit = past + np.arange(1, n + 1)
+                for block in blocks:
+                    if block.noise and block.end < n:
+                        return None
+                    limit[block.start : block.end] = past + block.end
+                found.append(limit)
+            return found
+
+        limits: list[np.ndarray] | None = self.memo("limits", make)
+        return limits
+
     def memo(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._memo:
             self._memo[key] = make()
@@ -152,11 +176,15 @@ def backend_for(q: Tensor) -> str:
     half_on_gpu = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
     wish = os.environ.get("VISUAL_OPSD_ATTENTION", "")
     if not wish:
+        if fast.runs_kernels("attention", q):
+            return "blocks"
         return "varlen" if half_on_gpu and _varlen() is not None else "sdpa"
     if wish not in BACKENDS:
         raise ValueError(f"VISUAL_OPSD_ATTENTION={wish!r}: choose one of {', '.join(BACKENDS)}")
     if wish == "sdpa" or not half_on_gpu:
         return "sdpa"
+    if wish == "blocks" and not fast.has_triton():
+        raise ValueError("VISUAL_OPSD_ATTENTION=blocks, but Triton is not installed")
     if wish == "flash" and find_spec("flash_attn") is None:
         raise ValueError("VISUAL_OPSD_ATTENTION=flash, but flash-attn is not installed")
     return wish
@@ -177,6 +205,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout | DecodeLayo
     assert q.shape[0] == layout.total, (q.shape, layout.query_lens)
     assert k.shape[0] == sum(layout.key_lens), (k.shape, layout.key_lens)
     backend = backend_for(q)
+    if backend == "blocks":
+        limits = layout.limits
+        if limits is not None:
+            return _attend_blocks(q, k, v, layout, limits)
+        backend = "varlen" if _varlen() is not None else "sdpa"
     if backend != "sdpa":
         return _attend_varlen(q, k, v, layout, backend)
     widest = max(layout.query_lens) * max(layout.key_lens) * len(layout.query_lens)
@@ -196,6 +229,15 @@ def _attend_decode(q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
         q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen[:, None, None, :]
     )
     return out.reshape(batch, heads, dim)
+
+
+def _attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, limits: list[np.ndarray]
+) -> Tensor:
+    from modeling.kernels.block_attention import block_attention, make_plan
+
+    plan = layout.memo(("blocks", q.device), lambda: make_plan(limits, layout.key_lens, q.device))
+    return block_attention(q, k, v, plan)
 
 
 # ------------------------------------------------------------------ two variable-length calls

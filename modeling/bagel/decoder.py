@@ -137,8 +137,8 @@ class Attention(nn.Module):
         parts = []
         for suffix, x, c, s in zip(SUFFIXES, xs, cos, sin, strict=False):
             q, k, v = products(x, [getattr(self, f"{n}_proj{suffix}") for n in "qkv"])
-            q = q.unflatten(-1, (self.heads, -1))
-            k, v = (part.unflatten(-1, (self.kv_heads, -1)) for part in (k, v))
+            q = q.view(len(x), self.heads, -1)
+            k, v = (part.view(len(x), self.kv_heads, -1) for part in (k, v))
             q_norm, k_norm = (getattr(self, f"{n}_norm{suffix}") for n in "qk")
             parts.append((*turned(q, k, q_norm, k_norm, c, s), v))
         q, k, v = (join_rows(part, routing) for part in zip(*parts, strict=True))

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from modeling import fast
 
-# What a decoder layer applies to the same rows; a `_moe_gen` follows for the other expert.
+# What layers of the decoder and the ViT apply to the same rows; `_moe_gen` is the decoder's other
+# expert, and the ViT has no gate.
 _GROUPS = (
     ("self_attn.q_proj{0}.weight", "self_attn.k_proj{0}.weight", "self_attn.v_proj{0}.weight"),
     ("self_attn.q_proj{0}.bias", "self_attn.k_proj{0}.bias", "self_attn.v_proj{0}.bias"),

@@ -8,6 +8,7 @@ as a linear layer over (row, column, channel); position ids index the flattened 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from modeling.bagel.attention import AttentionLayout, Block, attend
 from modeling.bagel.config import VisionConfig
+from modeling.bagel.projections import products
+
+
+@lru_cache(maxsize=64)
+def image_layout(lens: tuple[int, ...]) -> AttentionLayout:
+    """Images of so many patches, each attending to itself alone."""
+    return AttentionLayout(lens, (0,) * len(lens), tuple((Block(0, n),) for n in lens))
 
 
 class VisionAttention(nn.Module):
@@ -28,10 +36,8 @@ class VisionAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, layout: AttentionLayout) -> Tensor:
-        def split(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (self.heads, -1))  # (N, nh, d)
-
-        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        projected = products(x, [self.q_proj, self.k_proj, self.v_proj])
+        q, k, v = (y.view(len(y), self.heads, -1) for y in projected)  # (N, nh, d)
         return self.out_proj(attend(q, k, v, layout).flatten(1))
 
 
@@ -92,11 +98,7 @@ class VisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, patches: Tensor, position_ids: Tensor, lens: Sequence[int]) -> Tensor:
-        layout = AttentionLayout(
-            query_lens=tuple(lens),
-            past_lens=(0,) * len(lens),
-            blocks=tuple((Block(0, n),) for n in lens),
-        )
+        layout = image_layout(tuple(lens))
         x = self.embeddings(patches, position_ids)
         for layer in self.encoder.layers:
             x = layer(x, layout)

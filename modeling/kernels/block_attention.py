@@ -13,6 +13,7 @@ queries' gradients in two kernels, so that no sum depends on an order of arrival
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +37,11 @@ class Tiling:
     stages: int
 
 
-FORWARD = Tiling(128, 64, 8, 3)
-OF_KEYS = Tiling(64, 64, 4, 2)
-OF_QUERIES = Tiling(64, 64, 4, 2)
+# What measured fastest on one H100 at head dim 128. All cut queries and keys at the same rows.
+_ROWS = 64
+FORWARD = Tiling(_ROWS, _ROWS, 4, 3)
+OF_KEYS = Tiling(_ROWS, _ROWS, 4, 2)
+OF_QUERIES = Tiling(_ROWS, _ROWS, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -57,28 +60,21 @@ class BlockPlan:
 
 
 def make_plan(
-    limits: list[np.ndarray], key_lens: list[int], device: torch.device
-) -> dict[int, BlockPlan]:
-    """Plans for every height of query tile in use; limits: of each sample's rows."""
-    joined = np.concatenate(limits).astype(np.int32)
-    heights = sorted({FORWARD.queries, OF_QUERIES.queries})
-    parts = [joined]
-    for height in heights:
-        parts.append(_query_tiles(limits, key_lens, height))
-    parts.append(_key_tiles(limits, key_lens, OF_KEYS.keys))
+    limits: Sequence[np.ndarray], key_lens: Sequence[int], device: torch.device
+) -> BlockPlan:
+    """The tiles of samples with these limits of their rows, never falling, and numbers of keys."""
+    parts = [
+        np.concatenate(limits).astype(np.int32),
+        _query_tiles(limits, key_lens, OF_QUERIES.queries),
+        _key_tiles(limits, key_lens, OF_KEYS.keys),
+    ]
     # One copy to the device for all of them.
     whole = torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts])).to(device)
-    on_device = [
-        piece.view(part.shape)
-        for piece, part in zip(whole.split([part.size for part in parts]), parts, strict=True)
-    ]
-    return {
-        height: BlockPlan(on_device[0], tiles, on_device[-1])
-        for height, tiles in zip(heights, on_device[1:-1], strict=True)
-    }
+    pieces = whole.split([part.size for part in parts])
+    return BlockPlan(*(piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)))
 
 
-def _query_tiles(limits: list[np.ndarray], key_lens: list[int], height: int) -> np.ndarray:
+def _query_tiles(limits: Sequence[np.ndarray], key_lens: Sequence[int], height: int) -> np.ndarray:
     tiles, row, key = [], 0, 0
     for sample, keys in zip(limits, key_lens, strict=True):
         first = np.arange(0, len(sample), height)
@@ -90,7 +86,7 @@ def _query_tiles(limits: list[np.ndarray], key_lens: list[int], height: int) -> 
     return found[np.argsort(-found[:, 4], kind="stable")]
 
 
-def _key_tiles(limits: list[np.ndarray], key_lens: list[int], width: int) -> np.ndarray:
+def _key_tiles(limits: Sequence[np.ndarray], key_lens: Sequence[int], width: int) -> np.ndarray:
     tiles, row, key = [], 0, 0
     for sample, keys in zip(limits, key_lens, strict=True):
         first = np.arange(0, keys, width)
@@ -104,23 +100,38 @@ def _key_tiles(limits: list[np.ndarray], key_lens: list[int], width: int) -> np.
     return found[np.argsort(found[:, 3] - found[:, 5], kind="stable")]
 
 
+def _width(dim: int) -> int:
+    """Columns of a tile: products on the tensor cores take powers of two."""
+    return max(16, triton.next_power_of_2(dim))
+
+
 # ------------------------------------------------------------------------------------ forward
 
 
 @triton.jit
+def _read(at, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile, with zeros outside `rows` and `columns` where those are asked for."""
+    if ROWS and COLUMNS:
+        return tl.load(at, mask=rows & columns, other=0.0)
+    if ROWS:
+        return tl.load(at, mask=rows, other=0.0)
+    if COLUMNS:
+        return tl.load(at, mask=columns, other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
 def _see(
-    acc, total, peak, q, k_at, v_at, start, stop, limit, k_stride, v_stride, scale,
-    MASK: tl.constexpr, BN: tl.constexpr,
+    acc, total, peak, q, k_at, v_at, start, stop, limit, k_stride, v_stride, scale, d,
+    MASK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Adds the keys [start, stop), in steps of BN, to a tile's running softmax."""
     n = tl.arange(0, BN)
+    NARROW: tl.constexpr = DIM < WIDTH
     for first in range(start, stop, BN):
         key = first + n
-        if MASK:
-            inside = key < stop
-            k = tl.load(k_at + key[None, :] * k_stride, mask=inside[None, :], other=0.0)
-        else:
-            k = tl.load(k_at + key[None, :] * k_stride)
+        inside = key < stop
+        k = _read(k_at + key[None, :] * k_stride, inside[None, :], (d < DIM)[:, None], MASK, NARROW)
         score = tl.dot(q, k, input_precision="ieee")
         if MASK:
             score = tl.where(key[None, :] < limit[:, None], score, float("-inf"))
@@ -128,10 +139,7 @@ def _see(
         share = tl.exp2(score * scale - top[:, None])
         fade = tl.exp2(peak - top)
         total = total * fade + tl.sum(share, 1)
-        if MASK:
-            v = tl.load(v_at + key[:, None] * v_stride, mask=inside[:, None], other=0.0)
-        else:
-            v = tl.load(v_at + key[:, None] * v_stride)
+        v = _read(v_at + key[:, None] * v_stride, inside[:, None], (d < DIM)[None, :], MASK, NARROW)
         acc = tl.dot(share.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
         peak = top
     return acc, total, peak
@@ -140,7 +148,8 @@ def _see(
 @triton.jit
 def _forward(
     q, k, v, out, lse, tiles, limits, rows_in_all, q_stride, k_stride, v_stride, scale,
-    REPEAT: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    REPEAT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     tile, head = tl.program_id(0), tl.program_id(1)
     first_row = tl.load(tiles + tile * 5)
@@ -148,58 +157,64 @@ def _forward(
     first_key = tl.load(tiles + tile * 5 + 2)
     by_all = tl.load(tiles + tile * 5 + 3)
     by_some = tl.load(tiles + tile * 5 + 4)
-    m, d = tl.arange(0, BM), tl.arange(0, DIM)
-    there = m < rows
+    m, d = tl.arange(0, BM), tl.arange(0, WIDTH)
+    there = (m < rows)[:, None] & (d < DIM)[None, :]
     query = tl.load(
-        q + (first_row + m)[:, None] * q_stride + head * DIM + d[None, :],
-        mask=there[:, None], other=0.0,
-    )  # fmt: skip
-    limit = tl.load(limits + first_row + m, mask=there, other=1)
+        q + (first_row + m)[:, None] * q_stride + head * DIM + d[None, :], mask=there, other=0.0
+    )
+    limit = tl.load(limits + first_row + m, mask=m < rows, other=1)
     k_at = k + first_key * k_stride + (head // REPEAT) * DIM + d[:, None]
     v_at = v + first_key * v_stride + (head // REPEAT) * DIM + d[None, :]
-    acc = tl.zeros((BM, DIM), tl.float32)
+    acc = tl.zeros((BM, WIDTH), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     peak = tl.full((BM,), -1e30, tl.float32)
     whole = by_all // BN * BN
     acc, total, peak = _see(
-        acc, total, peak, query, k_at, v_at, 0, whole, limit, k_stride, v_stride, scale, False, BN
-    )
+        acc, total, peak, query, k_at, v_at, 0, whole, limit, k_stride, v_stride, scale, d,
+        False, DIM, WIDTH, BN,
+    )  # fmt: skip
     acc, total, peak = _see(
-        acc, total, peak, query, k_at, v_at, whole, by_some, limit, k_stride, v_stride, scale,
-        True, BN,
+        acc, total, peak, query, k_at, v_at, whole, by_some, limit, k_stride, v_stride, scale, d,
+        True, DIM, WIDTH, BN,
     )  # fmt: skip
     to = out + (first_row + m)[:, None] * (tl.num_programs(1) * DIM) + head * DIM + d[None, :]
-    tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), mask=there[:, None])
-    tl.store(lse + head * rows_in_all + first_row + m, peak + tl.log2(total), mask=there)
+    tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), mask=there)
+    tl.store(lse + head * rows_in_all + first_row + m, peak + tl.log2(total), mask=m < rows)
 
 
 # ----------------------------------------------------------------------------------- backward
 
 
 @triton.jit
-def _delta(out, grad, delta, rows_in_all, heads, DIM: tl.constexpr, HEADS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    h, d = tl.arange(0, HEADS), tl.arange(0, DIM)
+def _delta(
+    out, grad, delta, rows_in_all, heads, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    h, d = tl.arange(0, HEADS), tl.arange(0, WIDTH)
     at = row * heads * DIM + h[:, None] * DIM + d[None, :]
-    there = (h < heads)[:, None]
+    there = (h < heads)[:, None] & (d < DIM)[None, :]
     o = tl.load(out + at, mask=there, other=0.0).to(tl.float32)
     g = tl.load(grad + at, mask=there, other=0.0).to(tl.float32)
     tl.store(delta + h * rows_in_all + row, tl.sum(o * g, 1), mask=h < heads)
 
 
 @triton.jit
-def _gather_rows(
+def _add_rows(
     sum_k, sum_v, key, value, q_at, grad_at, lse_at, delta_at, limits, start, stop, end_row,
-    column, q_stride, grad_stride, scale, MASK: tl.constexpr, BM: tl.constexpr,
+    column, q_stride, grad_stride, scale, d,
+    MASK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Adds what the rows [start, stop), in steps of BM, contribute to a tile of keys."""
     m = tl.arange(0, BM)
+    NARROW: tl.constexpr = DIM < WIDTH
+    real = (d < DIM)[None, :]
     for first in range(start, stop, BM):
         row = first + m
         if MASK:  # rows behind the sample are read as its last one, and see nothing
             row = tl.minimum(row, end_row - 1)
-        query = tl.load(q_at + row[:, None] * q_stride)
-        slope = tl.load(grad_at + row[:, None] * grad_stride)
+        query = _read(q_at + row[:, None] * q_stride, real, real, False, NARROW)
+        slope = _read(grad_at + row[:, None] * grad_stride, real, real, False, NARROW)
         score = tl.dot(query, tl.trans(key), input_precision="ieee")  # (BM, BN)
         share = tl.exp2(score * scale - tl.load(lse_at + row)[:, None])
         if MASK:
@@ -216,7 +231,8 @@ def _gather_rows(
 def _backward_of_keys(
     q, k, v, grad, lse, delta, grad_k, grad_v, tiles, limits, rows_in_all,
     q_stride, k_stride, v_stride, scale, softmax_scale,
-    REPEAT: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    REPEAT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     tile, group = tl.program_id(0), tl.program_id(1)
     groups = tl.num_programs(1)
@@ -226,18 +242,15 @@ def _backward_of_keys(
     first_row = tl.load(tiles + tile * 6 + 3)
     whole_row = tl.load(tiles + tile * 6 + 4)
     end_row = tl.load(tiles + tile * 6 + 5)
-    n, d = tl.arange(0, BN), tl.arange(0, DIM)
-    there = (n < keys)[:, None]
-    key = tl.load(
-        k + (first_key + n)[:, None] * k_stride + group * DIM + d[None, :], mask=there, other=0.0
-    )
-    value = tl.load(
-        v + (first_key + n)[:, None] * v_stride + group * DIM + d[None, :], mask=there, other=0.0
-    )
-    sum_k = tl.zeros((BN, DIM), tl.float32)
-    sum_v = tl.zeros((BN, DIM), tl.float32)
+    n, d = tl.arange(0, BN), tl.arange(0, WIDTH)
+    there = (n < keys)[:, None] & (d < DIM)[None, :]
+    at = group * DIM + d[None, :]
+    key = tl.load(k + (first_key + n)[:, None] * k_stride + at, mask=there, other=0.0)
+    value = tl.load(v + (first_key + n)[:, None] * v_stride + at, mask=there, other=0.0)
+    sum_k = tl.zeros((BN, WIDTH), tl.float32)
+    sum_v = tl.zeros((BN, WIDTH), tl.float32)
     grad_stride = groups * REPEAT * DIM
-    # From here on every row sees every key of the tile, up to the last whole step.
+    # Rows that see the tile in part, then whole steps of rows that see all of it, then the rest.
     head_stop = tl.minimum(first_row + tl.cdiv(whole_row - first_row, BM) * BM, end_row)
     tail_start = head_stop + (end_row - head_stop) // BM * BM
     for repeat in range(REPEAT):
@@ -245,19 +258,22 @@ def _backward_of_keys(
         q_at = q + head * DIM + d[None, :]
         grad_at = grad + head * DIM + d[None, :]
         lse_at, delta_at = lse + head * rows_in_all, delta + head * rows_in_all
-        sum_k, sum_v = _gather_rows(
+        sum_k, sum_v = _add_rows(
             sum_k, sum_v, key, value, q_at, grad_at, lse_at, delta_at, limits,
-            first_row, head_stop, end_row, within + n, q_stride, grad_stride, scale, True, BM,
+            first_row, head_stop, end_row, within + n, q_stride, grad_stride, scale, d,
+            True, DIM, WIDTH, BM,
         )  # fmt: skip
-        sum_k, sum_v = _gather_rows(
+        sum_k, sum_v = _add_rows(
             sum_k, sum_v, key, value, q_at, grad_at, lse_at, delta_at, limits,
-            head_stop, tail_start, end_row, within + n, q_stride, grad_stride, scale, False, BM,
+            head_stop, tail_start, end_row, within + n, q_stride, grad_stride, scale, d,
+            False, DIM, WIDTH, BM,
         )  # fmt: skip
-        sum_k, sum_v = _gather_rows(
+        sum_k, sum_v = _add_rows(
             sum_k, sum_v, key, value, q_at, grad_at, lse_at, delta_at, limits,
-            tail_start, end_row, end_row, within + n, q_stride, grad_stride, scale, True, BM,
+            tail_start, end_row, end_row, within + n, q_stride, grad_stride, scale, d,
+            True, DIM, WIDTH, BM,
         )  # fmt: skip
-    to = (first_key + n)[:, None] * (groups * DIM) + group * DIM + d[None, :]
+    to = (first_key + n)[:, None] * (groups * DIM) + at
     tl.store(grad_k + to, (sum_k * softmax_scale).to(grad_k.dtype.element_ty), mask=there)
     tl.store(grad_v + to, sum_v.to(grad_v.dtype.element_ty), mask=there)
 
@@ -266,51 +282,47 @@ def _backward_of_keys(
 def _backward_of_queries(
     q, k, v, grad, lse, delta, grad_q, tiles, limits, rows_in_all,
     q_stride, k_stride, v_stride, scale, softmax_scale,
-    REPEAT: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    REPEAT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
+    NARROW: tl.constexpr = DIM < WIDTH
     tile, head = tl.program_id(0), tl.program_id(1)
     first_row = tl.load(tiles + tile * 5)
     rows = tl.load(tiles + tile * 5 + 1)
     first_key = tl.load(tiles + tile * 5 + 2)
     by_some = tl.load(tiles + tile * 5 + 4)
-    m, d, n = tl.arange(0, BM), tl.arange(0, DIM), tl.arange(0, BN)
-    there = m < rows
+    m, d, n = tl.arange(0, BM), tl.arange(0, WIDTH), tl.arange(0, BN)
+    there = (m < rows)[:, None] & (d < DIM)[None, :]
     row = first_row + m
-    query = tl.load(
-        q + row[:, None] * q_stride + head * DIM + d[None, :], mask=there[:, None], other=0.0
-    )
+    query = tl.load(q + row[:, None] * q_stride + head * DIM + d[None, :], mask=there, other=0.0)
     packed = row[:, None] * (tl.num_programs(1) * DIM) + head * DIM + d[None, :]
-    slope = tl.load(grad + packed, mask=there[:, None], other=0.0)
-    limit = tl.load(limits + row, mask=there, other=0)
-    its_lse = tl.load(lse + head * rows_in_all + row, mask=there, other=0.0)
-    its_delta = tl.load(delta + head * rows_in_all + row, mask=there, other=0.0)
+    slope = tl.load(grad + packed, mask=there, other=0.0)
+    limit = tl.load(limits + row, mask=m < rows, other=0)
+    its_lse = tl.load(lse + head * rows_in_all + row, mask=m < rows, other=0.0)
+    its_delta = tl.load(delta + head * rows_in_all + row, mask=m < rows, other=0.0)
     k_at = k + first_key * k_stride + (head // REPEAT) * DIM + d[None, :]
     v_at = v + first_key * v_stride + (head // REPEAT) * DIM + d[None, :]
-    total = tl.zeros((BM, DIM), tl.float32)
+    total = tl.zeros((BM, WIDTH), tl.float32)
     for start in range(0, by_some, BN):
         column = start + n
-        inside = (column < by_some)[:, None]
-        key = tl.load(k_at + column[:, None] * k_stride, mask=inside, other=0.0)
-        value = tl.load(v_at + column[:, None] * v_stride, mask=inside, other=0.0)
+        inside, real = (column < by_some)[:, None], (d < DIM)[None, :]
+        key = _read(k_at + column[:, None] * k_stride, inside, real, True, NARROW)
+        value = _read(v_at + column[:, None] * v_stride, inside, real, True, NARROW)
         score = tl.dot(query, tl.trans(key), input_precision="ieee")  # (BM, BN)
         share = tl.exp2(score * scale - its_lse[:, None])
         share = tl.where(column[None, :] < limit[:, None], share, 0.0)
         of_share = tl.dot(slope, tl.trans(value), input_precision="ieee")
         of_score = (share * (of_share - its_delta[:, None])).to(key.dtype)
         total = tl.dot(of_score, key, total, input_precision="ieee")
-    tl.store(
-        grad_q + packed, (total * softmax_scale).to(grad_q.dtype.element_ty), mask=there[:, None]
-    )
+    tl.store(grad_q + packed, (total * softmax_scale).to(grad_q.dtype.element_ty), mask=there)
 
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plans: dict[int, BlockPlan]
-    ) -> Tensor:
-        out, lse = _run_forward(q, k, v, plans)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Tensor:
+        out, lse = _run_forward(q, k, v, plan)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plans = plans
+        ctx.plan = plan
         return out
 
     @staticmethod
@@ -323,48 +335,47 @@ class _BlockAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         delta = torch.empty_like(lse)
         width = triton.next_power_of_2(heads)
-        _delta[(rows,)](out, grad, delta, rows, heads, DIM=dim, HEADS=width, num_warps=4)
+        _delta[(rows,)](
+            out, grad, delta, rows, heads, DIM=dim, WIDTH=_width(dim), HEADS=width, num_warps=4
+        )
         scale = dim**-0.5
         strides = (q.stride(0), k.stride(0), v.stride(0), scale * _LOG2E, scale)
-        plan, of = ctx.plans[OF_QUERIES.queries], OF_KEYS
+        plan, of = ctx.plan, OF_KEYS
         _backward_of_keys[(len(plan.key_tiles), groups)](
             q, k, v, grad, lse, delta, grad_k, grad_v, plan.key_tiles, plan.limits, rows, *strides,
-            REPEAT=heads // groups, DIM=dim, BM=of.queries, BN=of.keys,
+            REPEAT=heads // groups, DIM=dim, WIDTH=_width(dim), BM=of.queries, BN=of.keys,
             num_warps=of.warps, num_stages=of.stages,
         )  # fmt: skip
         of = OF_QUERIES
         _backward_of_queries[(len(plan.query_tiles), heads)](
             q, k, v, grad, lse, delta, grad_q, plan.query_tiles, plan.limits, rows, *strides,
-            REPEAT=heads // groups, DIM=dim, BM=of.queries, BN=of.keys,
+            REPEAT=heads // groups, DIM=dim, WIDTH=_width(dim), BM=of.queries, BN=of.keys,
             num_warps=of.warps, num_stages=of.stages,
         )  # fmt: skip
         return grad_q, grad_k, grad_v, None
 
 
-def _run_forward(
-    q: Tensor, k: Tensor, v: Tensor, plans: dict[int, BlockPlan]
-) -> tuple[Tensor, Tensor]:
+def _run_forward(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor]:
     (rows, heads, dim), groups = q.shape, k.shape[1]
     for x in (q, k, v):  # rows may be strided, heads must lie side by side
         assert x.stride(2) == 1 and x.stride(1) == dim, x.stride()
         assert len(x) * x.stride(0) < 1 << 31, "offsets are 32 bits wide"
     out = q.new_empty(q.shape)
     lse = torch.empty(heads, rows, device=q.device, dtype=torch.float32)
-    plan = plans[FORWARD.queries]
     _forward[(len(plan.query_tiles), heads)](
         q, k, v, out, lse, plan.query_tiles, plan.limits, rows,
         q.stride(0), k.stride(0), v.stride(0), dim**-0.5 * _LOG2E,
-        REPEAT=heads // groups, DIM=dim, BM=FORWARD.queries, BN=FORWARD.keys,
+        REPEAT=heads // groups, DIM=dim, WIDTH=_width(dim), BM=FORWARD.queries, BN=FORWARD.keys,
         num_warps=FORWARD.warps, num_stages=FORWARD.stages,
     )  # fmt: skip
     return out, lse
 
 
-def block_attention(q: Tensor, k: Tensor, v: Tensor, plans: dict[int, BlockPlan]) -> Tensor:
+def block_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> Tensor:
     """Attention of q (T, nh, d) over k, v (S, nkv, d), packed sample after sample: (T, nh, d).
 
-    plans: `make_plan` of the layout. d is a power of two, at least 16.
+    plan: `make_plan` of the layout.
     """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _BlockAttention.apply(q, k, v, plans)
-    return _run_forward(q, k, v, plans)[0]
+        return _BlockAttention.apply(q, k, v, plan)
+    return _run_forward(q, k, v, plan)[0]

@@ -179,9 +179,7 @@ def _attend(
                     p0, t0, a0 = _merged(p0, t0, a0, p1, t1, a1)
                     p2, t2, a2 = _merged(p2, t2, a2, p3, t3, a3)
                     p0, t0, a0 = _merged(p0, t0, a0, p2, t2, a2)
-                    all_peak, all_total, all_acc = _merged(
-                        p0, t0, a0, all_peak, all_total, all_acc
-                    )
+                    all_peak, all_total, all_acc = _merged(p0, t0, a0, all_peak, all_total, all_acc)
                 tl.store(to, all_acc / all_total[:, None], mask=real)
 
 

@@ -8,6 +8,7 @@ again what the forward had instead of keeping it.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ _PROGRAMS = 264
 
 
 @triton.jit
-def _rms_norm(x, weight, out, rstd, width, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _rms_norm(
+    x, weight, out, rstd, width, eps, BLOCK: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -33,7 +36,8 @@ def _rms_norm(x, weight, out, rstd, width, eps, BLOCK: tl.constexpr, PDL: tl.con
         tl.extra.cuda.gdc_wait()
     value = tl.load(x + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     scale = 1.0 / tl.sqrt_rn(tl.sum(value * value, 0) / width + eps)
-    tl.store(rstd + row, scale)
+    if KEEP:
+        tl.store(rstd + row, scale)
     gain = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     normed = (value * scale).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + row * width + columns, normed * gain, mask=inside)
@@ -59,19 +63,19 @@ def _rms_norm_backward(grad, x, weight, rstd, grad_x, partial, rows, width, BLOC
 
 
 def _normed(
-    flat: Tensor, weight: Tensor, eps: float, chained: bool = False
-) -> tuple[Tensor, Tensor]:
+    flat: Tensor, weight: Tensor, eps: float, *, rstd: Tensor | None = None, chained: bool = False
+) -> Tensor:
+    """The norm of each row; what it was divided by goes into rstd, fp32 (rows,)."""
     rows, width = flat.shape
     out = torch.empty_like(flat)
-    rstd = torch.empty(rows, device=flat.device, dtype=torch.float32)
-    block = triton.next_power_of_2(width)
+    block = _block(width)
     flags = {"launch_pdl": True} if chained else {}
     if rows:
         _rms_norm[(rows,)](
-            flat, weight, out, rstd, width, eps, BLOCK=block, PDL=chained,
-            num_warps=_warps(block), **flags,
+            flat, weight, out, flat if rstd is None else rstd, width, eps, BLOCK=block,
+            KEEP=rstd is not None, PDL=chained, num_warps=_warps(block), **flags,
         )  # fmt: skip
-    return out, rstd
+    return out
 
 
 def rms_norm_rows(x: Tensor, weight: Tensor, eps: float, *, chained: bool = False) -> Tensor:
@@ -79,14 +83,15 @@ def rms_norm_rows(x: Tensor, weight: Tensor, eps: float, *, chained: bool = Fals
 
     chained: overlap this launch with the end of the one before (Hopper and later).
     """
-    return _normed(x, weight, eps, chained)[0]
+    return _normed(x, weight, eps, chained=chained)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
-        out, rstd = _normed(flat, weight, eps)
+        rstd = torch.empty(len(flat), device=x.device, dtype=torch.float32)
+        out = _normed(flat, weight, eps, rstd=rstd)
         ctx.save_for_backward(flat, weight, rstd)
         return out.view(x.shape)
 
@@ -98,7 +103,7 @@ class _RMSNorm(torch.autograd.Function):
         grad_x = torch.empty_like(flat)
         programs = max(1, min(_PROGRAMS, rows))
         partial = torch.empty(programs, width, device=flat.device, dtype=torch.float32)
-        block = triton.next_power_of_2(width)
+        block = _block(width)
         _rms_norm_backward[(programs,)](
             grad.reshape(rows, width).contiguous(), flat, weight, rstd, grad_x, partial,
             rows, width, BLOCK=block, num_warps=_warps(block),
@@ -110,7 +115,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm in one pass: x (..., H), weight (H,) -> (..., H)."""
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)
-    return _normed(x.reshape(-1, x.shape[-1]).contiguous(), weight, eps)[0].view(x.shape)
+    return _normed(x.reshape(-1, x.shape[-1]).contiguous(), weight, eps).view(x.shape)
 
 
 # --------------------------------------------------------------- norm and rotation of the heads
@@ -216,6 +221,31 @@ def _norm_rotary_backward(
     tl.store(to + 3 * HALF, k_right)
 
 
+@cache
+def _head_sizes(heads: int, kv_heads: int, dim: int) -> dict[str, int]:
+    return {
+        "HEADS": triton.next_power_of_2(heads),
+        "KV_HEADS": triton.next_power_of_2(kv_heads),
+        "HALF": dim // 2,
+    }
+
+
+def _turned(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    (rows, heads, dim), kv_heads = q.shape, k.shape[1]
+    for x in (q, k):  # views of one wide product are fine, heads must lie side by side
+        assert x.stride(2) == 1 and x.stride(1) == dim, x.stride()
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    if rows:
+        _norm_rotary[(rows,)](
+            q, k, q_weight, k_weight, cos.contiguous(), sin.contiguous(), q_out, k_out,
+            q.stride(0), k.stride(0), heads, kv_heads, eps, **_head_sizes(heads, kv_heads, dim),
+            num_warps=4,
+        )  # fmt: skip
+    return q_out, k_out
+
+
 class _NormRotary(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -228,22 +258,8 @@ class _NormRotary(torch.autograd.Function):
         sin: Tensor,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        (rows, heads, dim), kv_heads = q.shape, k.shape[1]
-        for x in (q, k):  # views of one wide product are fine, heads must lie side by side
-            assert x.stride(2) == 1 and x.stride(1) == dim, x.stride()
-        cos, sin = cos.contiguous(), sin.contiguous()
-        q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-        ctx.sizes = {
-            "HEADS": triton.next_power_of_2(heads),
-            "KV_HEADS": triton.next_power_of_2(kv_heads),
-            "HALF": dim // 2,
-        }
-        if rows:
-            _norm_rotary[(rows,)](
-                q, k, q_weight, k_weight, cos, sin, q_out, k_out, q.stride(0), k.stride(0),
-                heads, kv_heads, eps, **ctx.sizes, num_warps=4,
-            )  # fmt: skip
-        ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
+        q_out, k_out = _turned(q, k, q_weight, k_weight, cos, sin, eps)
+        ctx.save_for_backward(q, k, q_weight, k_weight, cos.contiguous(), sin.contiguous())
         ctx.eps = eps
         return q_out, k_out
 
@@ -258,7 +274,7 @@ class _NormRotary(torch.autograd.Function):
         _norm_rotary_backward[(programs,)](
             q_grad.contiguous(), k_grad.contiguous(), q, k, q_weight, k_weight, cos, sin,
             q_grad_x, k_grad_x, partial, q.stride(0), k.stride(0), rows, heads, kv_heads, ctx.eps,
-            **ctx.sizes, num_warps=4,
+            **_head_sizes(heads, kv_heads, dim), num_warps=4,
         )  # fmt: skip
         of_q, of_k = partial.sum(0)
         weights = (of_q.to(q_weight.dtype), of_k.to(k_weight.dtype))
@@ -274,7 +290,9 @@ def norm_rotary(
         q: (T, nh, d), k: (T, nkv, d); rows may be strided, d / 2 is a power of two.
         q_weight, k_weight: (d,). cos, sin: (T, d), whose halves are equal.
     """
-    return _NormRotary.apply(q, k, q_weight, k_weight, cos, sin, eps)
+    if torch.is_grad_enabled():
+        return _NormRotary.apply(q, k, q_weight, k_weight, cos, sin, eps)
+    return _turned(q, k, q_weight, k_weight, cos, sin, eps)
 
 
 # ------------------------------------------------------------------------------------- SwiGLU
@@ -309,17 +327,22 @@ def _silu_mul_backward(grad, gate, up, gate_stride, up_stride, width, BLOCK: tl.
 _SILU_BLOCK = 4096
 
 
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    assert gate.dim() == 2 and gate.stride(1) == up.stride(1) == 1
+    rows, width = gate.shape
+    out = gate.new_empty(gate.shape)
+    if rows:
+        block = _block(width, _SILU_BLOCK)
+        _silu_mul[(rows, triton.cdiv(width, block))](
+            gate, up, out, gate.stride(0), up.stride(0), width, BLOCK=block, num_warps=8
+        )
+    return out
+
+
 class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        assert gate.dim() == 2 and gate.stride(1) == up.stride(1) == 1
-        rows, width = gate.shape
-        out = gate.new_empty(gate.shape)
-        block = min(_SILU_BLOCK, triton.next_power_of_2(width))
-        ctx.grid, ctx.block = (rows, triton.cdiv(width, block)), block
-        if rows:
-            strides = (gate.stride(0), up.stride(0))
-            _silu_mul[ctx.grid](gate, up, out, *strides, width, BLOCK=block, num_warps=8)
+        out = _gated(gate, up)
         ctx.save_for_backward(gate, up)
         return out
 
@@ -328,9 +351,11 @@ class _SiluMul(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         if gate.shape[0]:
-            _silu_mul_backward[ctx.grid](
-                grad.contiguous(), gate, up, gate.stride(0), up.stride(0), gate.shape[1],
-                BLOCK=ctx.block, num_warps=8,
+            rows, width = gate.shape
+            block = _block(width, _SILU_BLOCK)
+            _silu_mul_backward[(rows, triton.cdiv(width, block))](
+                grad.contiguous(), gate, up, gate.stride(0), up.stride(0), width,
+                BLOCK=block, num_warps=8,
             )  # fmt: skip
         # The two widest activations of a layer become their own gradients, which spares as much
         # memory again; autograd then refuses a second backward pass over them.
@@ -343,7 +368,14 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
     Both must be nobody else's: results of matrix products that are used here alone.
     """
-    return _SiluMul.apply(gate, up)
+    if torch.is_grad_enabled():
+        return _SiluMul.apply(gate, up)
+    return _gated(gate, up)
+
+
+@cache
+def _block(width: int, most: int = 1 << 16) -> int:
+    return min(most, triton.next_power_of_2(width))
 
 
 def _warps(block: int) -> int:

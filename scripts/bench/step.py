@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from data.packing import context_length
 from data.sequence import Completion
 from modeling.bagel.bagel import Bagel

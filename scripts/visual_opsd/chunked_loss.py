@@ -5,10 +5,13 @@ With 152 k vocabulary entries the logits of both models are what fills the memor
 one chunk of tokens only, and are never recomputed: the student's gradient is formed in the forward
 pass, chunk by chunk, by a custom autograd.Function, and the backward pass only scales it. Matmuls
 run in the weights' dtype; everything between the two matmuls is fp32 (fp64 for fp64 inputs) in
-blocks of a few rows. Nothing in here waits for the device.
+blocks of a few rows, or in the kernels of `loss_kernels.py`. Nothing in here waits for the device.
 
 Memory beyond the gradients that autograd wants anyway: one (chunk, V) buffer in the head's dtype
-(two if the divergence runs over the whole vocabulary) and a few fp32 blocks of `BLOCK_ELEMENTS`.
+and a few fp32 blocks of `BLOCK_ELEMENTS`. A divergence over the whole vocabulary needs both models'
+logits at once and takes half as many rows at a time. With kernels and a gradient that is 0 outside
+a small top-k, the two products behind the loss leave the zeros out (`loss_products.py`), and the
+buffer is gone before the head's gradient comes.
 
 `recomputed_opsd_loss` is the same loss through the readable form, autograd and checkpointing: slow,
 obvious, and the oracle of the tests.
@@ -17,7 +20,8 @@ obvious, and the oracle of the tests.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +34,7 @@ from scripts.visual_opsd.loss_chunk import (
     TEACHER_FIGURES,
     Chunk,
     compute_dtype,
+    kernels_for,
 )
 from scripts.visual_opsd.opsd_loss import (
     IGNORE_LABEL,
@@ -63,7 +68,8 @@ def chunked_opsd_loss(
         labels: (N,) int64, the token each row scores. -100 counts as weight 0.
         row_weights: (N,) or None for ones. Rows of weight 0 are in no statistic.
         config: see `LossConfig`.
-        chunk_size: rows whose logits live at the same time.
+        chunk_size: rows whose logits live at the same time, counting both models': chunks are of
+            chunk_size // 2 rows (at least 1) where the divergence needs both at once.
         keep_graph: allow more than one backward pass (retain_graph), at the cost of a second
             copy of the head's gradient; otherwise backward scales the gradients in place.
 
@@ -134,46 +140,19 @@ class _GradientInForward(torch.autograd.Function):
         form_gradient: bool,
         keep_graph: bool,
     ) -> tuple[Tensor, Tensor]:
-        rows, vocab = hidden.shape[0], head.shape[0]
-        grad_hidden = (
-            torch.empty_like(hidden) if form_gradient and ctx.needs_input_grad[0] else None
+        heads = (head,) if teacher is None else (head, teacher[1])
+        kernels = kernels_for(config, *heads)
+        wanted = [form_gradient and needed for needed in ctx.needs_input_grad[:2]]
+        products: _Products | None = None
+        if any(wanted):
+            sparse = kernels is not None and teacher is not None
+            sparse = sparse and _pays_to_skip_zeros(config, head.shape[0])
+            products = (_SparseProducts if sparse else _DenseProducts)(hidden, head, wanted)
+        losses, figures = _run_chunks(
+            hidden, head, teacher, labels, weights, config, chunk_size, kernels, products
         )
-        grad_head = None
-        if form_gradient and ctx.needs_input_grad[1]:
-            grad_head = torch.empty_like(head) if rows else torch.zeros_like(head)
-        figures = weights.new_zeros(
-            len(STUDENT_FIGURES + (TEACHER_FIGURES if teacher else ())), rows
-        )
-        losses = torch.zeros_like(weights)
-        student_buffer = head.new_empty(min(chunk_size, rows), vocab)
-        teacher_buffer = None
-        if teacher is not None:
-            # The top-k form is done with the teacher's logits before it needs the student's.
-            share = config.top_k_of(vocab) is not None and teacher[1].dtype == head.dtype
-            teacher_buffer = student_buffer if share else teacher[1].new_empty(student_buffer.shape)
-
-        for start in range(0, rows, chunk_size):
-            part = slice(start, min(start + chunk_size, rows))
-            size = part.stop - start
-            chunk = Chunk(labels[part], weights[part], config, form_gradient)
-            if teacher is not None:
-                assert teacher_buffer is not None
-                out = teacher_buffer[:size]
-                torch.mm(teacher[0][part], teacher[1].t(), out=out)
-                chunk.read_teacher(out)
-            logits = torch.mm(hidden[part], head.t(), out=student_buffer[:size])
-            losses[part] = chunk.read_student(logits)
-            figures[:, part] = chunk.figures()
-            if grad_hidden is None and grad_head is None:
-                continue
-            chunk.overwrite_with_gradient(logits)  # (size, V)
-            if grad_hidden is not None:
-                torch.mm(logits, head, out=grad_hidden[part])
-            if grad_head is not None:
-                beta = 1.0 if start else 0.0  # the first chunk overwrites the empty buffer
-                torch.addmm(grad_head, logits.t(), hidden[part], beta=beta, out=grad_head)
-
-        ctx.gradients = (grad_hidden, grad_head)
+        ctx.gradients = (None, None) if products is None else products.finish()
+        ctx.scale = _scaled if kernels is None else _scaled_by_kernel
         ctx.keep_graph = keep_graph
         ctx.mark_non_differentiable(figures)
         return losses.sum(), figures
@@ -191,8 +170,135 @@ class _GradientInForward(torch.autograd.Function):
             scaled = [None if g is None else g * grad_loss for g in gradients]
         else:
             ctx.gradients = None  # the only other reference: AccumulateGrad then needs no copy
-            scaled = [None if g is None else g.mul_(grad_loss) for g in gradients]
+            scaled = [None if g is None else ctx.scale(g, grad_loss) for g in gradients]
         return (*scaled, None, None, None, None, None, None, None)
+
+
+def _run_chunks(
+    hidden: Tensor,
+    head: Tensor,
+    teacher: tuple[Tensor, Tensor] | None,
+    labels: Tensor,
+    weights: Tensor,
+    config: LossConfig,
+    chunk_size: int,
+    kernels: ModuleType | None,
+    products: _Products | None,
+) -> tuple[Tensor, Tensor]:
+    """Weighted losses (N,) and figures (number of them, N); the buffers of logits end with it."""
+    rows, vocab = hidden.shape[0], head.shape[0]
+    # The top-k form is done with the teacher's logits before it needs the student's.
+    shared = config.top_k_of(vocab) is not None
+    shared = shared and teacher is not None and teacher[1].dtype == head.dtype
+    if teacher is not None and not shared:
+        chunk_size = max(1, chunk_size // 2)
+    student_buffer = head.new_empty(min(chunk_size, rows), vocab)
+    teacher_buffer = student_buffer
+    if teacher is not None and not shared:
+        teacher_buffer = teacher[1].new_empty(student_buffer.shape)
+    figures = weights.new_zeros(len(STUDENT_FIGURES + (TEACHER_FIGURES if teacher else ())), rows)
+    losses = torch.zeros_like(weights)
+    for start in range(0, rows, chunk_size):
+        part = slice(start, min(start + chunk_size, rows))
+        size = part.stop - start
+        chunk = Chunk(labels[part], weights[part], config, products is not None, kernels)
+        if teacher is not None:
+            out = teacher_buffer[:size]
+            torch.mm(teacher[0][part], teacher[1].t(), out=out)
+            chunk.read_teacher(out)
+        logits = torch.mm(hidden[part], head.t(), out=student_buffer[:size])
+        losses[part] = chunk.read_student(logits)
+        figures[:, part] = chunk.figures()
+        if products is not None:
+            products.add(part, chunk, logits)
+    return losses, figures
+
+
+class _Products(Protocol):
+    """Collects d loss / d hidden and d loss / d head, those of them that are wanted."""
+
+    def add(self, part: slice, chunk: Chunk, logits: Tensor) -> None:
+        """Rows `part`: a chunk that has read its student's logits, which may be overwritten."""
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None]:
+        """Both gradients, when every chunk has been added."""
+
+
+class _DenseProducts:
+    """d loss / d logits, written over the logits, times the head and the hidden states."""
+
+    def __init__(self, hidden: Tensor, head: Tensor, wanted: list[bool]) -> None:
+        self.hidden, self.head = hidden, head
+        self.grad_hidden = hidden.new_empty(hidden.shape) if wanted[0] else None
+        self.grad_head: Tensor | None = None
+        if wanted[1]:
+            # Without rows there is no first chunk to overwrite it.
+            self.grad_head = (head.new_empty if len(hidden) else head.new_zeros)(head.shape)
+
+    def add(self, part: slice, chunk: Chunk, logits: Tensor) -> None:
+        chunk.overwrite_with_gradient(logits)  # (size, V)
+        if self.grad_hidden is not None:
+            torch.mm(logits, self.head, out=self.grad_hidden[part])
+        if self.grad_head is not None:
+            beta = 1.0 if part.start else 0.0  # the first chunk overwrites the empty buffer
+            out = self.grad_head
+            torch.addmm(out, logits.t(), self.hidden[part], beta=beta, out=out)
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.grad_hidden, self.grad_head
+
+
+class _SparseProducts:
+    """The same from the top-k's entries alone; the head's gradient is formed when all are there."""
+
+    def __init__(self, hidden: Tensor, head: Tensor, wanted: list[bool]) -> None:
+        from scripts.visual_opsd import loss_products
+
+        self.products = loss_products
+        self.hidden, self.head, self.head_wanted = hidden, head, wanted[1]
+        self.grad_hidden = hidden.new_empty(hidden.shape) if wanted[0] else None
+        self.values: list[Tensor] = []  # (c, k) fp32 of each chunk
+        self.index: list[Tensor] = []
+
+    def add(self, part: slice, chunk: Chunk, logits: Tensor) -> None:
+        assert chunk.inside is not None and chunk.index is not None
+        self.values.append(chunk.inside)
+        self.index.append(chunk.index)
+        if self.grad_hidden is not None:
+            out = self.grad_hidden[part]
+            self.products.sparse_times_head(chunk.inside, chunk.index, self.head, out)
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None]:
+        if not self.head_wanted:
+            return self.grad_hidden, None
+        if not self.values:
+            return self.grad_hidden, self.head.new_zeros(self.head.shape)
+        values, index = torch.cat(self.values), torch.cat(self.index)
+        grad_head: Tensor = self.products.sparse_times_hidden(
+            values, index, self.hidden, self.head.shape[0]
+        )
+        return self.grad_hidden, grad_head
+
+
+def _pays_to_skip_zeros(config: LossConfig, vocab: int) -> bool:
+    """Whether d loss / d logits is 0 outside a top-k that is small enough."""
+    from scripts.visual_opsd import loss_products
+
+    k = config.top_k_of(vocab)
+    if k is None or config.tail_bucket or config.ce_weight != 0.0:
+        return False
+    return loss_products.pays(k, vocab)
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    return gradient.mul_(factor)
+
+
+def _scaled_by_kernel(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Leaves a gradient alone that is to be multiplied by 1."""
+    from scripts.visual_opsd import loss_products
+
+    return loss_products.scale_(gradient, factor)
 
 
 _gradient_in_forward: Callable[..., tuple[Tensor, Tensor]] = _GradientInForward.apply

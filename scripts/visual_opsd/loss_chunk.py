@@ -5,17 +5,23 @@ Sits between two matmuls: the one that makes the logits and those that take d lo
 hidden states and the head. Logits are (c, V) in the head's dtype. What is computed from them is
 fp32 (fp64 for fp64 logits) and, where it is as wide as V, in blocks of a few rows, so that no fp32
 copy of the chunk exists.
+
+On a GPU `loss_kernels.py` computes the same in a handful of kernels, in place of whatever is as
+wide as V or as the top-k; what is written out in torch here says what they compute.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from modeling import fast
 from scripts.visual_opsd.opsd_loss import LossConfig
 
 BLOCK_ELEMENTS = 1 << 22  # of one fp32 temporary: 16 MiB
@@ -25,24 +31,52 @@ STUDENT_FIGURES = ("ce", "student_entropy", "label_logprob")
 TEACHER_FIGURES = ("divergence", "teacher_topk_mass", "teacher_entropy", "forward_kl")
 
 
+class RowStatistics(NamedTuple):
+    """Of each row of (c, V) logits, (c,) each in the compute dtype."""
+
+    lse: Tensor  # log-sum-exp of logits / T
+    entropy: Tensor  # at T, in nats
+    unit_lse: Tensor | None  # log-sum-exp at T = 1; None where it was not computed
+    tail_lse: Tensor | None = None  # that of logits / T outside the top-k, if there is a tail
+
+
+def kernels_for(config: LossConfig, *heads: Tensor) -> ModuleType | None:
+    """`loss_kernels` if it computes this loss on the logits of these heads, otherwise None."""
+    if config.tail_bucket and config.top_k_of(heads[0].shape[0]) is not None:
+        return None
+    if not all(fast.runs_kernels("loss", head) for head in heads):
+        return None
+    from scripts.visual_opsd import loss_kernels
+
+    return loss_kernels
+
+
 class Chunk:
     """The loss of one chunk of rows, between the matmul that makes logits and those of backward.
 
     Call order: read_teacher, read_student, figures, overwrite_with_gradient. The first is left out
     without a teacher. Logits are (c, V) in the head's dtype; c-vectors are in the compute dtype.
+    `kernels` is what `kernels_for` gave for the heads of this loss.
     """
 
     def __init__(
-        self, labels: Tensor, weights: Tensor, config: LossConfig, form_gradient: bool
+        self,
+        labels: Tensor,
+        weights: Tensor,
+        config: LossConfig,
+        form_gradient: bool,
+        kernels: ModuleType | None = None,
     ) -> None:
         self.labels = labels[:, None]  # (c, 1)
         self.form_gradient = form_gradient
         self.written = False  # the gradient already stands where the logits were
         self.weights = weights
         self.config = config
+        self.kernels = kernels
         self.teacher_logits: Tensor | None = None
         self.index: Tensor | None = None  # (c, k): the teacher's top-k, if the loss has one
-        self.inside: Tensor | None = None  # (c, k): gradient there, of the divergence alone
+        # (c, k): the gradient there, of the divergence alone; from the kernels, of all the loss
+        self.inside: Tensor | None = None
         self.advantage: Tensor | None = None  # (c,): tinker
 
     def read_teacher(self, logits: Tensor) -> None:
@@ -50,9 +84,14 @@ class Chunk:
         config = self.config
         self.teacher_logits = logits
         k = config.top_k_of(logits.shape[1])
-        if k is not None:
-            values, self.index = logits.topk(k, dim=-1, sorted=False)
-        self.teacher = _Normalisers(logits, config.temperature, self.masked_index)
+        if self.kernels is not None and k is not None:
+            self.teacher, values, self.index = self.kernels.statistics_and_top_k(
+                logits, config.temperature, k
+            )
+        else:
+            if k is not None:
+                values, self.index = logits.topk(k, dim=-1, sorted=False)
+            self.teacher = self._statistics(logits)
         self.topk_mass = torch.ones_like(self.weights)
         if k is not None:
             values = values.to(self.weights.dtype) / config.temperature
@@ -64,9 +103,9 @@ class Chunk:
     def read_student(self, logits: Tensor) -> Tensor:
         """The weighted loss of each row: (c, V) -> (c,)."""
         config = self.config
-        unit = config.temperature == 1.0
-        self.student = _Normalisers(logits, config.temperature, self.masked_index)
-        self.unit_lse = self.student.lse if unit else _Normalisers(logits, 1.0).lse
+        self.student = self._statistics(logits)
+        unit_lse = self.student.unit_lse
+        self.unit_lse = _row_statistics(logits, 1.0).lse if unit_lse is None else unit_lse
         label_logit = self._label_logit(logits)
         self.label_logprob = label_logit / config.temperature - self.student.lse
         self.ce = self.unit_lse - label_logit
@@ -78,14 +117,7 @@ class Chunk:
             self.advantage = self.teacher_logprob - self.label_logprob
             self.divergence = -self.advantage * self.label_logprob
         elif self.index is not None:
-            values = logits.gather(-1, self.index).to(self.ce.dtype) / config.temperature
-            log_s = self._on_support(values, self.student)
-            self.divergence, slope, self.forward_kl = _divergence(log_s, self.log_t, config)
-            slope = slope * self._scale[:, None]
-            self.slope_sum = slope.sum(-1)
-            inside = slope - log_s.exp() * self.slope_sum[:, None]
-            self.inside = inside[:, : self.index.shape[1]]
-            self.slope_tail = slope[:, -1]
+            self._top_k(logits, self.index)
         else:
             self._full_vocabulary(logits)
         loss = config.jsd_weight * self.divergence
@@ -109,6 +141,9 @@ class Chunk:
             assert self.index is not None and self.inside is not None
             logits.zero_().scatter_(-1, self.index, self.inside.to(logits.dtype))
             return
+        if self.kernels is not None:
+            self._overwrite_by_kernels(logits, self.kernels)
+            return
         for part in _blocks(logits):
             block = logits[part].to(self.ce.dtype)
             logits[part] = self._add_ce(self._divergence_gradient(block, part), block, part)
@@ -124,15 +159,49 @@ class Chunk:
     def _label_logit(self, logits: Tensor) -> Tensor:
         return logits.gather(-1, self.labels)[:, 0].to(self.weights.dtype)
 
-    def _on_support(self, values: Tensor, model: _Normalisers) -> Tensor:
+    def _statistics(self, logits: Tensor) -> RowStatistics:
+        if self.kernels is None:
+            return _row_statistics(logits, self.config.temperature, self.masked_index)
+        statistics: RowStatistics = self.kernels.row_statistics(logits, self.config.temperature)
+        return statistics
+
+    def _on_support(self, values: Tensor, model: RowStatistics) -> Tensor:
         """Log-probabilities on the top-k (renormalised) or on the top-k and the tail: (c, K)."""
         if not self.config.tail_bucket:
             return F.log_softmax(values, dim=-1)
+        assert model.tail_lse is not None
         return torch.cat([values, model.tail_lse[:, None]], dim=-1) - model.lse[:, None]
+
+    def _top_k(self, logits: Tensor, index: Tensor) -> None:
+        """Divergence, forward KL and gradient on the top-k and, if there is one, the tail."""
+        config = self.config
+        if self.kernels is not None:
+            ce = None
+            if config.ce_weight != 0.0:
+                ce = (self.labels[:, 0], self.unit_lse, config.ce_weight * self.weights)
+            self.divergence, self.forward_kl, self.inside = self.kernels.divergence_on_support(
+                logits, index, self.log_t, self._scale, config, ce
+            )
+            return
+        values = logits.gather(-1, index).to(self.ce.dtype) / config.temperature
+        log_s = self._on_support(values, self.student)
+        self.divergence, slope, self.forward_kl = _divergence(log_s, self.log_t, config)
+        slope = slope * self._scale[:, None]
+        self.slope_sum = slope.sum(-1)
+        inside = slope - log_s.exp() * self.slope_sum[:, None]
+        self.inside = inside[:, : index.shape[1]]
+        self.slope_tail = slope[:, -1]
 
     def _full_vocabulary(self, logits: Tensor) -> None:
         """Divergence and forward KL over all of V and, in the same pass, the gradient."""
         assert self.teacher_logits is not None
+        if self.kernels is not None:  # the gradient takes a second pass there
+            self.divergence, self.forward_kl, self.slope_sum, self.gate = (
+                self.kernels.full_divergence(
+                    logits, self.teacher_logits, self.student.lse, self.teacher.lse, self.config
+                )
+            )
+            return
         kind, temperature = self.ce.dtype, self.config.temperature
         for part in _blocks(logits):
             block = logits[part].to(kind)
@@ -145,6 +214,22 @@ class Chunk:
                 grad = slope.sub_(log_s.exp_().mul_(total)).mul_(self._scale[part, None])
                 logits[part] = self._add_ce(grad, block, part)
         self.written = True
+
+    def _overwrite_by_kernels(self, logits: Tensor, kernels: ModuleType) -> None:
+        config = self.config
+        options: dict[str, Tensor | None] = {}
+        if config.ce_weight != 0.0:
+            options["ce_weight"] = config.ce_weight * self.weights
+        if self.advantage is not None:  # -A d log s(x) / d logits = A (s - one-hot) / T
+            options |= {"lse": self.student.lse, "pull": self._scale * self.advantage}
+        elif self.teacher_logits is not None and self.index is None:
+            options |= {"lse": self.student.lse, "teacher_lse": self.teacher.lse}
+            options |= {"teacher": self.teacher_logits, "slope_sum": self.slope_sum}
+            options["pull"] = self._scale * self.gate
+        kernels.write_gradient(logits, config, self.labels[:, 0], self.unit_lse, **options)
+        if self.index is not None:
+            assert self.inside is not None
+            logits.scatter_(-1, self.index, self.inside.to(logits.dtype))
 
     def _divergence_gradient(self, logits: Tensor, part: slice) -> Tensor:
         """d (weighted divergence) / d logits of a block of rows: (r, V) -> (r, V)."""
@@ -159,6 +244,7 @@ class Chunk:
         assert self.index is not None and self.inside is not None
         index = self.index[part]
         if self.config.tail_bucket:  # outside, the bucket's slope is shared out by s / s(tail)
+            assert self.student.tail_lse is not None
             scaled.scatter_(-1, index, -math.inf)
             grad = (scaled - self.student.tail_lse[part, None]).exp_()
             grad.mul_(self.slope_tail[part, None])
@@ -175,22 +261,23 @@ class Chunk:
         return grad.scatter_add_(-1, self.labels[part], -weight)
 
 
-class _Normalisers:
-    """Per row of (c, V) logits / T: log-sum-exp, entropy and, given a top-k, the tail's share."""
-
-    def __init__(self, logits: Tensor, temperature: float, index: Tensor | None = None) -> None:
-        self.lse = logits.new_empty(logits.shape[0], dtype=compute_dtype(logits))
-        self.entropy = torch.empty_like(self.lse)
-        self.tail_lse = torch.empty_like(self.lse)  # filled if index (c, k) is given
-        for part in _blocks(logits):
-            block = logits[part].to(self.lse.dtype) / temperature
-            peak = block.amax(-1, keepdim=True)
-            shares = (block - peak).exp_()
-            total = shares.sum(-1)
-            self.lse[part] = peak[:, 0] + total.log()
-            self.entropy[part] = self.lse[part] - shares.mul_(block).sum(-1) / total
-            if index is not None:
-                self.tail_lse[part] = block.scatter_(-1, index[part], -math.inf).logsumexp(-1)
+def _row_statistics(
+    logits: Tensor, temperature: float, index: Tensor | None = None
+) -> RowStatistics:
+    """The tail's log-sum-exp comes with a top-k, index (c, k)."""
+    lse = logits.new_empty(logits.shape[0], dtype=compute_dtype(logits))
+    entropy = torch.empty_like(lse)
+    tail_lse = None if index is None else torch.empty_like(lse)
+    for part in _blocks(logits):
+        block = logits[part].to(lse.dtype) / temperature
+        peak = block.amax(-1, keepdim=True)
+        shares = (block - peak).exp_()
+        total = shares.sum(-1)
+        lse[part] = peak[:, 0] + total.log()
+        entropy[part] = lse[part] - shares.mul_(block).sum(-1) / total
+        if index is not None and tail_lse is not None:
+            tail_lse[part] = block.scatter_(-1, index[part], -math.inf).logsumexp(-1)
+    return RowStatistics(lse, entropy, lse if temperature == 1.0 else None, tail_lse)
 
 
 def _divergence(log_s: Tensor, log_t: Tensor, config: LossConfig) -> tuple[Tensor, Tensor, Tensor]:
