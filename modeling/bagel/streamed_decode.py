@@ -53,6 +53,10 @@ def _layer(module: Any) -> _Layer:
     )
 
 
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 def streams(model: Bagel, batch: int) -> bool:
     """Whether a model and batch can take the chain: half precision on one GPU, up to 64 rows."""
     head = model.language_model.lm_head.weight
@@ -61,7 +65,7 @@ def streams(model: Bagel, batch: int) -> bool:
         model.layer_devices is None
         and type(head.data) is Tensor  # not a shard
         and fast.runs_kernels("decode", head)
-        and torch.cuda.get_device_capability(head.device) >= (8, 0)
+        and _capability(head.device) >= (8, 0)
         and batch <= 64
         and dim >= 32
         and dim & (dim - 1) == 0
@@ -95,7 +99,7 @@ class StreamedDecoder:
         self.attention = DecodeAttention(cache.batch, cache.max_len, *heads, cos, sin)
         self.seen = self.head.new_empty(cache.batch, llm.num_attention_heads * llm.head_dim)
         # Launches that begin before the last one has ended; Hopper was the first with them.
-        self.chained = torch.cuda.get_device_capability(self.head.device) >= (9, 0)
+        self.chained = _capability(self.head.device) >= (9, 0)
 
     def __call__(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """tokens, positions, slots (B,) int64 -> logits (B, V)."""

@@ -19,7 +19,6 @@ from data.sequence import Completion
 from modeling.bagel.bagel import Bagel
 from scripts.bench.common import (
     SPECIAL,
-    Ceilings,
     Machine,
     Report,
     finish,
@@ -73,8 +72,8 @@ def bench(report: Report, model: Bagel, checkpointing: bool, repeats: int) -> fl
     def pack_once() -> PackResult:
         return run_pack(
             model, teacher, None, rows,
-            special=SPECIAL, loss=LossConfig(), chunk_size=512, scale=1.0 / sum(r.scored for r in rows),
-            device=machine.device, decode=str,
+            special=SPECIAL, loss=LossConfig(), chunk_size=512,
+            scale=1.0 / sum(row.scored for row in rows), device=machine.device, decode=str,
         )  # fmt: skip
 
     def one_step() -> None:
@@ -101,8 +100,7 @@ def bench(report: Report, model: Bagel, checkpointing: bool, repeats: int) -> fl
 
 def run(machine: Machine, report: Report, repeats: int) -> None:
     model = random_model(machine.config, machine).requires_grad_(True)
-    for table in (model.vit_pos_embed,):
-        table.requires_grad_(False)
+    model.vit_pos_embed.requires_grad_(False)
     extra = bench(report, model, True, repeats)
     report.add(
         "peak_gb",
@@ -122,8 +120,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     run(report.machine, report, args.repeats)
     return finish(report, args.json)
 
-
-__all__ = ["Ceilings", "main"]
 
 if __name__ == "__main__":
     run_main(main)

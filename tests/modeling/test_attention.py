@@ -114,7 +114,7 @@ def test_splits_build_the_same_layout() -> None:
 
 def test_unknown_backend_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VISUAL_OPSD_ATTENTION", "cudnn")
-    with pytest.raises(ValueError, match="choose one of varlen, flash, sdpa"):
+    with pytest.raises(ValueError, match="choose one of blocks, varlen, flash, sdpa"):
         attention.backend_for(torch.zeros(1))
 
 
@@ -123,11 +123,20 @@ def test_unknown_backend_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (28, 4)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_cuda_backends(name: str, heads: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("eager", [False, True])
+def test_cuda_backends(
+    name: str,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    eager: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     layout = LAYOUTS[name]
     tensors = [x.cuda().to(dtype) for x in inputs(layout, *heads, 64)]
-    expected = "sdpa" if dtype == torch.float32 else "varlen"
+    if eager:
+        monkeypatch.setenv("VISUAL_OPSD_EAGER", "attention")
+    expected = "varlen" if eager else "blocks"
     if not os.environ.get("VISUAL_OPSD_ATTENTION"):
-        assert attention.backend_for(tensors[0]) == expected
+        assert attention.backend_for(tensors[0]) == ("sdpa" if dtype == torch.float32 else expected)
     tolerance = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 1e-2}[dtype]
     check(attend, layout, tensors, tolerance)

@@ -1,0 +1,250 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""The decoding step as Triton kernels against the eager step; on a GPU as a CUDA graph too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data.packing import pack
+from data.sequence import TextSegment
+from modeling import load_bagel
+from modeling.bagel import streamed_decode
+from modeling.bagel.decoder import RMSNorm, rotary, turned
+from modeling.bagel.generate import choose, generate
+from modeling.bagel.kv_cache import KVCache
+from modeling.bagel.projections import adjoin_projections, adjoining
+from modeling.bagel.streamed_decode import StreamedDecoder
+from modeling.graphs import RepeatedStep
+from tests.conftest import TINY_BAGEL
+
+pytest.importorskip("triton")
+
+from modeling.kernels import sampling
+from modeling.kernels.decode_attention import (
+    DecodeAttention,
+    decode_attention_plain,
+)
+from modeling.kernels.stream_linear import (
+    Tile,
+    stream_linear,
+    stream_linear_plain,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape).to(DEVICE)
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 17])
+@pytest.mark.parametrize(("n", "k"), [(40, 48), (64, 96), (30, 72)])
+@pytest.mark.parametrize("swap", [False, True])
+def test_stream_linear(count: int, n: int, k: int, swap: bool) -> None:
+    """Whole tiles and torn ones, with everything that may stand around the product."""
+    torch.manual_seed(count + n)
+    x, weight, second = drawn(count, k), drawn(n, k), drawn(n, k)
+    gain, bias, residual = drawn(k), drawn(n), drawn(count, n)
+    tile = Tile(16, 16 if count > 1 else 32, 4, 2, swap)
+    for around in (
+        {},
+        {"gain": gain, "bias": bias},
+        {"gain": gain, "second": second},
+        {"residual": residual},
+    ):
+        actual = stream_linear(x, weight, tile=tile, **around)
+        expected = stream_linear_plain(x, weight, **around)
+        error = (actual - expected).norm() / expected.norm()
+        assert error < 1e-5, (sorted(around), float(error))
+    out = residual.clone()
+    assert stream_linear(x, weight, residual=out, out=out, tile=tile) is out
+    torch.testing.assert_close(
+        out, stream_linear_plain(x, weight, residual=residual), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("chunk", [32, 64, 128])
+def test_decode_attention(chunk: int) -> None:
+    """Slots on both sides of a chunk's edge; the new row enters the cache and nothing else does."""
+    torch.manual_seed(chunk)
+    batch, length, heads, groups, dim = 4, 100, 6, 2, 16
+    positions = torch.tensor([5, 70, 99, 3], device=DEVICE)
+    slots = torch.tensor([0, 64, 95, 31], device=DEVICE)
+    cos, sin = (t[:, : dim // 2] for t in rotary(torch.arange(128, device=DEVICE), dim, 1e6))
+    qkv = drawn(batch, (heads + 2 * groups) * dim)
+    norms = [RMSNorm(dim, 1e-6).to(DEVICE) for _ in range(2)]
+    for norm in norms:
+        norm.weight.data.normal_()
+    stores = [drawn(batch, length, groups, dim) for _ in range(2)]
+    expected_stores = [store.clone() for store in stores]
+    attention = DecodeAttention(batch, length, heads, groups, dim, cos, sin, chunk=chunk, block=32)
+    out = torch.empty(batch, heads * dim, device=DEVICE)
+    for _ in range(2):  # the second time its counters must be where they began
+        attention(qkv, norms[0].weight, norms[1].weight, 1e-6, positions, slots, *stores, out=out)
+    q, k, v = qkv.split([heads * dim, groups * dim, groups * dim], -1)
+    q, k = q.view(batch, heads, dim), k.view(batch, groups, dim)
+    with torch.no_grad():
+        q, k = turned(q, k, *norms, *rotary(positions, dim, 1e6))
+    expected = decode_attention_plain(q, k, v.view(batch, groups, dim), *expected_stores, slots)
+    torch.testing.assert_close(out, expected.flatten(1), atol=1e-5, rtol=1e-5)
+    for store, wanted in zip(stores, expected_stores, strict=True):
+        torch.testing.assert_close(store, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [100, 4096, 9000])
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_choice_of_tokens(vocab: int, temperature: float) -> None:
+    torch.manual_seed(vocab)
+    logits = drawn(5, vocab) * 3
+    logits[4] = -1e4
+    logits[4, [7, vocab - 1]] = 0.0  # all mass in two entries, also at the very end
+    uniforms = torch.tensor([0.0, 0.3, 0.999999, 0.7, 0.75], dtype=torch.float64, device=DEVICE)
+    for numbers in (uniforms, None):
+        token, logprob = sampling.choose_token(logits, temperature, numbers)
+        wanted, wanted_logprob = choose(logits, temperature, numbers)
+        assert torch.equal(token, wanted)
+        torch.testing.assert_close(logprob, wanted_logprob, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Any:
+    return load_bagel(TINY_BAGEL, device=DEVICE)
+
+
+def prompts(count: int) -> list[tuple[TextSegment, ...]]:
+    """Texts of different lengths."""
+    generator = torch.Generator().manual_seed(3)
+    drawn = [torch.randint(5, 1200, (5 + 7 * i,), generator=generator) for i in range(count)]
+    return [(TextSegment(tuple(ids.tolist())),) for ids in drawn]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_streamed_step_is_the_eager_step(bundle: Any, batch: int) -> None:
+    """Logits of several steps, each written into its own cache."""
+    model, special = bundle.model, bundle.special_tokens
+    packed = pack(prompts(batch), special).to(DEVICE)
+    lens = torch.tensor(packed.layout.query_lens, device=DEVICE)
+    places = torch.tensor(packed.next_positions, device=DEVICE)
+    logits = []
+    for streamed in (False, True):
+        cache = KVCache(model.config.llm, batch, 64, DEVICE, model.dtype)
+        with torch.no_grad():
+            model(packed, cache=cache)
+            step: Any = (
+                StreamedDecoder(model, cache, 128)
+                if streamed
+                else lambda *args, cache=cache: model.decode_step(*args, cache)
+            )
+            tokens = torch.arange(10, 10 + batch, device=DEVICE)
+            logits.append(
+                torch.stack([step(tokens + 50 * i, places + i, lens + i) for i in range(4)])
+            )
+    torch.testing.assert_close(logits[1], logits[0], atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_generate_takes_it_and_writes_the_same(
+    bundle: Any, sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32, so that the tokens are the same; a row's do not change with its neighbours."""
+    model, special = bundle.model, bundle.special_tokens
+    contexts = prompts(2)
+    numbers = torch.rand(2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    uniforms = numbers.to(DEVICE) if sampled else None
+
+    def run(some: list[int]) -> list[Any]:
+        return generate(
+            model,
+            pack([contexts[i] for i in some], special).to(DEVICE),
+            special,
+            max_new_tokens=6,
+            uniforms=None if uniforms is None else uniforms[some],
+        )
+
+    expected = run([0, 1])
+    used = []
+    monkeypatch.setattr("modeling.bagel.generate.streams", lambda *_: used.append(1) or True)
+    monkeypatch.setattr("modeling.bagel.generate._choose", lambda *_: sampling.choose_token)
+    together, alone = run([0, 1]), [*run([0]), *run([1])]
+    assert len(used) == 3
+    for actual in (together, alone):
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert ours.ids == theirs.ids and ours.capped == theirs.capped
+            torch.testing.assert_close(
+                torch.tensor(ours.logprobs), torch.tensor(theirs.logprobs), atol=1e-3, rtol=1e-3
+            )
+
+
+def test_projections_adjoin_without_a_change(bundle: Any) -> None:
+    model = load_bagel(TINY_BAGEL, device=DEVICE).model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    names = list(dict(model.named_parameters()))
+    assert adjoin_projections(model) is model
+    after = model.state_dict()
+    assert list(dict(model.named_parameters())) == names
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    attention = model.language_model.model.layers[1].self_attn
+    weights = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    joined = adjoining(weights)
+    assert joined is not None and torch.equal(joined, torch.cat([w.detach() for w in weights]))
+    with torch.no_grad():
+        weights[1][0, 0] = 5.0
+    assert joined[len(weights[0]), 0] == 5.0  # one memory
+    assert adjoining([weights[0], weights[2]]) is None
+    assert adjoining([weights[0], weights[1].half()]) is None
+    assert adjoining([torch.zeros(2, 3), torch.zeros(2, 3)]) is None
+
+
+def test_which_models_stream(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bundle.model
+    assert not streamed_decode.streams(model, 1)  # fp32
+    half = load_bagel(TINY_BAGEL, device=DEVICE, dtype=torch.bfloat16).model
+    assert streamed_decode.streams(half, 64) == (
+        DEVICE == "cuda" and half.config.llm.head_dim >= 32
+    )
+    monkeypatch.setenv("VISUAL_OPSD_EAGER", "decode")
+    assert not streamed_decode.streams(half, 1)
+
+
+def test_a_repeated_step_runs_every_time() -> None:
+    """On a GPU: once plainly, once recorded and replayed, then replayed."""
+    total, add = torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE)
+
+    def advance() -> None:
+        total.add_(add)
+
+    step = RepeatedStep(advance, torch.device(DEVICE))
+    for i in range(5):
+        step()
+        add.fill_(10.0)  # read at each replay
+        assert total.tolist() == [1.0 + 10 * i] * 3
+    assert (step.graph is not None) == (DEVICE == "cuda")
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_graphs_are_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VISUAL_OPSD_EAGER", "graphs")
+    assert not RepeatedStep(lambda: None, torch.device("cuda")).records
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_an_error_while_recording_is_the_one_that_is_raised() -> None:
+    calls = []
+
+    def step() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no room")
+
+    repeated = RepeatedStep(step, torch.device("cuda"))
+    repeated()
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        repeated()
+    assert float(torch.ones(2, device="cuda").sum()) == 2  # the device still works
