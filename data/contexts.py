@@ -116,6 +116,9 @@ class _Together:
             merged.append(new)
         return merged[0], merged[1]
 
+    def place(self, layer: int, layout: AttentionLayout) -> None:
+        """Several stores are no place in one."""
+
 
 @torch.no_grad()
 def grow(

@@ -236,8 +236,47 @@ def _attend_blocks(
 ) -> Tensor:
     from modeling.kernels.block_attention import block_attention, make_plan
 
-    plan = layout.memo(("blocks", q.device), lambda: make_plan(limits, layout.key_lens, q.device))
-    return block_attention(q, k, v, plan)
+    def make() -> Any:
+        first_keys = np.cumsum([0, *layout.key_lens])[:-1].tolist()
+        return make_plan(limits, first_keys, q.device, layout.key_lens)
+
+    return block_attention(q, k, v, layout.memo(("blocks", q.device), make))
+
+
+def attend_in_place(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: AttentionLayout,
+    starts: Sequence[int],
+    order: Tensor | None,
+) -> Tensor:
+    """`attend` over keys that stay where a cache has them, for queries in any order.
+
+    Only for what `backend_for` calls "blocks" and a layout that has `limits`.
+
+    Args:
+        q: (T, nh, d). keys, values: (R, nkv, d). starts: first row of each sample in them.
+        order: (T,) int64, the packed row of each query, rising but for a few jumps; None: as
+            packed.
+
+    Returns:
+        (T, nh, d), in the order of q.
+    """
+    from modeling.kernels.block_attention import block_attention, make_plan
+
+    def make() -> Any:
+        assert layout.limits is not None
+        rows = np.arange(layout.total) if order is None else order.cpu().numpy()
+        samples = np.repeat(np.arange(len(layout.query_lens)), layout.query_lens)[rows]
+        jumps = (np.diff(samples) != 0) | (np.diff(rows) < 0)
+        runs = np.split(np.arange(layout.total), np.flatnonzero(jumps) + 1)
+        limits = np.concatenate(layout.limits)[rows]
+        first_keys = [starts[samples[run[0]]] for run in runs]
+        return make_plan([limits[run] for run in runs], first_keys, q.device)
+
+    key = ("in place", q.device, tuple(starts), order is None)
+    return block_attention(q, keys, values, layout.memo(key, make))
 
 
 # ------------------------------------------------------------------ two variable-length calls

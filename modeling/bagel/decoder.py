@@ -17,10 +17,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modeling import fast
-from modeling.bagel.attention import AttentionLayout, DecodeLayout, attend
+from modeling.bagel.attention import (
+    AttentionLayout,
+    DecodeLayout,
+    attend,
+    attend_in_place,
+    backend_for,
+)
 from modeling.bagel.config import LLMConfig
 from modeling.bagel.kv_cache import KeyValues
-from modeling.bagel.projections import products
+from modeling.bagel.projections import few_rows, product, products
 
 # Of the understanding expert, then of the generation expert.
 SUFFIXES = ("", "_moe_gen")
@@ -122,6 +128,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         width, dim = config.hidden_size, config.head_dim
+        self.head_dim = dim
         for suffix in experts:
             self.add_module(f"q_proj{suffix}", nn.Linear(width, self.heads * dim))
             self.add_module(f"k_proj{suffix}", nn.Linear(width, self.kv_heads * dim))
@@ -154,12 +161,73 @@ class Attention(nn.Module):
         cache: KeyValues | None,
         layer: int,
     ) -> Rows:
-        q, k, v = self.project(xs, cos, sin, routing)
-        if cache is not None:
-            k, v = cache.update(layer, k, v, layout)
-        seen = split_rows(attend(q, k, v, layout).flatten(1), routing)
+        seen = None
+        if cache is not None and self._places(xs[0], layout):
+            assert isinstance(layout, AttentionLayout)
+            seen = self._attend_in_cache(xs, cos, sin, layout, routing, cache, layer)
+        if seen is None:
+            q, k, v = self.project(xs, cos, sin, routing)
+            if cache is not None:
+                k, v = cache.update(layer, k, v, layout)
+            seen = split_rows(attend(q, k, v, layout).flatten(1), routing)
         pairs = zip(SUFFIXES, seen, strict=False)
-        return tuple(getattr(self, f"o_proj{suffix}")(x) for suffix, x in pairs)
+        return tuple(product(x, getattr(self, f"o_proj{suffix}")) for suffix, x in pairs)
+
+    def _places(self, x: Tensor, layout: AttentionLayout | DecodeLayout) -> bool:
+        """Whether `_attend_in_cache` can serve."""
+        half = self.head_dim // 2
+        return (
+            isinstance(layout, AttentionLayout)
+            and not torch.is_grad_enabled()
+            and fast.runs_kernels("rows", x)
+            and backend_for(x) == "blocks"
+            and half & (half - 1) == 0
+            and layout.limits is not None
+        )
+
+    def _attend_in_cache(
+        self,
+        xs: Rows,
+        cos: Rows,
+        sin: Rows,
+        layout: AttentionLayout,
+        routing: Routing | None,
+        cache: KeyValues,
+        layer: int,
+    ) -> Rows | None:
+        """The same for kernels: nothing is joined, split or gathered.
+
+        Keys and values are written where the cache has them, queries stay in the experts' order.
+        """
+        from modeling.kernels.rows import place_rows
+
+        place = cache.place(layer, layout)
+        if place is None:
+            return None
+        rows: Rows = (place.rows,)
+        order = None
+        if routing is not None:
+            key = ("experts", place.rows.device)
+            rows, order = layout.memo(
+                key,
+                lambda: (
+                    split_rows(place.rows, routing),
+                    torch.cat([routing.und_rows, routing.gen_rows]),
+                ),
+            )
+        sizes = [len(x) for x in xs]
+        q_all = xs[0].new_empty(sum(sizes), self.heads, self.head_dim)
+        each_part = zip(SUFFIXES, xs, cos, sin, rows, q_all.split(sizes), strict=False)
+        for suffix, x, c, s, to, q_out in each_part:
+            q, k, v = products(x, [getattr(self, f"{n}_proj{suffix}") for n in "qkv"])
+            q_norm, k_norm = (getattr(self, f"{n}_norm{suffix}") for n in "qk")
+            place_rows(
+                q.view(len(x), self.heads, -1), k.view(len(x), self.kv_heads, -1),
+                v.view(len(x), self.kv_heads, -1), q_norm.weight, k_norm.weight, c, s, q_norm.eps,
+                to, q_out, place.keys, place.values,
+            )  # fmt: skip
+        seen = attend_in_place(q_all, place.keys, place.values, layout, place.starts, order)
+        return seen.flatten(1).split(sizes)
 
 
 class MLP(nn.Module):
@@ -170,6 +238,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if few_rows(x, self.gate_proj):
+            from modeling.kernels.stream_linear import stream_linear
+
+            hidden = stream_linear(x, self.gate_proj.weight, second=self.up_proj.weight)
+            return stream_linear(hidden, self.down_proj.weight)
         gate, up = products(x, [self.gate_proj, self.up_proj])
         return self.down_proj(gated(gate, up))
 

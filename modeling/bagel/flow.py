@@ -18,7 +18,7 @@ from torch import Tensor
 from modeling.bagel.attention import AttentionLayout, DecodeLayout
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
-from modeling.bagel.kv_cache import KVCache
+from modeling.bagel.kv_cache import KVCache, Placement
 from modeling.graphs import RepeatedStep
 
 RENORMS = ("global", "channel", "text_channel")
@@ -201,8 +201,16 @@ class StepCache:
         self, layer: int, k: Tensor, v: Tensor, layout: AttentionLayout | DecodeLayout
     ) -> tuple[Tensor, Tensor]:
         """Place a step's k, v (T, nkv, d) behind their prefixes; return all keys and values."""
+        assert isinstance(layout, AttentionLayout)
+        placed = self.place(layer, layout)
+        placed.keys.index_copy_(0, placed.rows, k)
+        placed.values.index_copy_(0, placed.rows, v)
+        return placed.keys, placed.values
+
+    def place(self, layer: int, layout: AttentionLayout) -> Placement:
+        """See `KeyValues.place`."""
         keys, values = self.keys[layer], self.values[layer]
-        assert isinstance(layout, AttentionLayout) and layout.past_lens == self.past_lens
+        assert layout.past_lens == self.past_lens
         assert sum(layout.key_lens) == len(keys), (layout.key_lens, len(keys))
 
         def make() -> Tensor:
@@ -211,9 +219,7 @@ class StepCache:
             return torch.from_numpy(np.concatenate(new)).to(keys.device)
 
         rows: Tensor = layout.memo(("step", keys.device), make)
-        keys.index_copy_(0, rows, k)
-        values.index_copy_(0, rows, v)
-        return keys, values
+        return Placement(keys, values, rows, tuple(self.starts[:-1].tolist()))
 
 
 # -- sampling ---------------------------------------------------------------------------------

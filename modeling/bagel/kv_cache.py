@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,12 +15,30 @@ from modeling.bagel.attention import AttentionLayout, DecodeLayout
 from modeling.bagel.config import LLMConfig
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where a cache keeps the keys and values of a layer.
+
+    keys, values: (R, nkv, d), rows of all samples; each sample's old and new ones follow each
+    other. rows: (T,) int64, the rows of the packed new ones. starts: first row of each sample.
+    """
+
+    keys: Tensor
+    values: Tensor
+    rows: Tensor
+    starts: tuple[int, ...]
+
+
 class KeyValues(Protocol):
     """What a decoder layer asks for keys and values: `KVCache`, or a sampler's `StepCache`."""
 
     def update(
         self, layer: int, k: Tensor, v: Tensor, layout: AttentionLayout | DecodeLayout
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]:
+        """Store k, v (T, nkv, d); return the keys and values that `attend` takes."""
+
+    def place(self, layer: int, layout: AttentionLayout) -> Placement | None:
+        """Where they would be stored, for who writes them there himself; None: nowhere in one."""
 
 
 class KVCache:
@@ -111,3 +130,10 @@ class KVCache:
         if not any(layout.past_lens):
             return k, v
         return keys.flatten(0, 1)[read], values.flatten(0, 1)[read]
+
+    def place(self, layer: int, layout: AttentionLayout) -> Placement:
+        """See `KeyValues.place`."""
+        keys, values = self.keys[layer], self.values[layer]
+        written, _ = self._rows(layout, keys.device)
+        starts = tuple(range(0, self.batch * self.max_len, self.max_len))
+        return Placement(keys.flatten(0, 1), values.flatten(0, 1), written, starts)

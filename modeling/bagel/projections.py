@@ -2,13 +2,14 @@
 """Linear layers that read the same rows, as one product: q, k and v; gate and up.
 
 Parameters keep their names and values. Those of a group are moved next to each other in one
-storage, so that one view spans them all: it costs no memory and can't go stale, because nothing
-is kept: whether weights adjoin is looked up at each use.
+storage, so that one view spans them all: it costs no memory, and a view is used only as long as the
+weights lie where they lay when it was made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -71,20 +72,59 @@ def adjoin_projections(model: nn.Module) -> nn.Module:
     return model
 
 
-def products(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
-    """x (T, H) through layers side by side, in one product where nothing needs a gradient."""
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        joined = joined_weights(layers) if x.is_cuda and fast.is_on("projections") else None
-        if joined is not None and joined[0].device == x.device:
-            sizes = [layer.out_features for layer in layers]
-            return F.linear(x, *joined).split(sizes, dim=-1)
-    return tuple(layer(x) for layer in layers)
+# First layer of a group -> addresses of its weights, and weight and bias of all as one.
+_JOINED: WeakKeyDictionary[nn.Linear, tuple[list[int], tuple[Tensor, Tensor | None] | None]]
+_JOINED = WeakKeyDictionary()
 
 
 def joined_weights(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of layers whose parameters adjoin; None if they do not."""
+    addresses = [layer.weight.data_ptr() for layer in layers]
+    known = _JOINED.get(layers[0])
+    if known is None or known[0] != addresses:
+        known = (addresses, _join(layers))
+        _JOINED[layers[0]] = known
+    return known[1]
+
+
+def _join(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None] | None:
     weight = adjoining([layer.weight for layer in layers])
     if weight is None or layers[0].bias is None:
         return None if weight is None else (weight, None)
     bias = adjoining([layer.bias for layer in layers])
     return None if bias is None else (weight, bias)
+
+
+def few_rows(x: Tensor, layer: nn.Linear) -> bool:
+    """Whether a product is bound by reading the weight, and our kernel for that case can run."""
+    return (
+        len(x) <= 8
+        and not torch.is_grad_enabled()
+        and fast.runs_kernels("decode", x)
+        and layer.weight.device == x.device
+    )
+
+
+def product(x: Tensor, layer: nn.Linear) -> Tensor:
+    """x (T, H) through a layer, by the weight-streaming kernel where rows are few."""
+    if not few_rows(x, layer):
+        out: Tensor = layer(x)
+        return out
+    from modeling.kernels.stream_linear import stream_linear
+
+    return stream_linear(x, layer.weight, bias=layer.bias)
+
+
+def products(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+    """x (T, H) through layers side by side, in one product where nothing needs a gradient."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cuda:
+        return tuple(layer(x) for layer in layers)
+    joined = joined_weights(layers) if fast.is_on("projections") else None
+    if joined is None or joined[0].device != x.device:
+        return tuple(product(x, layer) for layer in layers)
+    sizes = [layer.out_features for layer in layers]
+    if not few_rows(x, layers[0]):
+        return F.linear(x, *joined).split(sizes, dim=-1)
+    from modeling.kernels.stream_linear import stream_linear
+
+    return stream_linear(x, joined[0], bias=joined[1]).split(sizes, dim=-1)

@@ -28,20 +28,18 @@ _LOG2E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
-class Tiling:
-    """Rows of a tile of queries and of keys, warps of a program, tiles in flight."""
+class Launch:
+    """Warps of a program, and tiles in flight."""
 
-    queries: int
-    keys: int
     warps: int
     stages: int
 
 
-# What measured fastest on one H100 at head dim 128. All cut queries and keys at the same rows.
+# What measured fastest on one H100 at head dim 128; all cut queries and keys at the same rows.
 _ROWS = 64
-FORWARD = Tiling(_ROWS, _ROWS, 4, 3)
-OF_KEYS = Tiling(_ROWS, _ROWS, 4, 2)
-OF_QUERIES = Tiling(_ROWS, _ROWS, 4, 2)
+FORWARD = Launch(4, 3)
+OF_KEYS = Launch(4, 2)
+OF_QUERIES = Launch(4, 2)
 
 
 @dataclass(frozen=True)
@@ -56,46 +54,55 @@ class BlockPlan:
 
     limits: Tensor
     query_tiles: Tensor
-    key_tiles: Tensor
+    key_tiles: Tensor | None = None
 
 
 def make_plan(
-    limits: Sequence[np.ndarray], key_lens: Sequence[int], device: torch.device
+    limits: Sequence[np.ndarray],
+    first_keys: Sequence[int],
+    device: torch.device,
+    key_lens: Sequence[int] | None = None,
 ) -> BlockPlan:
-    """The tiles of samples with these limits of their rows, never falling, and numbers of keys."""
-    parts = [
-        np.concatenate(limits).astype(np.int32),
-        _query_tiles(limits, key_lens, OF_QUERIES.queries),
-        _key_tiles(limits, key_lens, OF_KEYS.keys),
-    ]
+    """The tiles of runs of rows, one run after the other.
+
+    Args:
+        limits: of each run's rows, never falling; keys are counted from first_keys of the run.
+        key_lens: if the runs are whole samples, how many keys each has: needed for a gradient.
+    """
+    parts = [np.concatenate(limits).astype(np.int32), _query_tiles(limits, first_keys)]
+    if key_lens is not None:
+        parts.append(_key_tiles(limits, first_keys, key_lens))
     # One copy to the device for all of them.
     whole = torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts])).to(device)
     pieces = whole.split([part.size for part in parts])
-    return BlockPlan(*(piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)))
+    shaped = [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+    return BlockPlan(*shaped)
 
 
-def _query_tiles(limits: Sequence[np.ndarray], key_lens: Sequence[int], height: int) -> np.ndarray:
-    tiles, row, key = [], 0, 0
-    for sample, keys in zip(limits, key_lens, strict=True):
-        first = np.arange(0, len(sample), height)
-        last = np.minimum(first + height, len(sample))
+def _query_tiles(limits: Sequence[np.ndarray], first_keys: Sequence[int]) -> np.ndarray:
+    tiles, row = [], 0
+    for run, key in zip(limits, first_keys, strict=True):
+        first = np.arange(0, len(run), _ROWS)
+        last = np.minimum(first + _ROWS, len(run))
         columns = (row + first, last - first, np.full_like(first, key))
-        tiles.append(np.stack([*columns, sample[first], sample[last - 1]], axis=1))
-        row, key = row + len(sample), key + keys
+        tiles.append(np.stack([*columns, run[first], run[last - 1]], axis=1))
+        row += len(run)
     found = np.concatenate(tiles).astype(np.int32)
     return found[np.argsort(-found[:, 4], kind="stable")]
 
 
-def _key_tiles(limits: Sequence[np.ndarray], key_lens: Sequence[int], width: int) -> np.ndarray:
-    tiles, row, key = [], 0, 0
-    for sample, keys in zip(limits, key_lens, strict=True):
-        first = np.arange(0, keys, width)
-        count = np.minimum(first + width, keys) - first
+def _key_tiles(
+    limits: Sequence[np.ndarray], first_keys: Sequence[int], key_lens: Sequence[int]
+) -> np.ndarray:
+    tiles, row = [], 0
+    for sample, key, keys in zip(limits, first_keys, key_lens, strict=True):
+        first = np.arange(0, keys, _ROWS)
+        count = np.minimum(first + _ROWS, keys) - first
         some = row + np.searchsorted(sample, first, side="right")
         whole = row + np.searchsorted(sample, first + count, side="left")
         end = np.full_like(first, row + len(sample))
         tiles.append(np.stack([key + first, count, first, some, whole, end], axis=1))
-        row, key = row + len(sample), key + keys
+        row += len(sample)
     found = np.concatenate(tiles).astype(np.int32)
     return found[np.argsort(found[:, 3] - found[:, 5], kind="stable")]
 
@@ -341,15 +348,16 @@ class _BlockAttention(torch.autograd.Function):
         scale = dim**-0.5
         strides = (q.stride(0), k.stride(0), v.stride(0), scale * _LOG2E, scale)
         plan, of = ctx.plan, OF_KEYS
+        assert plan.key_tiles is not None, "a plan for a gradient needs key_lens"
         _backward_of_keys[(len(plan.key_tiles), groups)](
             q, k, v, grad, lse, delta, grad_k, grad_v, plan.key_tiles, plan.limits, rows, *strides,
-            REPEAT=heads // groups, DIM=dim, WIDTH=_width(dim), BM=of.queries, BN=of.keys,
+            REPEAT=heads // groups, DIM=dim, WIDTH=_width(dim), BM=_ROWS, BN=_ROWS,
             num_warps=of.warps, num_stages=of.stages,
         )  # fmt: skip
         of = OF_QUERIES
         _backward_of_queries[(len(plan.query_tiles), heads)](
             q, k, v, grad, lse, delta, grad_q, plan.query_tiles, plan.limits, rows, *strides,
-            REPEAT=heads // groups, DIM=dim, WIDTH=_width(dim), BM=of.queries, BN=of.keys,
+            REPEAT=heads // groups, DIM=dim, WIDTH=_width(dim), BM=_ROWS, BN=_ROWS,
             num_warps=of.warps, num_stages=of.stages,
         )  # fmt: skip
         return grad_q, grad_k, grad_v, None
@@ -365,7 +373,7 @@ def _run_forward(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tens
     _forward[(len(plan.query_tiles), heads)](
         q, k, v, out, lse, plan.query_tiles, plan.limits, rows,
         q.stride(0), k.stride(0), v.stride(0), dim**-0.5 * _LOG2E,
-        REPEAT=heads // groups, DIM=dim, WIDTH=_width(dim), BM=FORWARD.queries, BN=FORWARD.keys,
+        REPEAT=heads // groups, DIM=dim, WIDTH=_width(dim), BM=_ROWS, BN=_ROWS,
         num_warps=FORWARD.warps, num_stages=FORWARD.stages,
     )  # fmt: skip
     return out, lse

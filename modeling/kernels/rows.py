@@ -295,6 +295,58 @@ def norm_rotary(
     return _turned(q, k, q_weight, k_weight, cos, sin, eps)
 
 
+@triton.jit
+def _place(
+    q, k, v, q_weight, k_weight, cos, sin, places, q_out, keys, values,
+    q_stride, k_stride, v_stride, heads, kv_heads, eps,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    angle = row * (2 * HALF) + tl.arange(0, HALF)
+    c = tl.load(cos + angle).to(tl.float32)[None, :]
+    s = tl.load(sin + angle).to(tl.float32)[None, :]
+    to = tl.load(places + row) * kv_heads * (2 * HALF)
+    q_to = q_out + row * heads * (2 * HALF)
+    _turn(q + row * q_stride, q_weight, q_to, heads, c, s, eps, HEADS, HALF)
+    _turn(k + row * k_stride, k_weight, keys + to, kv_heads, c, s, eps, KV_HEADS, HALF)
+    left, right, inside = _halves(v + row * v_stride, kv_heads, KV_HEADS, HALF)
+    left_to, right_to, _ = _halves(values + to, kv_heads, KV_HEADS, HALF)
+    tl.store(left_to, tl.load(left, mask=inside), mask=inside)
+    tl.store(right_to, tl.load(right, mask=inside), mask=inside)
+
+
+def place_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    places: Tensor,
+    q_out: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> None:
+    """`norm_rotary` whose results, and v, go where they are wanted; without a gradient.
+
+    Args:
+        q, k, v, q_weight, k_weight, cos, sin: as for `norm_rotary`; v like k.
+        places: (T,) int64 rows of keys and values for the new k and v.
+        q_out: (T, nh, d), contiguous. keys, values: (R, nkv, d), contiguous.
+    """
+    (rows, heads, dim), kv_heads = q.shape, k.shape[1]
+    for x in (q, k, v):
+        assert x.stride(2) == 1 and x.stride(1) == dim, x.stride()
+    if rows:
+        _place[(rows,)](
+            q, k, v, q_weight, k_weight, cos, sin, places, q_out, keys, values,
+            q.stride(0), k.stride(0), v.stride(0), heads, kv_heads, eps,
+            **_head_sizes(heads, kv_heads, dim), num_warps=4,
+        )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------- SwiGLU
 
 

@@ -108,13 +108,13 @@ def test_block_attention(
 ) -> None:
     """Tiles of 16, so that samples have several; their edges fall inside images and texts."""
     layout = LAYOUTS[name]
-    for tiling in ("FORWARD", "OF_KEYS", "OF_QUERIES"):
-        monkeypatch.setattr(block_attention, tiling, block_attention.Tiling(16, 16, 4, 2))
+    monkeypatch.setattr(block_attention, "_ROWS", 16)
     limits = layout.limits
     assert limits is not None
     for b, limit in enumerate(limits):
         assert np.array_equal(layout.allowed(b).sum(-1).numpy(), limit)
-    plan = block_attention.make_plan(limits, layout.key_lens, torch.device(DEVICE))
+    first_keys = np.cumsum([0, *layout.key_lens])[:-1].tolist()
+    plan = block_attention.make_plan(limits, first_keys, torch.device(DEVICE), layout.key_lens)
     torch.manual_seed(0)
     keys = sum(layout.key_lens)
     shapes = [(layout.total, heads[0]), (keys, heads[1]), (keys, heads[1])]
