@@ -39,7 +39,7 @@ from modeling.weight_files import (
     WhichWeights,
     open_weights,
 )
-from modeling.weight_stream import paused_collector, streaming
+from modeling.weight_stream import calm_interpreter, streaming
 
 TensorSource = StoredTensor | ComputedTensor
 
@@ -293,7 +293,7 @@ def load_bagel(
         UserWarning: `visual_gen=True` and no ae.safetensors; `vae` is None then.
     """
     device = torch.device(device)
-    with paused_collector():
+    with calm_interpreter():
         stored = open_weights(path, weights)
         with _arriving(stored, visual_gen, device, dtype) as arriving:
             config, model, sources = _build(path, stored, visual_gen)
@@ -329,7 +329,11 @@ def _arriving(
     if not _streams(device):
         yield {}
         return
-    wanted = {k: s for k, s in stored.items() if visual_gen or not is_generation_key(k)}
+    wanted = {
+        key: source
+        for key, source in stored.items()
+        if (visual_gen or not is_generation_key(key)) and source.dtype in FLOAT_DTYPES
+    }
     with streaming(wanted, device) as fill:
         targets = _allocate(wanted, device, dtype)
         fill(targets)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -137,17 +138,30 @@ class _Ring:
         self._free.put(buffer)
 
 
-def _deliver(part: Part, data: Tensor, stored: torch.dtype, target: Tensor) -> None:
+@dataclass(frozen=True)
+class _Target:
+    """Where a source goes: its elements, or its bytes where nothing is cast."""
+
+    flat: Tensor
+    stored: torch.dtype
+    cast: bool
+
+    @classmethod
+    def of(cls, target: Tensor, stored: torch.dtype) -> _Target:
+        flat = target.reshape(-1)  # contiguous, so a view
+        cast = target.dtype != stored
+        return cls(flat if cast else flat.view(torch.uint8), stored, cast)
+
+
+def _deliver(part: Part, data: Tensor, target: _Target) -> None:
     """Queue the copy of a part's bytes (nbytes,) to its place in `target`."""
-    flat = target.reshape(-1)  # contiguous, so a view
-    if target.dtype == stored:
-        place = flat.view(torch.uint8)[part.first : part.first + part.nbytes]
-        place.copy_(data, non_blocking=True)
+    if not target.cast:
+        target.flat[part.first : part.first + part.nbytes].copy_(data, non_blocking=True)
         return
     # Cast where it goes: a GPU casts faster, and torch would cast on the CPU first.
-    arrived = data.to(target.device, non_blocking=True, copy=True).view(stored)
-    first = part.first // stored.itemsize
-    flat[first : first + arrived.numel()].copy_(arrived)
+    arrived = data.to(target.flat.device, non_blocking=True, copy=True).view(target.stored)
+    first = part.first // target.stored.itemsize
+    target.flat[first : first + arrived.numel()].copy_(arrived)
 
 
 @contextmanager
@@ -180,35 +194,34 @@ def streaming(
     on_gpu = device.type == "cuda"
     ring = _Ring(threads + SPARE_BUFFERS, piece_bytes, pinned=on_gpu)
     side = torch.cuda.Stream(device) if on_gpu else None
-    pieces, turn, stopped = plan_pieces(sources, piece_bytes), threading.Lock(), threading.Event()
-    given: Future[Mapping[str, Tensor]] = Future()
+    pieces: SimpleQueue[Piece | None] = SimpleQueue()
+    stopped = threading.Event()
+    given: Future[dict[str, _Target]] = Future()
 
     def fill(targets: Mapping[str, Tensor]) -> None:
+        found = {}
         for key, source in sources.items():
             target = targets[key]
             assert tuple(target.shape) == source.shape, (key, target.shape, source.shape)
             assert target.is_contiguous(), key
             assert target.device == (side.device if side is not None else device), key
+            found[key] = _Target.of(target.detach(), FLOAT_DTYPES[source.dtype])
         if side is not None:  # whatever the targets' memory was used for before ends first
             side.wait_stream(torch.cuda.current_stream(device))
-        given.set_result(targets)
-
-    def next_piece() -> Piece | None:
-        with turn:
-            return None if stopped.is_set() else next(pieces, None)
+        given.set_result(found)
 
     def work() -> None:
         # Inference mode, as targets may be made in it or require gradients. It, the device and
         # the stream are a thread's own.
+        targets: dict[str, _Target] | None = None
         with torch.inference_mode(), torch.cuda.stream(side):
-            while (piece := next_piece()) is not None:
+            while (piece := pieces.get()) is not None and not stopped.is_set():
                 buffer = ring.take()
                 read_piece(descriptors[piece.file], piece, buffer.memory)
-                targets = given.result()
+                targets = targets or given.result()
                 for part in piece.parts:
                     data = buffer.bytes[part.offset : part.offset + part.nbytes]
-                    stored = FLOAT_DTYPES[sources[part.key].dtype]
-                    _deliver(part, data, stored, targets[part.key])
+                    _deliver(part, data, targets[part.key])
                 ring.give(buffer)
 
     try:
@@ -219,6 +232,10 @@ def streaming(
             }
             jobs = [pool.submit(work) for _ in range(threads)]
             try:
+                for piece in plan_pieces(sources, piece_bytes):
+                    pieces.put(piece)
+                for _ in range(threads):
+                    pieces.put(None)
                 yield fill
                 assert given.done(), "the block gave no targets"
                 for job in as_completed(jobs):
@@ -226,6 +243,8 @@ def streaming(
             finally:
                 stopped.set()  # after an error the others end with the piece they are at
                 given.cancel()
+                for _ in range(threads):
+                    pieces.put(None)
     finally:
         if side is not None:  # also after an error: the caller may free what is written to
             side.synchronize()
@@ -245,16 +264,20 @@ def stream_weights(
 
 
 @contextmanager
-def paused_collector() -> Iterator[None]:
-    """No cyclic garbage collection while the block runs.
+def calm_interpreter() -> Iterator[None]:
+    """No cyclic garbage collection while the block runs, and quick turns between threads.
 
     With torch and transformers imported a full collection visits 330,000 objects: 0.14 to 0.2 s,
-    half of a load to a GPU, and the objects that a load makes were enough to start one.
+    half of a load to a GPU, and the objects that a load makes were enough to start one. And a
+    thread that has read its piece would wait up to 5 ms, Python's usual turn, for one that builds
+    the module.
     """
-    was_on = gc.isenabled()
+    was_on, turn = gc.isenabled(), sys.getswitchinterval()
     gc.disable()
+    sys.setswitchinterval(1e-4)
     try:
         yield
     finally:
+        sys.setswitchinterval(turn)
         if was_on:
             gc.enable()

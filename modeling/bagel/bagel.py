@@ -64,7 +64,7 @@ class Bagel(nn.Module):
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""
         for module in self.modules():
-            if isinstance(module, DecoderLayer | VisionLayer):
+            if isinstance(module, DecoderLayer | VisionLayer | Connector):
                 module.checkpointing = enabled
 
     @property

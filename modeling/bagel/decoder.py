@@ -26,7 +26,7 @@ from modeling.bagel.attention import (
 )
 from modeling.bagel.config import LLMConfig
 from modeling.bagel.kv_cache import KeyValues
-from modeling.bagel.projections import few_rows, product, products
+from modeling.bagel.projections import added, few_rows, products
 
 # Of the understanding expert, then of the generation expert.
 SUFFIXES = ("", "_moe_gen")
@@ -160,7 +160,9 @@ class Attention(nn.Module):
         routing: Routing | None,
         cache: KeyValues | None,
         layer: int,
+        residuals: Rows,
     ) -> Rows:
+        """`residuals`, used up, plus what the normed rows xs of each expert see."""
         seen = None
         if cache is not None and self._places(xs[0], layout):
             assert isinstance(layout, AttentionLayout)
@@ -170,8 +172,8 @@ class Attention(nn.Module):
             if cache is not None:
                 k, v = cache.update(layer, k, v, layout)
             seen = split_rows(attend(q, k, v, layout).flatten(1), routing)
-        pairs = zip(SUFFIXES, seen, strict=False)
-        return tuple(product(x, getattr(self, f"o_proj{suffix}")) for suffix, x in pairs)
+        each_part = zip(SUFFIXES, residuals, seen, strict=False)
+        return tuple(added(x, y, getattr(self, f"o_proj{suffix}")) for suffix, x, y in each_part)
 
     def _places(self, x: Tensor, layout: AttentionLayout | DecodeLayout) -> bool:
         """Whether `_attend_in_cache` can serve."""
@@ -237,20 +239,21 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """`residual`, used up, plus the MLP of the normed rows x."""
         if few_rows(x, self.gate_proj):
             from modeling.kernels.stream_linear import stream_linear
 
             hidden = stream_linear(x, self.gate_proj.weight, second=self.up_proj.weight)
-            return stream_linear(hidden, self.down_proj.weight)
-        gate, up = products(x, [self.gate_proj, self.up_proj])
-        return self.down_proj(gated(gate, up))
+        else:
+            hidden = gated(*products(x, [self.gate_proj, self.up_proj]))
+        return added(residual, hidden, self.down_proj)
 
 
-def each(module: nn.Module, name: str, xs: Rows) -> Rows:
+def each(module: nn.Module, name: str, *arguments: Rows) -> Rows:
     """Apply `name` to the understanding rows and its generation twin to the latent rows."""
-    pairs = zip(SUFFIXES, xs, strict=False)
-    return tuple(getattr(module, name + suffix)(x) for suffix, x in pairs)
+    of_experts = zip(SUFFIXES, zip(*arguments, strict=True), strict=False)
+    return tuple(getattr(module, name + suffix)(*xs) for suffix, xs in of_experts)
 
 
 class DecoderLayer(nn.Module):
@@ -277,10 +280,8 @@ class DecoderLayer(nn.Module):
         cache: KeyValues | None,
     ) -> Rows:
         normed = each(self, "input_layernorm", xs)
-        added = self.self_attn(normed, cos, sin, layout, routing, cache, self.layer)
-        xs = tuple(x + more for x, more in zip(xs, added, strict=True))
-        added = each(self, "mlp", each(self, "post_attention_layernorm", xs))
-        return tuple(x + more for x, more in zip(xs, added, strict=True))
+        xs = self.self_attn(normed, cos, sin, layout, routing, cache, self.layer, xs)
+        return each(self, "mlp", each(self, "post_attention_layernorm", xs), xs)
 
     def forward(
         self,

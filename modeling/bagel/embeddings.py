@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def sincos_table(dim: int, side: int) -> Tensor:
@@ -69,6 +70,12 @@ class Connector(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(in_features, out_features)
         self.fc2 = nn.Linear(out_features, out_features)
+        self.checkpointing = False
+
+    def _body(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        if self.checkpointing and x.requires_grad:
+            return checkpoint(self._body, x, use_reentrant=False)
+        return self._body(x)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeling.bagel.attention import AttentionLayout, DecodeLayout
+from modeling.bagel.attention import AttentionLayout, DecodeLayout, backend_for
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
 from modeling.bagel.kv_cache import KVCache, Placement
@@ -323,8 +323,10 @@ def denoise(
         velocity.copy_(combine(found[0], found[1], image_dropped, guidance, lens))
         x.sub_(velocity * length)
 
+    # The eager attention reads lengths back, which no recording may.
+    records = model.layer_devices is None and backend_for(x.to(model.dtype)) != "sdpa"
     take = {
-        guided: RepeatedStep(step, device, graph=model.layer_devices is None)
+        guided: RepeatedStep(step, device, graph=records)
         for guided, step in ((False, plain_step), (True, guided_step))
     }
     schedule = torch.stack([times[:-1], times[:-1] - times[1:]], dim=1).to(device)

@@ -105,14 +105,23 @@ def few_rows(x: Tensor, layer: nn.Linear) -> bool:
     )
 
 
-def product(x: Tensor, layer: nn.Linear) -> Tensor:
-    """x (T, H) through a layer, by the weight-streaming kernel where rows are few."""
-    if not few_rows(x, layer):
-        out: Tensor = layer(x)
-        return out
-    from modeling.kernels.stream_linear import stream_linear
+def added(residual: Tensor, x: Tensor, layer: nn.Linear) -> Tensor:
+    """residual + layer(x), where nobody else needs `residual`: without a gradient it is reused.
 
-    return stream_linear(x, layer.weight, bias=layer.bias)
+    The sum is then formed inside the product, in fp32, and rounded once.
+    """
+    if (
+        torch.is_grad_enabled()
+        or layer.bias is not None
+        or layer.weight.device != x.device
+        or not fast.runs_kernels("rows", x)
+    ):
+        return residual + layer(x)
+    if few_rows(x, layer):
+        from modeling.kernels.stream_linear import stream_linear
+
+        return stream_linear(x, layer.weight, residual=residual, out=residual)
+    return residual.addmm_(x, layer.weight.t())
 
 
 def products(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
@@ -121,7 +130,7 @@ def products(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
         return tuple(layer(x) for layer in layers)
     joined = joined_weights(layers) if fast.is_on("projections") else None
     if joined is None or joined[0].device != x.device:
-        return tuple(product(x, layer) for layer in layers)
+        return tuple(layer(x) for layer in layers)
     sizes = [layer.out_features for layer in layers]
     if not few_rows(x, layers[0]):
         return F.linear(x, *joined).split(sizes, dim=-1)

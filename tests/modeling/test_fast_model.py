@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data.packing import pack, pack_branches
-from data.sequence import ImageSegment, LatentSegment, TextSegment
+from data.sequence import ImageSegment, LatentSegment, Segment, TextSegment
 from data.transforms import extrapolated_position_ids
 from modeling import fast, load_bagel
 from modeling.bagel.flow import Guidance, Prefix, denoise, flow_schedule, initial_noise
@@ -87,6 +87,7 @@ def test_drawing(bundle: Any, with_kernels: Callable[[], None]) -> None:
     blanks = [
         LatentSegment.blank(extrapolated_position_ids(h, w, side)) for h, w in ((2, 3), (4, 2))
     ]
+    contexts: list[list[tuple[Segment, ...]]]
     contexts = [[(text(7),), (text(4), image(2, model))], [(text(2),), (text(1),)]]
     contexts.append([(text(3),), (image(3, model),)])
     caches, pasts = [], []

@@ -22,7 +22,7 @@ from modeling import load_bagel
 from modeling.bagel.bagel import Bagel
 from modeling.checkpoint import is_generation_key, locate_weights
 from modeling.weight_files import StoredTensor, open_weights, read_file
-from modeling.weight_stream import paused_collector, stream_weights, streaming
+from modeling.weight_stream import calm_interpreter, stream_weights, streaming
 from tests.modeling.test_weight_stream import (
     Sources,
     assert_same,
@@ -175,11 +175,11 @@ def test_the_collector_pauses_and_comes_back(
     assert gc.isenabled()
     load_bagel(tiny_bagel_path)
     assert seen == [False] and gc.isenabled()
-    with pytest.raises(KeyError), paused_collector():
+    with pytest.raises(KeyError), calm_interpreter():
         raise KeyError
     assert gc.isenabled()
-    with paused_collector():
-        with paused_collector():
+    with calm_interpreter():
+        with calm_interpreter():
             pass
         assert not gc.isenabled(), "it was off before, so it stays off"
 

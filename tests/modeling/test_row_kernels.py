@@ -118,15 +118,15 @@ def test_block_attention(
     torch.manual_seed(0)
     keys = sum(layout.key_lens)
     shapes = [(layout.total, heads[0]), (keys, heads[1]), (keys, heads[1])]
-    inputs = [torch.randn(n, h, dim, device=DEVICE) for n, h in shapes]
+    q, k, v = (torch.randn(n, h, dim, device=DEVICE) for n, h in shapes)
     same_with_gradients(
         lambda q, k, v: (block_attention.block_attention(q, k, v, plan),),
         lambda q, k, v: (attend(q, k, v, layout),),
-        inputs,
+        [q, k, v],
     )
     with torch.no_grad():
-        out = block_attention.block_attention(*inputs, plan)
-        torch.testing.assert_close(out, attend(*inputs, layout), atol=1e-5, rtol=1e-5)
+        out = block_attention.block_attention(q, k, v, plan)
+        torch.testing.assert_close(out, attend(q, k, v, layout), atol=1e-5, rtol=1e-5)
 
 
 def test_rows_that_must_not_see_an_earlier_noised_image_have_no_limits() -> None:

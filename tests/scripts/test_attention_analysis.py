@@ -124,7 +124,7 @@ def oracle_weights(model: Any, batch: Any, mask: Tensor) -> list[Tensor]:
     for handle in handles:
         handle.remove()
     found = []
-    for attention, (*of_experts, _, routing, _, _) in inputs:
+    for attention, (*of_experts, _, routing, _, _, _) in inputs:
         x, cos, sin = (join_rows(part, routing) for part in of_experts)
         rows = torch.zeros(len(x), dtype=torch.bool)
         if routing is not None:
