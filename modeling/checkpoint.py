@@ -30,6 +30,7 @@ from modeling import fast
 from modeling.autoencoder import AE_FILE, AutoEncoder, load_autoencoder
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig, SpecialTokens, read_llm_config, read_vision_config
+from modeling.bagel.projections import empty_adjoining
 from modeling.tokenizer import load_tokenizer
 from modeling.weight_files import (
     FLOAT_DTYPES,
@@ -350,7 +351,7 @@ def _allocate(
         elements = sum(math.prod(source.shape) for source in sources.values())
         with suppress(torch.OutOfMemoryError):
             torch.empty(elements, dtype=dtype, device=device)
-    return {k: torch.empty(s.shape, device=device, dtype=dtype) for k, s in sources.items()}
+    return empty_adjoining({k: s.shape for k, s in sources.items()}, dtype, device)
 
 
 def _load_vae(path: Path, device: torch.device | str, dtype: torch.dtype) -> AutoEncoder | None:

@@ -8,7 +8,7 @@ weights lie where they lay when it was made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -53,6 +53,21 @@ def projection_groups(names: Sequence[str]) -> Iterator[list[str]]:
                 keys = [f"{layer}.{key.format(suffix)}" for key in group]
                 if known.issuperset(keys):
                     yield keys
+
+
+def empty_adjoining(
+    shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, device: torch.device | str
+) -> dict[str, Tensor]:
+    """Uninitialised tensors by state-dict key, those of each group next to each other."""
+    made: dict[str, Tensor] = {}
+    for keys in projection_groups(list(shapes)):
+        rows = [shapes[key][0] for key in keys]
+        joined = torch.empty((sum(rows), *shapes[keys[0]][1:]), dtype=dtype, device=device)
+        made.update(zip(keys, joined.split(rows), strict=True))
+    for key, shape in shapes.items():
+        if key not in made:
+            made[key] = torch.empty(tuple(shape), dtype=dtype, device=device)
+    return made
 
 
 @torch.no_grad()

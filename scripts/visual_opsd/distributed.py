@@ -35,6 +35,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from modeling import fast
+from modeling.bagel.projections import empty_adjoining
 from scripts.visual_opsd.processes import (
     DistEnv,
     agree,
@@ -56,6 +58,7 @@ __all__ = [
     "check_precision",
     "clip_grad_norm",
     "copy_shards",
+    "copy_units",
     "ema_update",
     "full_tensor",
     "gather_objects",
@@ -298,16 +301,20 @@ def copy_shards(target: nn.Module, source: nn.Module) -> None:
 
 
 @contextmanager
-def summon_full_params(model: nn.Module) -> Iterator[nn.Module]:
+def summon_full_params(model: nn.Module, *, copy: bool | None = None) -> Iterator[nn.Module]:
     """Full weights, in the compute dtype, as a plain module to sample from.
 
     FSDP1 users know `FSDP.summon_full_params`. FSDP2 has none, on purpose; this is its meaning
     for FSDP2 (recurse=True, writeback=False): every unit is unsharded once, and a plain twin of
-    the model (made on the meta device before sharding) is pointed at the unsharded tensors. The
+    the model (made on the meta device before sharding) gets the unsharded weights. The
     twin has no hooks, so nothing inside communicates: ranks may decode different lengths, which
     hangs when the sharded model itself is called (its blocks gather on every call, with FSDP1 even
-    inside the context). Gathered is bf16, half of what FSDP1 gathers (fp32 masters), and nothing
-    is copied. Training afterwards is bit-identical to never having sampled.
+    inside the context). Gathered is bf16, half of what FSDP1 gathers (fp32 masters). Training
+    afterwards is bit-identical to never having sampled.
+
+    copy: True: unit by unit into memory of the twin's own, where projections adjoin and no address
+        changes until the end, as fast decoding wants; at most one unit is gathered besides. False:
+        all units stay unsharded and the twin points at them, without a copy. None: True on CUDA.
 
     All ranks enter and leave together. The tensors are dead after the context: keep none. Writes
     to parameters are lost; buffers are shared with the model. Works before any forward. Sample
@@ -323,15 +330,58 @@ def summon_full_params(model: nn.Module) -> Iterator[nn.Module]:
     assert not torch.is_inference_mode_enabled(), "enter summon_full_params outside inference_mode"
     assert all(p.is_meta for p in plain.parameters()), "summon_full_params does not nest"
     units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    if copy is None:
+        first = next(model.parameters())
+        on_gpu = isinstance(first, DTensor) and first.device_mesh.device_type == "cuda"
+        copy = on_gpu and fast.is_on("projections")
     try:
-        for unit in units:
-            unit.unshard()
-        _bind(plain, model)
+        if copy:
+            _bind(plain, model, copy_units(model))
+        else:
+            for unit in units:
+                unit.unshard()
+            _bind(plain, model, dict(model.named_parameters(remove_duplicate=False)))
         yield plain
     finally:
         plain.to(device="meta")
         for unit in units:
             unit.reshard()
+
+
+@torch.no_grad()
+def copy_units(model: nn.Module, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Full weights by name, in the compute dtype, gathered one unit at a time: a collective.
+
+    into: what an earlier call returned, to be filled again where it is.
+    """
+    copies = {} if into is None else into
+    for unit, places in _units(model):
+        unit.unshard()
+        full = {name: getattr(owner, attribute) for name, owner, attribute in places}
+        if into is None and full:
+            some = next(iter(full.values()))
+            shapes = {name: parameter.shape for name, parameter in full.items()}
+            copies.update(empty_adjoining(shapes, some.dtype, some.device))
+        for name, parameter in full.items():
+            copies[name].copy_(parameter)
+        unit.reshard()
+    return copies
+
+
+def _units(model: nn.Module) -> list[tuple[FSDPModule, list[tuple[str, nn.Module, str]]]]:
+    """Each unit with what it gathers: (name in the model, module that holds it, attribute)."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    units = {name: m for name, m in modules.items() if isinstance(m, FSDPModule)}
+    assert "" in units, "the root is sharded last, as a unit of its own"
+    places: dict[str, list[tuple[str, nn.Module, str]]] = {name: [] for name in units}
+    for prefix, module in modules.items():
+        unit = prefix
+        while unit not in units:
+            unit = unit.rpartition(".")[0]
+        for attribute, _ in module.named_parameters(recurse=False):
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            places[unit].append((name, module, attribute))
+    return [(units[name], found) for name, found in places.items()]
 
 
 def _plain_twin(model: nn.Module) -> nn.Module:
@@ -344,11 +394,11 @@ def _plain_twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo).eval()
 
 
-def _bind(plain: nn.Module, model: nn.Module) -> None:
-    """Point the twin's parameters and buffers at the unsharded model's, zero-copy."""
+def _bind(plain: nn.Module, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Point the twin's parameters at these full weights and its buffers at the model's."""
     # Detached: load_state_dict(assign=True) would otherwise set requires_grad on FSDP's own
     # parameters, and a graph could grow into them.
-    full = {n: tensor.detach() for n, tensor in model.named_parameters(remove_duplicate=False)}
+    full = {name: tensor.detach() for name, tensor in weights.items()}
     sharded = [name for name, tensor in full.items() if isinstance(tensor, DTensor)]
     assert not sharded, f"still sharded: {sharded[:3]}"
     modules = dict(model.named_modules(remove_duplicate=False))

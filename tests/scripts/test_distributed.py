@@ -95,7 +95,7 @@ def test_one_process_is_bit_equal_to_the_plain_model(env: D.DistEnv, sharded: An
         optimizer = torch.optim.AdamW(params, lr=1e-2)
         for step in range(3):
             if label == "sharded":
-                with D.summon_full_params(sharded) as full:
+                with D.summon_full_params(sharded, copy=step == 1) as full:
                     trained[step] = toy_generate(full, patches, 6, step)
             else:
                 assert toy_generate(plain, patches, 6, step) == trained[step]
@@ -126,6 +126,27 @@ def test_summon_is_zero_copy_and_returns_to_meta(sharded: Any) -> None:
     # Trainable stays trainable, frozen stays frozen.
     flags = [p.requires_grad for p in sharded.parameters()]
     assert flags == [p.requires_grad for p in toy_model().parameters()]
+
+
+def test_summon_into_memory_of_its_own(sharded: Any) -> None:
+    """As on CUDA: unit by unit, and filled again at the same addresses after a step."""
+    with D.summon_full_params(sharded, copy=True) as full:
+        for (name, tensor), shard in zip(
+            full.named_parameters(), sharded.parameters(), strict=True
+        ):
+            assert isinstance(shard, D.DTensor), "nothing stays gathered"
+            assert torch.equal(tensor, shard.full_tensor()), name
+        assert full.inv_freq.data_ptr() == sharded.inv_freq.data_ptr()
+    assert all(t.is_meta for t in full.parameters())
+    kept = D.copy_units(sharded)
+    addresses = {name: tensor.data_ptr() for name, tensor in kept.items()}
+    with torch.no_grad():
+        for shard in sharded.parameters():
+            shard.to_local().add_(1.0)
+    assert D.copy_units(sharded, kept) is kept
+    for name, shard in sharded.named_parameters():
+        assert torch.equal(kept[name], shard.full_tensor()), name
+        assert kept[name].data_ptr() == addresses[name]
 
 
 def test_summon_misuse(sharded: Any) -> None:
