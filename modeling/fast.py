@@ -23,6 +23,7 @@ FAST_PATHS = {
     "decode": "weight-streaming products, cached attention and sampling as Triton kernels",
     "graphs": "CUDA graphs of decoding and denoising steps",
     "loss": "Triton kernels between the two products of the loss",
+    "features": "ViT outputs of the problem image computed once where teacher and student agree",
     "loading": "weight files read by threads, through pinned memory, to a GPU",
 }
 

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from modeling.bagel.attention import DecodeLayout
-from modeling.bagel.batch import PackedBatch, PackedLatents
+from modeling.bagel.batch import KnownImages, Loan, PackedBatch, PackedLatents
 from modeling.bagel.config import BagelConfig
 from modeling.bagel.decoder import DecoderLayer, LanguageModel, Routing
 from modeling.bagel.embeddings import Connector, PositionTable, TimestepEmbedder, sincos_table
@@ -61,10 +62,16 @@ class Bagel(nn.Module):
         """Modules that are sharded, compiled and checkpointed one by one."""
         return (DecoderLayer, VisionLayer)
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block's activations in the backward pass instead of keeping them."""
+    def set_gradient_checkpointing(self, enabled: bool, layers: int | None = None) -> None:
+        """Recompute each block's activations in the backward pass instead of keeping them.
+
+        layers: of the decoder's, only so many, the first ones, whose activations would be kept
+            longest; None: all.
+        """
         for module in self.modules():
-            if isinstance(module, DecoderLayer | VisionLayer | Connector):
+            if isinstance(module, DecoderLayer):
+                module.checkpointing = enabled and (layers is None or module.layer < layers)
+            elif isinstance(module, VisionLayer | Connector):
                 module.checkpointing = enabled
 
     @property
@@ -72,17 +79,45 @@ class Bagel(nn.Module):
         """Compute dtype: that of the (gathered) embedding."""
         return self.language_model.model.embed_tokens.weight.dtype
 
+    def see_images(self, batch: PackedBatch, images: Sequence[int]) -> Tensor:
+        """ViT outputs of some images of a batch: (their patches, Hv)."""
+        assert batch.vit_patches is not None
+        patches, positions, lens = batch.vit_patches, batch.vit_position_ids, batch.vit_lens
+        if len(images) < len(lens):
+            rows = batch.patch_rows(images)
+            patches, positions = patches[rows], positions[rows]
+            lens = tuple(lens[i] for i in images)
+        features: Tensor = self.vit_model(patches, positions, lens)
+        return features
+
     def encode_images(self, patches: Tensor, position_ids: Tensor, lens: tuple[int, ...]) -> Tensor:
         """ViT, connector, then the fixed position table: (Nv, 588) -> (Nv, H)."""
-        features = self.connector(self.vit_model(patches, position_ids, lens))
+        return self.connect_images(self.vit_model(patches, position_ids, lens), position_ids)
+
+    def connect_images(self, features: Tensor, position_ids: Tensor) -> Tensor:
+        """Connector and position table: (Nv, Hv) -> (Nv, H)."""
+        features = self.connector(features)
         return features + self.vit_pos_embed(position_ids).to(features.dtype)
+
+    def vit_features(self, batch: PackedBatch) -> Tensor:
+        """ViT outputs of all images of a batch, (Nv, Hv); known ones are taken as they are."""
+        known, every = batch.vit_known, range(len(batch.vit_lens))
+        if known is None:
+            return self.see_images(batch, every)
+        others = [i for i in every if i not in known.images]
+        if not others:
+            return known.features
+        new = self.see_images(batch, others)
+        whole = new.new_empty(len(batch.vit_position_ids), new.shape[-1])
+        whole = whole.index_copy_(0, batch.patch_rows(known.images), known.features)
+        return whole.index_copy_(0, batch.patch_rows(others), new)
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """Input rows (T, H) of a packed sequence."""
         text = self.language_model.model.embed_tokens(batch.text_ids)
         x = text.new_zeros((batch.total, text.shape[-1])).index_copy(0, batch.text_rows, text)
         if batch.vit_patches is not None:
-            features = self.encode_images(batch.vit_patches, batch.vit_position_ids, batch.vit_lens)
+            features = self.connect_images(self.vit_features(batch), batch.vit_position_ids)
             x = x.index_copy(0, batch.vit_rows, features.to(x.dtype))
         if batch.latents is not None:
             x = x.index_copy(0, batch.latents.rows, self.embed_latents(batch.latents).to(x.dtype))
@@ -107,6 +142,7 @@ class Bagel(nn.Module):
         head: None = ...,
         flow_head: None = ...,
         cache: KeyValues | None = ...,
+        loan: Loan | None = ...,
     ) -> Tensor: ...
 
     @overload
@@ -117,6 +153,7 @@ class Bagel(nn.Module):
         head: Head[T],
         flow_head: None = ...,
         cache: KeyValues | None = ...,
+        loan: Loan | None = ...,
     ) -> T: ...
 
     @overload
@@ -127,6 +164,7 @@ class Bagel(nn.Module):
         head: None = ...,
         flow_head: FlowHead[U],
         cache: KeyValues | None = ...,
+        loan: Loan | None = ...,
     ) -> U: ...
 
     @overload
@@ -137,6 +175,7 @@ class Bagel(nn.Module):
         head: Head[T],
         flow_head: FlowHead[U],
         cache: KeyValues | None = ...,
+        loan: Loan | None = ...,
     ) -> tuple[T, U]: ...
 
     def forward(
@@ -146,6 +185,7 @@ class Bagel(nn.Module):
         head: Head[T] | None = None,
         flow_head: FlowHead[U] | None = None,
         cache: KeyValues | None = None,
+        loan: Loan | None = None,
     ) -> Tensor | T | U | tuple[T, U]:
         """Run a packed sequence; with a cache its keys and values are stored there.
 
@@ -155,6 +195,7 @@ class Bagel(nn.Module):
                 afterwards; its result is returned.
             flow_head: likewise called with the velocities (M, 64) of the noised images' rows,
                 in the compute dtype.
+            loan: images whose ViT outputs are wanted; they are left in it.
 
         Returns:
             hidden states (T, H), or what `head` or `flow_head` returned, or both results.
@@ -164,6 +205,11 @@ class Bagel(nn.Module):
                 no latent tokens.
         """
         latents = batch.latents
+        if loan is not None:
+            with torch.enable_grad():
+                loan.features = self.see_images(batch, loan.images)
+            known = KnownImages(loan.images, loan.features.detach())
+            batch = replace(batch, vit_known=known)
         x = self.embed(batch)
         # Without latent rows the understanding expert does everything.
         routing = Routing(latents.und_rows, latents.rows) if latents is not None else None

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,6 +45,28 @@ class PackedLatents:
         return _moved(self, device)
 
 
+class KnownImages:
+    """ViT outputs that need not be computed: (patches, Hv), of these images, rising.
+
+    No dataclass, which FSDP2 would search for tensors with a gradient: it would take them for
+    the end of the root's backward pass, though the ViT's is still to come.
+    """
+
+    def __init__(self, images: tuple[int, ...], features: Tensor) -> None:
+        self.images, self.features = images, features
+
+
+@dataclass
+class Loan:
+    """Images whose ViT outputs a forward is to leave behind, in `features` (patches, Hv).
+
+    They carry a gradient if the ViT trains, also where the rest of the forward has none.
+    """
+
+    images: tuple[int, ...]
+    features: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """Tensors, attention layout and scored rows of a packed sequence of T rows.
@@ -57,6 +81,7 @@ class PackedBatch:
             those labels; score_counts: scored rows of each sample, summing to S.
         next_positions: rope position that follows each sample.
         latents: the VAE images, if there are any.
+        vit_known: images whose ViT outputs are there already, if any.
     """
 
     text_ids: Tensor
@@ -72,6 +97,7 @@ class PackedBatch:
     score_counts: tuple[int, ...]
     next_positions: tuple[int, ...]
     latents: PackedLatents | None = None
+    vit_known: KnownImages | None = None
 
     @property
     def total(self) -> int:
@@ -81,6 +107,12 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""
         return _moved(self, device)
+
+    def patch_rows(self, images: Sequence[int]) -> Tensor:
+        """(n,) int64: the patches of some images, on the patches' device."""
+        bounds = np.cumsum([0, *self.vit_lens])
+        rows = [np.arange(bounds[i], bounds[i + 1]) for i in images]
+        return torch.from_numpy(np.concatenate(rows)).to(self.vit_position_ids.device)
 
     def at_time(self, tokens: Tensor, time: Tensor) -> PackedBatch:
         """The same batch with other latent tokens (Nl, 64), all images at one flow time ()."""

@@ -29,9 +29,14 @@ class ModelSettings:
         "auto", "compute dtype; auto: bf16 on CUDA, fp32 on CPU", choices=("auto", "bf16", "fp32")
     )
     activation_checkpointing: bool = option(True, "recompute activations in the backward pass")
-    compile_blocks: bool = option(False, "torch.compile every block")
+    checkpointed_layers: int | None = option(
+        None, "with it: decoder layers that recompute, the first ones; none: all"
+    )
+    compile_blocks: bool = option(False, "torch.compile every block, instead of our kernels")
 
     def __post_init__(self) -> None:
+        if self.checkpointed_layers is not None and self.checkpointed_layers < 0:
+            raise ValueError("checkpointed_layers must not be negative; none: every layer")
         if self.visual_gen:
             raise ValueError(
                 "--visual_gen True: only interleaved SFT trains the drawing branch (train_sft "
@@ -183,7 +188,9 @@ class LossSettings:
         "jsd", "jsd, or tinker: sampled-token reverse KL", choices=("jsd", "tinker")
     )
     ce_weight: float = option(0.0, "weight of the cross-entropy on the completion")
-    loss_chunk_size: int = option(512, "scored rows whose logits are held at once")
+    loss_chunk_size: int = option(
+        512, "scored rows whose logits exist at once, both models' counted"
+    )
 
     def __post_init__(self) -> None:
         if self.loss_chunk_size < 1:

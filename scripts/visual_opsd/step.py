@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from data.packing import context_length, group_by_tokens, pack
 from data.sequence import Completion, Context, ImageSegment, LatentSegment, TextSegment
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.batch import PackedBatch
+from modeling.bagel.batch import KnownImages, Loan, PackedBatch
 from modeling.bagel.config import SpecialTokens
 from modeling.bagel.flow import flow_loss
 from scripts.visual_opsd.chunked_loss import chunked_opsd_loss
@@ -161,6 +161,20 @@ class PackResult:
         return math.isfinite(float(self.loss + self.stats.get("mse", 0.0)))
 
 
+def shared_images(rows: Sequence[ScoredRow]) -> Loan:
+    """The student's images among the teacher's: of each row the first ones of its context."""
+    images: list[int] = []
+    first = 0
+    for row in rows:
+        ours, theirs = (
+            sum(isinstance(segment, ImageSegment) for segment in context or ())
+            for context in (row.student, row.teacher)
+        )
+        images += range(first, first + ours)
+        first += theirs
+    return Loan(tuple(images))
+
+
 def run_pack(
     student: Bagel,
     teacher: Teacher | None,
@@ -189,7 +203,11 @@ def run_pack(
         contexts = [row.teacher for row in rows if row.teacher is not None]
         teacher_batch = pack(contexts, special)
         check_same_labels(student_batch, teacher_batch, [row.name for row in rows], decode)
-        teacher_hidden = teacher.hidden(teacher_batch.to(device))
+        loan = shared_images(rows) if teacher.lends(device) else None
+        teacher_hidden = teacher.hidden(teacher_batch.to(device), loan)
+        if loan is not None and loan.features is not None:
+            known = KnownImages(tuple(range(len(loan.images))), loan.features)
+            student_batch = replace(student_batch, vit_known=known)
     student_batch = student_batch.to(device)
 
     def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

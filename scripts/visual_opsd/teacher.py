@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from modeling import fast
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.batch import PackedBatch
+from modeling.bagel.batch import Loan, PackedBatch
 from scripts.visual_opsd.distributed import ema_update, full_tensor
 
 
@@ -28,11 +29,20 @@ class Teacher:
         assert (model is None) == (mode == "self"), mode
         self.mode, self.model, self.student, self.ema_decay = mode, model, student, ema_decay
 
+    def lends(self, device: torch.device) -> bool:
+        """Whether the student takes the teacher's ViT outputs of the images both see.
+
+        Their weights are the same where the teacher is the student, or where the ViT is frozen.
+        """
+        frozen = not any(p.requires_grad for p in self.student.vit_model.parameters())
+        same = self.mode == "self" or frozen
+        return same and device.type == "cuda" and fast.is_on("features")
+
     @torch.no_grad()
-    def hidden(self, batch: PackedBatch) -> Tensor:
+    def hidden(self, batch: PackedBatch, loan: Loan | None = None) -> Tensor:
         """Hidden states of the scored rows, (S, H) in the compute dtype. A collective."""
         model = self.model if self.model is not None else self.student
-        hidden: Tensor = model(batch, head=lambda hidden, weight: hidden)
+        hidden: Tensor = model(batch, head=lambda hidden, weight: hidden, loan=loan)
         return hidden
 
     def head(self, dtype: torch.dtype) -> Tensor | None:

@@ -192,10 +192,11 @@ class Trainer:
             self.mesh,
             block_classes=Bagel.block_classes(),
             param_dtype=self.dtype,
-            activation_checkpointing=trains and config.model.activation_checkpointing,
             compile_blocks=config.model.compile_blocks,
             cpu_offload=offload,
         )
+        if trains and config.model.activation_checkpointing:
+            model.set_gradient_checkpointing(True, config.model.checkpointed_layers)
         materialise(model, self.env.device, cpu_offload=offload)
         if source is not None and source.config == model.config:
             copy_shards(model, source)  # the same weights: no need to read them again

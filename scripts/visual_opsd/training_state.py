@@ -81,7 +81,7 @@ FREE_FIELDS = frozenset((
     "max_bad_rate", "max_nonfinite_steps", "device", "sharding_strategy", "num_shard",
     "num_replicate", "cpu_offload", "teacher_cpu_offload", "gradient_accumulation_steps",
     "pack_tokens", "sample_batch_size", "loss_chunk_size", "activation_checkpointing",
-    "compile_blocks", "wandb_project", "wandb_name", "wandb_offline",
+    "checkpointed_layers", "compile_blocks", "wandb_project", "wandb_name", "wandb_offline",
 ))
 # fmt: on
 

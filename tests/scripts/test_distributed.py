@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from scripts.visual_opsd import distributed as D
 from scripts.visual_opsd import training_state as T
@@ -134,9 +135,10 @@ def test_summon_into_memory_of_its_own(sharded: Any) -> None:
         for (name, tensor), shard in zip(
             full.named_parameters(), sharded.parameters(), strict=True
         ):
-            assert isinstance(shard, D.DTensor), "nothing stays gathered"
+            assert isinstance(shard, DTensor), "nothing stays gathered"
             assert torch.equal(tensor, shard.full_tensor()), name
-        assert full.inv_freq.data_ptr() == sharded.inv_freq.data_ptr()
+        buffer: Any = full.inv_freq
+        assert buffer.data_ptr() == sharded.inv_freq.data_ptr()
     assert all(t.is_meta for t in full.parameters())
     kept = D.copy_units(sharded)
     addresses = {name: tensor.data_ptr() for name, tensor in kept.items()}

@@ -166,6 +166,51 @@ def test_recorded_step(tiny_bagel_path: Path, env: DistEnv, packs: int) -> None:
             assert_golden(meta, key, torch.where(mask, actual, expected), expected)
 
 
+@pytest.mark.parametrize("mode", ["self", "ema"])
+def test_vit_outputs_lent_by_the_teacher_change_nothing(
+    tiny_bagel_path: Path, env: DistEnv, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows with 1 of 3 images in common, and one with 0 of 2; the ViT trains with mode self.
+
+    The ViT then runs once for each image: in the teacher's forward.
+    """
+    tokenizer, special = load_tokenizer(tiny_bagel_path)
+    row = recorded_row()
+    assert row.completion is not None and row.teacher is not None
+    blind = tuple(s for s in row.student if not isinstance(s, ImageSegment))
+    seeing = tuple(s for i, s in enumerate(row.teacher) if i != 1)
+    rows = [row, replace(row, student=blind, teacher=seeing), row]
+    student = sharded(tiny_bagel_path, env, trains=True)
+    teacher_model = None
+    if mode == "ema":
+        teacher_model = sharded(tiny_bagel_path, env, trains=False)
+        student.vit_model.requires_grad_(False)
+    teacher = Teacher(mode, teacher_model, student, 0.9)
+    assert not teacher.lends(torch.device("cpu")), "only where it was measured"
+    found, seen = [], []
+    for part in (student, teacher_model):
+        if part is not None:
+            part.vit_model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
+    for lends in (False, True):
+        seen.clear()
+        monkeypatch.setattr(Teacher, "lends", lambda *_, lends=lends: lends)
+        student.zero_grad(set_to_none=True)
+        result = run_pack(
+            student, teacher, teacher.head(torch.float32), rows, special=special,
+            loss=LossSettings(ce_weight=0.3).build(), chunk_size=7, scale=0.01,
+            device=env.device, decode=tokenizer.decode,
+        )  # fmt: skip
+        images = [len(lens) for lens in seen]
+        assert images == ([2, 6] if lends else [8, 2])
+        grads = {n: local(p.grad).clone() for n, p in student.named_parameters() if p.requires_grad}
+        found.append((result.loss, grads))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-4, rtol=1e-5)
+    assert found[1][1].keys() == found[0][1].keys()
+    assert any("vit_model" in name for name in found[0][1]) == (mode == "self")
+    for name, grad in found[1][1].items():
+        torch.testing.assert_close(grad, found[0][1][name], atol=2e-5, rtol=1e-3, msg=name)
+
+
 def test_ema_follows_the_stated_formula(tiny_bagel_path: Path, env: DistEnv) -> None:
     """e <- d e + (1 - d) p, for trained tensors, in fp32 and to the last bits."""
     student = sharded(tiny_bagel_path, env, trains=True)
@@ -299,3 +344,22 @@ def test_lengths_of_contexts() -> None:
     row = recorded_row()
     assert context_length(row.student) == 190
     assert row.length == 337
+
+
+def test_checkpointing_of_some_layers(tiny_bagel_path: Path, env: DistEnv) -> None:
+    """The first layers recompute, the rest keep; gradients are the same."""
+    _, special = load_tokenizer(tiny_bagel_path)
+    student = sharded(tiny_bagel_path, env, trains=True)
+    packed = pack([recorded_row().student], special)
+    grads = []
+    for layers in (None, 1):
+        student.set_gradient_checkpointing(True, layers)
+        flags = [bool(layer.checkpointing) for layer in student.language_model.model.layers]
+        assert flags == ([True] * 3 if layers is None else [True, False, False])
+        assert student.connector.checkpointing
+        student.zero_grad(set_to_none=True)
+        loss = student(packed, head=lambda hidden, weight: (hidden @ weight.t()).square().mean())
+        loss.backward()
+        grads.append([local(p.grad) for p in student.parameters() if p.requires_grad])
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
