@@ -1,10 +1,17 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""Memory and time of gathering full weights for sampling (`summon_full_params`), true size.
+"""Time and memory of full weights for sampling, gathered from FSDP2's shards, in three ways.
 
     python -m torch.distributed.run --standalone --nproc_per_node=2 -m scripts.bench.gather
 
-Random weights of BAGEL-7B's understanding branch and ViT, fp32 shards, bf16 gather. `--layers`
-makes it smaller. Rank 0 prints one JSON object.
+Random weights of BAGEL-7B's understanding branch and ViT, fp32 shards, bf16 gathered; one process
+works too. `--layers` makes it smaller.
+
+    bound      every unit stays unsharded, the plain module points at the gathered tensors
+    copied     unit by unit into memory of its own, freed afterwards: what the trainer does on CUDA
+    refreshed  the same into memory that is kept between steps
+
+Only the last two let projections adjoin. Kept memory would also keep a recorded decoding step
+valid; `record_s` is what recording it anew costs instead, at batch 2. Rank 0 prints one JSON object.
 """
 
 from __future__ import annotations
@@ -13,43 +20,109 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig, LLMConfig, VisionConfig
+from modeling.bagel.kv_cache import KVCache
+from modeling.bagel.streamed_decode import StreamedDecoder, streams
+from modeling.graphs import RepeatedStep
+from scripts.bench.common import TRUE_SIZE, versions
 from scripts.visual_opsd.cli import run_main
-from scripts.visual_opsd.distributed import make_mesh, materialise, shard_model, summon_full_params
-from scripts.visual_opsd.processes import barrier, init_distributed, shutdown
+from scripts.visual_opsd.distributed import (
+    copy_units,
+    make_mesh,
+    materialise,
+    shard_model,
+    summon_full_params,
+)
+from scripts.visual_opsd.processes import DistEnv, barrier, init_distributed, shutdown
 
 
 def sized(layers: int) -> BagelConfig:
     """The true widths with fewer decoder and ViT layers."""
-    llm = LLMConfig(3584, layers, 28, 4, 18944, 152064)
-    vision = VisionConfig(1152, min(layers, 26), 16, 4304)
-    return BagelConfig(llm=llm, vision=vision)
+    llm, vision = TRUE_SIZE.llm, TRUE_SIZE.vision
+    return BagelConfig(
+        llm=LLMConfig(
+            llm.hidden_size, layers, llm.num_attention_heads, llm.num_key_value_heads,
+            llm.intermediate_size, llm.vocab_size,
+        ),
+        vision=VisionConfig(
+            vision.hidden_size, min(layers, vision.num_hidden_layers), vision.num_attention_heads,
+            vision.intermediate_size,
+        ),
+    )  # fmt: skip
+
+
+class Clock:
+    """Seconds and memory on this rank's device."""
+
+    def __init__(self, env: DistEnv) -> None:
+        self.env, self.on_gpu = env, env.device.type == "cuda"
+
+    def now(self) -> float:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.env.device)
+        return time.perf_counter()
+
+    def allocated(self) -> float:
+        return torch.cuda.memory_allocated(self.env.device) / 1e9 if self.on_gpu else 0.0
+
+    def of(self, call: Callable[[], Any], repeats: int) -> dict[str, float]:
+        """First and median seconds, and the peak beyond what is held outside, in GB."""
+        before = self.allocated()
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.env.device)
+        seconds = []
+        for _ in range(repeats):
+            barrier(self.env)
+            start = self.now()
+            call()
+            seconds.append(self.now() - start)
+        peak = torch.cuda.max_memory_allocated(self.env.device) / 1e9 if self.on_gpu else 0.0
+        return {
+            "first_s": round(seconds[0], 4),
+            "median_s": round(statistics.median(seconds[1:] or seconds), 4),
+            "peak_beyond_gb": round(peak - before, 2),
+            "left_behind_gb": round(self.allocated() - before, 3),
+        }
+
+
+def record_seconds(plain: Bagel, clock: Clock) -> float | None:
+    """Seconds to record a decoding step of two rows, if this device records any."""
+    if not streams(plain, 2):
+        return None
+    cache = KVCache(plain.config.llm, 2, 2048, clock.env.device, plain.dtype)
+    step = StreamedDecoder(plain, cache, 2048)
+    tokens = torch.zeros(2, dtype=torch.int64, device=clock.env.device)
+
+    @torch.no_grad()
+    def advance() -> None:
+        tokens.copy_(step(tokens, tokens, tokens).argmax(-1))
+
+    repeated = RepeatedStep(advance, clock.env.device)
+    repeated()
+    start = clock.now()
+    repeated()
+    recorded = clock.now() - start
+    start = clock.now()
+    repeated()
+    return round(recorded - (clock.now() - start), 4)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--layers", type=int, default=TRUE_SIZE.llm.num_hidden_layers)
     parser.add_argument("--num_shard", type=int, help="default: all ranks of a node")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
     env = init_distributed(args.device)
-    on_gpu = env.device.type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-
-    def allocated() -> float:
-        return torch.cuda.memory_allocated(env.device) / 1e9 if on_gpu else 0.0
-
-    def now() -> float:
-        if on_gpu:
-            torch.cuda.synchronize(env.device)
-        return time.perf_counter()
-
+    clock = Clock(env)
+    dtype = torch.bfloat16 if clock.on_gpu else torch.float32
     mesh = make_mesh(env, num_shard=args.num_shard)
     with torch.device("meta"):
         model = Bagel(sized(args.layers))
@@ -58,33 +131,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.to_local().normal_(0, 0.02)  # type: ignore[attr-defined]
-    sharded, seconds, gathered = allocated(), [], 0.0
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(env.device)
-    for _ in range(args.repeats):
-        barrier(env)
-        start = now()
-        with summon_full_params(model):
-            seconds.append(now() - start)
-            gathered = allocated()
-    peak = torch.cuda.max_memory_allocated(env.device) / 1e9 if on_gpu else 0.0
+    sharded = clock.allocated()
+
+    def summoned(copy: bool) -> Callable[[], None]:
+        def call() -> None:
+            with summon_full_params(model, copy=copy):
+                clock.now()
+
+        return call
+
+    ways = {name: clock.of(summoned(copy), args.repeats) for name, copy in WAYS.items()}
+    with summon_full_params(model, copy=True) as plain:
+        assert isinstance(plain, Bagel)
+        recording = record_seconds(plain, clock)
+    kept = copy_units(model)
+    ways["refreshed"] = clock.of(lambda: copy_units(model, kept), args.repeats)
     if env.is_main:
         report = {
-            "hardware": torch.cuda.get_device_name(env.device) if on_gpu else "cpu",
-            "torch": torch.__version__,
+            "hardware": torch.cuda.get_device_name(env.device) if clock.on_gpu else "cpu",
+            "versions": versions(),
             "mesh": list(mesh.shape),
             "parameters": sum(p.numel() for p in model.parameters()),
             "sharded_gb": round(sharded, 2),
-            "gathered_gb": round(gathered - sharded, 2),
-            "peak_gb": round(peak, 2),
-            "left_behind_gb": round(allocated() - sharded, 3),
-            "first_s": round(seconds[0], 3),
-            "median_s": round(statistics.median(seconds[1:] or seconds), 3),
+            "kept_gb": round(sum(t.numel() * t.element_size() for t in kept.values()) / 1e9, 2),
+            **ways,
+            "record_s": recording,
         }
         print(json.dumps(report))
     shutdown()
     return 0
 
+
+WAYS = {"bound": False, "copied": True}
 
 if __name__ == "__main__":
     run_main(main)

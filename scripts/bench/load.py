@@ -7,7 +7,7 @@ Writes a folder of the true size (29.2 GB; `--tiny` for any machine) with random
 tokenizer of tests/tiny-bagel, and times `load_bagel` in fresh processes: from the call to the last
 byte on the GPU, CUDA's context made before. Beside it the two floors, taken in the same run:
 reading the same bytes into pinned buffers with as many threads, and copying as many bytes from a
-pinned buffer. Prints one JSON object.
+pinned buffer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +34,16 @@ import torch
 
 from modeling import load_bagel, weight_stream
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.config import BagelConfig, LLMConfig, VisionConfig
+from modeling.bagel.config import BagelConfig
+from modeling.bagel.projections import empty_adjoining
 from modeling.checkpoint import locate_weights
 from modeling.tokenizer import load_tokenizer
 from modeling.weight_files import StoredTensor, WeightWriter
 from modeling.weight_stream import plan_pieces, read_piece, staging_memory, stream_weights
+from scripts.bench.common import Report, finish, parser, start
 from scripts.visual_opsd.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[2]
-TRUE_SIZE = BagelConfig(
-    llm=LLMConfig(3584, 28, 28, 4, 18944, 152064),
-    vision=VisionConfig(1152, 26, 16, 4304),
-    visual_gen=True,
-)
-TINY = BagelConfig(
-    llm=LLMConfig(64, 3, 4, 2, 128, 1408),
-    vision=VisionConfig(32, 2, 2, 64),
-    visual_gen=True,
-)
 TARGET_RATIO = 1.2
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
 COPIED_BYTES = 256 * 2**20
@@ -83,9 +75,9 @@ def seconds(work: Callable[[], None], repeats: int) -> float:
     """Median of `repeats` after one that does not count."""
     taken = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        begin = time.perf_counter()
         work()
-        taken.append(time.perf_counter() - start)
+        taken.append(time.perf_counter() - begin)
     return statistics.median(taken[1:])
 
 
@@ -155,10 +147,10 @@ def timed_load(folder: Path, device: torch.device) -> dict[str, Any]:
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    start = time.perf_counter()
+    begin = time.perf_counter()
     bundle = load_bagel(folder, device=device, dtype=torch.bfloat16)
     _wait(device)
-    taken = time.perf_counter() - start
+    taken = time.perf_counter() - begin
     ended.set()
     sampler.join()
     peak = max(peak, anonymous_bytes())
@@ -174,13 +166,13 @@ def timed_load(folder: Path, device: torch.device) -> dict[str, Any]:
 def timed_parts(folder: Path, device: torch.device) -> dict[str, float]:
     """Seconds of what a load consists of, one by one and no longer the first in the process."""
     marks = {}
-    start = time.perf_counter()
+    last = time.perf_counter()
 
     def mark(name: str) -> None:
-        nonlocal start
+        nonlocal last
         _wait(device)
-        marks[name] = round(time.perf_counter() - start, 4)
-        start = time.perf_counter()
+        marks[name] = round(time.perf_counter() - last, 4)
+        last = time.perf_counter()
 
     _, sources = locate_weights(folder)
     mark("locate_s")
@@ -194,8 +186,8 @@ def timed_parts(folder: Path, device: torch.device) -> dict[str, float]:
         mark("")
         if name == "allocate_s":  # as modeling.checkpoint does: one block first
             torch.empty(sum(s.nbytes for s in stored.values()), dtype=torch.uint8, device=device)
-        for key, source in stored.items():
-            targets[key] = torch.empty(source.shape, dtype=torch.bfloat16, device=device)
+        shapes = {key: source.shape for key, source in stored.items()}
+        targets = empty_adjoining(shapes, torch.bfloat16, device)
         mark(name)
     for name in ("stream_first_s", "stream_s"):
         stream_weights(stored, targets)
@@ -213,59 +205,47 @@ def in_fresh_process(folder: Path, args: argparse.Namespace, eager: str = "") ->
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Both floors and all loads of a folder that is there, as one result."""
-    device = torch.device(args.device)
-    on_gpu = device.type == "cuda"
+def measure(report: Report, folder: Path, args: argparse.Namespace) -> None:
+    """Both floors and all loads of a folder that is there."""
+    device, on_gpu = report.machine.device, report.machine.on_gpu
     _, sources = locate_weights(folder)
     stored = {key: s for key, s in sources.items() if isinstance(s, StoredTensor)}
     nbytes = sum(source.nbytes for source in stored.values())
     floor_read = seconds(reading(stored, on_gpu), args.repeats)
     floor_copy = seconds(copying(nbytes, device), args.repeats)
+    floor = max(floor_read, floor_copy)
     runs = [in_fresh_process(folder, args) for _ in range(args.repeats)]
     eager = in_fresh_process(folder, args, eager="loading")
-    taken = [run["seconds"] for run in runs]
-    median, floor = statistics.median(taken), max(floor_read, floor_copy)
-    return {
-        "what": "load_bagel in a fresh process, understanding branch, bf16, warm page cache; "
-        "CUDA's context is made before",
-        "hardware": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "torch": torch.__version__,
-        "bytes": nbytes,
-        "median_s": round(median, 4),
-        "spread_s": round(max(taken) - min(taken), 4),
+    report.add(
+        "load_s",
+        [run["seconds"] for run in runs],
+        floor=floor,
+        target=round(TARGET_RATIO * floor, 3),
+        reference=None,
+        settings=f"load_bagel in a fresh process, {nbytes / 1e9:.1f} GB of the understanding "
+        f"branch, bf16, warm page cache, {args.threads} threads, pieces of {args.piece_mib} MiB; "
+        "CUDA's context is made before, the tokenizer is a tiny one",
+    )
+    report.notes["load"] = {
         "floor_read_s": round(floor_read, 4),
         "floor_copy_s": round(floor_copy, 4),
-        "floor_s": round(floor, 4),
-        "ratio": round(median / floor, 3),
-        "target_ratio": TARGET_RATIO,
         "peak_rss_anon_gb": round(max(run["peak"] for run in runs) / 1e9, 3),
         "before_rss_anon_gb": round(max(run["before"] for run in runs) / 1e9, 3),
         "eager_s": round(eager["seconds"], 4),
         "parts": runs[-1]["parts"],
-        "settings": {
-            "threads": args.threads,
-            "piece_mib": args.piece_mib,
-            "buffers": args.threads + weight_stream.SPARE_BUFFERS,
-            "repeats": args.repeats,
-            "cores": os.cpu_count(),
-            "file_bytes": (folder / "model.safetensors").stat().st_size,
-            "tokenizer": "tests/tiny-bagel",
-        },
+        "cores": os.cpu_count(),
+        "file_bytes": (folder / "model.safetensors").stat().st_size,
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--folder", help="kept, and used as it is if it has weights; default: none")
-    parser.add_argument("--threads", type=int, default=weight_stream.THREADS)
-    parser.add_argument("--piece_mib", type=int, default=weight_stream.PIECE_BYTES // 2**20)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tiny", action="store_true", help="small widths")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", help="also write the result here")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    options = parser(__doc__)
+    options.set_defaults(repeats=3)
+    options.add_argument("--folder", help="kept, and used as it is if it has weights")
+    options.add_argument("--threads", type=int, default=weight_stream.THREADS)
+    options.add_argument("--piece_mib", type=int, default=weight_stream.PIECE_BYTES // 2**20)
+    options.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    args = options.parse_args(argv)
     weight_stream.THREADS, weight_stream.PIECE_BYTES = args.threads, args.piece_mib * 2**20
     if args.child:
         place = Path(args.folder), torch.device(args.device)
@@ -273,15 +253,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.collect()
         print(json.dumps({**loaded, "parts": timed_parts(*place)}))
         return 0
+    report = start(args)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.folder or temporary)
         if not (folder / "model.safetensors").exists():
-            write_release(folder, TINY if args.tiny else TRUE_SIZE)
-        result = measure(folder.resolve(), args)
-    print(json.dumps(result))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+            write_release(folder, replace(report.machine.config, visual_gen=True))
+        measure(report, folder.resolve(), args)
+    return finish(report, args.json)
 
 
 if __name__ == "__main__":

@@ -1,145 +1,128 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""Seconds to draw one visual thought: 50 time steps, three guidance branches, and the decoder.
+"""Seconds to draw one visual thought: 49 Euler steps, three guidance branches, and the decoder.
 
-    python -m scripts.bench.vt_image --size 512 --json vt512.json
+    python -m scripts.bench.vt_image --json vt_image.json
 
-Random weights at BAGEL-7B's true size (`--tiny` for any machine), contexts of the lengths that
-a problem image and a question leave behind. Prints one JSON object, beside the public
-reference's figure on one H100 80 GB.
+Contexts of the lengths that a problem image and a question leave behind (512 x 512: 2,743, 2,489
+and 194 positions; 1024 x 1024: 9,346, 9,092 and 194); guidance text 4, image 2 on [0, 1], shift 3,
+global renorm. The notes say how far the picture is from that of the eager path, in grey levels.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from data.packing import pack_branches
 from data.sequence import LatentSegment
 from data.transforms import extrapolated_position_ids
 from modeling.autoencoder import AutoEncoder, AutoEncoderConfig, decode_tokens
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.config import BagelConfig, LLMConfig, SpecialTokens, VisionConfig
 from modeling.bagel.flow import Guidance, Prefix, denoise, flow_schedule, initial_noise
 from modeling.bagel.kv_cache import KVCache
+from scripts.bench.common import (
+    SPECIAL,
+    Machine,
+    Report,
+    eagerly,
+    finish,
+    layer_parameters,
+    parser,
+    random_model,
+    start,
+)
 from scripts.visual_opsd.cli import run_main
 
-TRUE_SIZE = BagelConfig(
-    llm=LLMConfig(3584, 28, 28, 4, 18944, 152064),
-    vision=VisionConfig(1152, 26, 16, 4304),
-    visual_gen=True,
-)
-TINY = BagelConfig(
-    llm=LLMConfig(64, 2, 4, 2, 128, 512),
-    vision=VisionConfig(32, 2, 2, 64),
-    visual_gen=True,
-)
-# Cached positions under the full, text-dropped and image-dropped context, and the reference's
-# seconds an image, by image side.
+# Cached positions under the full, text-dropped and image-dropped context, by image side.
 CONTEXTS = {512: (2743, 2489, 194), 1024: (9346, 9092, 194)}
-REFERENCE_S = {512: 11.0, 1024: 31.4}
+TINY_CONTEXTS = (20, 12, 8)
+TARGETS = {512: 3.9, 1024: 18.5}
+REFERENCES = {512: 11.0, 1024: 31.4}
+GUIDANCE = Guidance(text_scale=4.0, image_scale=2.0, interval=(0.0, 1.0), renorm="global")
 
 
-def random_model(config: BagelConfig, device: torch.device, dtype: torch.dtype) -> Bagel:
-    """Built on the device, parameter by parameter."""
-    with torch.device("meta"):
-        model = Bagel(config)
-    model.to(dtype).to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name and name.endswith("weight"):
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0, 0.02)
-    return model.requires_grad_(False)
-
-
-def random_prefixes(model: Bagel, lengths: Sequence[int]) -> list[list[Prefix]]:
+def random_prefixes(model: Bagel, machine: Machine, lengths: Sequence[int]) -> list[list[Prefix]]:
     """A cached context of each length, filled with random keys and values."""
     caches = []
-    device = next(model.parameters()).device
     for length in lengths:
-        cache = KVCache(model.config.llm, 1, length, device, model.dtype)
+        cache = KVCache(model.config.llm, 1, length, machine.device, model.dtype)
         for store in (*cache.keys, *cache.values):
             store.normal_()
         caches.append([Prefix(cache, 0, length)])
     return caches
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--size", type=int, default=512, choices=sorted(CONTEXTS))
-    parser.add_argument("--num_timesteps", type=int, default=50)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tiny", action="store_true", help="small widths, short contexts")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", help="also write the result here")
-    args = parser.parse_args(argv)
-    device = torch.device(args.device)
-    on_gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    torch.manual_seed(0)
-    model = random_model(TINY if args.tiny else TRUE_SIZE, device, dtype)
-    with torch.device(device):
-        vae = AutoEncoder(AutoEncoderConfig(width=32) if args.tiny else AutoEncoderConfig())
+def image_flop(model: Bagel, tokens: int, lengths: Sequence[int], steps: int) -> float:
+    """Products of the generation expert and attention, of all steps and branches."""
+    llm = model.config.llm
+    products = 2.0 * layer_parameters(model) * tokens * len(lengths)
+    pairs = sum((tokens + 2) * (length + tokens + 2) for length in lengths)
+    attention = 4.0 * pairs * llm.num_attention_heads * llm.head_dim * llm.num_hidden_layers
+    return steps * (products + attention)
+
+
+def bench(
+    report: Report, model: Bagel, vae: AutoEncoder, size: int, steps: int, repeats: int
+) -> None:
+    machine = report.machine
+    lengths = TINY_CONTEXTS if machine.tiny else CONTEXTS[size]
+    grid = machine.size(size // 16, size // 256)
+    blank = LatentSegment.blank(extrapolated_position_ids(grid, grid, model.config.max_latent_size))
+    branches = pack_branches([blank], [[(n, n)] for n in lengths], SPECIAL).to(machine.device)
+    prefixes = random_prefixes(model, machine, lengths)
+    times = flow_schedule(steps + 1, 3.0)
+    noise = initial_noise([grid * grid], generator=torch.Generator().manual_seed(0))
+
+    def draw() -> Tensor:
+        latents = denoise(model, noise, branches, prefixes, times, GUIDANCE)
+        return decode_tokens(vae, latents, grid, grid)
+
+    machine.reset_peak()
+    seconds = machine.timed(draw, repeats, warm_up=1)
+    report.add(
+        f"vt{size}_s",
+        seconds,
+        floor=report.ceilings.seconds(flop=image_flop(model, grid * grid, lengths, steps)),
+        target=TARGETS[size],
+        reference=REFERENCES[size],
+        settings=f"{16 * grid} x {16 * grid}, {steps} steps, three branches in one forward, "
+        f"contexts of {', '.join(map(str, lengths))}, decoder included",
+    )
+    note: dict[str, object] = {"peak_gb": round(machine.peak() / 1e9, 2)}
+    if size == min(CONTEXTS):  # the eager path takes its time
+        ours = draw()
+        with eagerly():
+            theirs = draw()
+        levels = (ours - theirs).abs().clamp(max=2).float() * 127.5
+        note["eager_difference_grey_levels"] = {
+            "mean": round(float(levels.mean()), 3),
+            "worst": round(float(levels.max()), 1),
+        }
+    report.notes[f"vt{size}"] = note
+
+
+def run(report: Report, sizes: Sequence[int], steps: int, repeats: int) -> None:
+    machine = report.machine
+    model = random_model(replace(machine.config, visual_gen=True), machine)
+    with torch.device(machine.device):
+        vae = AutoEncoder(AutoEncoderConfig(width=32) if machine.tiny else AutoEncoderConfig())
     vae.requires_grad_(False)
-    size = 64 if args.tiny else args.size
-    lengths = (20, 12, 8) if args.tiny else CONTEXTS[args.size]
-    grid = size // 16
-    side = model.config.max_latent_size
-    blank = LatentSegment.blank(extrapolated_position_ids(grid, grid, side))
-    special = SpecialTokens(1, 2, 3, 4)
-    branches = pack_branches([blank], [[(n, n)] for n in lengths], special).to(device)
-    prefixes = random_prefixes(model, lengths)
-    guidance = Guidance(text_scale=4.0, image_scale=2.0, interval=(0.0, 1.0), renorm="global")
-    times = flow_schedule(args.num_timesteps, 3.0)
-
-    def draw() -> tuple[float, float]:
-        """(seconds of denoising, seconds of decoding)"""
-        noise = initial_noise([grid * grid])
-        stamps = [_now(on_gpu)]
-        latents = denoise(model, noise, branches, prefixes, times, guidance)
-        stamps.append(_now(on_gpu))
-        decode_tokens(vae, latents, grid, grid)
-        stamps.append(_now(on_gpu))
-        return stamps[1] - stamps[0], stamps[2] - stamps[1]
-
-    draw()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    runs = [draw() for _ in range(args.repeats)]
-    totals = [sum(run) for run in runs]
-    median = statistics.median(totals)
-    reference = None if args.tiny else REFERENCE_S[args.size]
-    result = {
-        "what": f"one {size} x {size} image, {args.num_timesteps - 1} steps, three branches",
-        "hardware": torch.cuda.get_device_name() if on_gpu else "cpu",
-        "torch": torch.__version__,
-        "dtype": str(dtype).removeprefix("torch."),
-        "contexts": lengths,
-        "median_s": round(median, 3),
-        "spread_s": round(max(totals) - min(totals), 3),
-        "step_ms": round(1e3 * statistics.median(r[0] for r in runs) / (args.num_timesteps - 1), 2),
-        "decode_s": round(statistics.median(r[1] for r in runs), 3),
-        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if on_gpu else None,
-        "reference_s": reference,
-        "speed_up": round(reference / median, 2) if reference else None,
-    }
-    print(json.dumps(result))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    for size in sizes:
+        bench(report, model, vae, size, steps, repeats)
 
 
-def _now(on_gpu: bool) -> float:
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser(__doc__)
+    options.set_defaults(repeats=3)
+    options.add_argument("--sizes", type=int, nargs="+", default=[512, 1024], choices=CONTEXTS)
+    options.add_argument("--steps", type=int, default=49, help="Euler steps")
+    args = options.parse_args(argv)
+    report = start(args)
+    run(report, args.sizes, args.steps, args.repeats)
+    return finish(report, args.json)
 
 
 if __name__ == "__main__":

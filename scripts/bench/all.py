@@ -1,0 +1,115 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Every benchmark of one GPU, one after the other, as one report and one table.
+
+    python -m scripts.bench.all --json docs/benchmarks/h100.json
+
+Each runs in a process of its own (a profiler or a graph of one must not slow the next). About six
+minutes and 64 GB of disk at the true size; `--tiny` takes a minute on any machine. A table of the
+figures is printed at the end; docs/benchmarks/README.md holds the one of docs/benchmarks/h100.json.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts.bench.common import parser
+from scripts.visual_opsd.cli import run_main
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = ("decode", "step", "loss", "vt_image", "load")
+NAMES = {
+    "prefill_ms": "prompt of 1,565 rows, ms",
+    "decode_b1_ms": "decoded token, batch 1, ms",
+    "decode_b8_ms": "decoding step, batch 8, ms",
+    "decode_b32_ms": "decoding step, batch 32, ms",
+    "step_ckpt_ms": "training step a sample, checkpointing, ms",
+    "peak_gb": "its memory beyond weights and gradients, GB",
+    "step_ms": "training step a sample, no checkpointing, ms",
+    "loss_ms": "loss of 1,024 tokens, the paper's form, ms",
+    "loss_extra_gb": "its memory, both gradients included, GB",
+    "loss_full_ms": "loss of 1,024 tokens, whole vocabulary, ms",
+    "loss_full_extra_gb": "its memory, both gradients included, GB",
+    "vt512_s": "visual thought of 512 x 512, s",
+    "vt1024_s": "visual thought of 1024 x 1024, s",
+    "load_s": "loading 16.1 GB of weights, s",
+}
+
+
+def run_part(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The report of one benchmark.
+
+    Raises:
+        ValueError: it failed; what it said stands above.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "report.json"
+        command = [sys.executable, "-m", f"scripts.bench.{name}", *arguments, "--json", str(path)]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        if done.returncode:
+            raise ValueError(f"scripts.bench.{name} ended with code {done.returncode}, see above")
+        made: dict[str, Any] = json.loads(path.read_text())
+    return made
+
+
+def merged(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """One report; ceilings stand with each part, as each measures its own."""
+    first = next(iter(reports.values()))
+    shared = {k: first[k] for k in ("hardware", "versions", "dtype", "tiny", "reference_hardware")}
+    assert all(r["hardware"] == first["hardware"] for r in reports.values())
+    return {
+        "command": "python -m scripts.bench.all --json docs/benchmarks/h100.json",
+        **shared,
+        "ceilings": {name: report["ceilings"] for name, report in reports.items()},
+        "results": {k: v for report in reports.values() for k, v in report["results"].items()},
+        "notes": {k: v for report in reports.values() for k, v in report["notes"].items()},
+    }
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: a line for each figure, in the order of NAMES."""
+    lines = [
+        "| | median | spread | floor | median / floor | target | the authors' code |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for key, name in NAMES.items():
+        if key in results:
+            entry = results[key]
+            cells = (entry[k] for k in ("median", "spread", "floor", "ratio", "target"))
+            shown = [*("-" if cell is None else f"{cell:g}" for cell in cells)]
+            reference = entry["reference"]
+            shown.append("-" if reference is None else f"{reference:g}")
+            if entry["target"] is not None:
+                met = entry["median"] <= entry["target"]
+                shown[0] = f"**{shown[0]}**" if met else f"{shown[0]} (missed)"
+            lines.append(f"| {name} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser(__doc__)
+    options.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    options.set_defaults(repeats=None)
+    args = options.parse_args(argv)
+    arguments = ["--device", args.device, *(["--tiny"] if args.tiny else [])]
+    if args.repeats is not None:
+        arguments += ["--repeats", str(args.repeats)]
+    reports = {}
+    for name in args.only:
+        print(f"scripts.bench.{name} ...", file=sys.stderr, flush=True)
+        reports[name] = run_part(name, arguments)
+    made = merged(reports)
+    text = json.dumps(made, indent=1) + "\n"
+    if args.json:
+        Path(args.json).write_text(text)
+    print(table(made["results"]))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
