@@ -11,7 +11,7 @@ works too. `--layers` makes it smaller.
     refreshed  the same into memory that is kept between steps
 
 Only the last two let projections adjoin. Kept memory would also keep a recorded decoding step
-valid; `record_s` is what recording it anew costs instead, at batch 2. Rank 0 prints one JSON object.
+valid; `record_s` is what recording it anew costs instead, at batch 2. Rank 0 prints the report.
 """
 
 from __future__ import annotations
