@@ -16,13 +16,14 @@ BIN := $(VENV)/bin
 # read PYTHON too, as the interpreter to train with).
 unexport PYTHON TORCH_INDEX
 
-.PHONY: help demo test lint venv clean FORCE
+.PHONY: help demo test lint bench-cpu venv clean FORCE
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo [SEED=n]    train and evaluate the miniature of the paper on this machine"
 	@echo "make test [ARGS=...]  run the test suite (WORKERS=n processes, default 2)"
 	@echo "make lint             ruff, mypy and shellcheck"
+	@echo "make bench-cpu        every benchmark with a tiny model, on this machine's CPU"
 	@echo "make venv             only set up .venv"
 	@echo "make clean            remove .venv and the tools' caches (never results/)"
 	@echo "When .venv is made: PYTHON=python3.12 picks the interpreter, TORCH_INDEX=URL another"
@@ -38,6 +39,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy .
 	$(BIN)/shellcheck .ci/run scripts/*.sh scripts/visual_opsd/*.sh examples/slurm.sbatch
+
+bench-cpu: $(VENV)/.installed
+	$(BIN)/python -m scripts.bench.all --tiny --device cpu --repeats 1 $(ARGS)
 
 venv: $(VENV)/.installed-dev
 

@@ -98,8 +98,9 @@ class StreamedDecoder:
         heads = (llm.num_attention_heads, llm.num_key_value_heads, llm.head_dim)
         self.attention = DecodeAttention(cache.batch, cache.max_len, *heads, cos, sin)
         self.seen = self.head.new_empty(cache.batch, llm.num_attention_heads * llm.head_dim)
-        # Launches that begin before the last one has ended; Hopper was the first with them.
-        self.chained = _capability(self.head.device) >= (9, 0)
+        # Launches that begin before the last one has ended: from Hopper on, and where programs
+        # are light enough to share a multiprocessor with those of the launch before.
+        self.chained = _capability(self.head.device) >= (9, 0) and cache.batch <= 8
 
     def __call__(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """tokens, positions, slots (B,) int64 -> logits (B, V)."""

@@ -188,14 +188,21 @@ def _few_rows(
 
 
 def tile_for(rows: int, n: int, k: int, pair: bool) -> Tile:
-    """The tile that measured fastest on one H100 (docs/benchmarks)."""
+    """The tile that measured fastest at these sizes on one H100."""
+    wide, deep = n > 100_000, k > 8192
     if rows == 1:
-        if n > 100_000:
+        if wide:
             return Tile(4, 1024, 2, 5)
+        return Tile(4, 512, 4, 3) if pair else Tile(8, 512, 4, 3 if deep else 1)
+    if rows <= 8:
         if pair:
-            return Tile(4, 512, 4, 3)
-        return Tile(8, 512, 4, 3 if k > 8192 else 1)
-    return Tile(32, 128, 2, 3) if n > 8192 else Tile(16, 256, 2, 6)
+            return Tile(32, 128, 2, 4)
+        return Tile(32, 128, 2, 6) if 4096 < n <= 8192 else Tile(16, 256, 2, 6)
+    if wide:
+        return Tile(64, 128, 4, 3, swap=True)
+    if pair:
+        return Tile(16, 256, 2, 3)
+    return Tile(16, 256, 2, 4) if n <= 4096 and not deep else Tile(16, 128, 2, 6)
 
 
 def stream_linear(
