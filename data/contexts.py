@@ -140,7 +140,7 @@ def grow(
         rows = [growing[j] for j in run]
         begun = [contexts[i].reserved(lengths[j]) for i, j in zip(rows, run, strict=True)]
         batch = pack([segments[i] for i in rows], special, past=[c.past for c in begun])
-        model(batch.to(device_of(model)), cache=_Together(begun))
+        model.fill_cache(batch.to(device_of(model)), _Together(begun))
         for b, i in enumerate(rows):
             length, position = batch.layout.key_lens[b], batch.next_positions[b]
             results[i] = CachedContext(begun[b].store, length, position)

@@ -16,6 +16,7 @@ from modeling.bagel.config import BagelConfig
 from modeling.bagel.decoder import DecoderLayer, LanguageModel, Routing
 from modeling.bagel.embeddings import Connector, PositionTable, TimestepEmbedder, sincos_table
 from modeling.bagel.kv_cache import KeyValues, KVCache
+from modeling.bagel.recorded_vision import see
 from modeling.bagel.vision import VisionLayer, VisionModel
 
 T = TypeVar("T")
@@ -87,8 +88,7 @@ class Bagel(nn.Module):
             rows = batch.patch_rows(images)
             patches, positions = patches[rows], positions[rows]
             lens = tuple(lens[i] for i in images)
-        features: Tensor = self.vit_model(patches, positions, lens)
-        return features
+        return see(self.vit_model, patches, positions, lens)
 
     def encode_images(self, patches: Tensor, position_ids: Tensor, lens: tuple[int, ...]) -> Tensor:
         """ViT, connector, then the fixed position table: (Nv, 588) -> (Nv, H)."""
@@ -226,6 +226,14 @@ class Bagel(nn.Module):
         if head is None:
             return velocities
         return head(hidden[batch.score_rows], self.language_model.lm_head.weight), velocities
+
+    def fill_cache(self, batch: PackedBatch, cache: KeyValues) -> None:
+        """Keys and values of a packed sequence into `cache`; its hidden states are not wanted."""
+        latents = batch.latents
+        routing = Routing(latents.und_rows, latents.rows) if latents is not None else None
+        self.language_model.model(
+            self.embed(batch), batch.position_ids, batch.layout, routing, cache, keys_only=True
+        )
 
     def decode_step(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: KVCache

@@ -161,9 +161,18 @@ class Attention(nn.Module):
         cache: KeyValues | None,
         layer: int,
         residuals: Rows,
+        keys_only: bool = False,
     ) -> Rows:
-        """`residuals`, used up, plus what the normed rows xs of each expert see."""
+        """`residuals`, used up, plus what the normed rows xs of each expert see.
+
+        keys_only: nothing is added: what the cache keeps is all that is wanted.
+        """
         seen = None
+        if keys_only:
+            assert cache is not None
+            _, k, v = self.project(xs, cos, sin, routing)
+            cache.update(layer, k, v, layout)
+            return residuals
         if cache is not None and self._places(xs[0], layout):
             assert isinstance(layout, AttentionLayout)
             seen = self._attend_in_cache(xs, cos, sin, layout, routing, cache, layer)
@@ -278,9 +287,12 @@ class DecoderLayer(nn.Module):
         layout: AttentionLayout | DecodeLayout,
         routing: Routing | None,
         cache: KeyValues | None,
+        keys_only: bool,
     ) -> Rows:
         normed = each(self, "input_layernorm", xs)
-        xs = self.self_attn(normed, cos, sin, layout, routing, cache, self.layer, xs)
+        xs = self.self_attn(normed, cos, sin, layout, routing, cache, self.layer, xs, keys_only)
+        if keys_only:
+            return xs
         return each(self, "mlp", each(self, "post_attention_layernorm", xs), xs)
 
     def forward(
@@ -291,12 +303,17 @@ class DecoderLayer(nn.Module):
         layout: AttentionLayout | DecodeLayout,
         routing: Routing | None = None,
         cache: KeyValues | None = None,
+        keys_only: bool = False,
     ) -> Rows:
-        """Rows of each expert (T_e, H), their cos and sin (T_e, d) -> the same rows, one deeper."""
+        """Rows of each expert (T_e, H), their cos and sin (T_e, d) -> the same rows, one deeper.
+
+        keys_only: only the cache's keys and values are wanted; the rows come back as they are.
+        """
+        arguments = (xs, cos, sin, layout, routing, cache, keys_only)
         if self.checkpointing and any(x.requires_grad for x in xs):
             # Inside the layer, so that a sharded layer recomputes without gathering twice.
-            return checkpoint(self._body, xs, cos, sin, layout, routing, cache, use_reentrant=False)
-        return self._body(xs, cos, sin, layout, routing, cache)
+            return checkpoint(self._body, *arguments, use_reentrant=False)
+        return self._body(*arguments)
 
 
 class Decoder(nn.Module):
@@ -319,14 +336,19 @@ class Decoder(nn.Module):
         layout: AttentionLayout | DecodeLayout,
         routing: Routing | None = None,
         cache: KeyValues | None = None,
+        keys_only: bool = False,
     ) -> Tensor:
-        """x (T, H), position_ids (T,) -> hidden states after the final norm (T, H)."""
+        """x (T, H), used up, position_ids (T,) -> hidden states after the final norm (T, H).
+
+        keys_only: the hidden states are not wanted, so the last layer stops at its keys.
+        """
         angles = rotary(position_ids, self.head_dim, self.rope_theta)
         cos, sin = (split_rows(angle.to(x.dtype), routing) for angle in angles)
         xs = split_rows(x, routing)
-        for layer in self.layers:
-            xs = layer(xs, cos, sin, layout, routing, cache)
-        return join_rows(each(self, "norm", xs), routing)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            xs = layer(xs, cos, sin, layout, routing, cache, keys_only and index == last)
+        return join_rows(xs if keys_only else each(self, "norm", xs), routing)
 
 
 class LanguageModel(nn.Module):

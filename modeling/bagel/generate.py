@@ -228,7 +228,7 @@ def generate(
         device = prompt.text_ids.device
         where = model.layer_devices or device
         cache = KVCache(model.config.llm, batch, longest, where, model.dtype)
-        model(prompt, cache=cache)
+        model.fill_cache(prompt, cache)
     rows = _Rows(lens, prompt.next_positions, device, special, max_new_tokens)
     rounds = _Rounds(batch, continues, max_image_skips)
     last_position = max(prompt.next_positions) + max_new_tokens + 1

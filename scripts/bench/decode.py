@@ -114,9 +114,9 @@ def forced_logits(
     caches = [KVCache(llm, batch, room, forced.device, model.dtype) for _ in range(2)]
     positions = torch.tensor(packed.next_positions, device=forced.device)
     slots = torch.tensor(packed.layout.key_lens, device=forced.device)
-    model(packed, cache=caches[0])
+    model.fill_cache(packed, caches[0])
     with eagerly():
-        model(packed, cache=caches[1])
+        model.fill_cache(packed, caches[1])
     step: Callable[[Tensor, Tensor, Tensor], Tensor] = partial(model.decode_step, cache=caches[0])
     if streams(model, batch):
         step = StreamedDecoder(model, caches[0], room)
@@ -168,7 +168,7 @@ def bench_prefill(report: Report, model: Bagel, repeats: int) -> None:
 
     @torch.no_grad()
     def run() -> None:
-        model(packed, cache=cache)
+        model.fill_cache(packed, cache)
 
     seconds = machine.timed(run, max(repeats, 10), warm_up=3)
     flop = 2.0 * layer_parameters(model) * packed.total

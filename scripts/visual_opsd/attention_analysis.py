@@ -192,7 +192,7 @@ def watched(model: Bagel, see: Callable[[int, Tensor, Tensor], None]) -> Iterato
     """Call `see(layer, q, k)` with the rotated queries and keys of every layer of a forward."""
 
     def hook(module: Attention, inputs: tuple[Any, ...]) -> None:
-        xs, cos, sin, _, routing, _, layer, _ = inputs
+        xs, cos, sin, _, routing, _, layer, *_ = inputs
         q, k, _ = module.project(xs, cos, sin, routing)
         see(layer, q, k)
 

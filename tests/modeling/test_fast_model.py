@@ -17,6 +17,7 @@ from data.packing import pack, pack_branches
 from data.sequence import ImageSegment, LatentSegment, Segment, TextSegment
 from data.transforms import extrapolated_position_ids
 from modeling import fast, load_bagel
+from modeling.bagel import recorded_vision
 from modeling.bagel.flow import Guidance, Prefix, denoise, flow_schedule, initial_noise
 from modeling.bagel.kv_cache import KVCache
 from modeling.bagel.projections import adjoin_projections
@@ -148,3 +149,55 @@ def test_gradients(checkpointing: bool, with_kernels: Callable[[], None]) -> Non
         error = (grad - expected[name]).norm()
         # A key's bias changes no softmax: its gradient is rounding alone.
         assert error < 1e-3 * expected[name].norm() + 1e-6 * largest, (name, float(error))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_the_vit_is_recorded_for_a_size_that_comes_again() -> None:
+    """Replays read new patches and new weights; moved weights are noticed."""
+    bundle = load_bagel(TINY_BAGEL, device="cuda", dtype=torch.bfloat16)
+    vit = bundle.model.vit_model
+    dim = bundle.model.config.vision.patch_dim
+    positions = torch.arange(12, device="cuda")
+
+    def compare() -> None:
+        patches = torch.rand(12, dim, device="cuda")
+        with torch.no_grad():
+            actual = recorded_vision.see(vit, patches, positions, (4, 8))
+            assert torch.equal(actual, vit(patches, positions, (4, 8)))
+
+    for _ in range(4):
+        compare()
+    (recording,) = recorded_vision._OF_MODELS[vit].by_size.values()
+    assert recording is not None and recording.step.graph is not None
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.mul_(1.01)
+    compare()
+    assert list(recorded_vision._OF_MODELS[vit].by_size.values()) == [recording]
+    first = next(vit.parameters())
+    first.data = first.data.clone()
+    compare()
+    assert list(recorded_vision._OF_MODELS[vit].by_size.values()) == [None]
+    for side in range(1, 20):  # no more than some sizes are remembered
+        patches = torch.rand(side, dim, device="cuda")
+        with torch.no_grad():
+            recorded_vision.see(vit, patches, positions[:1].expand(side), (side,))
+    assert len(recorded_vision._OF_MODELS[vit].by_size) <= 8
+
+
+def test_a_cache_is_filled_as_by_a_forward(bundle: Any, with_kernels: Callable[[], None]) -> None:
+    """`fill_cache` leaves the last layer's products out, not its keys."""
+    model, special = bundle.model, bundle.special_tokens
+    packed = pack([(text(4), image(3, model)), (text(9),)], special).to(DEVICE)
+    for kernels in (False, True):
+        if kernels:
+            with_kernels()
+        caches = [KVCache(model.config.llm, 2, 20, DEVICE, model.dtype) for _ in range(2)]
+        with torch.no_grad():
+            model(packed, cache=caches[0])
+            model.fill_cache(packed, caches[1])
+        for one, other in zip(
+            caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True
+        ):
+            torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)

@@ -124,8 +124,9 @@ def oracle_weights(model: Any, batch: Any, mask: Tensor) -> list[Tensor]:
     for handle in handles:
         handle.remove()
     found = []
-    for attention, (*of_experts, _, routing, _, _, _) in inputs:
-        x, cos, sin = (join_rows(part, routing) for part in of_experts)
+    for attention, arguments in inputs:
+        routing = arguments[4]
+        x, cos, sin = (join_rows(part, routing) for part in arguments[:3])
         rows = torch.zeros(len(x), dtype=torch.bool)
         if routing is not None:
             rows[routing.gen_rows] = True
