@@ -1,10 +1,10 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
 """Fill tensors on a GPU from weight files, in the time of the slower of reading and copying.
 
-Threads read pieces of the files into a small ring of pinned buffers and queue each piece's copies
-on a side stream; a buffer is read into again once its last copy has ended. So later pieces are
-read while earlier ones travel. With tensors on the CPU the same code runs on ordinary memory,
-without a stream.
+Pieces of the mapped files are copied into a small ring of pinned buffers, by as many cores as torch
+uses, and on from there by a side stream; a buffer is filled again once its last copy has ended. So
+later pieces are read while earlier ones travel. With tensors on the CPU the same code runs on
+ordinary memory, without a stream.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import gc
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
@@ -20,19 +21,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from modeling.weight_files import FLOAT_DTYPES, StoredTensor, damaged
 
-# One core takes some 5 to 10 GB/s out of the page cache and PCIe 5 carries about 50, so up to ten
-# reads must be under way at any moment. `scripts.bench.load` measures other choices.
-THREADS = 12
-# Pinning costs about 0.25 s a GiB, and the whole load shall take little more than 0.3 s: so the
-# ring is 128 MiB, a buffer for each thread and a few whose copies are under way. A piece is large
-# enough (1 ms of reading) that the interpreter, tens of microseconds, is no third bottleneck.
-PIECE_BYTES = 8 * 2**20
-SPARE_BUFFERS = 4
+# One core takes some 5 GB/s out of the page cache and PCIe 5 carries about 55: a dozen must read.
+# Where torch has the cores, one thread that hands it large pieces is best: the interpreter has
+# little to do (53 GB/s measured, against 37 of twelve threads). `scripts.bench.load` measures other
+# choices. Pinning costs about 0.5 s a GiB, and the whole load shall take little more than 0.3 s:
+# so the ring is small.
+MANY_CORES = 8
+ONE_READER = (1, 32 * 2**20)  # threads, bytes of a piece
+READERS = (12, 8 * 2**20)
+SPARE_BUFFERS = 2
+
+
+def usual_readers() -> tuple[int, int]:
+    """Threads and bytes of a piece: by the cores that torch may use."""
+    return ONE_READER if torch.get_num_threads() >= MANY_CORES else READERS
 
 
 @dataclass(frozen=True)
@@ -81,20 +89,36 @@ def plan_pieces(sources: Mapping[str, StoredTensor], piece_bytes: int) -> Iterat
         yield piece
 
 
-def read_piece(descriptor: int, piece: Piece, memory: memoryview) -> None:
-    """Read a piece of an open file to the beginning of `memory`; other threads run meanwhile.
+class MappedFile:
+    """A file's bytes in memory: pages of the file, not of the process."""
+
+    def __init__(self, file: Path) -> None:
+        self.stream = file.open("rb", buffering=0)
+        array = np.memmap(self.stream, dtype=np.uint8, mode="r")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # nothing writes to what is read-only
+            self.bytes = torch.from_numpy(array)
+
+    def __enter__(self) -> MappedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
+        del self.bytes
+
+
+def read_piece(file: MappedFile, piece: Piece, memory: Tensor) -> None:
+    """Copy a piece of a file to the beginning of `memory`; other threads run meanwhile.
 
     Raises:
         ValueError: the file ends before the piece does.
     """
-    done = 0
-    while done < piece.nbytes:
-        view = memory[done : piece.nbytes]
-        count = os.preadv(descriptor, [view], piece.start + done)
-        if count == 0:
-            key = next(part.key for part in piece.parts if done < part.offset + part.nbytes)
-            raise damaged(piece.file, f"it ends inside {key}")
-        done += count
+    # To touch a page behind the end of a file kills the process.
+    length = os.fstat(file.stream.fileno()).st_size - piece.start
+    if length < piece.nbytes:
+        key = next(part.key for part in piece.parts if length < part.offset + part.nbytes)
+        raise damaged(piece.file, f"it ends inside {key}")
+    memory[: piece.nbytes].copy_(file.bytes[piece.start : piece.start + piece.nbytes])
 
 
 def staging_memory(nbytes: int, pinned: bool) -> Tensor:
@@ -108,9 +132,7 @@ def staging_memory(nbytes: int, pinned: bool) -> Tensor:
 class _Buffer:
     def __init__(self, nbytes: int, pinned: bool) -> None:
         self.bytes = staging_memory(nbytes, pinned)
-        self.memory = self.bytes.numpy().data
-        # Blocking: a waiting thread leaves its core to those that read.
-        self.copied = torch.cuda.Event(blocking=True) if pinned else None
+        self.copied = torch.cuda.Event() if pinned else None
 
 
 class _Ring:
@@ -184,13 +206,14 @@ def streaming(
         sources: stored tensors of a floating dtype, of any number of files.
         device: of all targets. Each is a contiguous tensor of its source's shape and any floating
             dtype; a part of a larger tensor will do.
-        threads, piece_bytes: THREADS and PIECE_BYTES unless given.
+        threads, piece_bytes: `usual_readers` unless given.
 
     Raises:
         ValueError: a file ends early. Any error of a thread stops the others and is raised when
             the block ends, unless that raises itself; the targets hold anything then.
     """
-    threads, piece_bytes = threads or THREADS, piece_bytes or PIECE_BYTES
+    usual = usual_readers()
+    threads, piece_bytes = threads or usual[0], piece_bytes or usual[1]
     on_gpu = device.type == "cuda"
     ring = _Ring(threads + SPARE_BUFFERS, piece_bytes, pinned=on_gpu)
     side = torch.cuda.Stream(device) if on_gpu else None
@@ -217,7 +240,7 @@ def streaming(
         with torch.inference_mode(), torch.cuda.stream(side):
             while (piece := pieces.get()) is not None and not stopped.is_set():
                 buffer = ring.take()
-                read_piece(descriptors[piece.file], piece, buffer.memory)
+                read_piece(mapped[piece.file], piece, buffer.bytes)
                 targets = targets or given.result()
                 for part in piece.parts:
                     data = buffer.bytes[part.offset : part.offset + part.nbytes]
@@ -226,8 +249,8 @@ def streaming(
 
     try:
         with ExitStack() as files, ThreadPoolExecutor(threads) as pool:
-            descriptors = {
-                file: files.enter_context(file.open("rb", buffering=0)).fileno()
+            mapped = {
+                file: files.enter_context(MappedFile(file))
                 for file in {source.file for source in sources.values()}
             }
             jobs = [pool.submit(work) for _ in range(threads)]

@@ -22,6 +22,8 @@ from modeling.bagel.kv_cache import KVCache, Placement
 from modeling.graphs import RepeatedStep
 
 RENORMS = ("global", "channel", "text_channel")
+# Latent tokens, of all branches, up to which a denoising step is recorded as a CUDA graph.
+_MOST_RECORDED = 2048
 
 # -- training ---------------------------------------------------------------------------------
 
@@ -323,8 +325,10 @@ def denoise(
         velocity.copy_(combine(found[0], found[1], image_dropped, guidance, lens))
         x.sub_(velocity * length)
 
-    # The eager attention reads lengths back, which no recording may.
-    records = model.layer_devices is None and backend_for(x.to(model.dtype)) != "sdpa"
+    # Large pictures keep a GPU busy by themselves; recording them only takes memory. The eager
+    # attention reads lengths back, which no recording may.
+    small = needed * len(x) <= _MOST_RECORDED
+    records = small and model.layer_devices is None and backend_for(x.to(model.dtype)) != "sdpa"
     take = {
         guided: RepeatedStep(step, device, graph=records)
         for guided, step in ((False, plain_step), (True, guided_step))

@@ -22,7 +22,7 @@ from scripts.bench.common import parser
 from scripts.visual_opsd.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("decode", "step", "loss", "vt_image", "load")
+PARTS = ("decode", "vt_image", "step", "loss", "load")
 NAMES = {
     "prefill_ms": "prompt of 1,565 rows, ms",
     "decode_b1_ms": "decoded token, batch 1, ms",
@@ -58,7 +58,7 @@ def run_part(name: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def merged(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """One report; ceilings stand with each part, as each measures its own."""
+    """One report of one or more parts; each measured ceilings of its own."""
     first = next(iter(reports.values()))
     shared = {k: first[k] for k in ("hardware", "versions", "dtype", "tiny", "reference_hardware")}
     assert all(r["hardware"] == first["hardware"] for r in reports.values())
@@ -96,18 +96,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     options.set_defaults(repeats=None)
     args = options.parse_args(argv)
-    arguments = ["--device", args.device, *(["--tiny"] if args.tiny else [])]
+    arguments = ["--device", args.device]
+    arguments += ["--tiny"] * args.tiny + ["--brief"] * args.brief
     if args.repeats is not None:
         arguments += ["--repeats", str(args.repeats)]
-    reports = {}
+    reports, failures = {}, []
     for name in args.only:
         print(f"scripts.bench.{name} ...", file=sys.stderr, flush=True)
-        reports[name] = run_part(name, arguments)
-    made = merged(reports)
-    text = json.dumps(made, indent=1) + "\n"
-    if args.json:
-        Path(args.json).write_text(text)
-    print(table(made["results"]))
+        try:
+            reports[name] = run_part(name, arguments)
+        except ValueError as error:  # the others may still run
+            failures.append(str(error))
+            continue
+        if args.json:  # after each part, so that an interrupted run leaves what it has
+            Path(args.json).write_text(json.dumps(merged(reports), indent=1) + "\n")
+    if reports:
+        print(table(merged(reports)["results"]))
+    if failures:
+        raise ValueError("; ".join(failures))
     return 0
 
 

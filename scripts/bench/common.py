@@ -197,6 +197,9 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--json", help="also write the report here")
     made.add_argument("--repeats", type=int, default=5)
+    made.add_argument(
+        "--brief", action="store_true", help="the figures alone, without comparisons in the notes"
+    )
     return made
 
 

@@ -183,11 +183,15 @@ def bench_prefill(report: Report, model: Bagel, repeats: int) -> None:
     )
 
 
-def run(machine: Machine, report: Report, batches: Sequence[int], repeats: int) -> None:
+def run(
+    machine: Machine, report: Report, batches: Sequence[int], repeats: int, brief: bool
+) -> None:
     model = random_model(machine.config, machine)
     bench_prefill(report, model, repeats)
     for batch in batches:
         bench_batch(report, model, batch, repeats)
+    if brief:
+        return
     packed = pack([prompt(machine) for _ in range(8)], SPECIAL).to(machine.device)
     report.notes["greedy_agreement"] = agreement(model, packed, machine.size(256, 24))
 
@@ -197,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], choices=TARGETS)
     args = options.parse_args(argv)
     report = start(args)
-    run(report.machine, report, args.batches, args.repeats)
+    run(report.machine, report, args.batches, args.repeats, args.brief)
     return finish(report, args.json)
 
 

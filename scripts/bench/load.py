@@ -39,7 +39,13 @@ from modeling.bagel.projections import empty_adjoining
 from modeling.checkpoint import locate_weights
 from modeling.tokenizer import load_tokenizer
 from modeling.weight_files import StoredTensor, WeightWriter
-from modeling.weight_stream import plan_pieces, read_piece, staging_memory, stream_weights
+from modeling.weight_stream import (
+    MappedFile,
+    plan_pieces,
+    read_piece,
+    staging_memory,
+    stream_weights,
+)
 from scripts.bench.common import Report, finish, parser, start
 from scripts.visual_opsd.cli import run_main
 
@@ -83,21 +89,21 @@ def seconds(work: Callable[[], None], repeats: int) -> float:
 
 def reading(sources: Mapping[str, StoredTensor], on_gpu: bool) -> Callable[[], None]:
     """Reads all bytes of `sources` into one buffer a thread, and does nothing with them."""
-    size, threads = weight_stream.PIECE_BYTES, weight_stream.THREADS
-    buffers = [staging_memory(size, on_gpu).numpy().data for _ in range(threads)]
+    threads, size = weight_stream.usual_readers()
+    buffers = [staging_memory(size, on_gpu) for _ in range(threads)]
     plan = list(plan_pieces(sources, size))
-    files = {file: file.open("rb", buffering=0) for file in {piece.file for piece in plan}}
+    files = {file: MappedFile(file) for file in {piece.file for piece in plan}}
 
     def work() -> None:
         pieces, turn = iter(plan), threading.Lock()
 
-        def read(memory: memoryview) -> None:
+        def read(memory: torch.Tensor) -> None:
             while True:
                 with turn:
                     piece = next(pieces, None)
                 if piece is None:
                     return
-                read_piece(files[piece.file].fileno(), piece, memory)
+                read_piece(files[piece.file], piece, memory)
 
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(read, buffers))
@@ -198,8 +204,9 @@ def timed_parts(folder: Path, device: torch.device) -> dict[str, float]:
 
 def in_fresh_process(folder: Path, args: argparse.Namespace, eager: str = "") -> dict[str, Any]:
     command = [sys.executable, "-m", "scripts.bench.load", "--child", "--folder", str(folder)]
-    command += ["--device", args.device, "--threads", str(args.threads)]
-    command += ["--piece_mib", str(args.piece_mib)]
+    command += ["--device", args.device]
+    if args.readers:
+        command += ["--readers", *map(str, args.readers)]
     environment = {**os.environ, "VISUAL_OPSD_EAGER": eager}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -215,7 +222,8 @@ def measure(report: Report, folder: Path, args: argparse.Namespace) -> None:
     floor_copy = seconds(copying(nbytes, device), args.repeats)
     floor = max(floor_read, floor_copy)
     runs = [in_fresh_process(folder, args) for _ in range(args.repeats)]
-    eager = in_fresh_process(folder, args, eager="loading")
+    eager = None if args.brief else in_fresh_process(folder, args, eager="loading")
+    threads, piece_bytes = weight_stream.usual_readers()
     report.add(
         "load_s",
         [run["seconds"] for run in runs],
@@ -223,7 +231,7 @@ def measure(report: Report, folder: Path, args: argparse.Namespace) -> None:
         target=round(TARGET_RATIO * floor, 3),
         reference=None,
         settings=f"load_bagel in a fresh process, {nbytes / 1e9:.1f} GB of the understanding "
-        f"branch, bf16, warm page cache, {args.threads} threads, pieces of {args.piece_mib} MiB; "
+        f"branch, bf16, warm page cache, readers: {threads}, pieces of {piece_bytes >> 20} MiB; "
         "CUDA's context is made before, the tokenizer is a tiny one",
     )
     report.notes["load"] = {
@@ -231,7 +239,7 @@ def measure(report: Report, folder: Path, args: argparse.Namespace) -> None:
         "floor_copy_s": round(floor_copy, 4),
         "peak_rss_anon_gb": round(max(run["peak"] for run in runs) / 1e9, 3),
         "before_rss_anon_gb": round(max(run["before"] for run in runs) / 1e9, 3),
-        "eager_s": round(eager["seconds"], 4),
+        "eager_s": None if eager is None else round(eager["seconds"], 4),
         "parts": runs[-1]["parts"],
         "cores": os.cpu_count(),
         "file_bytes": (folder / "model.safetensors").stat().st_size,
@@ -242,11 +250,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
     options.set_defaults(repeats=3)
     options.add_argument("--folder", help="kept, and used as it is if it has weights")
-    options.add_argument("--threads", type=int, default=weight_stream.THREADS)
-    options.add_argument("--piece_mib", type=int, default=weight_stream.PIECE_BYTES // 2**20)
+    options.add_argument(
+        "--readers", type=int, nargs=2, metavar=("THREADS", "MIB"), help="threads, MiB of a piece"
+    )
     options.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = options.parse_args(argv)
-    weight_stream.THREADS, weight_stream.PIECE_BYTES = args.threads, args.piece_mib * 2**20
+    if args.readers:
+        chosen = (args.readers[0], args.readers[1] * 2**20)
+        weight_stream.ONE_READER = weight_stream.READERS = chosen
     if args.child:
         place = Path(args.folder), torch.device(args.device)
         loaded = timed_load(*place)

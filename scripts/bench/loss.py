@@ -181,7 +181,7 @@ def median(machine: Machine, call: Callable[[], Any], repeats: int) -> float:
     return round(statistics.median(event_times(machine, call, repeats)), 3)
 
 
-def run(report: Report, repeats: int) -> None:
+def run(report: Report, repeats: int, brief: bool) -> None:
     problem = Problem(report.machine)
     flop = 8.0 * problem.rows * problem.width * problem.vocab
     gradients = (problem.rows + problem.vocab) * problem.width * problem.head.element_size()
@@ -202,6 +202,8 @@ def run(report: Report, repeats: int) -> None:
             f"{key}_extra_gb", [extra / 1e9], floor=gradients / 1e9, target=TARGET_GB,
             reference=REFERENCE_GB if in_paper else None, settings=settings,
         )  # fmt: skip
+    if brief:
+        return
     for rows in (problem.chunk, problem.chunk // 2):
         report.notes[f"products_ms_in_chunks_of_{rows}"] = product_times(problem, rows, repeats)
     report.notes["kernels"] = fast.runs_kernels("loss", problem.head)
@@ -228,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.set_defaults(repeats=30)
     args = options.parse_args(argv)
     report = start(args)
-    run(report, args.repeats)
+    run(report, args.repeats, args.brief)
     return finish(report, args.json)
 
 

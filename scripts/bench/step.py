@@ -107,7 +107,7 @@ def bench(report: Report, model: Bagel, checkpointing: bool, repeats: int) -> fl
     return extra
 
 
-def run(machine: Machine, report: Report, repeats: int) -> None:
+def run(machine: Machine, report: Report, repeats: int, brief: bool) -> None:
     # As FSDP2 gathers weights, each for itself.
     model = random_model(machine.config, machine, adjoin=False).requires_grad_(True)
     model.vit_pos_embed.requires_grad_(False)
@@ -122,6 +122,8 @@ def run(machine: Machine, report: Report, repeats: int) -> None:
     )
     extra = bench(report, model, False, repeats)
     report.notes["peak_gb_without_checkpointing"] = round(extra / 1e9, 2)
+    if brief:
+        return
     half = model.config.llm.num_hidden_layers // 2
     seconds, extra = one_pack(report.machine, model, True, repeats, layers=half)
     report.notes[f"checkpointed_layers_{half}"] = {
@@ -133,7 +135,7 @@ def run(machine: Machine, report: Report, repeats: int) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser(__doc__).parse_args(argv)
     report = start(args)
-    run(report.machine, report, args.repeats)
+    run(report.machine, report, args.repeats, args.brief)
     return finish(report, args.json)
 
 

@@ -198,6 +198,28 @@ def test_wrong_targets(make_file: Callable[..., Sources]) -> None:
         pass
 
 
+@pytest.mark.parametrize("cores", [1, 16])
+def test_readers_by_cores(
+    cores: int, make_file: Callable[..., Sources], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One reader where torch spreads its copies, many where it has a single core."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    threads, piece_bytes = weight_stream.usual_readers()
+    assert (threads == 1) == (cores == 16)
+    made: list[int] = []
+
+    def counted(nbytes: int, pinned: bool) -> Tensor:
+        made.append(nbytes)
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    monkeypatch.setattr(weight_stream, "staging_memory", counted)
+    sources = make_file(random_tensors(torch.float32))
+    targets = empty_like(sources, torch.float32)
+    stream_weights(sources, targets)
+    assert set(made) == {piece_bytes}
+    assert_same(targets, {key: source.get() for key, source in sources.items()})
+
+
 def test_few_buffers_serve_many_pieces(
     make_file: Callable[..., Sources], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,9 +246,9 @@ def test_reading_begins_before_the_targets_are_there(
     sources = make_file({"a": torch.randn(64, 100)})
     reading = threading.Event()
 
-    def read(descriptor: int, piece: weight_stream.Piece, memory: memoryview) -> None:
+    def read(*arguments: Any) -> None:
         reading.set()
-        read_piece(descriptor, piece, memory)
+        read_piece(*arguments)
 
     monkeypatch.setattr(weight_stream, "read_piece", read)
     with streaming(sources, torch.device("cpu"), piece_bytes=1000) as fill:
@@ -246,7 +268,7 @@ class LateGpu:
         deliver, gpu = weight_stream._deliver, self
 
         class Event:
-            def __init__(self, blocking: bool) -> None:
+            def __init__(self) -> None:
                 self.until = 0
 
             def record(self) -> None:
@@ -307,24 +329,12 @@ def test_a_file_cut_after_it_was_opened(make_file: Callable[..., Sources]) -> No
         stream_weights(sources, empty_like(sources, torch.float32), piece_bytes=512)
 
 
-def test_reads_that_return_less_go_on(
-    make_file: Callable[..., Sources], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    preadv = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, views, at: preadv(fd, [views[0][:100]], at))
-    sources = make_file(random_tensors(torch.float32))
-    targets = empty_like(sources, torch.float32)
-    stream_weights(sources, targets)
-    monkeypatch.undo()
-    assert_same(targets, {key: source.get() for key, source in sources.items()})
-
-
 def test_an_error_in_one_thread_stops_the_others(
     make_file: Callable[..., Sources], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads, turn = [], itertools.count()
 
-    def broken(descriptor: int, piece: weight_stream.Piece, memory: memoryview) -> None:
+    def broken(_: Any, piece: weight_stream.Piece, memory: Tensor) -> None:
         reads.append(piece.start)
         if next(turn) == 5:
             raise OSError(errno.EIO, "the disk is broken")
