@@ -19,6 +19,8 @@ import pytest
 from PIL import Image
 
 from data.rejects import Reject
+from modeling.bagel.attention import BACKENDS
+from modeling.fast import FAST_PATHS
 from scripts.visual_opsd import evaluate, train_visual_opsd
 from scripts.visual_opsd.cli import build_parser, flat, parse_config
 from scripts.visual_opsd.config import (
@@ -41,6 +43,7 @@ DEMO_RUNS = ROOT / "docs" / "benchmarks" / "demo.json"
 NAMES = (
     "README.md", "TRAIN.md", "EVAL.md", "INSTALL.md", "CONTRIBUTING.md", "CHANGELOG.md",
     "scripts/visual_opsd/README.md", "docs/paper_map.md", "docs/log.md",
+    "docs/benchmarks/README.md",
 )  # fmt: skip
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 
@@ -190,6 +193,13 @@ def test_settings_free_to_change_on_resume() -> None:
     text = region(DOCUMENTS["TRAIN.md"], "free")
     documented = {name.removeprefix("--") for name in spans(text)}
     assert documented == FREE_FIELDS & set(train_fields())
+
+
+def test_every_fast_path_is_explained() -> None:
+    rows = table_rows(region(DOCUMENTS["INSTALL.md"], "fast paths"))
+    assert {spans(name)[0]: meaning for name, meaning in rows} == FAST_PATHS
+    backends = DOCUMENTS["INSTALL.md"].split("<!-- end -->")[1].split("##")[0]
+    assert all(f"`{name}`" in backends for name in BACKENDS)
 
 
 # ---------------------------------------------------------------------------- commands

@@ -178,7 +178,8 @@ def backend_for(q: Tensor) -> str:
     if not wish:
         if fast.runs_kernels("attention", q):
             return "blocks"
-        return "varlen" if half_on_gpu and _varlen() is not None else "sdpa"
+        flash = half_on_gpu and fast.is_ampere(q.device.index) and _varlen() is not None
+        return "varlen" if flash else "sdpa"
     if wish not in BACKENDS:
         raise ValueError(f"VISUAL_OPSD_ATTENTION={wish!r}: choose one of {', '.join(BACKENDS)}")
     if wish == "sdpa" or not half_on_gpu:

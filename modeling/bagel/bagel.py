@@ -10,6 +10,7 @@ from typing import TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from modeling import fast
 from modeling.bagel.attention import DecodeLayout
 from modeling.bagel.batch import KnownImages, Loan, PackedBatch, PackedLatents
 from modeling.bagel.config import BagelConfig
@@ -178,6 +179,7 @@ class Bagel(nn.Module):
         loan: Loan | None = ...,
     ) -> tuple[T, U]: ...
 
+    @fast.on_its_gpu
     def forward(
         self,
         batch: PackedBatch,
@@ -227,6 +229,7 @@ class Bagel(nn.Module):
             return velocities
         return head(hidden[batch.score_rows], self.language_model.lm_head.weight), velocities
 
+    @fast.on_its_gpu
     def fill_cache(self, batch: PackedBatch, cache: KeyValues) -> None:
         """Keys and values of a packed sequence into `cache`; its hidden states are not wanted."""
         latents = batch.latents

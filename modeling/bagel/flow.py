@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modeling import fast
 from modeling.bagel.attention import AttentionLayout, DecodeLayout, backend_for
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
@@ -259,6 +260,7 @@ def _velocities(model: Bagel, batch: PackedBatch, cache: StepCache, x: Tensor, t
 
 
 @torch.no_grad()
+@fast.on_its_gpu
 def denoise(
     model: Bagel,
     noise: Tensor,

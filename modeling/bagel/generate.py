@@ -175,6 +175,7 @@ class _Rounds:
 
 
 @torch.no_grad()
+@fast.on_its_gpu
 def generate(
     model: Bagel,
     prompt: PackedBatch | CachedPrompt,

@@ -65,7 +65,6 @@ def streams(model: Bagel, batch: int) -> bool:
         model.layer_devices is None
         and type(head.data) is Tensor  # not a shard
         and fast.runs_kernels("decode", head)
-        and _capability(head.device) >= (8, 0)
         and batch <= 64
         and dim >= 32
         and dim & (dim - 1) == 0

@@ -3,10 +3,20 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
-from modeling import fast
+from data.packing import pack
+from data.sequence import TextSegment
+from modeling import fast, load_bagel
+from modeling.bagel.generate import generate
+
+TINY_BAGEL = Path(__file__).resolve().parents[1] / "tiny-bagel"
 
 
 def test_names_turn_paths_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,3 +39,62 @@ def test_kernels_want_half_precision_on_a_gpu() -> None:
     if torch.cuda.is_available() and fast.has_triton():
         assert not fast.runs_kernels("rows", torch.zeros(2, device="cuda"))
         assert fast.runs_kernels("rows", torch.zeros(2, device="cuda", dtype=torch.bfloat16))
+
+
+def on_gpu(index: int, dtype: torch.dtype = torch.bfloat16) -> Any:
+    device = SimpleNamespace(index=index, type="cuda")
+    return SimpleNamespace(is_cuda=True, dtype=dtype, device=device)
+
+
+def test_kernels_run_on_the_current_gpu_if_it_is_new_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("VISUAL_OPSD_EAGER", raising=False)
+    capabilities = {0: (9, 0), 1: (8, 0), 2: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    monkeypatch.setattr(fast, "has_triton", lambda: True)
+    fast.is_ampere.cache_clear()
+    try:
+        for current in capabilities:
+            monkeypatch.setattr(torch.cuda, "current_device", lambda now=current: now)
+            runs = [index for index in capabilities if fast.runs_kernels("rows", on_gpu(index))]
+            assert runs == ([current] if current < 2 else [])
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        assert not fast.runs_kernels("rows", on_gpu(0, torch.float32))
+    finally:
+        fast.is_ampere.cache_clear()
+
+
+def test_a_models_gpu_is_the_current_one_while_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = []
+
+    @contextmanager
+    def record(device: Any) -> Any:
+        entered.append(device.index)
+        yield
+        entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device", record)
+
+    @fast.on_its_gpu
+    def work(model: Any, number: int, *, more: int) -> tuple[int, list[Any]]:
+        return number + more, list(entered)
+
+    model: Any = SimpleNamespace(parameters=lambda: iter([on_gpu(1)]))
+    assert work(model, 1, more=2) == (3, [1])
+    assert entered == [1, "left"]
+    model = SimpleNamespace(parameters=lambda: iter([torch.zeros(1)]))
+    assert work(model, 1, more=3) == (4, [1, "left"])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_a_model_on_another_gpu_than_the_current_one() -> None:
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        bundle = load_bagel(TINY_BAGEL, device=device, dtype=torch.bfloat16)
+        context = (TextSegment(tuple(range(5, 30))),)
+        packed = pack([context, context], bundle.special_tokens).to(device)
+        made = generate(bundle.model, packed, bundle.special_tokens, max_new_tokens=40)
+        found.append([row.ids for row in made])
+    assert found[0] == found[1]

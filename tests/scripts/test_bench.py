@@ -11,6 +11,8 @@ import pytest
 from scripts.bench import all as bench
 from scripts.bench import decode, load
 
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = json.loads((ROOT / "docs/benchmarks/h100.json").read_text())
 FIELDS = {"median", "spread", "floor", "ratio", "target", "reference", "settings"}
 
 
@@ -46,3 +48,43 @@ def test_mistakes(tmp_path: Path) -> None:
         load.main(["--tiny", "--device", "cpu", "--repeats", "0"])
     with pytest.raises(ValueError, match=r"scripts\.bench\.decode ended with code"):
         bench.main(["--only", "decode", "--device", "cpu"])
+
+
+# ---------------------------------------------------------------------------- what is committed
+
+
+def test_the_committed_report_is_complete() -> None:
+    assert COMMITTED["results"].keys() == bench.NAMES.keys()
+    assert not COMMITTED["tiny"] and "H100" in COMMITTED["hardware"]
+    for key, entry in COMMITTED["results"].items():
+        assert entry.keys() == FIELDS, key
+        assert entry["median"] > 0 and entry["target"] > 0 and entry["settings"], key
+        if entry["floor"]:
+            assert entry["ratio"] == pytest.approx(entry["median"] / entry["floor"], rel=2e-3), key
+
+
+def test_the_page_shows_the_committed_report() -> None:
+    page = (ROOT / "docs/benchmarks/README.md").read_text()
+    assert COMMITTED["command"] in page
+    shown = page.split("<!-- h100 -->\n")[1].split("<!-- end -->")[0].strip()
+    table = bench.table(COMMITTED["results"])
+    assert shown == table, f"docs/benchmarks/README.md should hold\n{table}"
+
+
+def test_other_pages_quote_the_committed_report() -> None:
+    median = {key: entry["median"] for key, entry in COMMITTED["results"].items()}
+    authors = {key: entry["reference"] for key, entry in COMMITTED["results"].items()}
+    rows = []
+    for found in (authors, median):
+        decode = [f"{found[key]:.1f}" for key in ("decode_b1_ms", "decode_b8_ms")]
+        drawing = [f"{found[key]:.1f}" for key in ("vt512_s", "vt1024_s")]
+        others = [f"{found[key]:.0f}" for key in ("prefill_ms", "step_ckpt_ms")]
+        rows.append((" / ".join(decode), " / ".join(drawing), "; ".join(others)))
+    readme = (ROOT / "README.md").read_text()
+    for (theirs, ours), unit in zip(zip(*rows, strict=True), ("ms", "s", "ms"), strict=True):
+        assert f"| {theirs} {unit} | {ours} {unit} |" in readme
+    drawn = f"{median['vt512_s']:.1f} s at 512 x 512, {median['vt1024_s']:.1f} s at\n1024 x 1024"
+    assert drawn in (ROOT / "EVAL.md").read_text()
+    log = (ROOT / "CHANGELOG.md").read_text()
+    for key in ("decode_b1_ms", "prefill_ms", "step_ckpt_ms", "vt512_s"):
+        assert f"{authors[key] / median[key]:.1f} x" in log, key
