@@ -42,6 +42,7 @@ lint: $(VENV)/.installed-dev
 
 bench-cpu: $(VENV)/.installed
 	$(BIN)/python -m scripts.bench.all --tiny --device cpu --repeats 1 $(ARGS)
+	$(BIN)/python -m scripts.bench.gather --tiny --device cpu --repeats 2
 
 venv: $(VENV)/.installed-dev
 

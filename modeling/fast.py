@@ -1,7 +1,7 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
 """Which fast paths are on. Every one computes what a readable eager path computes.
 
-They are chosen by themselves on CUDA. The environment variable VISUAL_OPSD_EAGER names those to
+They are chosen automatically on CUDA. The environment variable VISUAL_OPSD_EAGER names those to
 turn off, by commas, or "all":
 
     VISUAL_OPSD_EAGER=decode,loss python -m scripts.visual_opsd.train_visual_opsd ...
@@ -23,7 +23,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 FAST_PATHS = {
     "attention": "flash attention that follows text and images in one pass, as Triton kernels",
     "rows": "Triton kernels for the norms, the rotary embedding and SwiGLU",
-    "projections": "q, k and v in one product, gate and up in one",
+    "projections": "q, k and v in one product, gate and up in one (`decode` always does so)",
     "decode": "weight-streaming products, cached attention and sampling as Triton kernels",
     "graphs": "CUDA graphs of the ViT, of decoding and of denoising steps",
     "loss": "Triton kernels between the two products of the loss",

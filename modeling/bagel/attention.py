@@ -191,6 +191,16 @@ def backend_for(q: Tensor) -> str:
     return wish
 
 
+def may_be_recorded(q: Tensor) -> bool:
+    """Whether attention of queries like these reads nothing back, as a CUDA graph needs it."""
+    return backend_for(q) != "sdpa"
+
+
+def attends_in_place(q: Tensor, layout: AttentionLayout) -> bool:
+    """Whether `attend_in_place` serves queries like these."""
+    return backend_for(q) == "blocks" and layout.limits is not None
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout | DecodeLayout) -> Tensor:
     """Scaled dot-product attention under `layout`; grouped key/value heads are shared.
 
@@ -254,7 +264,7 @@ def attend_in_place(
 ) -> Tensor:
     """`attend` over keys that stay where a cache has them, for queries in any order.
 
-    Only for what `backend_for` calls "blocks" and a layout that has `limits`.
+    Only where `attends_in_place` says so.
 
     Args:
         q: (T, nh, d). keys, values: (R, nkv, d). starts: first row of each sample in them.

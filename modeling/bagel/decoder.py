@@ -22,7 +22,7 @@ from modeling.bagel.attention import (
     DecodeLayout,
     attend,
     attend_in_place,
-    backend_for,
+    attends_in_place,
 )
 from modeling.bagel.config import LLMConfig
 from modeling.bagel.kv_cache import KeyValues
@@ -191,9 +191,8 @@ class Attention(nn.Module):
             isinstance(layout, AttentionLayout)
             and not torch.is_grad_enabled()
             and fast.runs_kernels("rows", x)
-            and backend_for(x) == "blocks"
             and half & (half - 1) == 0
-            and layout.limits is not None
+            and attends_in_place(x, layout)
         )
 
     def _attend_in_cache(

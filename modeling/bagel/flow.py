@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from modeling import fast
-from modeling.bagel.attention import AttentionLayout, DecodeLayout, backend_for
+from modeling.bagel.attention import AttentionLayout, DecodeLayout, may_be_recorded
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
 from modeling.bagel.kv_cache import KVCache, Placement
@@ -330,7 +330,7 @@ def denoise(
     # Large pictures keep a GPU busy by themselves; recording them only takes memory. The eager
     # attention reads lengths back, which no recording may.
     small = needed * len(x) <= _MOST_RECORDED
-    records = small and model.layer_devices is None and backend_for(x.to(model.dtype)) != "sdpa"
+    records = small and model.layer_devices is None and may_be_recorded(x.to(model.dtype))
     take = {
         guided: RepeatedStep(step, device, graph=records)
         for guided, step in ((False, plain_step), (True, guided_step))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modeling import fast
-from modeling.bagel.attention import backend_for
+from modeling.bagel.attention import may_be_recorded
 from modeling.bagel.vision import VisionModel
 from modeling.graphs import RepeatedStep
 
@@ -84,6 +84,6 @@ def _may_record(vit: VisionModel, patches: Tensor) -> bool:
     return (
         len(patches) <= _MOST_PATCHES
         and type(weight.data) is Tensor  # not a shard
-        and backend_for(weight) != "sdpa"
+        and may_be_recorded(weight)
         and not torch.cuda.is_current_stream_capturing()
     )

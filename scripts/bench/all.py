@@ -4,13 +4,15 @@
     python -m scripts.bench.all --json docs/benchmarks/h100.json
 
 Each runs in a process of its own (a profiler or a graph of one must not slow the next). About six
-minutes and 64 GB of disk at the true size; `--tiny` takes a minute on any machine. A table of the
+minutes at the true size, four with `--brief`, on a GPU of 80 GB with 30 GB free in the temporary
+directory and in the page cache; `--tiny` takes a minute on any machine. A table of the
 figures is printed at the end; docs/benchmarks/README.md holds the one of docs/benchmarks/h100.json.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -18,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.bench.common import parser
+from scripts.bench.common import check, parser
 from scripts.visual_opsd.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,13 +59,13 @@ def run_part(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     return made
 
 
-def merged(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def merged(reports: Mapping[str, dict[str, Any]], argv: Sequence[str]) -> dict[str, Any]:
     """One report of one or more parts; each measured ceilings of its own."""
     first = next(iter(reports.values()))
     shared = {k: first[k] for k in ("hardware", "versions", "dtype", "tiny", "reference_hardware")}
     assert all(r["hardware"] == first["hardware"] for r in reports.values())
     return {
-        "command": "python -m scripts.bench.all --json docs/benchmarks/h100.json",
+        "command": shlex.join(["python", "-m", "scripts.bench.all", *argv]),
         **shared,
         "ceilings": {name: report["ceilings"] for name, report in reports.items()},
         "results": {k: v for report in reports.values() for k, v in report["results"].items()},
@@ -95,7 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     options.set_defaults(repeats=None)
+    options.add_argument("--folder", help="of the release that `load` writes (30 GB), see there")
+    argv = sys.argv[1:] if argv is None else argv
     args = options.parse_args(argv)
+    check(args)
     arguments = ["--device", args.device]
     arguments += ["--tiny"] * args.tiny + ["--brief"] * args.brief
     if args.repeats is not None:
@@ -103,15 +108,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     reports, failures = {}, []
     for name in args.only:
         print(f"scripts.bench.{name} ...", file=sys.stderr, flush=True)
+        folder = ["--folder", args.folder] if args.folder and name == "load" else []
         try:
-            reports[name] = run_part(name, arguments)
+            reports[name] = run_part(name, [*arguments, *folder])
         except ValueError as error:  # the others may still run
             failures.append(str(error))
             continue
         if args.json:  # after each part, so that an interrupted run leaves what it has
-            Path(args.json).write_text(json.dumps(merged(reports), indent=1) + "\n")
+            Path(args.json).write_text(json.dumps(merged(reports, argv), indent=1) + "\n")
     if reports:
-        print(table(merged(reports)["results"]))
+        print(table(merged(reports, argv)["results"]))
     if failures:
         raise ValueError("; ".join(failures))
     return 0

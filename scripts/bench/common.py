@@ -143,7 +143,7 @@ class Report:
             "ratio": None if not floor else round(median / floor, 3),
             "target": None if tiny else target,
             "reference": None if tiny else reference,
-            "settings": settings,
+            "settings": f"{settings}; {len(values)} measurement{'s' * (len(values) > 1)}",
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -165,10 +165,10 @@ class Report:
 
 
 @contextmanager
-def eagerly() -> Iterator[None]:
-    """Every fast path off while the block runs."""
+def eagerly(paths: str = "all") -> Iterator[None]:
+    """Every fast path off while the block runs, or those of `paths`."""
     before = os.environ.get("VISUAL_OPSD_EAGER")
-    os.environ["VISUAL_OPSD_EAGER"] = "all"
+    os.environ["VISUAL_OPSD_EAGER"] = paths
     try:
         yield
     finally:
@@ -192,30 +192,62 @@ def versions() -> dict[str, str]:
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
-    made = argparse.ArgumentParser(description=(doc or "").split("\n\n")[0])
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--tiny", action="store_true", help="a tiny model, on any machine")
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cuda or cpu (%(default)s here)",
+    )
     made.add_argument("--json", help="also write the report here")
-    made.add_argument("--repeats", type=int, default=5)
+    made.add_argument(
+        "--repeats", type=int, default=5, help="measurements a figure, after a warm-up"
+    )
     made.add_argument(
         "--brief", action="store_true", help="the figures alone, without comparisons in the notes"
     )
     return made
 
 
-def start(args: argparse.Namespace) -> Report:
-    """The report of a run, with its ceilings.
+def check(args: argparse.Namespace) -> torch.device:
+    """What would make a run fail, found before anything is measured; its device.
 
     Raises:
-        ValueError: no GPU for the true size.
+        ValueError: no such device, no GPU for the true size, no place for the report.
     """
-    device = torch.device(args.device)
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        raise ValueError(f"--device {args.device}: choose cuda, cuda:N or cpu") from None
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"--device {args.device}: choose cuda, cuda:N or cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no GPU; use --tiny --device cpu")
     if device.type != "cuda" and not args.tiny:
         raise ValueError("the true size needs a GPU of 80 GB; --tiny runs anywhere")
-    if args.repeats < 1:
+    if args.repeats is not None and args.repeats < 1:
         raise ValueError("--repeats must be at least 1")
+    check_place(args.json)
+    return device
+
+
+def check_place(path: str | None) -> None:
+    """Raises ValueError unless a report can be written to `path`."""
+    if path and not Path(path).resolve().parent.is_dir():
+        raise ValueError(f"--json {path}: its folder does not exist; make it first")
+    if path and Path(path).is_dir():
+        raise ValueError(f"--json {path} is a folder; name a file")
+
+
+def start(args: argparse.Namespace) -> Report:
+    """The report of a run, with its ceilings.
+
+    Raises:
+        ValueError: see `check`.
+    """
+    device = check(args)
     torch.manual_seed(0)
     machine = Machine(device, args.tiny)
     return Report(machine, measure_ceilings(machine))

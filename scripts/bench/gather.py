@@ -4,14 +4,15 @@
     python -m torch.distributed.run --standalone --nproc_per_node=2 -m scripts.bench.gather
 
 Random weights of BAGEL-7B's understanding branch and ViT, fp32 shards, bf16 gathered; one process
-works too. `--layers` makes it smaller.
+works too. `--layers` makes it smaller, `--tiny` as small as a test wants.
 
     bound      every unit stays unsharded, the plain module points at the gathered tensors
     copied     unit by unit into memory of its own, freed afterwards: what the trainer does on CUDA
     refreshed  the same into memory that is kept between steps
 
 Only the last two let projections adjoin. Kept memory would also keep a recorded decoding step
-valid; `record_s` is what recording it anew costs instead, at batch 2. Rank 0 prints the report.
+valid; `record_s` is what recording it anew costs instead, at batch 2. Rank 0 prints the report, in
+a form of its own: it has neither targets nor floors.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from modeling.bagel.config import BagelConfig, LLMConfig, VisionConfig
 from modeling.bagel.kv_cache import KVCache
 from modeling.bagel.streamed_decode import StreamedDecoder, streams
 from modeling.graphs import RepeatedStep
-from scripts.bench.common import TRUE_SIZE, versions
+from scripts.bench.common import TINY, TRUE_SIZE, check_place, versions
 from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.distributed import (
     copy_units,
@@ -115,18 +117,25 @@ def record_seconds(plain: Bagel, clock: Clock) -> float | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=TRUE_SIZE.llm.num_hidden_layers)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, whatever --layers says")
     parser.add_argument("--num_shard", type=int, help="default: all ranks of a node")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
+    parser.add_argument("--json", help="also write the report here")
     args = parser.parse_args(argv)
+    if min(args.repeats, args.layers) < 1:
+        raise ValueError("--repeats and --layers must be at least 1")
+    check_place(args.json)
     env = init_distributed(args.device)
     clock = Clock(env)
     dtype = torch.bfloat16 if clock.on_gpu else torch.float32
     mesh = make_mesh(env, num_shard=args.num_shard)
     with torch.device("meta"):
-        model = Bagel(sized(args.layers))
+        model = Bagel(TINY if args.tiny else sized(args.layers))
     shard_model(model, mesh, block_classes=Bagel.block_classes(), param_dtype=dtype)
     materialise(model, env.device)
     with torch.no_grad():
@@ -151,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = {
             "hardware": torch.cuda.get_device_name(env.device) if clock.on_gpu else "cpu",
             "versions": versions(),
+            "tiny": args.tiny,
             "mesh": list(mesh.shape),
             "parameters": sum(p.numel() for p in model.parameters()),
             "sharded_gb": round(sharded, 2),
@@ -159,6 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "record_s": recording,
         }
         print(json.dumps(report))
+        if args.json:
+            Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
     shutdown()
     return 0
 

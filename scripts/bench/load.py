@@ -207,7 +207,7 @@ def in_fresh_process(folder: Path, args: argparse.Namespace, eager: str = "") ->
     command += ["--device", args.device]
     if args.readers:
         command += ["--readers", *map(str, args.readers)]
-    environment = {**os.environ, "VISUAL_OPSD_EAGER": eager}
+    environment = {**os.environ, **({"VISUAL_OPSD_EAGER": eager} if eager else {})}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -256,6 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = options.parse_args(argv)
     if args.readers:
+        if min(args.readers) < 1:
+            raise ValueError("--readers: at least one thread, and pieces of at least 1 MiB")
         chosen = (args.readers[0], args.readers[1] * 2**20)
         weight_stream.ONE_READER = weight_stream.READERS = chosen
     if args.child:
@@ -267,6 +269,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = start(args)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.folder or temporary)
+        if not folder.resolve().parent.is_dir():
+            raise ValueError(f"--folder {folder}: its parent does not exist; make it first")
         if not (folder / "model.safetensors").exists():
             write_release(folder, replace(report.machine.config, visual_gen=True))
         measure(report, folder.resolve(), args)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from modeling import fast
 from scripts.visual_opsd.processes import leave
 
 T = TypeVar("T")
@@ -209,6 +210,7 @@ def flat(config: Any) -> dict[str, Any]:
 def run_main(main: Callable[[], int | None]) -> typing.NoReturn:
     """Run an entry point; a user's mistake becomes one line on stderr and exit code 1."""
     try:
+        fast.is_on("rows")  # reads VISUAL_OPSD_EAGER: a wrong name ends every program, on a CPU too
         code = main()
     except ValueError as error:
         print("; ".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from data.packing import pack
 from data.sequence import TextSegment
 from modeling import fast, load_bagel
 from modeling.bagel.generate import generate
+from modeling.bagel.projections import adjoin_projections, joined_weights, products
+from modeling.graphs import RepeatedStep
 
 TINY_BAGEL = Path(__file__).resolve().parents[1] / "tiny-bagel"
 
@@ -63,6 +66,57 @@ def test_kernels_run_on_the_current_gpu_if_it_is_new_enough(
         assert not fast.runs_kernels("rows", on_gpu(0, torch.float32))
     finally:
         fast.is_ampere.cache_clear()
+
+
+@pytest.mark.parametrize("path", ["attention", "rows", "decode", "loss"])
+def test_a_name_turns_its_kernels_off_alone(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "has_triton", lambda: True)
+    monkeypatch.setattr(fast, "is_ampere", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv("VISUAL_OPSD_EAGER", path)
+    for kernels in ("attention", "rows", "decode", "loss"):
+        assert fast.runs_kernels(kernels, on_gpu(0)) is (kernels != path)
+
+
+def test_graphs_turn_off_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VISUAL_OPSD_EAGER", raising=False)
+    assert RepeatedStep(lambda: None, torch.device("cuda")).records
+    assert not RepeatedStep(lambda: None, torch.device("cpu")).records
+    monkeypatch.setenv("VISUAL_OPSD_EAGER", "graphs")
+    assert not RepeatedStep(lambda: None, torch.device("cuda")).records
+
+
+def three_layers(device: str) -> list[nn.Linear]:
+    model = load_bagel(TINY_BAGEL, device=device).model
+    adjoin_projections(model)
+    attention: Any = model.language_model.model.layers[0].self_attn
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
+def test_joined_weights_are_those_of_the_layers() -> None:
+    layers = three_layers("cpu")
+    joined = joined_weights(layers)
+    assert joined is not None
+    x = torch.randn(5, layers[0].in_features)
+    found = nn.functional.linear(x, *joined).split([layer.out_features for layer in layers], -1)
+    torch.testing.assert_close(found, tuple(layer(x) for layer in layers))
+    layers[1].weight.data = layers[1].weight.data.clone()  # elsewhere: no longer one
+    assert joined_weights(layers) is None
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_projections_turn_off_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = three_layers("cuda")
+    x = torch.randn(20, layers[0].in_features, device="cuda")
+    found, shared = [], []
+    for eager in ("decode", "projections"):
+        monkeypatch.setenv("VISUAL_OPSD_EAGER", eager)
+        with torch.no_grad():
+            found.append(products(x, layers))
+        shared.append(len({part.untyped_storage().data_ptr() for part in found[-1]}) == 1)
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
+    assert shared == [True, False]
 
 
 def test_a_models_gpu_is_the_current_one_while_it_works(monkeypatch: pytest.MonkeyPatch) -> None:

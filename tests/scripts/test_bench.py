@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from scripts.bench import all as bench
-from scripts.bench import decode, load
+from scripts.bench import decode, gather, load
+from scripts.visual_opsd.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = json.loads((ROOT / "docs/benchmarks/h100.json").read_text())
@@ -46,8 +50,65 @@ def test_mistakes(tmp_path: Path) -> None:
         decode.main(["--device", "cpu"])
     with pytest.raises(ValueError, match="repeats must be at least 1"):
         load.main(["--tiny", "--device", "cpu", "--repeats", "0"])
-    with pytest.raises(ValueError, match=r"scripts\.bench\.decode ended with code"):
+    with pytest.raises(ValueError, match="the true size needs a GPU"):
         bench.main(["--only", "decode", "--device", "cpu"])
+    for device in ("gpu", "meta"):
+        with pytest.raises(ValueError, match=f"--device {device}: choose cuda"):
+            decode.main(["--tiny", "--device", device])
+    nowhere = tmp_path / "nothing" / "x.json"
+    for main in (bench.main, decode.main, gather.main):
+        with pytest.raises(ValueError, match="its folder does not exist"):
+            main(["--tiny", "--device", "cpu", "--json", str(nowhere)])
+        with pytest.raises(ValueError, match="is a folder; name a file"):
+            main(["--tiny", "--device", "cpu", "--json", str(tmp_path)])
+    with pytest.raises(ValueError, match="--readers: at least one thread"):
+        load.main(["--tiny", "--device", "cpu", "--readers", "0", "1"])
+    with pytest.raises(ValueError, match="its parent does not exist"):
+        load.main(["--tiny", "--device", "cpu", "--folder", str(nowhere)])
+    with pytest.raises(ValueError, match="must be at least 1"):
+        gather.main(["--tiny", "--device", "cpu", "--repeats", "0"])
+
+
+def test_a_part_that_fails_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = dict.fromkeys(FIELDS, 1.0)
+    shared = ("hardware", "versions", "dtype", "tiny", "reference_hardware", "ceilings", "notes")
+
+    def run_part(name: str, arguments: list[str]) -> dict[str, Any]:
+        if name == "load":
+            raise ValueError("scripts.bench.load ended with code 1")
+        return {**{key: {} for key in shared}, "results": {"vt512_s": entry}}
+
+    monkeypatch.setattr(bench, "run_part", run_part)
+    file = tmp_path / "x.json"
+    words = ["--tiny", "--device", "cpu", "--only", "load", "vt_image", "--json", str(file)]
+    with pytest.raises(ValueError, match=r"load ended with code 1$"):
+        bench.main(words)
+    report = json.loads(file.read_text())
+    assert report["results"].keys() == {"vt512_s"}
+    assert report["command"] == " ".join(["python -m scripts.bench.all", *words])
+    assert "| visual thought of 512 x 512, s |" in capsys.readouterr().out
+
+
+def test_an_unknown_fast_path_ends_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VISUAL_OPSD_EAGER", "typo")
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda: 0)
+    assert ended.value.code == 1
+
+
+def test_gathering(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "scripts.bench.gather", "--tiny", "--device", "cpu"]
+    file = tmp_path / "gather.json"
+    done = subprocess.run(
+        [*command, "--repeats", "2", "--json", str(file)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report == json.loads(done.stdout) and report["tiny"]
+    for way in ("bound", "copied", "refreshed"):
+        assert report[way]["median_s"] > 0
 
 
 # ---------------------------------------------------------------------------- what is committed

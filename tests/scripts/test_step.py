@@ -187,6 +187,10 @@ def test_vit_outputs_lent_by_the_teacher_change_nothing(
         student.vit_model.requires_grad_(False)
     teacher = Teacher(mode, teacher_model, student, 0.9)
     assert not teacher.lends(torch.device("cpu")), "only where it was measured"
+    assert teacher.lends(torch.device("cuda"))
+    with monkeypatch.context() as patch:
+        patch.setenv("VISUAL_OPSD_EAGER", "features")
+        assert not teacher.lends(torch.device("cuda"))
     found, seen = [], []
     for part in (student, teacher_model):
         if part is not None:
