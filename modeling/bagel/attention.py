@@ -141,7 +141,9 @@ class AttentionLayout:
 
     def memo(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._memo:
-            self._memo[key] = make()
+            # A layout may outlive a caller's inference mode, and serve training then.
+            with torch.inference_mode(False), torch.no_grad():
+                self._memo[key] = make()
         return self._memo[key]
 
 

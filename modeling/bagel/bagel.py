@@ -89,7 +89,7 @@ class Bagel(nn.Module):
             rows = batch.patch_rows(images)
             patches, positions = patches[rows], positions[rows]
             lens = tuple(lens[i] for i in images)
-        return see(self.vit_model, patches, positions, lens)
+        return self.vit_model(patches, positions, lens)
 
     def encode_images(self, patches: Tensor, position_ids: Tensor, lens: tuple[int, ...]) -> Tensor:
         """ViT, connector, then the fixed position table: (Nv, 588) -> (Nv, H)."""
@@ -232,6 +232,11 @@ class Bagel(nn.Module):
     @fast.on_its_gpu
     def fill_cache(self, batch: PackedBatch, cache: KeyValues) -> None:
         """Keys and values of a packed sequence into `cache`; its hidden states are not wanted."""
+        if batch.vit_patches is not None and batch.vit_known is None:
+            lens = batch.vit_lens
+            features = see(self.vit_model, batch.vit_patches, batch.vit_position_ids, lens)
+            images = tuple(range(len(lens)))
+            batch = replace(batch, vit_known=KnownImages(images, features))
         latents = batch.latents
         routing = Routing(latents.und_rows, latents.rows) if latents is not None else None
         self.language_model.model(

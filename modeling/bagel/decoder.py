@@ -8,6 +8,7 @@ of each expert are held in a tensor of their own and meet in the attention alone
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -184,6 +185,12 @@ class Attention(nn.Module):
         each_part = zip(SUFFIXES, residuals, seen, strict=False)
         return tuple(added(x, y, getattr(self, f"o_proj{suffix}")) for suffix, x, y in each_part)
 
+    def _head_norms(self) -> Iterator[RMSNorm]:
+        for name in ("q_norm", "k_norm"):
+            for suffix in SUFFIXES:
+                if hasattr(self, name + suffix):
+                    yield getattr(self, name + suffix)
+
     def _places(self, x: Tensor, layout: AttentionLayout | DecodeLayout) -> bool:
         """Whether `_attend_in_cache` can serve."""
         half = self.head_dim // 2
@@ -193,6 +200,7 @@ class Attention(nn.Module):
             and fast.runs_kernels("rows", x)
             and half & (half - 1) == 0
             and attends_in_place(x, layout)
+            and all(norm.weight.device == x.device for norm in self._head_norms())
         )
 
     def _attend_in_cache(
@@ -217,7 +225,7 @@ class Attention(nn.Module):
         rows: Rows = (place.rows,)
         order = None
         if routing is not None:
-            key = ("experts", place.rows.device)
+            key = ("experts", place.rows.device, len(place.keys), place.starts)
             rows, order = layout.memo(
                 key,
                 lambda: (

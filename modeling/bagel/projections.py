@@ -81,33 +81,38 @@ def adjoin_projections(model: nn.Module) -> nn.Module:
         group = [parameters[key] for key in keys]
         if adjoining(group) is not None or len({(p.device, p.dtype) for p in group}) > 1:
             continue
-        joined = torch.cat([parameter.detach() for parameter in group])
+        with torch.inference_mode(False):  # a caller's inference mode ends, the weights stay
+            joined = torch.cat([parameter.detach() for parameter in group])
         for parameter, part in zip(group, joined.split([len(p) for p in group]), strict=True):
             parameter.data = part
     return model
 
 
-# First layer of a group -> addresses of its weights, and weight and bias of all as one.
-_JOINED: WeakKeyDictionary[nn.Linear, tuple[list[int], tuple[Tensor, Tensor | None] | None]]
-_JOINED = WeakKeyDictionary()
+# First layer of a group -> addresses of its parameters, and whether those adjoin. No view is kept:
+# it would keep memory that the layers have left.
+_JOINED: WeakKeyDictionary[nn.Linear, tuple[list[int], bool]] = WeakKeyDictionary()
 
 
 def joined_weights(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of layers whose parameters adjoin; None if they do not."""
-    addresses = [layer.weight.data_ptr() for layer in layers]
-    known = _JOINED.get(layers[0])
-    if known is None or known[0] != addresses:
-        known = (addresses, _join(layers))
-        _JOINED[layers[0]] = known
-    return known[1]
-
-
-def _join(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None] | None:
-    weight = adjoining([layer.weight for layer in layers])
-    if weight is None or layers[0].bias is None:
-        return None if weight is None else (weight, None)
-    bias = adjoining([layer.bias for layer in layers])
-    return None if bias is None else (weight, bias)
+    first = layers[0]
+    parameters = [layer.weight for layer in layers]
+    if first.bias is not None:
+        parameters += [layer.bias for layer in layers]
+    where = [parameter.data_ptr() for parameter in parameters]
+    where.append(first.weight.untyped_storage().nbytes())
+    known = _JOINED.get(first)
+    if known is None or known[0] != where:
+        groups = [parameters[: len(layers)], parameters[len(layers) :]]
+        known = (where, all(adjoining(group) is not None for group in groups if group))
+        _JOINED[first] = known
+    if not known[1]:
+        return None
+    rows = sum(layer.out_features for layer in layers)
+    weight = first.weight.detach().as_strided((rows, first.in_features), (first.in_features, 1))
+    if first.bias is None:
+        return weight, None
+    return weight, first.bias.detach().as_strided((rows,), (1,))
 
 
 def few_rows(x: Tensor, layer: nn.Linear) -> bool:

@@ -1,21 +1,22 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""The ViT as a CUDA graph for images of a size that comes again.
+"""The ViT as a CUDA graph for images of a size that comes again, while prompts are cached.
 
 One image keeps a GPU busy for less time than Python needs to launch the ViT's kernels. A size is
-run plainly the first time, recorded the second and replayed from then on.
+run plainly the first time, recorded the second and replayed from then on. A sharded ViT is never
+recorded: its forward communicates.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modeling import fast
 from modeling.bagel.attention import may_be_recorded
-from modeling.bagel.vision import VisionModel
+from modeling.bagel.vision import VisionModel, image_layout
 from modeling.graphs import RepeatedStep
 
 # Sizes remembered, and patches beyond which a GPU is kept busy anyway.
@@ -23,22 +24,32 @@ _SIZES, _MOST_PATCHES = 8, 8192
 
 
 class _Recording:
+    """Nothing in it holds the ViT, so that a model that is dropped is freed."""
+
     def __init__(self, vit: VisionModel, patches: Tensor, positions: Tensor, lens: tuple[int, ...]):
-        self.patches, self.positions = patches.clone(), positions.clone()
+        # What attention keeps of a layout is read by every replay.
+        self.layout = image_layout(lens)
+        model = ref(vit)
         out: list[Tensor] = []
 
         def step() -> None:
-            features = vit(self.patches, self.positions, lens)
+            seen = model()
+            assert seen is not None
+            features = seen(*inputs, lens)
             if not out:
                 out.append(features.clone())
             out[0].copy_(features)
 
-        self.step, self.out = RepeatedStep(step, patches.device), out
-        self.step()
+        # Later calls need not be in inference mode, even if this one is.
+        with torch.inference_mode(False), torch.no_grad():
+            inputs = patches.clone(), positions.clone()
+            self.step = RepeatedStep(step, patches.device)
+            self.step()
+        self.inputs, self.out = inputs, out
 
     def __call__(self, patches: Tensor, positions: Tensor) -> Tensor:
-        self.patches.copy_(patches)
-        self.positions.copy_(positions)
+        for held, new in zip(self.inputs, (patches, positions), strict=True):
+            held.copy_(new)
         self.step()
         return self.out[0].clone()
 
@@ -54,19 +65,26 @@ class _Recordings:
 _OF_MODELS: WeakKeyDictionary[VisionModel, _Recordings] = WeakKeyDictionary()
 
 
+def forget(model: nn.Module) -> None:
+    """Drop what was recorded of a model's ViT, and the memory with it."""
+    for module in model.modules():
+        if isinstance(module, VisionModel):
+            _OF_MODELS.pop(module, None)
+
+
 def see(vit: VisionModel, patches: Tensor, positions: Tensor, lens: tuple[int, ...]) -> Tensor:
     """`vit(patches, positions, lens)`: (N, Hv), replayed where that can be."""
-    if not _may_record(vit, patches):
+    weights = list(vit.parameters())
+    if not _may_record(weights, patches):
         features: Tensor = vit(patches, positions, lens)
         return features
-    weights = list(vit.parameters())
     addresses = [weight.data_ptr() for weight in weights]
     known = _OF_MODELS.get(vit)
     if known is None or known.addresses != addresses:
         known = _OF_MODELS[vit] = _Recordings(addresses)
     seen_before = lens in known.by_size
     recording = known.by_size.pop(lens, None)
-    if seen_before and recording is None and all(p.device == patches.device for p in weights):
+    if seen_before and recording is None:
         recording = _Recording(vit, patches, positions, lens)
     known.by_size[lens] = recording
     if len(known.by_size) > _SIZES:
@@ -76,14 +94,13 @@ def see(vit: VisionModel, patches: Tensor, positions: Tensor, lens: tuple[int, .
     return recording(patches, positions)
 
 
-def _may_record(vit: VisionModel, patches: Tensor) -> bool:
-    """No gradient, the eager path not asked for, weights that are no shards."""
+def _may_record(weights: list[nn.Parameter], patches: Tensor) -> bool:
+    """No gradient, the eager path not asked for, all weights here and none of them a shard."""
     if torch.is_grad_enabled() or not patches.is_cuda or not fast.is_on("graphs"):
         return False
-    weight = next(vit.parameters())
     return (
         len(patches) <= _MOST_PATCHES
-        and type(weight.data) is Tensor  # not a shard
-        and may_be_recorded(weight)
+        and may_be_recorded(weights[0])
         and not torch.cuda.is_current_stream_capturing()
+        and all(type(w.data) is Tensor and w.device == patches.device for w in weights)
     )

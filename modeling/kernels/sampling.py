@@ -45,7 +45,9 @@ def _pick(
     total = tl.sum(mass, 0)
     if GREEDY:
         _, best = tl.max(its_peak, 0, return_indices=True, return_indices_tie_break_left=True)
-        token = tl.load(tokens + row * blocks + best)
+        # NaN wins no comparison, and may leave what lies behind the last block or entry.
+        best = tl.minimum(best, blocks - 1)
+        token = tl.minimum(tl.load(tokens + row * blocks + best), vocab - 1)
         chosen = peak
     else:
         target = tl.load(uniforms + row).to(tl.float64) * total

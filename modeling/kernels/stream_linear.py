@@ -16,6 +16,7 @@ One row is multiplied with ordinary arithmetic, 2 to 64 on the tensor cores.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -205,6 +206,22 @@ def tile_for(rows: int, n: int, k: int, pair: bool) -> Tile:
     return Tile(16, 256, 2, 4) if n <= 4096 and not deep else Tile(16, 128, 2, 6)
 
 
+@cache
+def _shared_memory(device: int) -> int:
+    """Bytes that one program may have, of a GPU; at least what every Ampere card has."""
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 99 * 1024))
+
+
+def stages_within(tile: Tile, block: int, pair: bool, nbytes: int) -> int:
+    """Tiles in flight that fit `nbytes` of shared memory with `block` rows of x, in bf16 or fp16.
+
+    Cards for desktops have 99 KB, which are too few for what is fastest on an H100 at 64 rows.
+    """
+    each = 2 * tile.columns * (tile.rows * (2 if pair else 1) + block)
+    return min(tile.stages, 1 + nbytes // each)  # the last of them is in registers
+
+
 def stream_linear(
     x: Tensor,
     weight: Tensor,
@@ -261,6 +278,9 @@ def stream_linear(
     if gain is not None:
         x = rms_norm_rows(x, gain, eps, chained=chained)
     block = max(8 if tile.swap else 16, triton.next_power_of_2(m))
+    if x.is_cuda:
+        room = _shared_memory(x.device.index)
+        flags["STAGES"] = stages_within(tile, block, flags["PAIR"], room)
     _few_rows[grid](
         x, weight, second, bias, residual, out, m, n, k, BM=block, SWAP=tile.swap, **flags
     )

@@ -37,6 +37,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from modeling import fast
 from modeling.bagel.projections import empty_adjoining
+from modeling.bagel.recorded_vision import forget
 from scripts.visual_opsd.processes import (
     DistEnv,
     agree,
@@ -343,6 +344,7 @@ def summon_full_params(model: nn.Module, *, copy: bool | None = None) -> Iterato
             _bind(plain, model, dict(model.named_parameters(remove_duplicate=False)))
         yield plain
     finally:
+        forget(plain)
         plain.to(device="meta")
         for unit in units:
             unit.reshard()

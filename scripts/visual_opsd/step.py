@@ -99,13 +99,16 @@ def empty_row(with_teacher: bool, patch_dim: int, latent_dim: int = 0) -> Scored
     """A pack of weight zero for a rank without rows: it joins the collectives, scores nothing.
 
     It holds an image (and latents where drawing is trained, so latent_dim is not 0), because a
-    rank that skipped the ViT would leave the others waiting.
+    rank that skipped the ViT would leave the others waiting. The teacher has one more of its own:
+    where it lends the student the images both see, its ViT runs once for those and once for others.
     """
     first = torch.zeros(1, dtype=torch.int64)
     context: Context = (ImageSegment(torch.zeros(1, patch_dim), first), TextSegment(()))
     if latent_dim:
         context = (LatentSegment(torch.zeros(1, latent_dim), first), *context)
-    return ScoredRow("(no row)", context, context if with_teacher else None)
+    other = ImageSegment(torch.zeros(1, patch_dim), first)
+    teacher = (*context[:-1], other, context[-1]) if with_teacher else None
+    return ScoredRow("(no row)", context, teacher)
 
 
 def plan_packs(lengths: Sequence[int], accumulation: int, pack_tokens: int) -> list[list[int]]:

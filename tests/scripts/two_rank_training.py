@@ -13,7 +13,13 @@ from typing import Any
 import torch
 
 from data.thinkmorph import Row
-from scripts.visual_opsd.processes import DistEnv, gather_objects, init_distributed, shutdown
+from scripts.visual_opsd.processes import (
+    DistEnv,
+    gather_objects,
+    init_distributed,
+    leave,
+    shutdown,
+)
 from tests.scripts.trainers import build, weights
 
 
@@ -58,3 +64,4 @@ if __name__ == "__main__":
         one_rank_fails(Path(sys.argv[1]), Path(sys.argv[2]), environment)
     finally:
         shutdown()
+    leave(0)  # the ordinary end of the interpreter may abort after collectives
