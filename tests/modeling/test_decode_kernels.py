@@ -34,8 +34,10 @@ from modeling.kernels.decode_attention import (
 )
 from modeling.kernels.stream_linear import (
     Tile,
+    stages_within,
     stream_linear,
     stream_linear_plain,
+    tile_for,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,6 +46,21 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 
 def drawn(*shape: int) -> Tensor:
     return torch.randn(*shape).to(DEVICE)
+
+
+@pytest.mark.parametrize("count", [2, 8, 16, 32, 64])
+@pytest.mark.parametrize(
+    ("n", "k", "pair"),
+    [(4608, 3584, False), (3584, 18944, False), (18944, 3584, True), (152064, 3584, False)],
+)
+def test_tiles_fit_small_cards(count: int, n: int, k: int, pair: bool) -> None:
+    """As they were tuned on an H100; on cards for desktops fewer of them in flight, never none."""
+    tile = tile_for(count, n, k, pair)
+    block = max(8 if tile.swap else 16, count)
+    assert stages_within(tile, block, pair, 227 * 1024) == tile.stages
+    stages = stages_within(tile, block, pair, 99 * 1024)
+    assert 2 <= stages <= tile.stages
+    assert stages_within(tile, block, pair, 0) == 1
 
 
 @pytest.mark.parametrize("count", [1, 2, 9, 17])

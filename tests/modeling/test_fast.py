@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import ref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,9 +18,11 @@ from torch import nn
 from data.packing import pack
 from data.sequence import TextSegment
 from modeling import fast, load_bagel
+from modeling.bagel import decoder
 from modeling.bagel.generate import generate
 from modeling.bagel.projections import adjoin_projections, joined_weights, products
 from modeling.graphs import RepeatedStep
+from modeling.tokenizer import load_tokenizer
 
 TINY_BAGEL = Path(__file__).resolve().parents[1] / "tiny-bagel"
 
@@ -102,6 +107,44 @@ def test_joined_weights_are_those_of_the_layers() -> None:
     torch.testing.assert_close(found, tuple(layer(x) for layer in layers))
     layers[1].weight.data = layers[1].weight.data.clone()  # elsewhere: no longer one
     assert joined_weights(layers) is None
+
+
+def test_a_bias_that_moved_is_noticed() -> None:
+    layers = three_layers("cpu")
+    assert joined_weights(layers) is not None
+    layers[2].bias.data = layers[2].bias.data.clone()
+    assert joined_weights(layers) is None
+
+
+def test_joined_weights_keep_no_memory() -> None:
+    """Layers whose weights went elsewhere must not leave the old ones behind."""
+    memory = np.zeros((8, 4), np.float32)
+    held = ref(memory)
+    layers = [nn.Linear(4, 4, bias=False) for _ in range(2)]
+    for layer, rows in zip(layers, torch.from_numpy(memory).split(4), strict=True):
+        layer.weight.data = rows
+    del memory, rows
+    assert joined_weights(layers) is not None
+    assert held() is not None
+    nn.ModuleList(layers).to("meta")
+    gc.collect()
+    assert held() is None
+    assert joined_weights(layers) is None
+
+
+def test_attention_in_place_wants_its_norms_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model spread over devices, the norms of heads may lie elsewhere than their layer."""
+    model = load_bagel(TINY_BAGEL, visual_gen=True).model
+    attention: Any = model.language_model.model.layers[0].self_attn
+    monkeypatch.setattr(fast, "runs_kernels", lambda *_: True)
+    monkeypatch.setattr(decoder, "attends_in_place", lambda *_: True)
+    x = torch.zeros(2, attention.q_proj.in_features)
+    layout = pack([(TextSegment((5, 6)),)], load_tokenizer(TINY_BAGEL)[1]).layout
+    with torch.no_grad():
+        assert attention._places(x, layout)
+        attention.k_norm_moe_gen.to("meta")
+        assert not attention._places(x, layout)
+    assert not attention._places(x, layout)
 
 
 @pytest.mark.cuda

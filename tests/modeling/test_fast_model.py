@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from data.packing import pack, pack_branches
-from data.sequence import ImageSegment, LatentSegment, Segment, TextSegment
+from data.sequence import LatentSegment, Segment
 from data.transforms import extrapolated_position_ids
 from modeling import fast, load_bagel
-from modeling.bagel import recorded_vision
 from modeling.bagel.flow import Guidance, Prefix, denoise, flow_schedule, initial_noise
 from modeling.bagel.kv_cache import KVCache
 from modeling.bagel.projections import adjoin_projections
 from tests.conftest import TINY_BAGEL
+from tests.modeling.segments import image, text
 
 pytest.importorskip("triton")
 
@@ -43,21 +43,6 @@ def with_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]
         monkeypatch.setattr(fast, "runs_kernels", lambda path, _: path in ("rows", "attention"))
 
     yield turn_on
-
-
-def text(count: int, start: int = 20, scored: bool = False) -> TextSegment:
-    ids = tuple(range(start, start + count))
-    return TextSegment(ids, (True,) * (count + 1) if scored else None)
-
-
-def image(side: int, model: Any) -> ImageSegment:
-    config = model.config
-    patches = torch.rand(
-        side * side, config.vision.patch_dim, generator=torch.Generator().manual_seed(side)
-    )
-    return ImageSegment(
-        patches, extrapolated_position_ids(side, side, config.vit_max_patches_per_side)
-    )
 
 
 def test_prompts_in_two_chunks(bundle: Any, with_kernels: Callable[[], None]) -> None:
@@ -151,41 +136,6 @@ def test_gradients(checkpointing: bool, with_kernels: Callable[[], None]) -> Non
         assert error < 1e-3 * expected[name].norm() + 1e-6 * largest, (name, float(error))
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_the_vit_is_recorded_for_a_size_that_comes_again() -> None:
-    """Replays read new patches and new weights; moved weights are noticed."""
-    bundle = load_bagel(TINY_BAGEL, device="cuda", dtype=torch.bfloat16)
-    vit = bundle.model.vit_model
-    dim = bundle.model.config.vision.patch_dim
-    positions = torch.arange(12, device="cuda")
-
-    def compare() -> None:
-        patches = torch.rand(12, dim, device="cuda")
-        with torch.no_grad():
-            actual = recorded_vision.see(vit, patches, positions, (4, 8))
-            assert torch.equal(actual, vit(patches, positions, (4, 8)))
-
-    for _ in range(4):
-        compare()
-    (recording,) = recorded_vision._OF_MODELS[vit].by_size.values()
-    assert recording is not None and recording.step.graph is not None
-    with torch.no_grad():
-        for parameter in vit.parameters():
-            parameter.mul_(1.01)
-    compare()
-    assert list(recorded_vision._OF_MODELS[vit].by_size.values()) == [recording]
-    first = next(vit.parameters())
-    first.data = first.data.clone()
-    compare()
-    assert list(recorded_vision._OF_MODELS[vit].by_size.values()) == [None]
-    for side in range(1, 20):  # no more than some sizes are remembered
-        patches = torch.rand(side, dim, device="cuda")
-        with torch.no_grad():
-            recorded_vision.see(vit, patches, positions[:1].expand(side), (side,))
-    assert len(recorded_vision._OF_MODELS[vit].by_size) <= 8
-
-
 def test_a_cache_is_filled_as_by_a_forward(bundle: Any, with_kernels: Callable[[], None]) -> None:
     """`fill_cache` leaves the last layer's products out, not its keys."""
     model, special = bundle.model, bundle.special_tokens
@@ -201,3 +151,23 @@ def test_a_cache_is_filled_as_by_a_forward(bundle: Any, with_kernels: Callable[[
             caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True
         ):
             torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
+
+
+def test_one_pack_fills_caches_of_different_lengths(
+    bundle: Any, with_kernels: Callable[[], None]
+) -> None:
+    """Where a row goes depends on the cache, not on the pack alone; also with two experts."""
+    model, special = bundle.model, bundle.special_tokens
+    latents = torch.rand(6, 64, generator=torch.Generator().manual_seed(0))
+    drawn = LatentSegment(latents, extrapolated_position_ids(2, 3, model.config.max_latent_size))
+    packed = pack([(text(3), drawn), (text(5),)], special).to(DEVICE)
+    with_kernels()
+    found = []
+    for room in (40, 24):
+        cache = KVCache(model.config.llm, 2, room, DEVICE, model.dtype)
+        with torch.no_grad():
+            model(packed, cache=cache)
+        found.append([t[:, :16] for t in (*cache.keys, *cache.values)])
+    for one, other in zip(*found, strict=True):
+        assert one[0].any()
+        torch.testing.assert_close(other, one, atol=1e-6, rtol=1e-6)

@@ -6,7 +6,9 @@ two_rank_training.py WORLD OUT
 
 from __future__ import annotations
 
+import math
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from scripts.visual_opsd.processes import (
     leave,
     shutdown,
 )
-from tests.scripts.trainers import build, weights
+from scripts.visual_opsd.teacher import Teacher
+from tests.scripts.trainers import build, metrics, weights
 
 
 def same_batches(world: Path, out: Path, env: DistEnv) -> None:
@@ -34,6 +37,27 @@ def same_batches(world: Path, out: Path, env: DistEnv) -> None:
         student = weights(trainer.student)  # a collective
         if env.is_main:
             torch.save(student, out / f"two-{size}.pt")
+
+
+def images_are_lent(world: Path, out: Path, env: DistEnv) -> None:
+    """The teacher's ViT outputs serve the student while one rank only takes part: same losses."""
+    plain = Teacher.lends
+    for name, options in (("self", {"teacher_mode": "self"}), ("frozen", {"freeze_vit": True})):
+        found = []
+        for lends in (False, True):
+            Teacher.lends = lambda *_, lends=lends: lends  # type: ignore[method-assign]
+            results = out / f"{name}-{lends}"
+            trainer = build(
+                world, results, env, total_steps=2, global_batch_size=1, samples_per_step=1,
+                **options,
+            )  # fmt: skip
+            assert trainer.train() == 0
+            if env.is_main:
+                found.append([(line["loss"], line["grad_norm"]) for line in metrics(results)])
+        if env.is_main:
+            for one, other in zip(*map(chain.from_iterable, found), strict=True):
+                assert math.isclose(one, other, rel_tol=1e-4), found
+    Teacher.lends = plain  # type: ignore[method-assign]
 
 
 def one_rank_fails(world: Path, out: Path, env: DistEnv) -> None:
@@ -61,6 +85,7 @@ if __name__ == "__main__":
     environment = init_distributed("cpu", 60)
     try:
         same_batches(Path(sys.argv[1]), Path(sys.argv[2]), environment)
+        images_are_lent(Path(sys.argv[1]), Path(sys.argv[2]), environment)
         one_rank_fails(Path(sys.argv[1]), Path(sys.argv[2]), environment)
     finally:
         shutdown()

@@ -1,0 +1,44 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Every kernel compiles for GPUs of two generations, true size, and fits their shared memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = re.compile(r"^ +(?:\w+ = )?(_\w+)\[(?:\(|grid\]|self\.grid\])", re.MULTILINE)
+
+
+def launched_kernels() -> set[str]:
+    """Names of kernels that the sources launch."""
+    files = [*(ROOT / "modeling" / "kernels").glob("*.py")]
+    files.append(ROOT / "scripts" / "visual_opsd" / "loss_kernels.py")
+    return {name for file in files for name in LAUNCH.findall(file.read_text())}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "shared"),
+    [pytest.param(86, 99 * 1024, id="RTX 3090"), pytest.param(90, 227 * 1024, id="H100")],
+)
+def test_every_kernel_compiles(capability: int, shared: int, tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "tests.modeling.compile_kernels", str(capability), str(shared)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {launch["kernel"] for launch in made} == launched_kernels()
+    assert not [launch for launch in made if launch["shared"] > shared]

@@ -1,0 +1,246 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Steps and ViTs that are recorded: what they keep, what they let go, where they give up.
+
+Without a GPU the recording itself is left out, everything around it is as it is there.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from weakref import ref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data.packing import pack
+from modeling import fast, load_bagel
+from modeling.bagel import recorded_vision
+from modeling.bagel.kv_cache import KVCache
+from modeling.bagel.vision import image_layout
+from modeling.graphs import RepeatedStep
+from tests.conftest import TINY_BAGEL
+from tests.modeling.segments import image, text
+
+LENS = (4, 8)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@pytest.fixture
+def records(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Recordings wherever the weights are whole and no gradient is wanted."""
+    monkeypatch.setattr(recorded_vision, "_may_record", lambda *_: not torch.is_grad_enabled())
+    recorded_vision._OF_MODELS.clear()
+    yield
+    recorded_vision._OF_MODELS.clear()
+
+
+def loaded() -> Any:
+    return load_bagel(TINY_BAGEL, device=DEVICE, dtype=torch.bfloat16)
+
+
+def patches_of(model: Any) -> tuple[Tensor, Tensor]:
+    patches = torch.rand(sum(LENS), model.config.vision.patch_dim, device=DEVICE)
+    return patches, torch.arange(sum(LENS), device=DEVICE)
+
+
+def recording_of(vit: nn.Module) -> Any:
+    (recording,) = recorded_vision._OF_MODELS[vit].by_size.values()  # type: ignore[index]
+    return recording
+
+
+@pytest.mark.usefixtures("records")
+def test_a_size_is_recorded_the_second_time() -> None:
+    """New patches and new weights are read; weights that moved are noticed."""
+    vit = loaded().model.vit_model
+    model: Any = SimpleNamespace(config=loaded().model.config)
+
+    def compare() -> None:
+        patches, positions = patches_of(model)
+        with torch.no_grad():
+            actual = recorded_vision.see(vit, patches, positions, LENS)
+            assert torch.equal(actual, vit(patches, positions, LENS))
+
+    compare()
+    assert recording_of(vit) is None
+    for _ in range(3):
+        compare()
+    recording = recording_of(vit)
+    assert recording is not None
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.mul_(1.01)
+    compare()
+    assert recording_of(vit) is recording
+    first = next(vit.parameters())
+    first.data = first.data.clone()
+    compare()
+    assert recording_of(vit) is None
+    recorded_vision.forget(nn.ModuleList([vit]))
+    assert vit not in recorded_vision._OF_MODELS
+
+
+@pytest.mark.usefixtures("records")
+def test_a_recording_keeps_its_layout_and_not_the_model() -> None:
+    """Its attention reads what the layout holds; a model that is dropped is freed."""
+    bundle = loaded()
+    vit = bundle.model.vit_model
+    inputs = patches_of(bundle.model)
+    image_layout.cache_clear()
+    with torch.no_grad():
+        for _ in range(2):
+            recorded_vision.see(vit, *inputs, LENS)
+        layout, model = ref(image_layout(LENS)), ref(vit)
+        for side in range(1, 80):  # more than are remembered
+            image_layout((side,))
+        gc.collect()
+        assert layout() is recording_of(vit).layout
+    del bundle, vit
+    gc.collect()
+    assert model() is None
+    assert layout() is None
+    assert not recorded_vision._OF_MODELS
+
+
+@pytest.mark.usefixtures("records")
+def test_no_more_than_some_sizes_are_remembered() -> None:
+    vit = loaded().model.vit_model
+    patches, positions = patches_of(loaded().model)
+    for side in range(1, 13):
+        with torch.no_grad():
+            recorded_vision.see(vit, patches[:side], positions[:side], (side,))
+    assert len(recorded_vision._OF_MODELS[vit].by_size) == 8
+
+
+@pytest.mark.usefixtures("records")
+def test_only_prompts_are_recorded() -> None:
+    """A forward under FSDP communicates, so that none is recorded; a cache is filled by replays."""
+    bundle = loaded()
+    model = bundle.model
+    packed = pack([(text(4), image(3, model), text(3))], bundle.special_tokens).to(DEVICE)
+
+    def filled() -> KVCache:
+        cache = KVCache(model.config.llm, 1, 40, DEVICE, model.dtype)
+        model.fill_cache(packed, cache)
+        return cache
+
+    with torch.no_grad():
+        for _ in range(3):
+            model(packed)
+        assert not recorded_vision._OF_MODELS
+        caches = [filled() for _ in range(3)]
+    assert recording_of(model.vit_model) is not None
+    for cache in caches[1:]:
+        for one, other in zip(cache.keys, caches[0].keys, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("records")
+def test_inference_mode_leaves_nothing_behind() -> None:
+    """Recorded in a caller's inference mode, used and trained after it."""
+    bundle = loaded()
+    vit = bundle.model.vit_model
+    inputs = patches_of(bundle.model)
+    image_layout.cache_clear()
+    with torch.inference_mode():
+        expected = [recorded_vision.see(vit, *inputs, LENS) for _ in range(2)][1].clone()
+    with torch.no_grad():
+        found = recorded_vision.see(vit, *inputs, LENS)
+    assert torch.equal(found, expected)
+    vit(*inputs, LENS).sum().backward()
+    made = image_layout(LENS).memo("made", lambda: torch.arange(3))
+    with torch.inference_mode():
+        again = image_layout((5,)).memo("made", lambda: torch.arange(3))
+    assert not made.is_inference()
+    assert not again.is_inference()
+
+
+def test_a_shard_is_never_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a ViT with a weight elsewhere, or a call that wants a gradient."""
+
+    class Shard(Tensor):
+        pass
+
+    monkeypatch.setattr(recorded_vision, "may_be_recorded", lambda _: True)
+    monkeypatch.setattr(fast, "is_on", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    here = torch.device(DEVICE)
+
+    class Patches:
+        is_cuda, device = True, here
+
+        def __len__(self) -> int:
+            return 12
+
+    patches: Any = Patches()
+    whole = [nn.Parameter(torch.zeros(2, device=here)) for _ in range(3)]
+    may: Callable[[Any], bool] = lambda weights: recorded_vision._may_record(weights, patches)  # noqa: E731
+    with torch.no_grad():
+        assert may(whole)
+        assert not may([*whole, nn.Parameter(torch.zeros(2, device="meta"))])
+        shard: Any = SimpleNamespace(data=torch.zeros(2, device=here).as_subclass(Shard))
+        shard.device = here
+        assert not may([whole[0], shard, whole[1]])
+    assert not may(whole)
+
+
+# -------------------------------------------------------------------------------- steps
+
+
+class Recorded(RepeatedStep):
+    """Records as on a GPU, with a recording that fails so many times."""
+
+    def __init__(self, step: Callable[[], None], failures: int) -> None:
+        super().__init__(step, torch.device("cuda"))
+        self.records, self.failures, self.tried = True, failures, 0
+
+    def _record(self) -> Any:
+        self.tried += 1
+        if self.tried <= self.failures:
+            raise torch.OutOfMemoryError("no memory for a recording")
+        return SimpleNamespace(replay=self.step)
+
+
+@pytest.mark.parametrize(("failures", "recorded"), [(0, True), (1, True), (2, False)])
+def test_a_recording_that_finds_no_memory(failures: int, recorded: bool) -> None:
+    """Once more with torch's reserve given back, then plainly; no call is lost or made twice."""
+    calls: list[int] = []
+    step = Recorded(lambda: calls.append(1), failures)
+    for count in range(1, 5):
+        step()
+        assert len(calls) == count
+    assert (step.graph is not None, step.records) == (recorded, recorded)
+    assert step.tried == min(failures + 1, 2)
+
+
+def test_other_errors_of_a_recording_are_raised() -> None:
+    step = Recorded(lambda: None, 0)
+    step._record = lambda: (_ for _ in ()).throw(RuntimeError("reads back"))  # type: ignore[method-assign]
+    step()
+    with pytest.raises(RuntimeError, match="reads back"):
+        step()
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_recordings_share_a_stream() -> None:
+    """cuBLAS keeps a workspace for each stream: many recordings must not each bring one."""
+    weight = torch.rand(512, 512, device="cuda")
+    out = torch.empty_like(weight)
+
+    def multiply() -> None:
+        torch.mm(weight, weight, out=out)
+
+    steps = [RepeatedStep(multiply, weight.device) for _ in range(6)]
+    sizes = []
+    for step in steps:
+        for _ in range(3):
+            step()
+        assert step.graph is not None
+        sizes.append(torch.cuda.memory_allocated())
+    torch.testing.assert_close(out, weight @ weight)
+    assert sizes[-1] == sizes[1]
