@@ -81,7 +81,8 @@ def adjoin_projections(model: nn.Module) -> nn.Module:
         group = [parameters[key] for key in keys]
         if adjoining(group) is not None or len({(p.device, p.dtype) for p in group}) > 1:
             continue
-        with torch.inference_mode(False):  # a caller's inference mode ends, the weights stay
+        # A caller's inference mode ends, the weights stay what they are.
+        with torch.inference_mode(group[0].is_inference()):
             joined = torch.cat([parameter.detach() for parameter in group])
         for parameter, part in zip(group, joined.split([len(p) for p in group]), strict=True):
             parameter.data = part

@@ -132,6 +132,25 @@ def test_joined_weights_keep_no_memory() -> None:
     assert joined_weights(layers) is None
 
 
+@pytest.mark.parametrize("loads_inside", [False, True])
+def test_projections_adjoin_in_inference_mode(loads_inside: bool) -> None:
+    """Weights that were loaded outside of it can be trained later; the others stay usable in it."""
+    with torch.inference_mode(loads_inside):
+        model = load_bagel(TINY_BAGEL).model
+    with torch.inference_mode():
+        adjoin_projections(model)
+        attention: Any = model.language_model.model.layers[0].self_attn
+        layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+        joined = joined_weights(layers)
+        assert joined is not None
+        assert torch.equal(joined[0][: len(layers[0].weight)], layers[0].weight)
+    assert layers[0].weight.is_inference() == loads_inside
+    if not loads_inside:
+        x = torch.rand(2, layers[0].in_features)
+        sum(layer(x).sum() for layer in layers).backward()
+        assert all(layer.weight.grad is not None for layer in layers)
+
+
 def test_attention_in_place_wants_its_norms_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model spread over devices, the norms of heads may lie elsewhere than their layer."""
     model = load_bagel(TINY_BAGEL, visual_gen=True).model
