@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from modeling.bagel.attention import AttentionLayout, Block
 from modeling.kernels import block_attention, decode_attention, rows, sampling, stream_linear
-from scripts.visual_opsd import loss_kernels
+from scripts.visual_opsd import loss_kernels, loss_products
 from scripts.visual_opsd.opsd_loss import LossConfig
 
 HIDDEN, INTERMEDIATE, VOCAB, HEADS, KV_HEADS, DIM = 3584, 18944, 152064, 28, 4, 128
@@ -143,6 +143,10 @@ def losses(_: int) -> None:
             )  # fmt: skip
     loss_kernels.write_gradient(logits, LossConfig(), labels, numbers, lse=numbers, pull=numbers)
     loss_kernels.write_gradient(logits, LossConfig(), labels, numbers, ce_weight=numbers)
+    hidden, values = empty(count, HIDDEN), empty(count, 256, dtype=torch.float32)
+    loss_products.sparse_times_head(values, index, empty(VOCAB, HIDDEN), hidden)
+    loss_products.sparse_times_hidden(values, index, hidden, VOCAB)
+    loss_products.scale_(hidden, numbers[:1])
 
 
 def compile_all(capability: int, shared: int) -> None:
