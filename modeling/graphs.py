@@ -3,24 +3,19 @@
 
 from __future__ import annotations
 
-import threading
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from weakref import finalize
 
 import torch
 
 from modeling import fast
 
-_SIDE = threading.local()
-
-
-def _side_stream() -> torch.cuda.Stream:
-    """For recordings, one a thread and GPU: cuBLAS keeps a workspace for every stream it saw."""
-    streams: dict[int, torch.cuda.Stream] = _SIDE.__dict__.setdefault("streams", {})
-    device = torch.cuda.current_device()
-    if device not in streams:
-        streams[device] = torch.cuda.Stream(device)
-    return streams[device]
+# Streams of recordings that are gone, by GPU. No two that live may share one: cuBLAS keeps a
+# workspace for each stream, in the memory of the recording that first asked for it. A stream of
+# its own for each recording that ever was would pile such workspaces up.
+_FREE_STREAMS: defaultdict[int, list[torch.cuda.Stream]] = defaultdict(list)
 
 
 class RepeatedStep:
@@ -59,14 +54,19 @@ class RepeatedStep:
         for _ in range(2):
             try:
                 return self._record()
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
+            except RuntimeError as error:  # torch's own or the driver's
+                if "out of memory" not in str(error):
+                    raise
+            # Not before here: the error's traceback holds what the attempt took.
+            torch.cuda.empty_cache()
         return None
 
     def _record(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         here = torch.cuda.current_stream()
-        aside = _side_stream()
+        free = _FREE_STREAMS[torch.cuda.current_device()]
+        aside = free.pop() if free else torch.cuda.Stream()
+        finalize(graph, free.append, aside)
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             # thread_local: a loader's thread may pin memory meanwhile.

@@ -9,6 +9,7 @@ recorded: its forward communicates.
 from __future__ import annotations
 
 from collections import OrderedDict
+from threading import Lock
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -63,6 +64,8 @@ class _Recordings:
 
 
 _OF_MODELS: WeakKeyDictionary[VisionModel, _Recordings] = WeakKeyDictionary()
+# A recording's inputs and outputs lie in one place, whichever thread wants them.
+_ONE_AT_A_TIME = Lock()
 
 
 def forget(model: nn.Module) -> None:
@@ -75,9 +78,23 @@ def forget(model: nn.Module) -> None:
 def see(vit: VisionModel, patches: Tensor, positions: Tensor, lens: tuple[int, ...]) -> Tensor:
     """`vit(patches, positions, lens)`: (N, Hv), replayed where that can be."""
     weights = list(vit.parameters())
-    if not _may_record(weights, patches):
-        features: Tensor = vit(patches, positions, lens)
-        return features
+    if _may_record(weights, patches):
+        with _ONE_AT_A_TIME:
+            recording = _recording(vit, weights, patches, positions, lens)
+            if recording is not None:
+                return recording(patches, positions)
+    features: Tensor = vit(patches, positions, lens)
+    return features
+
+
+def _recording(
+    vit: VisionModel,
+    weights: list[nn.Parameter],
+    patches: Tensor,
+    positions: Tensor,
+    lens: tuple[int, ...],
+) -> _Recording | None:
+    """That of a size; None when it comes for the first time."""
     addresses = [weight.data_ptr() for weight in weights]
     known = _OF_MODELS.get(vit)
     if known is None or known.addresses != addresses:
@@ -89,9 +106,7 @@ def see(vit: VisionModel, patches: Tensor, positions: Tensor, lens: tuple[int, .
     known.by_size[lens] = recording
     if len(known.by_size) > _SIZES:
         known.by_size.popitem(last=False)
-    if recording is None:
-        return vit(patches, positions, lens)
-    return recording(patches, positions)
+    return recording
 
 
 def _may_record(weights: list[nn.Parameter], patches: Tensor) -> bool:

@@ -48,6 +48,23 @@ def drawn(*shape: int) -> Tensor:
     return torch.randn(*shape).to(DEVICE)
 
 
+@pytest.mark.parametrize("vocab", [100, 5000])
+@pytest.mark.parametrize("greedy", [False, True])
+def test_no_token_lies_outside_the_vocabulary(vocab: int, greedy: bool) -> None:
+    """Whatever the logits are: all undefined, one undefined, infinite, excluded."""
+    logits = torch.randn(5, vocab)
+    if DEVICE == "cuda":  # the interpreter's maximum of nothing but NaN is an error
+        logits[0] = float("nan")
+    logits[1, vocab // 2] = float("nan")
+    logits[2] = float("-inf")
+    logits[3, 7] = float("inf")
+    for number in (0.0, 0.5, 1 - 2**-53):
+        uniforms = torch.full((5,), number, dtype=torch.float64, device=DEVICE)
+        token, _ = sampling.choose_token(logits.to(DEVICE), 0.7, None if greedy else uniforms)
+        assert int(token.min()) >= 0
+        assert int(token.max()) < vocab
+
+
 @pytest.mark.parametrize("count", [2, 8, 16, 32, 64])
 @pytest.mark.parametrize(
     ("n", "k", "pair"),
@@ -278,13 +295,33 @@ def test_an_error_while_recording_is_the_one_that_is_raised() -> None:
     def step() -> None:
         calls.append(1)
         if len(calls) == 2:
-            raise torch.OutOfMemoryError("no room")
+            raise KeyError("not here")
 
     repeated = RepeatedStep(step, torch.device("cuda"))
     repeated()
-    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+    with pytest.raises(KeyError, match="not here"):
         repeated()
     assert float(torch.ones(2, device="cuda").sum()) == 2  # the device still works
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_a_recording_is_tried_again_when_memory_ran_out() -> None:
+    """What the first attempt took is given back; the second is replayed."""
+    total, calls = torch.zeros(3, device="cuda"), []
+
+    def step() -> None:
+        calls.append(1)
+        total.add_(torch.ones(3, device="cuda"))
+        if len(calls) == 2:
+            torch.empty(1 << 44, dtype=torch.uint8, device="cuda")
+
+    repeated = RepeatedStep(step, torch.device("cuda"))
+    for count in range(1, 6):
+        repeated()
+        assert total.tolist() == [count] * 3
+    assert repeated.graph is not None
+    assert len(calls) == 3
 
 
 @pytest.mark.cuda
