@@ -61,27 +61,35 @@ def run_part(name: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 def merged(reports: Mapping[str, dict[str, Any]], argv: Sequence[str]) -> dict[str, Any]:
     """One report of one or more parts; each measured ceilings of its own."""
-    first = next(iter(reports.values()))
-    shared = {k: first[k] for k in ("hardware", "versions", "dtype", "tiny", "reference_hardware")}
-    assert all(r["hardware"] == first["hardware"] for r in reports.values())
+    runs = {name: report["run"] for name, report in reports.items()}
+    first = next(iter(runs.values()))
+    assert all(run["hardware"] == first["hardware"] for run in runs.values())
+    shared = ("hardware", "versions", "dtype", "tiny", "reference_hardware")
     return {
-        "command": shlex.join(["python", "-m", "scripts.bench.all", *argv]),
-        **shared,
-        "ceilings": {name: report["ceilings"] for name, report in reports.items()},
-        "results": {k: v for report in reports.values() for k, v in report["results"].items()},
-        "notes": {k: v for report in reports.values() for k, v in report["notes"].items()},
+        **{k: v for report in reports.values() for k, v in figures(report).items()},
+        "run": {
+            "command": shlex.join(["python", "-m", "scripts.bench.all", *argv]),
+            **{key: first[key] for key in shared},
+            "ceilings": {name: run["ceilings"] for name, run in runs.items()},
+            "notes": {k: v for run in runs.values() for k, v in run["notes"].items()},
+        },
     }
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+def figures(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured, without how."""
+    return {key: entry for key, entry in report.items() if key != "run"}
+
+
+def table(report: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: a line for each figure, in the order of NAMES."""
     lines = [
         "| | median | spread | floor | median / floor | target | the authors' code |",
         "|---|---|---|---|---|---|---|",
     ]
     for key, name in NAMES.items():
-        if key in results:
-            entry = results[key]
+        if key in report:
+            entry = report[key]
             cells = (entry[k] for k in ("median", "spread", "floor", "ratio", "target"))
             shown = [*("-" if cell is None else f"{cell:g}" for cell in cells)]
             reference = entry["reference"]
@@ -117,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:  # after each part, so that an interrupted run leaves what it has
             Path(args.json).write_text(json.dumps(merged(reports, argv), indent=1) + "\n")
     if reports:
-        print(table(merged(reports, argv)["results"]))
+        print(table(merged(reports, argv)))
     if failures:
         raise ValueError("; ".join(failures))
     return 0

@@ -147,7 +147,7 @@ class Report:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        return {
+        run = {
             "hardware": torch.cuda.get_device_name(self.machine.device)
             if self.machine.on_gpu
             else "cpu",
@@ -159,9 +159,9 @@ class Report:
                 "matmul_tflop_s": round(self.ceilings.flop_per_s / 1e12, 1),
             },
             "reference_hardware": REFERENCE_HARDWARE,
-            "results": self.results,
             "notes": self.notes,
         }
+        return {**self.results, "run": run}
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from scripts.visual_opsd.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = json.loads((ROOT / "docs/benchmarks/h100.json").read_text())
+MEASURED = bench.figures(COMMITTED)
 FIELDS = {"median", "spread", "floor", "ratio", "target", "reference", "settings"}
 
 
@@ -24,14 +25,15 @@ def test_tiny_versions_of_all_of_them(tmp_path: Path, capsys: pytest.CaptureFixt
     file = tmp_path / "report.json"
     assert bench.main(["--tiny", "--device", "cpu", "--repeats", "1", "--json", str(file)]) == 0
     report = json.loads(file.read_text())
-    assert report["results"].keys() == bench.NAMES.keys()
-    for key, entry in report["results"].items():
+    assert report.keys() == {*bench.NAMES, "run"}
+    for key, entry in bench.figures(report).items():
         assert entry.keys() == FIELDS, key
         assert entry["median"] > 0 or key.endswith("_gb"), key  # no GPU, no GPU memory
         assert entry["target"] is None and entry["reference"] is None
-    assert report["tiny"] and report["hardware"] == "cpu"
-    assert set(report["ceilings"]) == set(bench.PARTS)
-    notes = report["notes"]
+    run = report["run"]
+    assert run["tiny"] and run["hardware"] == "cpu"
+    assert set(run["ceilings"]) == set(bench.PARTS)
+    notes = run["notes"]
     assert notes["greedy_agreement"]["rows_that_part"] == 0  # one path on a CPU
     assert notes["vt512"]["from_the_eager_path"]["worst"] == 0
     lines = capsys.readouterr().out.splitlines()
@@ -78,7 +80,7 @@ def test_a_part_that_fails_leaves_the_others(
     def run_part(name: str, arguments: list[str]) -> dict[str, Any]:
         if name == "load":
             raise ValueError("scripts.bench.load ended with code 1")
-        return {**{key: {} for key in shared}, "results": {"vt512_s": entry}}
+        return {"vt512_s": entry, "run": {key: {} for key in shared}}
 
     monkeypatch.setattr(bench, "run_part", run_part)
     file = tmp_path / "x.json"
@@ -86,8 +88,8 @@ def test_a_part_that_fails_leaves_the_others(
     with pytest.raises(ValueError, match=r"load ended with code 1$"):
         bench.main(words)
     report = json.loads(file.read_text())
-    assert report["results"].keys() == {"vt512_s"}
-    assert report["command"] == " ".join(["python -m scripts.bench.all", *words])
+    assert bench.figures(report).keys() == {"vt512_s"}
+    assert report["run"]["command"] == " ".join(["python -m scripts.bench.all", *words])
     assert "| visual thought of 512 x 512, s |" in capsys.readouterr().out
 
 
@@ -115,9 +117,9 @@ def test_gathering(tmp_path: Path) -> None:
 
 
 def test_the_committed_report_is_complete() -> None:
-    assert COMMITTED["results"].keys() == bench.NAMES.keys()
-    assert not COMMITTED["tiny"] and "H100" in COMMITTED["hardware"]
-    for key, entry in COMMITTED["results"].items():
+    assert MEASURED.keys() == bench.NAMES.keys()
+    assert not COMMITTED["run"]["tiny"] and "H100" in COMMITTED["run"]["hardware"]
+    for key, entry in MEASURED.items():
         assert entry.keys() == FIELDS, key
         assert entry["median"] > 0 and entry["target"] > 0 and entry["settings"], key
         if entry["floor"]:
@@ -126,15 +128,15 @@ def test_the_committed_report_is_complete() -> None:
 
 def test_the_page_shows_the_committed_report() -> None:
     page = (ROOT / "docs/benchmarks/README.md").read_text()
-    assert COMMITTED["command"] in page
+    assert COMMITTED["run"]["command"] in page
     shown = page.split("<!-- h100 -->\n")[1].split("<!-- end -->")[0].strip()
-    table = bench.table(COMMITTED["results"])
+    table = bench.table(COMMITTED)
     assert shown == table, f"docs/benchmarks/README.md should hold\n{table}"
 
 
 def test_other_pages_quote_the_committed_report() -> None:
-    median = {key: entry["median"] for key, entry in COMMITTED["results"].items()}
-    authors = {key: entry["reference"] for key, entry in COMMITTED["results"].items()}
+    median = {key: entry["median"] for key, entry in MEASURED.items()}
+    authors = {key: entry["reference"] for key, entry in MEASURED.items()}
     rows = []
     for found in (authors, median):
         decode = [f"{found[key]:.1f}" for key in ("decode_b1_ms", "decode_b8_ms")]
