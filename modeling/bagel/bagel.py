@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TypeVar, overload
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from modeling import fast
 from modeling.bagel.attention import DecodeLayout
-from modeling.bagel.batch import KnownImages, Loan, PackedBatch, PackedLatents
+from modeling.bagel.batch import Loan, PackedBatch, PackedLatents
 from modeling.bagel.config import BagelConfig
 from modeling.bagel.decoder import DecoderLayer, LanguageModel, Routing
 from modeling.bagel.embeddings import Connector, PositionTable, TimestepEmbedder, sincos_table
@@ -90,10 +89,6 @@ class Bagel(nn.Module):
             patches, positions = patches[rows], positions[rows]
             lens = tuple(lens[i] for i in images)
         return self.vit_model(patches, positions, lens)
-
-    def encode_images(self, patches: Tensor, position_ids: Tensor, lens: tuple[int, ...]) -> Tensor:
-        """ViT, connector, then the fixed position table: (Nv, 588) -> (Nv, H)."""
-        return self.connect_images(self.vit_model(patches, position_ids, lens), position_ids)
 
     def connect_images(self, features: Tensor, position_ids: Tensor) -> Tensor:
         """Connector and position table: (Nv, Hv) -> (Nv, H)."""
@@ -210,14 +205,8 @@ class Bagel(nn.Module):
         if loan is not None:
             with torch.enable_grad():
                 loan.features = self.see_images(batch, loan.images)
-            known = KnownImages(loan.images, loan.features.detach())
-            batch = replace(batch, vit_known=known)
-        x = self.embed(batch)
-        # Without latent rows the understanding expert does everything.
-        routing = Routing(latents.und_rows, latents.rows) if latents is not None else None
-        hidden = self.language_model.model(
-            x, batch.position_ids, batch.layout, routing=routing, cache=cache
-        )
+            batch = batch.knowing(loan.features.detach(), loan.images)
+        hidden = self._decode(batch, cache)
         if flow_head is None:
             if head is None:
                 return hidden
@@ -233,15 +222,21 @@ class Bagel(nn.Module):
     def fill_cache(self, batch: PackedBatch, cache: KeyValues) -> None:
         """Keys and values of a packed sequence into `cache`; its hidden states are not wanted."""
         if batch.vit_patches is not None and batch.vit_known is None:
-            lens = batch.vit_lens
-            features = see(self.vit_model, batch.vit_patches, batch.vit_position_ids, lens)
-            images = tuple(range(len(lens)))
-            batch = replace(batch, vit_known=KnownImages(images, features))
+            images = batch.vit_patches, batch.vit_position_ids, batch.vit_lens
+            batch = batch.knowing(see(self.vit_model, *images))
+        self._decode(batch, cache, keys_only=True)
+
+    def _decode(
+        self, batch: PackedBatch, cache: KeyValues | None, *, keys_only: bool = False
+    ) -> Tensor:
+        """Hidden states (T, H) of a packed sequence; keys_only: see `Decoder`."""
         latents = batch.latents
+        # Without latent rows the understanding expert does everything.
         routing = Routing(latents.und_rows, latents.rows) if latents is not None else None
-        self.language_model.model(
-            self.embed(batch), batch.position_ids, batch.layout, routing, cache, keys_only=True
+        hidden: Tensor = self.language_model.model(
+            self.embed(batch), batch.position_ids, batch.layout, routing, cache, keys_only
         )
+        return hidden
 
     def decode_step(
         self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: KVCache

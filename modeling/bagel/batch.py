@@ -108,6 +108,11 @@ class PackedBatch:
         """The same batch with every tensor on `device`."""
         return _moved(self, device)
 
+    def knowing(self, features: Tensor, images: tuple[int, ...] | None = None) -> PackedBatch:
+        """The same batch with the ViT outputs (patches, Hv) of some images, rising; None: all."""
+        every = tuple(range(len(self.vit_lens)))
+        return replace(self, vit_known=KnownImages(every if images is None else images, features))
+
     def patch_rows(self, images: Sequence[int]) -> Tensor:
         """(n,) int64: the patches of some images, on the patches' device."""
         bounds = np.cumsum([0, *self.vit_lens])

@@ -8,7 +8,7 @@ of each expert are held in a tensor of their own and meet in the attention alone
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -102,13 +102,22 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + torch.cat([-right, left], dim=-1) * sin[:, None]
 
 
+def turns_by_kernel(x: Tensor, dim: int, norms: Sequence[RMSNorm]) -> bool:
+    """Whether kernels norm and rotate the heads, of width dim, of rows like x."""
+    half = dim // 2
+    return (
+        fast.runs_kernels("rows", x)
+        and half & (half - 1) == 0
+        # Not so if a module hook brings a norm for its call.
+        and all(norm.weight.device == x.device for norm in norms)
+    )
+
+
 def turned(
     q: Tensor, k: Tensor, q_norm: RMSNorm, k_norm: RMSNorm, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Norm of each head, then rotation: q (T, nh, d), k (T, nkv, d), cos and sin (T, d)."""
-    half = q.shape[-1] // 2
-    here = q_norm.weight.device == q.device  # not if a module hook brings it for its call
-    if fast.runs_kernels("rows", q) and here and half & (half - 1) == 0:
+    if turns_by_kernel(q, q.shape[-1], (q_norm, k_norm)):
         from modeling.kernels.rows import norm_rotary
 
         return norm_rotary(q, k, q_norm.weight, k_norm.weight, cos, sin, q_norm.eps)
@@ -129,7 +138,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         width, dim = config.hidden_size, config.head_dim
-        self.head_dim = dim
+        self.head_dim, self.experts = dim, experts
         for suffix in experts:
             self.add_module(f"q_proj{suffix}", nn.Linear(width, self.heads * dim))
             self.add_module(f"k_proj{suffix}", nn.Linear(width, self.kv_heads * dim))
@@ -138,17 +147,24 @@ class Attention(nn.Module):
             self.add_module(f"q_norm{suffix}", RMSNorm(dim, config.rms_norm_eps))
             self.add_module(f"k_norm{suffix}", RMSNorm(dim, config.rms_norm_eps))
 
+    def _heads_of(self, suffix: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (T_e, nh, d), k and v (T_e, nkv, d) of one expert's rows, not yet rotated."""
+        q, k, v = products(x, [getattr(self, f"{n}_proj{suffix}") for n in "qkv"])
+        kv = (len(x), self.kv_heads, self.head_dim)
+        return q.view(len(x), self.heads, self.head_dim), k.view(kv), v.view(kv)
+
+    def _norms_of(self, suffix: str) -> tuple[RMSNorm, RMSNorm]:
+        """Those of queries and of keys."""
+        return getattr(self, f"q_norm{suffix}"), getattr(self, f"k_norm{suffix}")
+
     def project(
         self, xs: Rows, cos: Rows, sin: Rows, routing: Routing | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Packed q (T, nh, d), k and v (T, nkv, d), rotated, from the rows of each expert."""
         parts = []
         for suffix, x, c, s in zip(SUFFIXES, xs, cos, sin, strict=False):
-            q, k, v = products(x, [getattr(self, f"{n}_proj{suffix}") for n in "qkv"])
-            q = q.view(len(x), self.heads, -1)
-            k, v = (part.view(len(x), self.kv_heads, -1) for part in (k, v))
-            q_norm, k_norm = (getattr(self, f"{n}_norm{suffix}") for n in "qk")
-            parts.append((*turned(q, k, q_norm, k_norm, c, s), v))
+            q, k, v = self._heads_of(suffix, x)
+            parts.append((*turned(q, k, *self._norms_of(suffix), c, s), v))
         q, k, v = (join_rows(part, routing) for part in zip(*parts, strict=True))
         return q, k, v
 
@@ -168,12 +184,12 @@ class Attention(nn.Module):
 
         keys_only: nothing is added: what the cache keeps is all that is wanted.
         """
-        seen = None
         if keys_only:
             assert cache is not None
             _, k, v = self.project(xs, cos, sin, routing)
             cache.update(layer, k, v, layout)
             return residuals
+        seen = None
         if cache is not None and self._places(xs[0], layout):
             assert isinstance(layout, AttentionLayout)
             seen = self._attend_in_cache(xs, cos, sin, layout, routing, cache, layer)
@@ -185,23 +201,12 @@ class Attention(nn.Module):
         each_part = zip(SUFFIXES, residuals, seen, strict=False)
         return tuple(added(x, y, getattr(self, f"o_proj{suffix}")) for suffix, x, y in each_part)
 
-    def _head_norms(self) -> Iterator[RMSNorm]:
-        for name in ("q_norm", "k_norm"):
-            for suffix in SUFFIXES:
-                if hasattr(self, name + suffix):
-                    yield getattr(self, name + suffix)
-
     def _places(self, x: Tensor, layout: AttentionLayout | DecodeLayout) -> bool:
         """Whether `_attend_in_cache` can serve."""
-        half = self.head_dim // 2
-        return (
-            isinstance(layout, AttentionLayout)
-            and not torch.is_grad_enabled()
-            and fast.runs_kernels("rows", x)
-            and half & (half - 1) == 0
-            and attends_in_place(x, layout)
-            and all(norm.weight.device == x.device for norm in self._head_norms())
-        )
+        if torch.is_grad_enabled() or not isinstance(layout, AttentionLayout):
+            return False
+        norms = [norm for suffix in self.experts for norm in self._norms_of(suffix)]
+        return turns_by_kernel(x, self.head_dim, norms) and attends_in_place(x, layout)
 
     def _attend_in_cache(
         self,
@@ -237,11 +242,9 @@ class Attention(nn.Module):
         q_all = xs[0].new_empty(sum(sizes), self.heads, self.head_dim)
         each_part = zip(SUFFIXES, xs, cos, sin, rows, q_all.split(sizes), strict=False)
         for suffix, x, c, s, to, q_out in each_part:
-            q, k, v = products(x, [getattr(self, f"{n}_proj{suffix}") for n in "qkv"])
-            q_norm, k_norm = (getattr(self, f"{n}_norm{suffix}") for n in "qk")
+            q_norm, k_norm = self._norms_of(suffix)
             place_rows(
-                q.view(len(x), self.heads, -1), k.view(len(x), self.kv_heads, -1),
-                v.view(len(x), self.kv_heads, -1), q_norm.weight, k_norm.weight, c, s, q_norm.eps,
+                *self._heads_of(suffix, x), q_norm.weight, k_norm.weight, c, s, q_norm.eps,
                 to, q_out, place.keys, place.values,
             )  # fmt: skip
         seen = attend_in_place(q_all, place.keys, place.values, layout, place.starts, order)

@@ -2,14 +2,13 @@
 """Linear layers that read the same rows, as one product: q, k and v; gate and up.
 
 Parameters keep their names and values. Those of a group are moved next to each other in one
-storage, so that one view spans them all: it costs no memory, and a view is used only as long as the
-weights lie where they lay when it was made.
+storage, so that one view spans them all: it costs no memory and can't go stale, because nothing
+is kept: whether weights adjoin is looked up at each use.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -89,31 +88,13 @@ def adjoin_projections(model: nn.Module) -> nn.Module:
     return model
 
 
-# First layer of a group -> addresses of its parameters, and whether those adjoin. No view is kept:
-# it would keep memory that the layers have left.
-_JOINED: WeakKeyDictionary[nn.Linear, tuple[list[int], bool]] = WeakKeyDictionary()
-
-
 def joined_weights(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of layers whose parameters adjoin; None if they do not."""
-    first = layers[0]
-    parameters = [layer.weight for layer in layers]
-    if first.bias is not None:
-        parameters += [layer.bias for layer in layers]
-    where = [parameter.data_ptr() for parameter in parameters]
-    where.append(first.weight.untyped_storage().nbytes())
-    known = _JOINED.get(first)
-    if known is None or known[0] != where:
-        groups = [parameters[: len(layers)], parameters[len(layers) :]]
-        known = (where, all(adjoining(group) is not None for group in groups if group))
-        _JOINED[first] = known
-    if not known[1]:
-        return None
-    rows = sum(layer.out_features for layer in layers)
-    weight = first.weight.detach().as_strided((rows, first.in_features), (first.in_features, 1))
-    if first.bias is None:
-        return weight, None
-    return weight, first.bias.detach().as_strided((rows,), (1,))
+    weight = adjoining([layer.weight for layer in layers])
+    if weight is None or layers[0].bias is None:
+        return None if weight is None else (weight, None)
+    bias = adjoining([layer.bias for layer in layers])
+    return None if bias is None else (weight, bias)
 
 
 def few_rows(x: Tensor, layer: nn.Linear) -> bool:

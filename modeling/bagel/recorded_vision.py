@@ -37,9 +37,10 @@ class _Recording:
             seen = model()
             assert seen is not None
             features = seen(*inputs, lens)
-            if not out:
+            if out:
+                out[0].copy_(features)
+            else:
                 out.append(features.clone())
-            out[0].copy_(features)
 
         # Later calls need not be in inference mode, even if this one is.
         with torch.inference_mode(False), torch.no_grad():

@@ -53,10 +53,6 @@ def _layer(module: Any) -> _Layer:
     )
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
 def streams(model: Bagel, batch: int) -> bool:
     """Whether a model and batch can take the chain: half precision on one GPU, up to 64 rows."""
     head = model.language_model.lm_head.weight
@@ -99,7 +95,9 @@ class StreamedDecoder:
         self.seen = self.head.new_empty(cache.batch, llm.num_attention_heads * llm.head_dim)
         # Launches that begin before the last one has ended: from Hopper on, and where programs
         # are light enough to share a multiprocessor with those of the launch before.
-        self.chained = _capability(self.head.device) >= (9, 0) and cache.batch <= 8
+        device = self.head.device
+        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self.chained = hopper and cache.batch <= 8
 
     def __call__(self, tokens: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """tokens, positions, slots (B,) int64 -> logits (B, V)."""

@@ -146,14 +146,21 @@ def _turn(x, weight, out, heads, cos, sin, eps, HEADS: tl.constexpr, HALF: tl.co
 
 
 @triton.jit
+def _angles(cos, sin, row, HALF: tl.constexpr):
+    """Cosine and sine of a row's angles, (1, HALF): both halves of a head turn by the same."""
+    at = row * (2 * HALF) + tl.arange(0, HALF)
+    c = tl.load(cos + at).to(tl.float32)[None, :]
+    s = tl.load(sin + at).to(tl.float32)[None, :]
+    return c, s
+
+
+@triton.jit
 def _norm_rotary(
     q, k, q_weight, k_weight, cos, sin, q_out, k_out, q_stride, k_stride, heads, kv_heads, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    angle = row * (2 * HALF) + tl.arange(0, HALF)
-    c = tl.load(cos + angle).to(tl.float32)[None, :]
-    s = tl.load(sin + angle).to(tl.float32)[None, :]
+    c, s = _angles(cos, sin, row, HALF)
     q_to, k_to = q_out + row * heads * (2 * HALF), k_out + row * kv_heads * (2 * HALF)
     _turn(q + row * q_stride, q_weight, q_to, heads, c, s, eps, HEADS, HALF)
     _turn(k + row * k_stride, k_weight, k_to, kv_heads, c, s, eps, KV_HEADS, HALF)
@@ -198,9 +205,7 @@ def _norm_rotary_backward(
     k_left, k_right = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
     for short_row in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.cast(short_row, tl.int64)
-        angle = row * (2 * HALF) + half
-        c = tl.load(cos + angle).to(tl.float32)[None, :]
-        s = tl.load(sin + angle).to(tl.float32)[None, :]
+        c, s = _angles(cos, sin, row, HALF)
         at = row * heads * (2 * HALF)
         left, right = _turn_back(
             q_grad + at, q + row * q_stride, q_weight, q_grad_x + at, heads, c, s, eps, HEADS, HALF
@@ -302,9 +307,7 @@ def _place(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    angle = row * (2 * HALF) + tl.arange(0, HALF)
-    c = tl.load(cos + angle).to(tl.float32)[None, :]
-    s = tl.load(sin + angle).to(tl.float32)[None, :]
+    c, s = _angles(cos, sin, row, HALF)
     to = tl.load(places + row) * kv_heads * (2 * HALF)
     q_to = q_out + row * heads * (2 * HALF)
     _turn(q + row * q_stride, q_weight, q_to, heads, c, s, eps, HEADS, HALF)
@@ -384,7 +387,7 @@ def _gated(gate: Tensor, up: Tensor) -> Tensor:
     rows, width = gate.shape
     out = gate.new_empty(gate.shape)
     if rows:
-        block = _block(width, _SILU_BLOCK)
+        block = min(_SILU_BLOCK, _block(width))
         _silu_mul[(rows, triton.cdiv(width, block))](
             gate, up, out, gate.stride(0), up.stride(0), width, BLOCK=block, num_warps=8
         )
@@ -404,7 +407,7 @@ class _SiluMul(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         if gate.shape[0]:
             rows, width = gate.shape
-            block = _block(width, _SILU_BLOCK)
+            block = min(_SILU_BLOCK, _block(width))
             _silu_mul_backward[(rows, triton.cdiv(width, block))](
                 grad.contiguous(), gate, up, gate.stride(0), up.stride(0), width,
                 BLOCK=block, num_warps=8,
@@ -426,8 +429,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @cache
-def _block(width: int, most: int = 1 << 16) -> int:
-    return min(most, triton.next_power_of_2(width))
+def _block(width: int) -> int:
+    return int(triton.next_power_of_2(width))
 
 
 def _warps(block: int) -> int:

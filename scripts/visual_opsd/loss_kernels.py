@@ -420,16 +420,21 @@ def _bits(x, lse, valid, rate):
 
 
 @triton.jit
+def _segment(program, segments, vocab, BLOCK: tl.constexpr):
+    """A program's row, its columns, which of them exist, and where the row's logits start."""
+    row = program // segments
+    column = (program % segments) * BLOCK + tl.arange(0, BLOCK)
+    return row, column, column < vocab, row.to(tl.int64) * vocab
+
+
+@triton.jit
 def _pair_sums(
     student, teacher, student_lse, teacher_lse, sums, vocab, segments, stride, rate, beta,
     bound, BLOCK: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
     """Of one segment of a row: the sums of the divergence's terms, slopes and of forward KL."""
     program = tl.program_id(0)
-    row = program // segments
-    column = (program % segments) * BLOCK + tl.arange(0, BLOCK)
-    valid = column < vocab
-    start = row.to(tl.int64) * vocab
+    row, column, valid, start = _segment(program, segments, vocab, BLOCK)
     ours = tl.load(student + start + column, mask=valid, other=0.0)
     theirs = tl.load(teacher + start + column, mask=valid, other=0.0)
     bits_s = _bits(ours, tl.load(student_lse + row), valid, rate)
@@ -448,10 +453,7 @@ def _gradient(
 ):  # fmt: skip
     """One segment of a row of `write_gradient`."""
     program = tl.program_id(0)
-    row = program // segments
-    column = (program % segments) * BLOCK + tl.arange(0, BLOCK)
-    valid = column < vocab
-    start = row.to(tl.int64) * vocab
+    row, column, valid, start = _segment(program, segments, vocab, BLOCK)
     x = tl.load(student + start + column, mask=valid, other=0.0)
     hit = (column == tl.load(labels + row)).to(tl.float32)
     gradient = tl.zeros((BLOCK,), tl.float32)

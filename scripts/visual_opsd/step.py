@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from data.packing import context_length, group_by_tokens, pack
 from data.sequence import Completion, Context, ImageSegment, LatentSegment, TextSegment
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.batch import KnownImages, Loan, PackedBatch
+from modeling.bagel.batch import Loan, PackedBatch
 from modeling.bagel.config import SpecialTokens
 from modeling.bagel.flow import flow_loss
 from scripts.visual_opsd.chunked_loss import chunked_opsd_loss
@@ -209,8 +209,7 @@ def run_pack(
         loan = shared_images(rows) if teacher.lends(device) else None
         teacher_hidden = teacher.hidden(teacher_batch.to(device), loan)
         if loan is not None and loan.features is not None:
-            known = KnownImages(tuple(range(len(loan.images))), loan.features)
-            student_batch = replace(student_batch, vit_known=known)
+            student_batch = student_batch.knowing(loan.features)
     student_batch = student_batch.to(device)
 
     def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

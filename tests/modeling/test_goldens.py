@@ -108,7 +108,8 @@ def test_vit(bundle: Any) -> None:
     with torch.no_grad():
         features = model.vit_model(t["pixel_patches"], t["position_ids"], lens)
         connected = model.connector(features)
-        positioned = model.encode_images(t["pixel_patches"], t["position_ids"], lens)
+        features = model.vit_model(t["pixel_patches"], t["position_ids"], lens)
+        positioned = model.connect_images(features, t["position_ids"])
     expected = "vit_out_after_post_layernorm"
     assert_golden(meta, expected, features, t[expected])
     assert_golden(meta, "connector_out", connected, t["connector_out"])
