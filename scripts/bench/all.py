@@ -90,10 +90,8 @@ def table(report: Mapping[str, Mapping[str, Any]]) -> str:
     for key, name in NAMES.items():
         if key in report:
             entry = report[key]
-            cells = (entry[k] for k in ("median", "spread", "floor", "ratio", "target"))
-            shown = [*("-" if cell is None else f"{cell:g}" for cell in cells)]
-            reference = entry["reference"]
-            shown.append("-" if reference is None else f"{reference:g}")
+            columns = ("median", "spread", "floor", "ratio", "target", "reference")
+            shown = ["-" if entry[k] is None else f"{entry[k]:g}" for k in columns]
             if entry["target"] is not None:
                 met = entry["median"] <= entry["target"]
                 shown[0] = f"**{shown[0]}**" if met else f"{shown[0]} (missed)"

@@ -20,19 +20,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.config import BagelConfig, LLMConfig, VisionConfig
+from modeling.bagel.config import BagelConfig
 from modeling.bagel.kv_cache import KVCache
 from modeling.bagel.streamed_decode import StreamedDecoder, streams
 from modeling.graphs import RepeatedStep
-from scripts.bench.common import TINY, TRUE_SIZE, check_place, versions
+from scripts.bench.common import TRUE_SIZE, Machine, check_place, versions
 from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.distributed import (
     copy_units,
@@ -47,73 +48,46 @@ from scripts.visual_opsd.processes import DistEnv, barrier, init_distributed, sh
 def sized(layers: int) -> BagelConfig:
     """The true widths with fewer decoder and ViT layers."""
     llm, vision = TRUE_SIZE.llm, TRUE_SIZE.vision
-    return BagelConfig(
-        llm=LLMConfig(
-            llm.hidden_size, layers, llm.num_attention_heads, llm.num_key_value_heads,
-            llm.intermediate_size, llm.vocab_size,
-        ),
-        vision=VisionConfig(
-            vision.hidden_size, min(layers, vision.num_hidden_layers), vision.num_attention_heads,
-            vision.intermediate_size,
-        ),
-    )  # fmt: skip
+    return replace(
+        TRUE_SIZE,
+        llm=replace(llm, num_hidden_layers=layers),
+        vision=replace(vision, num_hidden_layers=min(layers, vision.num_hidden_layers)),
+    )
 
 
-class Clock:
-    """Seconds and memory on this rank's device."""
-
-    def __init__(self, env: DistEnv) -> None:
-        self.env, self.on_gpu = env, env.device.type == "cuda"
-
-    def now(self) -> float:
-        if self.on_gpu:
-            torch.cuda.synchronize(self.env.device)
-        return time.perf_counter()
-
-    def allocated(self) -> float:
-        return torch.cuda.memory_allocated(self.env.device) / 1e9 if self.on_gpu else 0.0
-
-    def of(self, call: Callable[[], Any], repeats: int) -> dict[str, float]:
-        """First and median seconds, and the peak beyond what is held outside, in GB."""
-        before = self.allocated()
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats(self.env.device)
-        seconds = []
-        for _ in range(repeats):
-            barrier(self.env)
-            start = self.now()
-            call()
-            seconds.append(self.now() - start)
-        peak = torch.cuda.max_memory_allocated(self.env.device) / 1e9 if self.on_gpu else 0.0
-        return {
-            "first_s": round(seconds[0], 4),
-            "median_s": round(statistics.median(seconds[1:] or seconds), 4),
-            "peak_beyond_gb": round(peak - before, 2),
-            "left_behind_gb": round(self.allocated() - before, 3),
-        }
+def measured(
+    env: DistEnv, machine: Machine, call: Callable[[], Any], repeats: int
+) -> dict[str, float]:
+    """First and median seconds of a collective, and the peak beyond what is held outside, in GB."""
+    before = machine.reset_peak()
+    seconds = []
+    for _ in range(repeats):
+        barrier(env)
+        seconds += machine.timed(call, 1, warm_up=0)
+    peak = machine.peak()
+    return {
+        "first_s": round(seconds[0], 4),
+        "median_s": round(statistics.median(seconds[1:] or seconds), 4),
+        "peak_beyond_gb": round((peak - before) / 1e9, 2),
+        "left_behind_gb": round((machine.reset_peak() - before) / 1e9, 3),
+    }
 
 
-def record_seconds(plain: Bagel, clock: Clock) -> float | None:
+def record_seconds(plain: Bagel, machine: Machine) -> float | None:
     """Seconds to record a decoding step of two rows, if this device records any."""
     if not streams(plain, 2):
         return None
-    cache = KVCache(plain.config.llm, 2, 2048, clock.env.device, plain.dtype)
+    cache = KVCache(plain.config.llm, 2, 2048, machine.device, plain.dtype)
     step = StreamedDecoder(plain, cache, 2048)
-    tokens = torch.zeros(2, dtype=torch.int64, device=clock.env.device)
+    tokens = torch.zeros(2, dtype=torch.int64, device=machine.device)
     place = torch.full_like(tokens, 1500)
 
     @torch.no_grad()
     def advance() -> None:
         tokens.copy_(step(tokens, place, place).argmax(-1))
 
-    repeated = RepeatedStep(advance, clock.env.device)
-    repeated()
-    start = clock.now()
-    repeated()
-    recorded = clock.now() - start
-    start = clock.now()
-    repeated()
-    return round(recorded - (clock.now() - start), 4)
+    recorded, replayed = machine.timed(RepeatedStep(advance, machine.device), 2, warm_up=1)
+    return round(recorded - replayed, 4)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,39 +105,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError("--repeats and --layers must be at least 1")
     check_place(args.json)
     env = init_distributed(args.device)
-    clock = Clock(env)
-    dtype = torch.bfloat16 if clock.on_gpu else torch.float32
+    machine = Machine(env.device, args.tiny)
     mesh = make_mesh(env, num_shard=args.num_shard)
     with torch.device("meta"):
-        model = Bagel(TINY if args.tiny else sized(args.layers))
-    shard_model(model, mesh, block_classes=Bagel.block_classes(), param_dtype=dtype)
+        model = Bagel(machine.config if args.tiny else sized(args.layers))
+    shard_model(model, mesh, block_classes=Bagel.block_classes(), param_dtype=machine.dtype)
     materialise(model, env.device)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.to_local().normal_(0, 0.02)  # type: ignore[attr-defined]
-    sharded = clock.allocated()
+    sharded = machine.reset_peak()
 
-    def summoned(copy: bool) -> Callable[[], None]:
-        def call() -> None:
-            with summon_full_params(model, copy=copy):
-                clock.now()
+    def summon(copy: bool) -> None:
+        with summon_full_params(model, copy=copy):
+            machine.now()
 
-        return call
-
-    ways = {name: clock.of(summoned(copy), args.repeats) for name, copy in WAYS.items()}
+    ways = {
+        name: measured(env, machine, partial(summon, copy), args.repeats)
+        for name, copy in (("bound", False), ("copied", True))
+    }
     with summon_full_params(model, copy=True) as plain:
         assert isinstance(plain, Bagel)
-        recording = record_seconds(plain, clock)
+        recording = record_seconds(plain, machine)
     kept = copy_units(model)
-    ways["refreshed"] = clock.of(lambda: copy_units(model, kept), args.repeats)
+    ways["refreshed"] = measured(env, machine, partial(copy_units, model, kept), args.repeats)
     if env.is_main:
         report = {
-            "hardware": torch.cuda.get_device_name(env.device) if clock.on_gpu else "cpu",
+            "hardware": torch.cuda.get_device_name(env.device) if machine.on_gpu else "cpu",
             "versions": versions(),
             "tiny": args.tiny,
             "mesh": list(mesh.shape),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "sharded_gb": round(sharded, 2),
+            "sharded_gb": round(sharded / 1e9, 2),
             "kept_gb": round(sum(t.numel() * t.element_size() for t in kept.values()) / 1e9, 2),
             **ways,
             "record_s": recording,
@@ -174,8 +147,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     shutdown()
     return 0
 
-
-WAYS = {"bound": False, "copied": True}
 
 if __name__ == "__main__":
     run_main(main)

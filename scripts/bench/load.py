@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -46,7 +45,7 @@ from modeling.weight_stream import (
     staging_memory,
     stream_weights,
 )
-from scripts.bench.common import Report, finish, parser, start
+from scripts.bench.common import Machine, Report, finish, parser, start
 from scripts.visual_opsd.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,16 +76,6 @@ def write_release(folder: Path, config: BagelConfig) -> None:
             writer.write(key, values[: math.prod(shape)].view(shape))
 
 
-def seconds(work: Callable[[], None], repeats: int) -> float:
-    """Median of `repeats` after one that does not count."""
-    taken = []
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - begin)
-    return statistics.median(taken[1:])
-
-
 def reading(sources: Mapping[str, StoredTensor], on_gpu: bool) -> Callable[[], None]:
     """Reads all bytes of `sources` into one buffer a thread, and does nothing with them."""
     threads, size = weight_stream.usual_readers()
@@ -112,7 +101,7 @@ def reading(sources: Mapping[str, StoredTensor], on_gpu: bool) -> Callable[[], N
 
 
 def copying(nbytes: int, device: torch.device) -> Callable[[], None]:
-    """Copies `nbytes` from a pinned buffer to the GPU (on the CPU: from memory to memory)."""
+    """Queues copies of `nbytes` from a pinned buffer to the GPU (on the CPU: to memory)."""
     source = staging_memory(min(nbytes, COPIED_BYTES), device.type == "cuda").fill_(1)
     target = torch.empty_like(source, device=device)
 
@@ -120,14 +109,8 @@ def copying(nbytes: int, device: torch.device) -> Callable[[], None]:
         for done in range(0, nbytes, len(source)):
             count = min(len(source), nbytes - done)
             target[:count].copy_(source[:count], non_blocking=True)
-        _wait(device)
 
     return work
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def anonymous_bytes() -> int:
@@ -139,46 +122,55 @@ def anonymous_bytes() -> int:
     return int(lines["RssAnon"].split()[0]) * 1024
 
 
-def timed_load(folder: Path, device: torch.device) -> dict[str, Any]:
+class MemoryWatch:
+    """RssAnon of this process when a `with` block begins (`before`), and at most (`peak`)."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s, self._ended = every_s, threading.Event()
+        self._sampler = threading.Thread(target=self._sample)
+
+    def __enter__(self) -> MemoryWatch:
+        self.peak = self.before = anonymous_bytes()
+        self._sampler.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._sampler.join()
+        self.peak = max(self.peak, anonymous_bytes())
+
+    def _sample(self) -> None:
+        while not self._ended.wait(self._every_s):
+            self.peak = max(self.peak, anonymous_bytes())
+
+
+def timed_load(folder: Path, machine: Machine) -> dict[str, Any]:
     """One load in this process: its seconds, and RssAnon before it and at most."""
+    device = machine.device
     torch.zeros(1, device=device)  # makes CUDA's context
-    _wait(device)
-    peak = before = anonymous_bytes()
-    ended = threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not ended.wait(SAMPLE_S):
-            peak = max(peak, anonymous_bytes())
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    begin = time.perf_counter()
-    bundle = load_bagel(folder, device=device, dtype=torch.bfloat16)
-    _wait(device)
-    taken = time.perf_counter() - begin
-    ended.set()
-    sampler.join()
-    peak = max(peak, anonymous_bytes())
+    with MemoryWatch(SAMPLE_S) as memory:
+        begin = machine.now()
+        bundle = load_bagel(folder, device=device, dtype=torch.bfloat16)
+        taken = machine.now() - begin
     state = bundle.model.state_dict()
     _, sources = locate_weights(folder)
     largest = max(sources, key=lambda key: math.prod(sources[key].shape))
     for key in [*list(sources)[::50], largest]:
         expected = sources[key].get(device, torch.bfloat16)
         assert torch.equal(state[key], expected), f"{key} is not what the file holds"
-    return {"seconds": taken, "before": before, "peak": peak}
+    return {"seconds": taken, "before": memory.before, "peak": memory.peak}
 
 
-def timed_parts(folder: Path, device: torch.device) -> dict[str, float]:
+def timed_parts(folder: Path, machine: Machine) -> dict[str, float]:
     """Seconds of what a load consists of, one by one and no longer the first in the process."""
-    marks = {}
-    last = time.perf_counter()
+    device, marks = machine.device, {}
+    last = machine.now()
 
     def mark(name: str) -> None:
         nonlocal last
-        _wait(device)
-        marks[name] = round(time.perf_counter() - last, 4)
-        last = time.perf_counter()
+        now = machine.now()
+        marks[name] = round(now - last, 4)
+        last = now
 
     _, sources = locate_weights(folder)
     mark("locate_s")
@@ -187,7 +179,7 @@ def timed_parts(folder: Path, device: torch.device) -> dict[str, float]:
     stored = {key: s for key, s in sources.items() if isinstance(s, StoredTensor)}
     for name in ("allocate_singly_s", "allocate_s"):
         targets: dict[str, torch.Tensor] = {}
-        if device.type == "cuda":
+        if machine.on_gpu:
             torch.cuda.empty_cache()
         mark("")
         if name == "allocate_s":  # as modeling.checkpoint does: one block first
@@ -214,12 +206,14 @@ def in_fresh_process(folder: Path, args: argparse.Namespace, eager: str = "") ->
 
 def measure(report: Report, folder: Path, args: argparse.Namespace) -> None:
     """Both floors and all loads of a folder that is there."""
-    device, on_gpu = report.machine.device, report.machine.on_gpu
+    machine = report.machine
     _, sources = locate_weights(folder)
     stored = {key: s for key, s in sources.items() if isinstance(s, StoredTensor)}
     nbytes = sum(source.nbytes for source in stored.values())
-    floor_read = seconds(reading(stored, on_gpu), args.repeats)
-    floor_copy = seconds(copying(nbytes, device), args.repeats)
+    floor_read, floor_copy = (
+        statistics.median(machine.timed(work, args.repeats, warm_up=1))
+        for work in (reading(stored, machine.on_gpu), copying(nbytes, machine.device))
+    )
     floor = max(floor_read, floor_copy)
     runs = [in_fresh_process(folder, args) for _ in range(args.repeats)]
     eager = None if args.brief else in_fresh_process(folder, args, eager="loading")
@@ -261,16 +255,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = (args.readers[0], args.readers[1] * 2**20)
         weight_stream.ONE_READER = weight_stream.READERS = chosen
     if args.child:
-        place = Path(args.folder), torch.device(args.device)
+        place = Path(args.folder), Machine(torch.device(args.device), args.tiny)
         loaded = timed_load(*place)
         gc.collect()
         print(json.dumps({**loaded, "parts": timed_parts(*place)}))
         return 0
+    if args.folder and not Path(args.folder).resolve().parent.is_dir():
+        raise ValueError(f"--folder {args.folder}: its parent does not exist; make it first")
     report = start(args)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.folder or temporary)
-        if not folder.resolve().parent.is_dir():
-            raise ValueError(f"--folder {folder}: its parent does not exist; make it first")
         if not (folder / "model.safetensors").exists():
             write_release(folder, replace(report.machine.config, visual_gen=True))
         measure(report, folder.resolve(), args)

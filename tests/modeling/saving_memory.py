@@ -10,36 +10,20 @@ ones. Anonymous memory counts, pages of mapped files do not.
 from __future__ import annotations
 
 import sys
-import threading
-import time
 import warnings
 from pathlib import Path
 
 import torch
 
 from modeling import save_bagel
-from scripts.bench.load import anonymous_bytes
+from scripts.bench.load import MemoryWatch
 
 
 def main(base: Path, out: Path, rows: int, count: int) -> int:
     trained = ((f"big.{i}", torch.full((rows, 64), -float(i))) for i in range(0, count, 2))
-    peak, ended = 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not ended.is_set():
-            peak = max(peak, anonymous_bytes())
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    before = anonymous_bytes()
-    watcher.start()
-    try:
+    with MemoryWatch(every_s=0.001) as memory:
         save_bagel(trained, out, base=base)
-    finally:
-        ended.set()
-        watcher.join()
-    return peak - before
+    return memory.peak - memory.before
 
 
 if __name__ == "__main__":
