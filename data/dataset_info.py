@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
+from modeling.text_files import read_yaml
 
 DATA_ROOT_VARIABLE = "VISUAL_OPSD_DATA_ROOT"
 DEFAULT_DATA_ROOT = "datasets"
@@ -166,14 +166,10 @@ def load_dataset_config(path: str | Path) -> list[DatasetSource]:
     Raises ValueError for anything that is not that: no mapping, unknown keys, negative weights,
     duplicates, no weight above zero.
     """
-    path = Path(path)
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not Path(path).exists():
         raise ValueError(f"dataset config {path} does not exist; examples: data/configs/opsd.yaml, "
-                         "data/configs/sft.yaml") from None  # fmt: skip
-    except yaml.YAMLError as error:
-        raise ValueError(f"dataset config {path} is not valid YAML: {error}") from error
+                         "data/configs/sft.yaml")  # fmt: skip
+    document = read_yaml(path, "dataset config")
     if not isinstance(document, Mapping):
         raise ValueError(f"dataset config {path} must be a mapping with the key `datasets`, "
                          f"found {type(document).__name__}")  # fmt: skip

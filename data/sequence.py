@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from data.transforms import (
     interpolated_position_ids,
     patchify,
 )
+from modeling.text_files import read_yaml
 
 # Taken over letter for letter: the released weights were trained with this prompt, odd spelling
 # of </image_end> included. The packer's copy has a space after "i.e." and no newlines around it.
@@ -186,13 +186,7 @@ class Prompts:
         Raises:
             ValueError: missing file, not a mapping, or unknown keys.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"prompts file {path} does not exist")
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
+        values = read_yaml(path, "prompts file")
         known = {f.name for f in fields(cls)}
         if (
             not isinstance(values, dict)

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from modeling.text_files import read_json_object
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path} is missing: a checkpoint folder needs llm_config.json and vit_config.json "
             "beside its weights (python download_model.py fetches a complete one)"
         )
-    try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}; download it again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, found {type(values).__name__}")
-    return values
+    return read_json_object(path, "model configuration", fix="download it again")
 
 
 def _pick(values: dict[str, Any], key: str, path: Path, default: Any = None) -> Any:

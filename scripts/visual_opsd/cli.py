@@ -17,9 +17,8 @@ from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
-
 from modeling import fast
+from modeling.text_files import read_yaml
 from scripts.visual_opsd.processes import leave
 
 T = TypeVar("T")
@@ -131,12 +130,7 @@ def read_config_file(path: str | Path, config_class: type) -> dict[str, Any]:
         ValueError: missing file, not a mapping, unknown name, or a value of the wrong type.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"config file {path} does not exist")
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    loaded = read_yaml(path, "config file") or {}
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} must be a mapping of flag names to values")
     flags = _flags(config_class)
