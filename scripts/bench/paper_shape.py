@@ -162,7 +162,8 @@ class Watch:
                     for key, name in (("VmRSS", "host_gb"), ("RssAnon", "host_own_gb")):
                         self._note(f"rank{rank}/{name}", int(status[key].split()[0]) * 1024 / 1e9)
             for gpu, used in enumerate(ask_gpus("memory.used") if self.on_gpu else []):
-                self._note(f"gpu{gpu}/used_gb", float(used) * 2**20 / 1e9)
+                with contextlib.suppress(ValueError):  # "[N/A]"
+                    self._note(f"gpu{gpu}/used_gb", float(used) * 2**20 / 1e9)
 
 
 # --------------------------------------------------------------------------------------- lab
