@@ -29,8 +29,15 @@ from torch import Tensor, nn
 from modeling import fast
 from modeling.autoencoder import AE_FILE, AutoEncoder, load_autoencoder
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.config import BagelConfig, SpecialTokens, read_llm_config, read_vision_config
+from modeling.bagel.config import (
+    BagelConfig,
+    SpecialTokens,
+    check_sizes,
+    read_llm_config,
+    read_vision_config,
+)
 from modeling.bagel.projections import empty_adjoining
+from modeling.finite import check_finite
 from modeling.tokenizer import load_tokenizer
 from modeling.weight_files import (
     FLOAT_DTYPES,
@@ -93,10 +100,11 @@ def is_generation_key(key: str) -> bool:
 
 
 def _table_side(stored: StoredTensor) -> int:
-    side = math.isqrt(stored.shape[0])
-    if side * side != stored.shape[0]:
+    rows = stored.shape[0] if stored.shape else 0
+    side = math.isqrt(rows)
+    if not side or side * side != rows:
         raise ValueError(
-            f"{stored.file}: {stored.key} has {stored.shape[0]} rows, not a square number; "
+            f"{stored.file}: {stored.key} has {rows} rows, not a square number; "
             "position tables cover a square grid, so this is no BAGEL checkpoint"
         )
     return side
@@ -113,11 +121,13 @@ def read_bagel_config(
     """
     llm, vision = read_llm_config(path), read_vision_config(path)
     sides = {key: _table_side(stored[key]) for key in _SQUARE_TABLES if key in stored}
-    if _EMBEDDING in stored and stored[_EMBEDDING].shape[0] != llm.vocab_size:
+    embedding = stored[_EMBEDDING].shape if _EMBEDDING in stored else ()
+    if embedding and embedding[0] != llm.vocab_size:
         raise ValueError(
-            f"{path}: the embedding has {stored[_EMBEDDING].shape[0]} rows but llm_config.json "
+            f"{path}: the embedding has {embedding[0]} rows but llm_config.json "
             f"says vocab_size {llm.vocab_size}; use the llm_config.json of the same release"
         )
+    check_sizes(path, llm, vision, [tensor.shape for tensor in stored.values()])
     vit_side = sides.get(_PATCH_POSITIONS, sides.get(VIT_TABLE, 70))
     return BagelConfig(
         llm=llm,
@@ -287,8 +297,8 @@ def load_bagel(
 
     Raises:
         ValueError: folder, file or configuration missing or damaged; tensors missing,
-            unexpected or of another shape (all of them named); a tokenizer with more tokens
-            than the embedding has rows.
+            unexpected or of another shape (all of them named), or with values that are NaN or
+            infinite; a tokenizer with more tokens than the embedding has rows.
 
     Warns:
         UserWarning: `visual_gen=True` and no ae.safetensors; `vae` is None then.
@@ -309,6 +319,7 @@ def load_bagel(
                 for key, source in sources.items()
             }
             model.load_state_dict(state, strict=True, assign=True)
+        check_finite(state, stored)
     vae = _load_vae(Path(path), device, vae_dtype) if visual_gen else None
     return BagelBundle(model, tokenizer, special_tokens, config, vae)
 
@@ -555,7 +566,11 @@ def _model_card(
     """README.md: where the weights come from, how they were trained, under which licence."""
     own_card = base / "README.md"
     stated = (
-        re.search(r"^license:\s*(\S+)", own_card.read_text(encoding="utf-8"), re.MULTILINE)
+        re.search(
+            r"^license:\s*(\S+)",
+            own_card.read_text(encoding="utf-8", errors="replace"),
+            re.MULTILINE,
+        )
         if own_card.is_file()
         else None
     )
