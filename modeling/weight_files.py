@@ -247,9 +247,10 @@ def _read_index(index: Path) -> dict[Path, list[str] | None]:
     for key, name in weight_map.items():
         # Weights are files of this folder: a path could lead to anybody's.
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
+            shown = repr(name[:80]) if isinstance(name, str) else f"a {type(name).__name__}"
             raise ValueError(
-                f"{index} is not a safetensors index ({key[:80]!r} is in {str(name)[:80]!r}, which "
-                "is no NAME.safetensors of its folder); fetch it again"
+                f"{index} is not a safetensors index ({key[:80]!r} is in {shown}, which is no "
+                "NAME.safetensors of its folder); fetch it again"
             )
         keys = by_file.setdefault(index.parent / name, [])
         assert keys is not None

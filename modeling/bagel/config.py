@@ -107,7 +107,10 @@ class _Values:
                 raise self.refuse(key, value, f"only {json.dumps(known)} is supported")
 
     def refuse(self, key: str, value: Any, why: str) -> ValueError:
-        shown = json.dumps(value)
+        try:
+            shown = json.dumps(value)
+        except RecursionError:
+            shown = f"a {type(value).__name__} nested deep"
         shown = shown if len(shown) < 80 else shown[:80] + " ..."
         return ValueError(f"{self.path}: {key} is {shown}: {why}; use the release's own file")
 
@@ -174,6 +177,9 @@ def read_llm_config(folder: str | Path) -> LLMConfig:
             f"{path}: hidden_size {config.hidden_size}, {heads} heads and "
             f"{config.num_key_value_heads} key/value heads do not divide evenly"
         )
+    kinds = values.values.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise values.refuse("layer_types", kinds, "every layer must be full_attention")
     if values.values.get("head_dim") not in (None, config.head_dim):
         head_dim = values.values["head_dim"]
         raise values.refuse("head_dim", head_dim, f"hidden_size / heads is {config.head_dim}")

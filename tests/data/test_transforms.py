@@ -217,7 +217,7 @@ def test_16_bit_grey_keeps_its_shades() -> None:
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
-def test_tiff_whose_zero_is_white(kind: type) -> None:
+def test_tiff_whose_zero_is_white(kind: Any) -> None:
     full = {np.uint8: 255, np.uint16: 65535}.get(kind, 1)
     tiff = _tiff(np.array([[0, full]], dtype=kind))
     tag = struct.pack("<HHI", 262, 3, 1)  # PhotometricInterpretation: 1 says that black is zero
