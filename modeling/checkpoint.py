@@ -217,9 +217,9 @@ def _check_match(
     if problems:
         cause = _likely_cause(missing, unexpected, shapes, dtypes)
         raise ValueError(
-            f"the weights in {path} do not fit the model its configuration describes.\n  "
-            + "\n  ".join(problems)
-            + f"\nLikely cause: {cause}"
+            f"the weights in {path} do not fit the model its configuration describes: "
+            + ". ".join(problems)
+            + f". Likely cause: {cause}"
         )
 
 
