@@ -26,7 +26,7 @@ DEFAULT_MAX_PIXELS = 14 * 14 * 9 * 1024
 MAX_INPUT_PIXELS = 80_000_000
 # What data sets hold and Pillow decodes by itself. The others would hand a stranger's bytes to
 # plugins nobody asked for, EPS to another program. (MPO is one of JPEG's.)
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

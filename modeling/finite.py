@@ -27,15 +27,17 @@ def check_finite(tensors: Mapping[str, Tensor], stored: Mapping[str, StoredTenso
     Raises:
         ValueError: names the tensors that hold NaN or infinity, and the file.
     """
-    ranges: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = defaultdict(dict)
+    ranges: dict[tuple[torch.device, torch.dtype], dict[str, tuple[Tensor, Tensor]]]
+    ranges = defaultdict(dict)
     for key, tensor in tensors.items():
         if tensor.numel() and not tensor.is_meta:
             # Both ends are NaN if any value is. A sum would overflow on sound weights.
-            ends = torch.stack(torch.aminmax(tensor.detach()))
-            ranges[tensor.device, tensor.dtype][key] = ends
+            low, high = torch.aminmax(tensor.detach())
+            ranges[tensor.device, tensor.dtype][key] = low, high
     bad = []
     for group in ranges.values():
-        finite = torch.stack(list(group.values())).isfinite().all(1).tolist()
+        ends = torch.stack([end for pair in group.values() for end in pair])
+        finite = ends.isfinite().view(-1, 2).all(1).tolist()
         bad += [key for key, sound in zip(group, finite, strict=True) if not sound]
     if bad:
         shown = ", ".join(bad[:_SHOWN]) + ", ..." * (len(bad) > _SHOWN)

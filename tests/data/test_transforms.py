@@ -169,7 +169,7 @@ def test_other_modes_keep_their_pixels(mode: str) -> None:
     assert np.asarray(converted) == pytest.approx(np.asarray(image), abs=3)
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "La", "PA"])
+@pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "La", "PA", "P"])
 def test_modes_with_alpha(mode: str) -> None:
     """Grey 40 at half cover becomes 147 on white; without cover, white."""
     image = Image.new("RGBA", (2, 1), (40, 40, 40, 128))
@@ -178,6 +178,9 @@ def test_modes_with_alpha(mode: str) -> None:
     if mode == "PA":
         image = Image.fromarray(np.array([[[0, 128], [1, 0]]], np.uint8), "PA")
         image.putpalette([40, 40, 40, 0, 0, 0])
+    elif mode == "P":
+        image = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+        image.putpalette([40, 40, 40, 128, 0, 0, 0, 0], "RGBA")
     else:
         for step in steps:
             image = image.convert(step)
