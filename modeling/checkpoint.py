@@ -54,6 +54,7 @@ TensorSource = StoredTensor | ComputedTensor
 VIT_TABLE = "vit_pos_embed.pos_embed"
 LATENT_TABLE = "latent_pos_embed.pos_embed"
 _EMBEDDING = "language_model.model.embed_tokens.weight"
+_HEAD = "language_model.lm_head.weight"
 _PATCH_POSITIONS = "vit_model.vision_model.embeddings.position_embedding.weight"
 _SQUARE_TABLES = (VIT_TABLE, _PATCH_POSITIONS, LATENT_TABLE)
 _GENERATION_PREFIXES = ("time_embedder.", "vae2llm.", "llm2vae.", "latent_pos_embed.")
@@ -231,6 +232,8 @@ def _likely_cause(
             "the file was saved without the drawing branch; load it with visual_gen=False, or "
             "save it again over a complete base"
         )
+    if missing == [_HEAD] and not unexpected:
+        return "its head is tied to the embedding; save it with the head as a tensor of its own"
     for key in unexpected[:1]:
         wrapped = [name for name in missing if key.endswith("." + name)]
         if wrapped:
@@ -565,15 +568,8 @@ def _model_card(
 ) -> str:
     """README.md: where the weights come from, how they were trained, under which licence."""
     own_card = base / "README.md"
-    stated = (
-        re.search(
-            r"^license:\s*(\S+)",
-            own_card.read_text(encoding="utf-8", errors="replace"),
-            re.MULTILINE,
-        )
-        if own_card.is_file()
-        else None
-    )
+    text = own_card.read_text(encoding="utf-8", errors="replace") if own_card.is_file() else ""
+    stated = re.search(r"^license:\s*(\S+)", text, re.MULTILINE)
     licence = stated.group(1) if stated else "unknown"
     name = base_name or base.resolve().name
     header = {"license": licence, "base_model": name, "tags": ["visual-opsd"]}
