@@ -38,6 +38,7 @@ from scripts.visual_opsd.cli import flat
 from scripts.visual_opsd.config import TrainConfig
 from scripts.visual_opsd.distributed import (
     check_precision,
+    check_shards,
     clip_grad_norm,
     copy_shards,
     iter_full_state,
@@ -201,7 +202,9 @@ class Trainer:
         if source is not None and source.config == model.config:
             copy_shards(model, source)  # the same weights: no need to read them again
         else:
-            load_sharded(model, iter_weights(config.model.model_path, visual_gen=visual_gen))
+            path = config.model.model_path
+            load_sharded(model, iter_weights(path, visual_gen=visual_gen))
+            check_shards(model, open_weights(path))
         return model
 
     def _freeze(self, model: Bagel) -> bool:
