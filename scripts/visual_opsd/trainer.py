@@ -11,9 +11,8 @@ another number of workers see the same batches and the same completions.
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,6 +74,7 @@ from scripts.visual_opsd.step import (
     score_targets,
     summarise,
 )
+from scripts.visual_opsd.stopping import StopRequest, exit_code
 from scripts.visual_opsd.teacher import Teacher
 from scripts.visual_opsd.training_state import (
     TrainingState,
@@ -86,7 +86,6 @@ from scripts.visual_opsd.training_state import (
     truncate_jsonl,
 )
 
-TERMINATED = 143  # 128 + SIGTERM, what a shell reports for a terminated process
 _SHOWN = {"loss": ".4f", "grad_norm": ".3f", "completion_length": ".1f"}
 _FINE, _STOP, _FAILED = 0, 1, 2
 T = TypeVar("T")
@@ -141,7 +140,7 @@ class Trainer:
         folders = (self.results, config.run.checkpoints, self.checkpoint)
         on_main(env, lambda: check_folders(*folders))  # before minutes of loading
         self._build_models()
-        self.stopping = False
+        self.stop = StopRequest()
         self.step = 0  # completed optimiser steps
         self.saved_step = 0  # the last one whose state is on disk
         self.bad_steps = 0
@@ -293,7 +292,7 @@ class Trainer:
     # ------------------------------------------------------------------------------- training
 
     def train(self) -> int:
-        """Run to `total_steps`; returns the exit code (0, or 143 after SIGTERM)."""
+        """Run to `total_steps`; returns the exit code (0, or 128 + the signal that stopped it)."""
         config, run = self.config, self.config.run
         wandb = None
         if run.wandb_project:
@@ -308,14 +307,12 @@ class Trainer:
             wandb=wandb,
             config=flat(config),
         )
-        with self._noting_sigterm(), logger as self.log, closing(iter(self._loader())) as rows:
+        with self.stop, logger as self.log, closing(iter(self._loader())) as rows:
             self._begin()
             while self.step < config.optim.total_steps:
                 if not self._one_step(rows):
-                    self._save_state()
-                    kept = f"state of step {self.step} saved; --resume it"
-                    self.log.message(f"terminated: {kept if self.step else 'nothing to save yet'}")
-                    return TERMINATED
+                    self.log.message(f"terminated: {self._keep()}")
+                    return exit_code(all_reduce_max_int(self.stop.number, self.env))
                 if self._saves():
                     self._save_state()
                     self._save_release()
@@ -349,18 +346,8 @@ class Trainer:
             total_steps=config.optim.total_steps,
             num_workers=config.data.num_workers,
             prefetch_factor=config.data.prefetch_factor,
+            stuck_after_s=config.run.timeout_s,
         )
-
-    @contextmanager
-    def _noting_sigterm(self) -> Iterator[None]:
-        def stop(*_: object) -> None:
-            self.stopping = True
-
-        before = signal.signal(signal.SIGTERM, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
     def _together(self, action: Callable[[], T]) -> T | None:
         """Run on every rank: None on all when one was told to stop, one's error raised on all.
@@ -371,7 +358,7 @@ class Trainer:
         status, failure, result = _FINE, None, None
         try:
             result = action()
-            status = _STOP if self.stopping else _FINE
+            status = _STOP if self.stop.number else _FINE
         except Interrupted:
             status = _STOP
         except Exception as error:
@@ -384,7 +371,11 @@ class Trainer:
     def _one_step(self, loader: Iterator[StepRows[TrainRow]]) -> bool:
         """One optimiser step; False when the run was told to stop (nothing of the step counts)."""
         with self.timer("data"):
-            batch = self._together(lambda: next(loader))
+            try:
+                batch = self._together(lambda: next(loader))
+            except ValueError as error:  # no rows, on any rank: what was trained is kept
+                error.add_note(self._keep())
+                raise
         if batch is None:
             return False
         scored = self._together(lambda: self._score(batch))
@@ -401,7 +392,7 @@ class Trainer:
         )
         self._record_rejects(batch, sums)
         self._update(scored, sums)
-        return not agree(self.stopping, self.env)
+        return not agree(bool(self.stop.number), self.env)
 
     def _score(self, batch: StepRows[TrainRow]) -> list[ScoredRow]:
         """Rows with labels: completions of the student's current weights, or the SFT targets."""
@@ -433,7 +424,7 @@ class Trainer:
                 seed=self.config.run.global_seed,
                 step=batch.step,
                 device=self.env.device,
-                should_stop=lambda: self.stopping,
+                should_stop=lambda: bool(self.stop.number),
             )
         self.timer.add_tokens("sample", sum(len(c.ids) for c in completions))
         return completions
@@ -556,6 +547,12 @@ class Trainer:
             write_samples(self.results / "samples.jsonl", batch.step, pairs, self.tokenizer.decode)
 
     # --------------------------------------------------------------------------------- saving
+
+    def _keep(self) -> str:
+        """Save the state of the last completed step before the run ends; says what is kept."""
+        self._save_state()
+        kept = f"state of step {self.step} saved; --resume it"
+        return kept if self.step else "nothing to save yet"
 
     def _save_state(self) -> None:
         run = self.config.run
