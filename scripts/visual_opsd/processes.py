@@ -43,7 +43,7 @@ def init_distributed(device: str = "auto", timeout_s: float = 1800) -> DistEnv:
         timeout_s: after this many seconds a collective that some rank never joined fails.
 
     Raises:
-        ValueError: unknown device, "cuda" without a GPU, or more local ranks than GPUs.
+        ValueError: unknown device, "cuda" without a GPU, or (on all ranks) too few GPUs for them.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"unknown device {device!r}: use auto, cpu or cuda")
@@ -58,12 +58,7 @@ def init_distributed(device: str = "auto", timeout_s: float = 1800) -> DistEnv:
     world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
     local_rank = int(os.environ.get("LOCAL_RANK", 0)) if launched else 0
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if launched else 1
-    if use_cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"local rank {local_rank} has no GPU: this machine shows "
-                f"{torch.cuda.device_count()}; start at most that many processes a node"
-            )
+    if use_cuda and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
     # gloo beside NCCL: flags, object gathers and checkpoint staging travel through host memory.
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
@@ -73,11 +68,44 @@ def init_distributed(device: str = "auto", timeout_s: float = 1800) -> DistEnv:
         _watch = Watch(launched="TORCHELASTIC_RUN_ID" in os.environ)
         dist.init_process_group(backend, timeout=timeout)
         _watch.join(rank, range(rank - local_rank, rank - local_rank + local_world_size))
+        if use_cuda:
+            try:
+                check_gpus(local_rank)
+            except ValueError:
+                shutdown()
+                raise
     else:
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     here = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     return DistEnv(rank, world_size, local_rank, local_world_size, here)
+
+
+def check_gpus(local_rank: int) -> None:
+    """Refuse a run whose ranks do not have a GPU each: a collective, through host memory.
+
+    It comes after all have joined: a rank that refused alone, before, would leave the others
+    waiting for it until their timeout. NCCL itself cannot have two ranks on one GPU.
+
+    Raises:
+        ValueError: the same on all ranks.
+    """
+    count = torch.cuda.device_count()
+    has_one = local_rank < count
+    own = str(torch.cuda.get_device_properties(local_rank).uuid) if has_one else None
+    owners: dict[str, int] = {}
+    for rank, (local, shown, gpu) in enumerate(gather_objects((local_rank, count, own))):
+        if gpu is None:
+            raise ValueError(
+                f"rank {rank} has no GPU: it is local rank {local}, but its machine shows {shown}; "
+                "start at most that many processes there, or use --device cpu"
+            )
+        if gpu in owners:
+            raise ValueError(
+                f"ranks {owners[gpu]} and {rank} share one GPU ({gpu}): start them with "
+                "torchrun, or give each its LOCAL_RANK, and no more than GPUs; or use --device cpu"
+            )
+        owners[gpu] = rank
 
 
 def shutdown() -> None:

@@ -33,7 +33,7 @@ from tests.conftest import TINY_BAGEL
 
 FLAGS = [f"--{name}={value}" for name, value in
          {"vit_max_size": 56, "vit_min_size": 14, "vae_max_size": 64, "vae_min_size": 32,
-          "progress": False}.items()]  # fmt: skip
+          "device": "cpu", "progress": False}.items()]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ ROWS = 12
 BUDGET = 48
 SMALL = [f"--{name}={value}" for name, value in
          {"vit_max_size": 112, "vit_min_size": 14, "max_new_tokens": BUDGET,
-          "progress": False}.items()]  # fmt: skip
+          "device": "cpu", "progress": False}.items()]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ SETTINGS = PromptSettings(vit_max_size=112, vit_min_size=14)
 SMALL = [f"--{name}={value}" for name, value in
          {"vit_max_size": 112, "vit_min_size": 14, "num_samples": ROWS, "seed": SEED,
           "sample_max_new_tokens": 40, "sample_batch_size": 4, "pack_tokens": 700,
-          "progress": False, "figures": False}.items()]  # fmt: skip
+          "device": "cpu", "progress": False, "figures": False}.items()]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,8 @@ def test_two_processes_agree_with_one(baseline: Path, world: Path, tmp_path: Pat
 
     questions = ["--model_path", str(TINY_BAGEL), "--data", "Spatial_Navigation", "--split",
                  "train", "--data_root", str(world), "--max_new_tokens", "40", "--vit_max_size",
-                 "112", "--vit_min_size", "14", "--progress", "False"]  # fmt: skip
+                 "112", "--vit_min_size", "14", "--device", "cpu",
+                 "--progress", "False"]  # fmt: skip
     assert evaluate.main([*questions, "--output_dir", str(tmp_path / "one")]) == 0
     calls = {
         "evaluate": [*questions, "--output_dir", str(tmp_path / "two")],

@@ -33,7 +33,7 @@ VIT, VAE = ImageTransform(56, 14, 14, 2007040), ImageTransform(64, 32, 16)
 FLAGS = [f"--{name}={value}" for name, value in
          {"vit_max_size": 56, "vit_min_size": 14, "vit_max_pixels": 2007040, "vae_max_size": 64,
           "vae_min_size": 32, "num_timesteps": 3, "max_new_tokens": 40, "batch_size": 2, "seed": 7,
-          "prompt_style": "packer", "progress": False}.items()]  # fmt: skip
+          "prompt_style": "packer", "device": "cpu", "progress": False}.items()]  # fmt: skip
 OPTIONS = {"num_timesteps": 3, "max_think_token_n": 40, "max_rounds": 1, "think": True}
 
 
