@@ -24,7 +24,7 @@ from scripts.visual_opsd.evaluate import main
 from scripts.visual_opsd.rows import make_builder, noise_generator
 from scripts.visual_opsd.run_store import RankedLines, weights_fingerprint
 from scripts.visual_opsd.scoring import extract_answer, wilson_interval
-from tests.conftest import TINY_BAGEL
+from tests.conftest import TINY_BAGEL, needs_gpu
 from tests.data.synthetic import image_cell, truncated_png, write_dataset
 
 ROWS = 12
@@ -94,6 +94,14 @@ def test_summary_counts_what_the_predictions_say(text_run: Path, world: Path) ->
     assert summary["cap_rate"] == sum(line["capped"] for line in lines) / ROWS
     assert summary["bad_rows"] == summary["resumed_rows"] == 0
     assert summary["tasks"]["Spatial_Navigation"]["n"] == ROWS
+
+
+@needs_gpu
+def test_a_gpu_answers_alike(text_run: Path, world: Path, tmp_path: Path) -> None:
+    gpu = ("--device", "cuda", "--precision", "fp32")
+    assert run(world, tmp_path, "--batch_size", "5", *gpu)["device"] == "cuda"
+    assert predictions(tmp_path) == predictions(text_run)
+    assert run(world, tmp_path / "auto", "--device", "cuda")["n"] == ROWS  # in bf16
 
 
 @pytest.mark.parametrize("context", ["text", "vt", "noise"])
