@@ -327,7 +327,8 @@ def test_circular_questions_need_every_order_right(tmp_path: Path) -> None:
     lines = []
     for number, correct in enumerate([True, True, True, False, True]):
         parsed = parse_row(BENCHMARKS["SAT_circular"], dataset.read_row(number))
-        lines.append({"group": parsed.group, "correct": correct, "answered": True})
+        lines.append({"group": parsed.group, "correct": correct, "lenient": number != 3 or correct,
+                      "answered": True})  # fmt: skip
     assert [line["group"] for line in lines] == ["3", "3", "4", "4", "4"]
     figures = benchmark_table.benchmark_figures(dataset, lines, 0)
     assert (figures["n"], figures["correct"], figures["row_accuracy"]) == (2, 1, 0.8)
