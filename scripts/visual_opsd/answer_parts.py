@@ -1,7 +1,8 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
 """Where a text says its answer, once markup and spelling are out of the way: for lenient readings.
 
-Every pattern is linear in the length of a text.
+Characters and tags are looked for in the whole text, the rest in `LONGEST` characters of it, so
+that a text of any length is read at once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _UNSEEN = re.compile("[\ufe00-\ufe0f\u20e3]")  # variation selectors, the frame 
 _PUNCTUATION = str.maketrans(
     "\u3002\u3001\u2010\u2011\u2012\u2013\u2014\u2019\u2018\u201c\u201d\u300c\u300d\u3010\u3011"
     "\u300a\u300b\u00ab\u00bb\u2022\u00b7\u22c5",
-    ".,-----''\"\"()()()\"\"   ",
+    '.,-----\'\'""()()()""   ',
 )
 _TEX = [
     (re.compile(rule), by)
@@ -74,6 +75,9 @@ def readable(text: str) -> str:
 
 # ------------------------------------------------------------------------- where the answer stands
 
+LONGEST = 4000  # characters that an answer is looked for in: the first in tags, else the last
+_CUES = 16  # places of a text that are tried, the last ones
+
 _TAG = re.compile(
     r"[<\[]\s{0,3}([/\\]?)\s{0,3}(?:final[ _-]?)?(?:answer|ans)\s{0,3}[/|]?\s{0,3}[>\]]", re.I
 )
@@ -106,11 +110,11 @@ def answer_parts(text: str) -> Iterator[Part]:
     ]
     opened = [content for content, tag in zip(held, tags, strict=True) if not tag[1]]
     if closed:
-        yield Part(readable(closed[-1]), True)
+        yield Part(readable(closed[-1].strip()[:LONGEST]), True)
         return
     begun = next((content.strip() for content in reversed(opened) if content.strip()), "")
     if begun:
-        content = readable(begun).strip()
+        content = readable(begun[:LONGEST]).strip()
         first = content.partition("\n")[0]
         if first != content:
             yield Part(first, True)
@@ -119,7 +123,7 @@ def answer_parts(text: str) -> Iterator[Part]:
     if tags:
         text = text[: tags[0].start()]
     after = text.rpartition("</think>")[2]
-    yield Part(readable(after if after.strip() else text), False)
+    yield Part(readable((after if after.strip() else text).strip()[-LONGEST:]), False)
 
 
 # "the answer is", "Answer:", "my choice would be", a \boxed{}: what follows is given as the answer.
@@ -137,7 +141,7 @@ _SENTENCE_END = re.compile(r"[.!?;](?=\s|$)|\n")
 
 def said(text: str, cue: re.Pattern[str] = CUE) -> Iterator[tuple[int, int]]:
     """Where what is given as the answer begins and its sentence ends, the last one first."""
-    for found in reversed(list(cue.finditer(text))):
+    for found in reversed(list(cue.finditer(text))[-_CUES:]):
         end = _SENTENCE_END.search(text, found.end())
         yield found.end(), end.start() if end else len(text)
 

@@ -47,11 +47,10 @@ _NOT_AFTER = re.compile(
     re.I,
 )
 # Words after a lone "A" that make it a letter; before any other word it is an article.
-_LETTER_GOES_ON = frozenset(
-    "is was are because since as and or but for which that due seems appears looks would should "
-    "must has can cannot isn't matches shows with if so".split()
+_LETTER_GOES_ON = re.compile(
+    r"(?:is|was|are|because|since|as|and|or|but|for|which|that|due|seems|appears|looks|would|"
+    r"should|must|has|can|cannot|isn't|matches|shows|with|if|so)$"
 )
-_PRONOUN_NEVER = frozenset(_LETTER_GOES_ON - {"is", "or", "and"})
 _RIGHTLY = re.compile(  # "B is correct": a statement by itself
     r"(?<![A-Za-z])(?=[(\[\"']?[A-Z][)\]\"']?\s(?:is|seems|must be|would be)\s(?:the\s)?(?:most\s)?"
     r"(?:correct|best|answer|likely|right(?!\s(?:of|to|side|above|below)))\b)"
@@ -125,9 +124,9 @@ def _is_word(text: str, letter: str, end: int) -> bool:
     if following is None:
         return letter == "I" and text[end : end + 1] == "'"
     word = following[1].lower()
-    return word in _PRONOUN_NEVER if letter == "I" and word in _LETTER_GOES_ON else (
-        word not in _LETTER_GOES_ON
-    )  # fmt: skip
+    if letter == "I":
+        return word not in ("is", "and", "or")
+    return not _LETTER_GOES_ON.match(word)
 
 
 def _letters(text: str, begin: int, end: int, known: frozenset[str]) -> set[str]:
@@ -143,13 +142,15 @@ def _letters(text: str, begin: int, end: int, known: frozenset[str]) -> set[str]
         if because and start > because.start() and found:
             break  # a reason names others
         letter = letter.upper()
+        if letter in found or letter not in known:
+            continue
         before = text[max(0, start - 100) : start]
         joined = denied >= 0 and re.fullmatch(
             r"\W{0,3}(?:or|nor|and)\W{1,3}(?:option\s)?", text[denied:start], re.I
         )
         if joined or NOT.search(before) or _NOT_AFTER.match(text, stop, end):
             denied = stop
-        elif letter in known and not _is_word(text, letter, stop):
+        elif not _is_word(text, letter, stop):
             found.add(letter)
     return found
 
@@ -230,7 +231,7 @@ _SCALES = {
     "million": 1e6, "B": 1e9, "bn": 1e9, "billion": 1e9, "tn": 1e12, "trillion": 1e12,
     "\u4e07": 1e4, "\u4ebf": 1e8,
 }  # fmt: skip
-_SCALE_WORDS = r"((?i:hundred|thousand|million|billion|trillion))s?|([kK]|mn|mln|mil|[Mm]n|M|B|bn|tn)"
+_SCALE_WORDS = r"((?i:hundred|thousand|million|billion|trillion))s?|([kK]|mln|mil|mn|M|B|bn|tn)"
 _DIGITS = re.compile(r"(?<![A-Za-z0-9_^.,])(?:\d+(?:[.,'/:-]\d+)*|\.\d+)")
 _AFTER_DIGITS = re.compile(
     r"(?:[eE]([+-]?\d{1,4})(?![A-Za-z0-9]))?(?:\s?[\u00d7x*]\s?10\s?\^\s?([+-]?\d{1,4}))?"

@@ -25,11 +25,10 @@ _COUNTS = {
     "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
     "once": 1, "twice": 2, "thrice": 3,
 }  # fmt: skip
-_FILLERS = frozenset(
-    "move moves go goes step steps then and first second third next finally lastly the to one cell "
-    "cells square squares tile tiles block blocks space spaces unit units times time by now turn "
-    "walk head again".split()
-) - set(_COUNTS)
+_FILLER = re.compile(
+    r"(?:moves?|go|goes|steps?|then|and|first|second|third|next|finally|lastly|the|to|cells?|"
+    r"squares?|tiles?|blocks?|spaces?|units?|times?|by|now|turn|walk|head)$"
+)
 _BREAK = re.compile(r"[,;\n|.]+|\bthen\b|\band\b|[>\u2192]+|->", re.I)
 _MARKS = re.compile(r"[\s\[\](){}<>\"'/_&+:=!-]+")
 _LISTED = re.compile(r"(?:\b(?:step|move)\s?)(\d{1,3})\s?[.):-]?\s?(?=[A-Za-z])|"
@@ -39,6 +38,7 @@ _TOKEN = re.compile(
     r"|(?P<number>\d{1,3})|(?P<word>[a-z]+?(?=x\s?\d)|[a-z]+|[\u4e00-\u9fff])|(?P<other>\S)"
 )
 _LONGEST_PLAN = 4096
+_CUES = 4  # places that may introduce the plan, the last ones
 _PLAN_CUE = re.compile(
     r"\b(?:answer|plan|path|moves|sequence|solution|route)\b(?:\s[^.\n:=?!]{0,40}?)?"
     r"(?:\s(?:is|be)\b|\s?[:=])[\s:=]{0,8}",
@@ -75,7 +75,7 @@ def _tokens(piece: str) -> list[str | int | None]:
             made += [letter * (pending or 1 if i == 0 else 1) for i, letter in
                      enumerate(word.upper())]  # fmt: skip
             pending = 0
-        elif word not in _FILLERS:
+        elif not word or not _FILLER.match(word):
             made.append(None)
     return [None] if pending else made
 
@@ -142,7 +142,7 @@ def _plan(text: str) -> set[str]:
 
 def _part_plan(part: Part) -> set[str]:
     text = part.text.replace("$", " ").strip()
-    for found in reversed(list(_PLAN_CUE.finditer(text))):
+    for found in reversed(list(_PLAN_CUE.finditer(text))[-_CUES:]):
         rest = text[found.end() :]
         for said in (rest.partition("\n")[0], rest):
             plans = _plan(said)
