@@ -61,6 +61,7 @@ _MARKDOWN = [
 
 def visible(text: str) -> str:
     text = _SUPERSCRIPTS.sub(lambda m: "^" + unicodedata.normalize("NFKC", m[0]), text)
+    text = re.sub("[\u2460-\u2473]", lambda m: f"{ord(m[0]) - 0x245F}.", text)  # circled numbers
     text = re.sub("\u2212\\s?(?=\\d)", "-", text)
     text = re.sub("[\u00b7\u22c5](?=\\s?10)", "\u00d7", text)
     return _UNSEEN.sub("", plain_characters(text)).translate(_PUNCTUATION)

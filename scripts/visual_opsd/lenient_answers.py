@@ -64,7 +64,7 @@ _WEAKLY = re.compile(  # "So B.", "I think (B)": the letter must follow at once 
 _LABEL_LINE = re.compile(r"\W{0,4}(?:[Oo]ption\s)?([A-Z])\s?(?:[.):,;!-].*|(?:because|since)\b.*)?")
 _LABEL_AND_TEXT = re.compile(r"\W{0,4}[A-Z][.):]\s{0,3}[\ue000-\uf8ff]")
 _HEAD = re.compile(
-    r"(?:(?:the|a|an|it|it's|its|is|i|think|believe|say|that|that's|this|option|choice|letter|"
+    r"(?:(?:the|a|an|it's|its|it|is|i|think|believe|say|that's|that|this|option|choice|letter|"
     r"answer|correct|would|be|must|should|so|thus|therefore|hence|on|to|in|at|of|they|are|we|"
     r"probably|likely|clearly|definitely|[A-Z])\b[\s:]{0,3})*",
     re.I,
@@ -73,7 +73,7 @@ _TAIL = re.compile(
     r"(?:\s[A-Z]|\s(?:is|seems|must be|would be)\s(?:the\s)?(?:most\s)?(?:correct|right|best|"
     r"answer|likely|true)\b.*)$"
 )
-_PIECES = re.compile(r"[.,:;!?\n()\[\]\"/\u2192-]+|\bor\b|\band\b", re.I)
+_PIECES = re.compile(r"[.,:;!?\n()\[\]\"/\u2192-]+|\b(?:or|and|but)\b", re.I)
 _MASKS = 0xE000  # private use: one character for each option's text
 
 
@@ -194,8 +194,9 @@ def _part_option(part: Part, options: _Options) -> set[str]:
     for begin, end in sorted(places, reverse=True):
         label = _LABEL_AND_TEXT.match(text, begin)
         found = _named(text, begin, max(end, label.end()) if label else end, options)
-        if found:
-            return found
+        if found:  # and nothing else in the rest of its line ("The answer is A. No, B")
+            line = text.find("\n", end)
+            return found | _named(text, begin, len(text) if line < 0 else line, options)
     if part.stated or is_short(text):
         return _named(text, 0, len(text), options)
     return _labelled(text, options)
@@ -232,7 +233,7 @@ _SCALES = {
     "\u4e07": 1e4, "\u4ebf": 1e8,
 }  # fmt: skip
 _SCALE_WORDS = r"((?i:hundred|thousand|million|billion|trillion))s?|([kK]|mln|mil|mn|M|B|bn|tn)"
-_DIGITS = re.compile(r"(?<![A-Za-z0-9_^.,])(?:\d+(?:[.,'/:-]\d+)*|\.\d+)")
+_DIGITS = re.compile(r"(?<![A-Za-z0-9_^.,])(?:\d+(?:[.,'/:_-]\d+)*|\.\d+)")
 _AFTER_DIGITS = re.compile(
     r"(?:[eE]([+-]?\d{1,4})(?![A-Za-z0-9]))?(?:\s?[\u00d7x*]\s?10\s?\^\s?([+-]?\d{1,4}))?"
     rf"(?P<power>\^[+-]?\d+)?(?:\s?(?:(?:{_SCALE_WORDS})(?![A-Za-z])|([\u4e07\u4ebf])))?"
@@ -244,6 +245,7 @@ _SPELLINGS = [
         (r"\d+(?:\.\d+)?|\.\d+", "", False),
         (r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?|[1-9]\d?(?:,\d\d)+,\d{3}(?:\.\d+)?", ",", False),
         (r"\d{1,3}(?:'\d{3})+(?:\.\d+)?", "'", False),
+        (r"\d{1,3}(?:_\d{3})+(?:\.\d+)?", "_", False),
         (r"\d{1,3}(?:\.\d{3}){2,}(?:,\d+)?|\d{1,3}(?:\.\d{3})+,\d+", ".", True),
         (r"\d+,\d+", "", True),
     )
@@ -260,8 +262,8 @@ _LIMIT = re.compile(
 def _money_and_signs(text: str) -> str:
     """Currency signs and codes away, separating blanks closed, signs joined to their number."""
     if not text.isascii() or "$" in text:
-        text = "".join(" " if unicodedata.category(c) == "Sc" else c for c in text)
-    text = re.sub(r"(?<![\w)%])([-+])[ ]{1,2}(?=[\d.])(?<=[-+][ ])", r"\1 ", text)
+        text = "".join("$" if unicodedata.category(c) == "Sc" else c for c in text)
+        text = re.sub(r"([-+]) ?\$ ?(?=[\d.])", r"\1", text).replace("$", " ")
     text = re.sub(r"\b(?:minus|negative)\s(?=[.\d])", "-", _CODES.sub(" ", text), flags=re.I)
     return _GROUPS.sub(lambda m: m[1] + m[2].replace(" ", ""), text)
 

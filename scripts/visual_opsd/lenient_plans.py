@@ -26,13 +26,17 @@ _COUNTS = {
     "once": 1, "twice": 2, "thrice": 3,
 }  # fmt: skip
 _FILLER = re.compile(
-    r"(?:moves?|go|goes|steps?|then|and|first|second|third|next|finally|lastly|the|to|cells?|"
+    r"(?:moves?|go|goes|steps?|then|and|first|second|third|fourth|fifth|sixth|seventh|eighth|next|finally|lastly|the|to|cells?|"
     r"squares?|tiles?|blocks?|spaces?|units?|times?|by|now|turn|walk|head)$"
 )
 _BREAK = re.compile(r"[,;\n|.]+|\bthen\b|\band\b|[>\u2192]+|->", re.I)
 _MARKS = re.compile(r"[\s\[\](){}<>\"'/_&+:=!-]+")
 _LISTED = re.compile(r"(?:\b(?:step|move)\s?)(\d{1,3})\s?[.):-]?\s?(?=[A-Za-z])|"
-                     r"(?<![A-Za-z0-9])\(?(\d{1,3})[.):]\s?(?=[A-Za-z])", re.I)  # fmt: skip
+                     r"(?<![A-Za-z0-9])\(?(\d{1,3})(?:[.):]\s?|-\s)(?=[A-Za-z])", re.I)  # fmt: skip
+_REMARK = re.compile(
+    r"\bto \(?[a-h]\d{1,2}\b\)?|\((?:in )?(?:total:? )?\d{1,3} moves[^()]{0,20}\)", re.I
+)
+_NUMBERED = re.compile(r"(?<![A-Za-z0-9])(\d{1,3})\s?(?=[A-Za-z])")
 _TOKEN = re.compile(
     r"(?P<before>\d{1,3})\s?[x\u00d7*]\s?(?=[a-z\u4e00-\u9fff])|[x\u00d7*^]\s?(?P<after>\d{1,3})"
     r"|(?P<number>\d{1,3})|(?P<word>[a-z]+?(?=x\s?\d)|[a-z]+|[\u4e00-\u9fff])|(?P<other>\S)"
@@ -105,8 +109,12 @@ def _counted(tokens: list[str | int | None]) -> str | None:
 
 def _plan_runs(text: str) -> tuple[list[str], bool]:
     """Runs of moves between foreign words, and whether there was a foreign word."""
+    text = _REMARK.sub("", _unlisted(text))
+    numbers = [int(m[1]) for m in _NUMBERED.finditer(text)]
+    if len(numbers) > 2 and numbers == list(range(1, len(numbers) + 1)):
+        return [], True  # "1 R 2 R 3 D": numbers of a list, or counts
     runs, foreign = [""], False
-    for piece in _BREAK.split(_unlisted(text)):
+    for piece in _BREAK.split(text):
         tokens = _tokens(piece)
         while None in tokens:
             cut = tokens.index(None)

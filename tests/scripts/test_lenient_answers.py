@@ -43,7 +43,8 @@ B_TO_A_READER = [
     "B?", "B \u2714", "So B", "Therefore, (B)", "Letter B", "choose B", "I'd go with B", "\"B\"!",
     "'B' is it", "b, right", "(b) right it is", "b because", "B. B.", "B (B)", "B B",
     "B, not A", "Not A but B", "not A, B", "neither A nor C, so B", "It isn't A. It is B",
-    "B because A is blocked", "B rather than A", "A is wrong, so B", "~~A~~ B",
+    "B because A is blocked", "not left but right", "it's right!", "The answer is B. A is wrong",
+    "B rather than A", "A is wrong, so B", "~~A~~ B",
     "I'm between A and C, but the answer is B", "\u9009B", "\u7b54\u6848\u662fB",
     "\u7b54\u6848\uff1aB", "B\u3001right", "\u24b7", "\U0001d401", "B\u00a0",
     "The correct option is B",
@@ -72,7 +73,7 @@ def test_an_option_to_a_reader(text: str) -> None:
         "I see it", "I would say", "I", "", " ", "?", "E", "b2", "B2", "2B", "Bright", "B's",
         "A left one", "U.S.B", "the dog is right of the cat, left of it", "A. left\nB. right",
         "A. left B. right C. a cat D. none", "\u4e0d\u662fB", "unclear", "None of A, B, C",
-        "The answer is B. left",
+        "The answer is B. left", "The answer is B. No, A.", "not left, not right",
     ],
 )  # fmt: skip
 def test_no_option_to_a_reader(text: str) -> None:
@@ -167,6 +168,7 @@ def test_tags_to_a_reader(text: str, letter: str | None) -> None:
         ("45\u20ac", "45", True, True), ("45 \u20ac", "45", True, True), ("$45", "45", True, True),
         ("45$", "45", True, True), ("\u20ac 45", "45", True, True),
         ("-\u20ac45", "-45", True, True),
+        ("-$45 m", "-45", False, True), ("1_234", "1234", False, True),
         ("\u20ac-45", "-45", True, True), ("45\u20b9", "45", True, True),
         ("\u20a945", "45", True, True),
         ("\uff0445", "45", True, True), ("45\uffe1", "45", True, True),
@@ -306,6 +308,9 @@ MAZE = parse_maze("SFF/FHF/FFG")
         "1. R 2. R 3. D 4. D", "1) R 2) R 3) D 4) D", "1: right\n2: right\n3: down\n4: down",
         "Step 1: R\nStep 2: R\nStep 3: D\nStep 4: D", "(1) R (2) R (3) D (4) D",
         "1. R\n2. R\n3. D\n4. D",
+        "1- R 2- R 3- D 4- D", "\u2460 R \u2461 R \u2462 D \u2463 D", "R, R, D, D (4 moves)",
+        "right to b1, right to c1, down to c2, down to c3",
+        "First, right. Second, right. Third, down. Fourth, down.",
         "\u27a1\ufe0f\u27a1\ufe0f\u2b07\ufe0f\u2b07\ufe0f", "\u2192\u2192\u2193\u2193",
         "\u2192, \u2192, \u2193, \u2193",
         "\u21d2\u21d2\u21d3\u21d3", "\u2192 2 \u2193 2", "\u2192x2, \u2193x2",
@@ -334,7 +339,7 @@ def test_plans_to_a_reader(text: str) -> None:
         "R 2 D", "R2D", "2 R 2", "up", "", " ", "the right path", "I cannot tell", "2", "R x",
         "\u2197\u2198", "\u2192\u2193", "R99999999999D", "R x999999999, D x999999999",
         "\u2191\u2191",
-        "3. R 1. R 2. D", "right R", "right right down", "\u2193\u2193\u2192",
+        "3. R 1. R 2. D", "right R", "right right down", "1 R 2 R 3 D 4 D", "\u2193\u2193\u2192",
     ],
 )  # fmt: skip
 def test_no_plan_to_a_reader(text: str) -> None:
@@ -389,27 +394,27 @@ def test_the_lenient_verdict_never_takes_back_the_strict_one() -> None:
 @pytest.mark.parametrize(
     "unit",
     [
-        "A ", "a", " ", "\n", "<", "<answer>", "</answer>", "<answer", "\\", "\\boxed{", "\\boxed",
-        "{",
-        "}", "(", "()", "*", "**", "_", "~", "`", "$", "\\text{", "the answer is ", "answer ",
-        "answer: B ",
-        "not ", "is the ", "because ", "B because A ", "1", "1,", "1 ", "1,234 ", "12 345 ",
-        "1.2.3.", "1e",
-        "10^", "x10^6 ", "-", "- ", "= ", "%", "R", "R ", "R2", "2R ", "right ", "1. R ", "\u2192",
-        "\u2192 R",
-        "x2", "x 2 ", ",", ", ", ".", ". ", "it is ", "so it is the ", "left ", "left or ",
-        "\u200b", "\u00b2",
-        "&lt;", "I think ", "B is ", "n't think it is ", "(A", "[", "> ", "#", "step 1 ", "\u20ac",
-        "1'000",
+        " ", "A ", "(", "\\", "\\boxed{", "\\text{", "*", "~", "<answer>", "&lt;", "the answer is ",
+        "answer: B ", "not ", "B because A ", "left or ", "1 ", "1,234 ", "12 345 ", "1.2.3.",
+        "10^",
+        "= ", "R2", "2R ", "1. R ", "\u2192", "x 2 ", "\u200b", "\u00b2", "\n",
     ],
 )  # fmt: skip
 def test_long_answers_are_judged_at_once(unit: str) -> None:
-    """200 kB of anything, in tags and without: no pattern goes back over what it has read."""
+    """200 kB of anything: no pattern goes back and back over what it has read."""
     long = (unit * (200_000 // len(unit)))[:200_000]
-    for text in (long, f"<answer>{long}</answer>", f"<answer>{long}"):
+    for text in (long, f"<answer>{long}"):
         started = time.process_time()
         choice_verdict(text, "B", OPTIONS)
         chart_verdict(text, ["45", "India"])
         maze_verdict(text, MAZE)
         exact_verdict(text, "B")
         assert time.process_time() - started < 3  # four verdicts, on a busy machine
+
+
+def test_an_answer_is_found_at_the_end_of_a_long_text() -> None:
+    long = "The arrow points there. " * 8000
+    assert choice_verdict(long + "The answer is B.", "B", OPTIONS).lenient
+    assert choice_verdict(f"{long}<answer>B;", "B", OPTIONS).lenient
+    assert choice_verdict(f"<answer>B, {long}</answer>", "B", OPTIONS).lenient
+    assert chart_verdict(long + "The answer is 45.", ["45"]).lenient
