@@ -118,7 +118,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 
 def test_metrics_of_a_damaged_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "metrics.jsonl"
-    lines = [{"step": 1, "note": SEPARATORS}, {"step": 2, "loss": "nan"}, {"step": 3}]
+    lines: list[dict[str, Any]] = [{"step": 1, "note": SEPARATORS}, {"step": 2}, {"step": 3}]
     good = [encode(line) for line in lines]
     odd = b'{"step": "x"}\n{"step": null}\n'
     path.write_bytes(good[0] + b"\xff\xfe\x00\n" + odd + good[1] + good[2] + b'{"step": 3, "l')
