@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from modeling.text_files import read_json_object
+
 # Names of the format. Weights are stored in the floating ones; the others only pass through.
 FLOAT_DTYPES = {
     "F64": torch.float64,
@@ -229,16 +231,21 @@ def _weight_map(folder: Path, which: WhichWeights) -> dict[Path, list[str] | Non
 
 
 def _read_index(index: Path) -> dict[Path, list[str] | None]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        by_file: dict[Path, list[str] | None] = {}
-        for key, name in weight_map.items():
-            keys = by_file.setdefault(index.parent / name, [])
-            assert keys is not None
-            keys.append(key)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not a safetensors index ({error}); fetch it again") from error
-    absent = [file.name for file in by_file if not file.is_file()]
+    weight_map = read_json_object(index, "weight index", fix="fetch it again").get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} is not a safetensors index (no weight_map); fetch it again")
+    by_file: dict[Path, list[str] | None] = {}
+    for key, name in weight_map.items():
+        # A link in the folder may lead elsewhere, as in a cache; a name in the index may not.
+        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(
+                f"{index} is not a safetensors index (it names {name!r}, which is no file of the "
+                "folder); fetch it again"
+            )
+        keys = by_file.setdefault(index.parent / name, [])
+        assert keys is not None
+        keys.append(key)
+    absent = [file.name for file in by_file if not os.path.isfile(file)]
     if absent:
         raise ValueError(
             f"{index} names {', '.join(absent)}, which {index.parent} lacks; the download is "
