@@ -70,6 +70,26 @@ def is_dataset_folder(folder: Path) -> bool:
     return os.path.isdir(folder) and any(_data_folder(folder).glob("*.parquet"))
 
 
+def check_file(file: str | Path) -> None:
+    """Raises ValueError, saying what stands in its place, unless a file of data can be opened."""
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(file).decode("utf-8", "backslashreplace")
+        raise ValueError(f"{shown}: the name of this file is not UTF-8; rename it") from None
+    if os.path.isfile(file):
+        return
+    found = "does not exist, or cannot be reached"
+    if os.path.isdir(file):
+        found = "is a folder, not a file; move the parts that it may hold out of it"
+    elif os.path.islink(file):
+        found = f"is a link to {os.readlink(file)}, where no file is; copy the files themselves "
+        found += "(`cp -rL`), or download it again"
+    elif os.path.exists(file):
+        found = "is no file that can be read twice; give a file on a disk"
+    raise ValueError(f"{file} {found}")
+
+
 def known_names(root: str | Path | None = None) -> list[str]:
     """The released names and every dataset folder under the root."""
     base = data_root(root)
@@ -176,7 +196,7 @@ def load_dataset_config(path: str | Path) -> list[DatasetSource]:
     Raises ValueError for anything that is not that: no mapping, unknown keys, negative weights,
     duplicates, no weight above zero.
     """
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise ValueError(f"dataset config {path} does not exist; examples: data/configs/opsd.yaml, "
                          "data/configs/sft.yaml")  # fmt: skip
     document = read_yaml(path, "dataset config")

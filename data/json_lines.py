@@ -8,6 +8,7 @@ left out, named in a warning, and blocks nothing. In a file that somebody GIVES 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -35,16 +36,22 @@ def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Add records in one write: once this returns, a kill of the process does not lose them.
 
     A last line without its end, left by a killed process, is ended if it is whole, else dropped.
+
+    Raises:
+        ValueError: the file cannot be written (no space, no permission, the folder is gone).
     """
     lines = b"".join(map(encode, records))
-    with path.open("ab+", buffering=0) as stream:
-        if stream.seek(0, os.SEEK_END):
-            stream.seek(-1, os.SEEK_END)
-            if stream.read(1) != b"\n":
-                lines = _mended(stream) + lines
-        rest = memoryview(lines)
-        while rest:
-            rest = rest[stream.write(rest) :]
+    try:
+        with path.open("ab+", buffering=0) as stream:
+            if stream.seek(0, os.SEEK_END):
+                stream.seek(-1, os.SEEK_END)
+                if stream.read(1) != b"\n":
+                    lines = _mended(stream) + lines
+            rest = memoryview(lines)
+            while rest:
+                rest = rest[stream.write(rest) :]
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def _mended(stream: FileIO) -> bytes:
@@ -97,7 +104,7 @@ def filter_log(path: Path, keep: Keep) -> int:
     Raises:
         ValueError: the file cannot be read or written.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return 0
     total = sum(1 for _ in _lines(path))
     return total - _replace(path, (line for line, _ in _kept(path, keep)))
@@ -166,6 +173,11 @@ def _replace(path: Path, lines: Iterable[bytes]) -> int:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise _unwritable(path, error) from error
     return count
+
+
+def _unwritable(path: Path, error: OSError) -> ValueError:
+    return ValueError(f"{path} cannot be written: {error.strerror or error}")

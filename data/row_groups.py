@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data.dataset_info import check_file
 from data.thinkmorph import OPSD_ROWS, BadRow, Row, RowNeeds, check_schema
 
 CACHE_BYTES = 256 << 20
@@ -56,13 +57,7 @@ class RowGroup:
 
 def open_parquet(file: str | Path) -> pq.ParquetFile:
     """Raises ValueError for what is no parquet file, is not there, or cannot be read."""
-    try:
-        str(file).encode()
-    except UnicodeEncodeError:
-        shown = os.fsencode(file).decode("utf-8", "backslashreplace")
-        raise ValueError(f"{shown}: the name of this file is not UTF-8; rename it") from None
-    if not os.path.isfile(file):
-        raise ValueError(f"{file} {_what_instead(file)}")
+    check_file(file)
     try:
         # A buffered stream holds one page besides the decoded rows, not whole column chunks.
         return pq.ParquetFile(
@@ -79,20 +74,6 @@ def open_parquet(file: str | Path) -> pq.ParquetFile:
             else "download it again"
         )
         raise ValueError(f"{file} is not a readable parquet file: {error}; {hint}") from error
-
-
-def _what_instead(file: str | Path) -> str:
-    """What stands in the place of a file."""
-    if os.path.isdir(file):
-        return "is a folder, not a parquet file; move the parts that it holds out of it"
-    if os.path.islink(file):
-        return (
-            f"is a link to {os.readlink(file)}, where no file is; copy the files themselves "
-            "(`cp -rL`), or download it again"
-        )
-    if os.path.exists(file):
-        return "is no file that can be read twice; give a file on a disk"
-    return "does not exist, or cannot be reached"
 
 
 def unreadable(file: str | Path, error: BaseException) -> ValueError:

@@ -25,6 +25,7 @@ from urllib.parse import unquote
 
 from PIL import Image
 
+from data.dataset_info import check_file
 from data.thinkmorph import BadRow, Row
 from data.transforms import decode_image
 
@@ -201,8 +202,7 @@ class TsvDataset:
         self.path = Path(file)
         self.files = (str(file),)
         csv.field_size_limit(2**31 - 1)
-        if not os.path.isfile(file):
-            raise ValueError(f"{self.path} does not exist: give the TSV file of benchmark {name}")
+        check_file(file)
         self._spans: list[tuple[int, int]] = []
         self._places: dict[str, int] = {}  # index -> row
         try:

@@ -209,7 +209,7 @@ def _weight_map(folder: Path, which: WhichWeights) -> dict[Path, list[str] | Non
     """Weight files of a folder and the keys to take from each (None: all)."""
     if which not in ("auto", "model", "ema"):
         raise ValueError(f"weights={which!r} is unknown; choose auto, model or ema")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ValueError(
             f"the checkpoint folder {folder} does not exist; give the path of a local folder "
             "(python download_model.py --save-dir DIR fetches ThinkMorph-7B or BAGEL-7B-MoT)"

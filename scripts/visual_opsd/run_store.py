@@ -17,6 +17,7 @@ from typing import Any
 
 from data.json_lines import append_records, read_log, write_lines
 from modeling.checkpoint import is_generation_key
+from modeling.text_files import read_json_object
 from modeling.weight_files import open_weights, read_file
 
 SETTINGS_FILE = "settings.json"
@@ -72,16 +73,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object. Raises ValueError, calling it `what`, if it is absent or no object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: {what}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): {what}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object: {what}")
-    return value
+    """A JSON object. Raises ValueError, saying `what` it is for, if it is absent or no object."""
+    return read_json_object(path, "file of results", fix=what)
 
 
 class RankedLines:

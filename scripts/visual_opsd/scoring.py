@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -160,7 +161,7 @@ def compare_paired(a: Sequence[bool], b: Sequence[bool]) -> PairedComparison:
 
 def _verdicts(folder: str | Path) -> dict[tuple[Any, ...], bool]:
     path = Path(folder) / "predictions.jsonl"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(
             f"{path} does not exist: give the output folder of a finished evaluation (python -m "
             "scripts.visual_opsd.evaluate --output_dir DIR; the same command resumes a killed one)"

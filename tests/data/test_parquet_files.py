@@ -41,7 +41,7 @@ def _odd_file(folder: Path, kind: str) -> tuple[Path, str]:
     path = folder / "train.parquet"
     if kind == "folder":
         write_parquet(path / "part-0.parquet", [good_row(0)])
-        return path, "is a folder, not a parquet file"
+        return path, "is a folder, not a file"
     if kind == "broken link":
         path.symlink_to("../blobs/0123")
         return path, r"is a link to \.\./blobs/0123, where no file is"

@@ -272,8 +272,13 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "folder.tsv").mkdir()
     (tmp_path / "loop.tsv").symlink_to("loop.tsv")
     (tmp_path / "broken.tsv").symlink_to("nothing.tsv")
-    for name in ("folder.tsv", "loop.tsv", "broken.tsv", "x" * 5000, "a\x00b"):
+    assert "is a folder" in error_of(tmp_path / "folder.tsv")
+    for name in ("loop.tsv", "broken.tsv"):
+        assert "is a link to " in error_of(tmp_path / name)
+    for name in ("x" * 5000, "a\x00b"):
         assert "does not exist" in error_of(tmp_path / name)
+    with pytest.raises(ValueError, match=r"/caf\\xe9\.tsv: the name of this file is not UTF-8"):
+        TsvDataset("Own", tmp_path / "caf\udce9.tsv")
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:

@@ -153,6 +153,15 @@ def test_resume_after_a_torn_line(
     assert (tmp_path / "run" / "predictions.jsonl").read_bytes() == whole
     assert not list((tmp_path / "run").glob("*.rank_*"))
 
+    # Damaged by a disk: the rows of lines that are no predictions are answered again.
+    count_rows.clear()
+    lines = whole.splitlines(keepends=True)
+    lines[2:5] = [b"\xff\xfe\x00\n", lines[3][:30] + b"\n", b'{"index": 4}\n']
+    (tmp_path / "run" / "predictions.jsonl").write_bytes(b"".join(lines))
+    assert run(world, tmp_path / "run")["resumed_rows"] == ROWS - 3
+    assert sum(count_rows) == 3
+    assert (tmp_path / "run" / "predictions.jsonl").read_bytes() == whole
+
     # Truncated by hand after the end; then nothing left to do.
     count_rows.clear()
     (tmp_path / "run" / "predictions.jsonl").write_bytes(whole[:cut])
