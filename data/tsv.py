@@ -126,41 +126,45 @@ class _Records:
 
     def _check_inside(self, line: str) -> None:
         """Raises ValueError if a line inside a quoted field is a record of its own."""
-        values = _cells(self.columns, line)
-        shared = plain_index(values.get("image", "")) in self.known
-        another = plain_index(values.get("index", "")) not in self.known
-        asks = len(values.get("question", "").split()) > 1
-        if _shows_picture(values) or (shared and another and asks):
+        if '"' in line.replace('""', ""):
+            return  # one field ends in it, another begins
+        if self._is_record(_cells(self.columns, line)):
             text = "".join(self._record)
             opened = text.count("\n", 0, _misplaced_quote(text)[0])
             raise self._swallowed(self.line + opened, self._lines_read)
 
     def _check_fields(self, fields: list[str]) -> None:
         """Raises ValueError if a field of several lines holds the end of this record, up to the
-        last column, or the beginning of another one."""
+        last column, and the beginning of another one."""
         line = self.line
         for place, (name, field) in enumerate(zip(self.columns, fields, strict=False)):
             first, *others = field.split("\n")
             if others:
                 end = _cells(self.columns[place:], first)
                 begin = _cells(self.columns[: place + 1], others[-1])
-                shared = plain_index(end.get("image", "")) in self.known
-                end.pop(name, None)  # its own text, be it base64 in several lines
-                begin.pop(name, None)
-                another = begin.get("index", "").strip().isdigit()
-                if _shows_picture(end) or _shows_picture(begin) or (shared and another):
+                inside = {**end, **begin, name: ""}  # its own text may be base64 in several lines
+                more = len(fields) - len(self.columns)
+                if more > 0 or (more < 0 and "\t" in field) or self._is_record(inside):
                     raise self._swallowed(line, line + len(others))
             line += len(others)
+
+    def _is_record(self, cells: Mapping[str, str]) -> bool:
+        """Whether cells that stand in a text are a row's: with a picture, or with a number of its
+        own, words (a table of numbers has none) and the picture of a row before."""
+        if any(looks.search(cells.get(name, "")) for name, looks in _PICTURES.items()):
+            return True
+        index = plain_index(cells.get("index", ""))
+        words = re.search(r"[^\W\d_]", cells.get("question", "") + cells.get("answer", ""))
+        image = plain_index(cells.get("image", ""))
+        this = plain_index(_cells(self.columns, self._record[0]).get("index", ""))
+        shared = image in self.known or image == this != ""
+        return shared and index.isdigit() and index not in self.known and words is not None
 
 
 def _cells(columns: Sequence[str], line: str) -> dict[str, str]:
     """Cells of a line by column, {} if it has not as many."""
     cells = line.rstrip("\r\n").split("\t")
     return dict(zip(columns, cells, strict=True)) if len(cells) == len(columns) else {}
-
-
-def _shows_picture(values: Mapping[str, str]) -> bool:
-    return any(looks.search(values.get(name, "")) for name, looks in _PICTURES.items())
 
 
 def _misplaced_quote(text: str) -> tuple[int | None, int | None]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import random
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -237,9 +238,7 @@ def test_base64_as_people_write_it(tmp_path: Path, change: Callable[[str], str])
     for seed in range(3):
         text = base64_png(picture(seed, (9 + seed, 7)))
         rows = [{"index": 0, "question": "?", "answer": "x", "image": change(text)}]
-        (image,) = tsv_images(
-            TsvDataset("Own", write_tsv(tmp_path / "Own.tsv", rows)).read_row(0)
-        )
+        (image,) = tsv_images(TsvDataset("Own", write_tsv(tmp_path / "Own.tsv", rows)).read_row(0))
         assert np.array_equal(np.asarray(image), np.asarray(picture(seed, (9 + seed, 7))))
 
 
@@ -297,3 +296,60 @@ def test_all_letters_are_options(tmp_path: Path) -> None:
     row = ["0", "?", "Z", IMAGE, *["nan"] * 26]
     values = TsvDataset("Own", write(tmp_path / "Own.tsv", [row], columns)).read_row(0).values
     assert [values[letter] for letter in string.ascii_uppercase] == ["nan"] * 26
+
+
+# ---------------------------------------------------------------------------------- at random
+
+
+def random_columns(rng: random.Random) -> list[str]:
+    columns = [*COLUMNS[:2], *COLUMNS[4:], *rng.sample(["A", "B", "C", "hint"], rng.randint(0, 4))]
+    return rng.sample(columns, len(columns))
+
+
+def random_text(rng: random.Random, columns: int) -> str:
+    """Of one or several lines, with quotes or tabs, some a table as wide as the file."""
+    widths = [2, columns - 1, columns]
+    lines = [[str(rng.randint(0, 60)) for _ in range(rng.choice(widths))] for _ in range(3)]
+    table = "\n".join(map("\t".join, lines))
+    words = rng.choices(["what", '5"', '"so"', "left", *SEPARATORS], k=5)
+    return rng.choice(["Table:\n" + table, table, 'one "1"\r\ntwo', f"a {' '.join(words)} b"])
+
+
+def test_what_csv_writes_is_read_back(tmp_path: Path) -> None:
+    """No false alarm: texts of several lines, with quotes, and tables of any number of columns."""
+    for seed in range(60):
+        rng = random.Random(seed)
+        columns = random_columns(rng)
+        rows = []
+        for index in range(rng.randint(1, 20)):
+            shared = IMAGE if index % 3 == 0 else str(rng.randrange(0, index, 3))
+            fixed = {"index": str(index), "answer": rng.choice(["A", "7"]), "image": shared}
+            rows.append(
+                {name: fixed.get(name) or random_text(rng, len(columns)) for name in columns}
+            )
+        dataset = TsvDataset("Own", write_tsv(tmp_path / "Own.tsv", rows))
+        assert len(dataset) == len(rows)
+        for index, row in enumerate(rows):
+            assert dataset.read_row(index).values == {**row, "image": IMAGE}
+
+
+def test_a_stray_quote_never_loses_rows_unsaid(tmp_path: Path) -> None:
+    for seed in range(100):
+        rng = random.Random(seed)
+        columns = random_columns(rng)
+        texts = [name for name in columns if name not in ("index", "image")]
+        rows = []
+        for index in range(rng.randint(2, 30)):
+            image = IMAGE if seed % 2 or index % 7 == 0 else str(index - index % 7)
+            values = {"index": str(index), "answer": "A", "image": image}
+            rows.append({name: values.get(name, f"what is {name}") for name in columns})
+        first = rng.randrange(len(rows) - 1)
+        name = rng.choice(texts)
+        rows[first][name] = '"' + rows[first][name]
+        if rng.random() < 0.8:
+            second, name = rng.randrange(first + 1, len(rows)), rng.choice(texts)
+            rows[second][name] = rng.choice(['{}"', '"{}', '"{}"', '{} "x" y']).format(
+                rows[second][name]
+            )
+        message = error_of(write(tmp_path / "Own.tsv", [list(r.values()) for r in rows], columns))
+        assert f"line {first + 2}: a field opens with a quote" in message
