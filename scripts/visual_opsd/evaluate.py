@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from data.json_lines import write_lines
 from data.packing import context_length
 from data.parquet import Reject
 from data.rejects import summarise
@@ -83,14 +84,16 @@ from scripts.visual_opsd.run_store import (
     stable_hash,
     weights_fingerprint,
     write_json,
-    write_lines,
 )
 from scripts.visual_opsd.scoring import (
+    ROW_KEY,
     extract_answer,
 )
 from scripts.visual_opsd.timing import BatchClock, summarise_timing, timing_line, timing_text
 
 CONTEXTS = ("text", "vt", "noise")
+# What figures and comparisons read of a line of predictions.jsonl.
+_USED = (*ROW_KEY, "answer", "text", "correct", "lenient", "answered", "output_tokens", "capped", "empty")
 
 
 @dataclass(frozen=True)
@@ -303,7 +306,7 @@ class Stores:
 
     @classmethod
     def of(cls, folder: Path) -> Stores:
-        return cls(RankedLines(folder, "predictions"), RankedLines(folder, "timing"))
+        return cls(RankedLines(folder, "predictions", fields=_USED), RankedLines(folder, "timing"))
 
 
 def answer_rows(

@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from scripts.visual_opsd.run_store import SETTINGS_FILE, read_json, read_lines
+from data.json_lines import read_log
+from scripts.visual_opsd.run_store import SETTINGS_FILE, read_json
 
 CONFIDENCE = 0.95
 # The last complete pair of tags; an earlier, unclosed <answer> is no part of it.
@@ -184,12 +187,13 @@ def compare_paired(a: Sequence[bool], b: Sequence[bool]) -> PairedComparison:
 
 def _verdicts(folder: str | Path, verdict: str) -> dict[tuple[Any, ...], bool]:
     path = Path(folder) / "predictions.jsonl"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(
             f"{path} does not exist: give the output folder of a finished evaluation (python -m "
             "scripts.visual_opsd.evaluate --output_dir DIR; the same command resumes a killed one)"
         )
-    lines = read_lines(path)
+    held = itemgetter(*ROW_KEY)
+    lines = read_log(path, lambda line: bool(held(line)))
     if any(verdict not in line for line in lines):
         raise ValueError(
             f"{path} has lines without {verdict!r}: an earlier version of this program wrote them; "
