@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.programs import check_new, expand_path
 from data.tsv import TsvDataset
 from scripts.visual_opsd.benchmark_scoring import CIRCULAR_RULE, RULES, SCORING_VERSION
 from scripts.visual_opsd.benchmarks import (
@@ -25,7 +26,7 @@ from scripts.visual_opsd.benchmarks import (
     PROMPTS,
     find_benchmark,
 )
-from scripts.visual_opsd.cli import option, parse_config, run_main
+from scripts.visual_opsd.cli import Settings, option, parse_config, run_main
 from scripts.visual_opsd.run_store import read_json, write_json
 from scripts.visual_opsd.scoring import wilson_interval
 
@@ -201,11 +202,12 @@ def markdown_table(rows: Mapping[str, Mapping[str, Estimate | None]]) -> str:
 
 
 @dataclass(frozen=True)
-class TableSettings:
+class TableSettings(Settings):
     runs: str = option(
         "", "LABEL=FOLDER of evaluations with --benchmark, by commas; FOLDER+FOLDER for one row"
     )
-    json: str | None = option(None, "also write the estimates to this file")
+    json: str | None = option(None, "also write the estimates to this file", path=True)
+    overwrite: bool = option(False, "replace that file if it is there")
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def parse_runs(text: str) -> dict[str, list[str]]:
                 f"--runs: {entry!r} must be LABEL=FOLDER with a label of its own, for instance "
                 "--runs Base=results/eval/base,OPSD=results/eval/opsd"
             )
-        runs[label] = folders.split("+")
+        runs[label] = [expand_path(folder) for folder in folders.split("+")]
     if not runs:
         raise ValueError("--runs LABEL=FOLDER[,LABEL=FOLDER] names nothing to put into the table")
     return runs
@@ -233,6 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     settings = parse_config(TableConfig, argv, "Table of benchmark accuracies.").table
     runs = parse_runs(settings.runs)
+    if settings.json:
+        check_new(settings.json, "--json", overwrite=settings.overwrite)
     rows = {label: row_estimates(read_figures(folders)) for label, folders in runs.items()}
     print(markdown_table(rows))
     if settings.json:

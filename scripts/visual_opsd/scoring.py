@@ -157,14 +157,25 @@ def compare_paired(a: Sequence[bool], b: Sequence[bool]) -> PairedComparison:
 # ---------------------------------------------------------------------------------- runs
 
 
-def _verdicts(folder: str | Path) -> dict[tuple[Any, ...], bool]:
+def read_verdicts(folder: str | Path) -> dict[tuple[Any, ...], bool]:
+    """Whether each row of a finished evaluation was answered right, by `ROW_KEY`.
+
+    Raises:
+        ValueError: no predictions there, or lines that are none.
+    """
     path = Path(folder) / "predictions.jsonl"
     if not path.is_file():
         raise ValueError(
             f"{path} does not exist: give the output folder of a finished evaluation (python -m "
             "scripts.visual_opsd.evaluate --output_dir DIR; the same command resumes a killed one)"
         )
-    return {tuple(line[k] for k in ROW_KEY): bool(line["correct"]) for line in read_lines(path)}
+    try:
+        return {tuple(line[k] for k in ROW_KEY): bool(line["correct"]) for line in read_lines(path)}
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds a line that is no prediction ({error}): give the output folder of a "
+            "finished evaluation"
+        ) from None
 
 
 def _first_missing(a: Mapping[Any, bool], b: Mapping[Any, bool]) -> tuple[Any, ...] | None:
@@ -179,7 +190,7 @@ def compare_runs(run_a: str | Path, run_b: str | Path) -> PairedComparison:
     Raises:
         ValueError: a folder without predictions, or runs of different rows (names the first).
     """
-    a, b = _verdicts(run_a), _verdicts(run_b)
+    a, b = read_verdicts(run_a), read_verdicts(run_b)
     for (here, first), (there, second) in (((run_a, a), (run_b, b)), ((run_b, b), (run_a, a))):
         key = _first_missing(first, second)
         if key is not None:

@@ -310,6 +310,7 @@ def test_a_baseline_must_fit(
     expect("vit: .*14.*28", "--vit_min_size", "28")
     expect("base: ", model=trained)  # without --base_path the trained student is its own teacher
     expect("finished diagnostic", folder=tmp_path / "none")
+    expect("is the --baseline, which other runs need", folder=tmp_path / "out")
 
     edited = tmp_path / "edited"
     shutil.copytree(baseline, edited)
@@ -340,7 +341,7 @@ def test_user_mistakes(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     expect("unknown dataset 'Nothing'", "--data", "Nothing")
     expect("dataset config .*absent.yaml does not exist", "--data", "none",
            "--dataset_config_file", "absent.yaml")  # fmt: skip
-    expect("num_samples and heatmap_samples", "--num_samples", "0")
+    expect("--num_samples must be at least 1 and at most 1000000000, got 0", "--num_samples", "0")
     expect("leaves no room|max_forward_tokens", "--max_forward_tokens", "20")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     expect("torch sees no GPU", "--device", "cuda")
