@@ -202,7 +202,7 @@ def _line(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         if error.filename is not None:
             return f"{error.filename}: {error.strerror}"
-        if error.errno == errno.EBADF and isinstance(sys.stdout.name, int):
+        if error.errno == errno.EBADF and isinstance(getattr(sys.stdout, "name", None), int):
             return "standard output is closed"
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         return f"{error.strerror}: make room on the disk that is written to" if full else None
@@ -246,5 +246,6 @@ def _prepare_streams() -> None:
             place = os.open(os.devnull, mode)
             setattr(sys, name, os.fdopen(place, "r" if name == "stdin" else "w", closefd=False))
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        known = isinstance(stream, io.TextIOWrapper)
+        if known and stream.errors in ("strict", "surrogateescape"):  # the latter in the C locale
             stream.reconfigure(errors="replace")
