@@ -246,6 +246,6 @@ def _prepare_streams() -> None:
             place = os.open(os.devnull, mode)
             setattr(sys, name, os.fdopen(place, "r" if name == "stdin" else "w", closefd=False))
     for stream in (sys.stdout, sys.stderr):
-        known = isinstance(stream, io.TextIOWrapper)
-        if known and stream.errors in ("strict", "surrogateescape"):  # the latter in the C locale
+        # surrogateescape is the C locale's
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")

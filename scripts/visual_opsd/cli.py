@@ -15,12 +15,12 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from data.programs import MAX_SEED, bounds_problem, expand_path, path_argument, valid_text
 from data.programs import run_main as run_main
+from modeling.bagel import generate
 from modeling.text_files import read_yaml
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ PACKED = {"at_least": 1, "at_most": 2**22}  # rows of one forward
 ROWS = {"at_least": 1, "at_most": 10**9}
 TOGETHER = {"at_least": 1, "at_most": 2**16}  # rows decoded at once
 ROUNDS = {"at_least": 0, "at_most": 1000}
-TEMPERATURES = {"at_least": 1e-4, "at_most": 1e4}  # beyond, fp32 logits overflow or all are equal
+TEMPERATURES = dict(zip(("at_least", "at_most"), generate.TEMPERATURES, strict=True))
 WEIGHTS = {"at_least": 0, "at_most": 1e6}
 SIDES = {"at_least": 1, "at_most": 8192}  # pixels
 SHIFTS = {"at_least": 1e-3, "at_most": 1e3}  # of flow times
@@ -60,15 +60,10 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        hints = _hints(type(self))
+        hints = get_type_hints(type(self))
         for spec in fields(self):
             value = checked(spec, hints[spec.name], getattr(self, spec.name))
             object.__setattr__(self, spec.name, value)
-
-
-@cache
-def _hints(group: type) -> dict[str, Any]:
-    return get_type_hints(group)
 
 
 def checked(spec: Field[Any], hint: Any, value: Any) -> Any:
@@ -99,7 +94,7 @@ def _checked_value(meta: typing.Mapping[str, Any], base: Any, value: Any) -> Any
         problem = bounds_problem(value, **{name: meta[name] for name in BOUNDS if name in meta})
         if problem:
             raise ValueError(problem)
-    if base is not str:
+    if not isinstance(value, str):
         return value
     if meta.get("path") == "list":
         parts = (part.strip() for part in value.split(","))

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.programs import leave as leave
+
 
 @dataclass(frozen=True)
 class DistEnv:

@@ -195,6 +195,7 @@ def test_compare_runs_from_the_command_line(
     run(world, tmp_path / "short", "--limit", "2")
     with pytest.raises(ValueError, match="row 2 of Spatial_Navigation/heldout"):
         run(world, out, "--compare", str(tmp_path / "short"))
+    assert "comparison" not in json.loads((out / "summary.json").read_text())  # but all the rest
 
 
 def test_exact_match_where_there_is_no_world(tmp_path: Path) -> None:
@@ -242,6 +243,23 @@ def test_bad_rows_are_counted_and_listed(
     write_dataset(tmp_path, "Blank", rows=2, split="heldout", change=lambda i: {"answer": ""})
     with pytest.raises(ValueError, match=r"no row could be used: 2 missing_answer"):
         run(tmp_path, tmp_path / "blank", "--max_bad_rate", "1", data="Blank")
+
+
+def test_what_is_needed_at_the_end_is_looked_at_first(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "load_bagel", lambda *_, **__: pytest.fail("the model was read"))
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "predictions.jsonl").write_text('{"index": 0}\n')
+    for flags, message in (
+        (("--compare", str(tmp_path / "none")), r"predictions\.jsonl does not exist: give"),
+        (("--compare", str(tmp_path / "odd")), r"holds a line that is no prediction"),
+        (("--compare", str(tmp_path / "out")), "is --output_dir itself"),
+        (("--output_dir", str(tmp_path / "file" / "x")), "--output_dir .*file/x: cannot write"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(world, tmp_path / "out", *flags)
 
 
 def test_user_mistakes(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from data.sequence import Completion, TextSegment, given_completion
 from data.thinkmorph import parse_row
 from data.worlds.writer import write_spatial_navigation
 from modeling import load_bagel, save_bagel
+from scripts.visual_opsd import kl_diagnostic as module
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.diagnostic_store import load_divergences, read_baseline
 from scripts.visual_opsd.figures import pick_rows
@@ -329,6 +330,20 @@ def test_a_baseline_must_fit(
     name = RowName("Spatial_Navigation", "train.parquet", 0, "p", "another digest")
     with pytest.raises(ValueError, match=r"pid p\) is not the row"):
         found.completion(found.indices[0], name)
+
+
+def test_results_are_claimed_before_the_model_is_read(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "load_bagel", lambda *_, **__: pytest.fail("the model was read"))
+    (tmp_path / "out").mkdir()
+    earlier = tmp_path / "out" / "kl_diagnostic.json"
+    earlier.write_text("{}")
+    with pytest.raises(ValueError, match=r"holds results \(kl_diagnostic\.json\); .*--overwrite"):
+        run(world, tmp_path / "out")
+    assert earlier.read_text() == "{}"
+    with pytest.raises(ValueError, match=r"--output_dir .*\.json/x: cannot write there"):
+        run(world, earlier / "x")
 
 
 def test_user_mistakes(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
