@@ -17,8 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from modeling import fast
-
 MAX_SEED = 2**63 - 1
 
 
@@ -157,7 +155,6 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     """
     _prepare_streams()
     try:
-        fast.is_on("rows")  # reads VISUAL_OPSD_EAGER: a wrong name ends every program, on a CPU too
         code = main()
     except BaseException as error:
         ended = _exit_code(error)

@@ -25,8 +25,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.programs import SEED, make_folder, number, path_argument, run_main
+from data.programs import SEED, make_folder, number, path_argument
 from scripts.miniworld.demo_figure import draw
+from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.scoring import PairedComparison, compare_runs
 
 ROOT = Path(__file__).parents[2]

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.programs import SEED, check_new, make_folder, number, path_argument, run_main
+from data.programs import SEED, check_new, make_folder, number, path_argument
 from data.sequence import Prompts
 from data.worlds import spatial_navigation as nav
 from data.worlds.tiles import fingerprint
@@ -53,6 +53,7 @@ from scripts.miniworld.batches import (
 )
 from scripts.miniworld.mazes import Bank, MazeTable, maze_of, walk
 from scripts.miniworld.tokenizer import DEMO_PROMPTS, demo_strings
+from scripts.visual_opsd.cli import run_main
 
 _SLACK = 4  # moves a walk with detours may take beyond the longest shortest path
 _EVAL_CHUNK = 1024

@@ -18,8 +18,9 @@ from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from data import programs
 from data.programs import MAX_SEED, bounds_problem, expand_path, path_argument, valid_text
-from data.programs import run_main as run_main
+from modeling import fast
 from modeling.bagel import generate
 from modeling.text_files import read_yaml
 
@@ -273,3 +274,13 @@ def make_config(config_class: type[T], values: dict[str, Any]) -> T:
 def flat(config: Any) -> dict[str, Any]:
     """Flag name -> value of a resolved configuration."""
     return {name: value for group in asdict(config).values() for name, value in group.items()}
+
+
+def run_main(main: Callable[[], int | None]) -> typing.NoReturn:
+    """`data.programs.run_main`, for programs that run a model."""
+
+    def checked_main() -> int | None:
+        fast.is_on("rows")  # reads VISUAL_OPSD_EAGER: a wrong name ends every program, on a CPU too
+        return main()
+
+    programs.run_main(checked_main)
