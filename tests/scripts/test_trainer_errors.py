@@ -6,7 +6,7 @@ Bad input of the issue's acceptance list, and where else it is tested (message a
     missing column        test_mistakes_in_data; data/test_parquet.py, data/test_check.py
     truncated PNG         test_trainer_bad_steps.py; data/test_thinkmorph.py
     empty parquet         test_mistakes_in_data; data/test_parquet.py
-    unknown teacher mode  test_mistakes_in_settings[unknown teacher mode]
+    unknown teacher mode  test_unknown_flags_are_exit_code_2; test_settings.py
     absent checkpoint     test_mistakes_in_settings[absent checkpoint]; modeling/test_checkpoint.py
     wrong vocabulary      test_wrong_vocabulary; modeling/test_checkpoint.py
     all rows bad          test_all_rows_bad; data/test_parquet.py
