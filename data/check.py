@@ -27,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.dataset_info import is_dataset_folder, split_files
+from data.programs import number, path_argument, run_main
 from data.row_groups import ParquetDataset, RowGroup, open_parquet
 from data.thinkmorph import (
     EVALUATION_ROWS,
@@ -300,14 +301,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data.check", description="Check ThinkMorph-schema parquet files."
     )
-    parser.add_argument("path", help="parquet file, dataset folder, or folder of datasets")
-    parser.add_argument("--tokenizer", metavar="DIR", help="checkpoint folder; lengths in tokens")
+    parser.add_argument(
+        "path", type=path_argument, help="parquet file, dataset folder, or folder of datasets"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=path_argument,
+        metavar="DIR",
+        help="checkpoint folder; lengths in tokens",
+    )
     parser.add_argument("--split", default="train", help="split to read (default: train)")
     parser.add_argument(
         "--use", choices=sorted(USES), default="opsd", help="what the data is for (default: opsd)"
     )
     parser.add_argument(
-        "--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="decoding threads"
+        "--num_workers",
+        type=number(int, at_least=1, at_most=1024),
+        default=min(8, os.cpu_count() or 1),
+        help="decoding threads",
     )
     options = parser.parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
@@ -334,4 +345,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

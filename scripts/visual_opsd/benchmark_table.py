@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.programs import check_new, expand_path
 from data.tsv import TsvDataset
 from scripts.visual_opsd.benchmark_scoring import (
     CIRCULAR_RULE,
@@ -32,7 +33,7 @@ from scripts.visual_opsd.benchmarks import (
     PROMPTS,
     find_benchmark,
 )
-from scripts.visual_opsd.cli import option, parse_config, run_main
+from scripts.visual_opsd.cli import Settings, option, parse_config, run_main
 from scripts.visual_opsd.evaluation_summary import share
 from scripts.visual_opsd.run_store import read_json, write_json
 from scripts.visual_opsd.scoring import lenient_figures, wilson_interval
@@ -280,11 +281,12 @@ def markdown_table(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 
 
 @dataclass(frozen=True)
-class TableSettings:
+class TableSettings(Settings):
     runs: str = option(
         "", "LABEL=FOLDER of evaluations with --benchmark, by commas; FOLDER+FOLDER for one row"
     )
-    json: str | None = option(None, "also write the estimates to this file")
+    json: str | None = option(None, "also write the estimates to this file", path=True)
+    overwrite: bool = option(False, "replace that file if it is there")
 
 
 @dataclass(frozen=True)
@@ -302,7 +304,7 @@ def parse_runs(text: str) -> dict[str, list[str]]:
                 f"--runs: {entry!r} must be LABEL=FOLDER with a label of its own, for instance "
                 "--runs Base=results/eval/base,OPSD=results/eval/opsd"
             )
-        runs[label] = folders.split("+")
+        runs[label] = [expand_path(folder) for folder in folders.split("+")]
     if not runs:
         raise ValueError("--runs LABEL=FOLDER[,LABEL=FOLDER] names nothing to put into the table")
     return runs
@@ -312,6 +314,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     settings = parse_config(TableConfig, argv, "Table of benchmark accuracies.").table
     runs = parse_runs(settings.runs)
+    if settings.json:
+        check_new(settings.json, "--json", overwrite=settings.overwrite)
     figures = {label: read_figures(folders) for label, folders in runs.items()}
     print(markdown_table(figures))
     if settings.json:

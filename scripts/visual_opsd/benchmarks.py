@@ -115,7 +115,7 @@ def open_benchmarks(names: str, root: str | Path | None) -> list[TsvDataset]:
             f"--benchmark {names!r}: give each name once, out of {', '.join(BENCHMARKS)}, or all; "
             "any other TSV file goes to --data"
         )
-    folder = root or os.environ.get(ROOT_VARIABLE)
+    folder = os.path.expanduser(root or os.environ.get(ROOT_VARIABLE) or "")
     if not folder:
         raise ValueError(
             "--benchmark needs the folder of the TSV files: --tsv_root DIR, or the environment "

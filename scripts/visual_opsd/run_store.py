@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.json_lines import append_records, read_log, write_lines
+from data.programs import make_folder
 from modeling.checkpoint import is_generation_key
 from modeling.text_files import read_json_object
 from modeling.weight_files import open_weights, read_file
@@ -134,6 +135,20 @@ class RankedLines:
             file.unlink()
 
 
+def claim_output(folder: str | Path, result: str, overwrite: bool) -> None:
+    """Make the folder of a run that writes everything at its end.
+
+    Raises:
+        ValueError: it cannot be written to, or holds the file `result` and is not to be replaced.
+    """
+    if (Path(folder) / result).exists() and not overwrite:
+        raise ValueError(
+            f"--output_dir {folder} holds results ({result}); choose another, or pass --overwrite "
+            "to replace them"
+        )
+    make_folder(folder, "--output_dir")
+
+
 def claim_folder(
     folder: Path, settings: Mapping[str, Any], *, has_results: bool, hint: str
 ) -> None:
@@ -154,7 +169,7 @@ def claim_folder(
             different = "; ".join(differing(held.get("settings", {}), settings))
             raise ValueError(f"{folder} holds results of other settings ({different}); {hint}")
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--output_dir")
     write_json(path, {"hash": stable_hash(settings), "settings": settings})
 
 

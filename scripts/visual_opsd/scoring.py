@@ -185,7 +185,14 @@ def compare_paired(a: Sequence[bool], b: Sequence[bool]) -> PairedComparison:
 # ---------------------------------------------------------------------------------- runs
 
 
-def _verdicts(folder: str | Path, verdict: str) -> dict[tuple[Any, ...], bool]:
+def read_verdicts(
+    folder: str | Path, verdict: str = "correct"
+) -> dict[tuple[Any, ...], bool]:
+    """A verdict ("correct" or "lenient") on each row of a finished evaluation, by `ROW_KEY`.
+
+    Raises:
+        ValueError: no predictions there, or without such verdicts.
+    """
     path = Path(folder) / "predictions.jsonl"
     if not os.path.isfile(path):
         raise ValueError(
@@ -237,7 +244,7 @@ def compare_runs(
         ValueError: a folder without predictions or such verdicts, runs judged by rules of
             different versions, or runs of different rows (names the first).
     """
-    a, b = _verdicts(run_a, verdict), _verdicts(run_b, verdict)
+    a, b = read_verdicts(run_a, verdict), read_verdicts(run_b, verdict)
     check_same_rules(run_a, run_b)
     for (here, first), (there, second) in (((run_a, a), (run_b, b)), ((run_b, b), (run_a, a))):
         key = _first_missing(first, second)

@@ -452,6 +452,8 @@ def test_the_nine_benchmarks_from_evaluation_to_the_table(
     runs = f"Whole={tmp_path / 'all'},Part={tmp_path / 'one'}"
     target = tmp_path / "table.json"
     assert benchmark_table.main(["--runs", runs, "--json", str(target)]) == 0
+    with pytest.raises(ValueError, match=r"table\.json exists; .*--overwrite"):
+        benchmark_table.main(["--runs", runs, "--json", str(target)])
     shown = capsys.readouterr().out
     assert "our rule" in shown and PROMPT_VERSION in shown
     table = json.loads(target.read_text())["rows"]

@@ -210,6 +210,7 @@ def test_compare_runs_from_the_command_line(
     run(world, tmp_path / "short", "--limit", "2")
     with pytest.raises(ValueError, match="row 2 of Spatial_Navigation/heldout"):
         run(world, out, "--compare", str(tmp_path / "short"))
+    assert "comparison" not in json.loads((out / "summary.json").read_text())  # but all the rest
 
 
 def test_results_of_earlier_rules_are_refused(text_run: Path, world: Path, tmp_path: Path) -> None:
@@ -274,6 +275,23 @@ def test_bad_rows_are_counted_and_listed(
         run(tmp_path, tmp_path / "blank", "--max_bad_rate", "1", data="Blank")
 
 
+def test_what_is_needed_at_the_end_is_looked_at_first(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "load_bagel", lambda *_, **__: pytest.fail("the model was read"))
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "predictions.jsonl").write_text('{"index": 0}\n')
+    for flags, message in (
+        (("--compare", str(tmp_path / "none")), r"predictions\.jsonl does not exist: give"),
+        (("--compare", str(tmp_path / "odd")), r"holds a line that is no prediction"),
+        (("--compare", str(tmp_path / "out")), "is --output_dir itself"),
+        (("--output_dir", str(tmp_path / "file" / "x")), "--output_dir .*file/x: cannot write"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(world, tmp_path / "out", *flags)
+
+
 def test_user_mistakes(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def expect(message: str, *flags: str, data: str = "Spatial_Navigation") -> None:
         with pytest.raises(ValueError, match=message):
@@ -284,8 +302,8 @@ def test_user_mistakes(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     expect("each name once", data="Spatial_Navigation,Spatial_Navigation")
     expect("no parquet files, directly or in its data/", data=str(world))
     expect("no file of split 'test'", "--split", "test")
-    expect("limit at least 1", "--limit", "0")
-    expect("max_bad_rate must lie", "--max_bad_rate", "2", "--limit", "1")
+    expect("--limit must be at least 1 and at most 1000000000, got 0", "--limit", "0")
+    expect("--max_bad_rate must be at least 0 and at most 1, got 2", "--max_bad_rate", "2")
     expect("precision bf16 needs a GPU", "--precision", "bf16", "--device", "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     expect("torch sees no GPU", "--device", "cuda")
