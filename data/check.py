@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import io
 import os
 import sys
 import threading
@@ -26,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.dataset_info import is_dataset_folder, split_files
+from data.programs import number, path_argument, run_main
 from data.row_groups import ParquetDataset, RowGroup, open_parquet
 from data.thinkmorph import (
     EVALUATION_ROWS,
@@ -209,7 +211,10 @@ def check_dataset(
     except ValueError as error:
         return [*lines, *schema_lines, ("rows", "0"), ("ERROR", str(error))], False
     largest = max(dataset.groups, key=lambda group: group.bytes)
-    stats = scan_all(dataset, length, num_workers)
+    try:
+        stats = scan_all(dataset, length, num_workers)
+    except ValueError as error:  # a file went away
+        return [*lines, *schema_lines, ("ERROR", str(error))], False
     bad = stats.reasons.total()
     reasons = ", ".join(f"{count} {reason}" for reason, count in stats.reasons.most_common())
     counts = ", ".join(f"{n} rows with {k}" for k, n in sorted(stats.visual_thoughts.items()))
@@ -247,9 +252,9 @@ def find_datasets(path: Path, split: str) -> list[tuple[str, list[Path] | ValueE
 
     Raises ValueError if there is nothing at the path.
     """
-    if path.is_file():
+    if os.path.lexists(path) and not os.path.isdir(path):
         return [(path.stem, [path])]
-    if not path.exists():
+    if not os.path.isdir(path):
         raise ValueError(f"{path} does not exist")
     single = is_dataset_folder(path)
     folders = [path] if single else sorted(p for p in path.iterdir() if is_dataset_folder(p))
@@ -296,20 +301,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data.check", description="Check ThinkMorph-schema parquet files."
     )
-    parser.add_argument("path", help="parquet file, dataset folder, or folder of datasets")
-    parser.add_argument("--tokenizer", metavar="DIR", help="checkpoint folder; lengths in tokens")
+    parser.add_argument(
+        "path", type=path_argument, help="parquet file, dataset folder, or folder of datasets"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=path_argument,
+        metavar="DIR",
+        help="checkpoint folder; lengths in tokens",
+    )
     parser.add_argument("--split", default="train", help="split to read (default: train)")
     parser.add_argument(
         "--use", choices=sorted(USES), default="opsd", help="what the data is for (default: opsd)"
     )
     parser.add_argument(
-        "--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="decoding threads"
+        "--num_workers",
+        type=number(int, at_least=1, at_most=1024),
+        default=min(8, os.cpu_count() or 1),
+        help="decoding threads",
     )
     options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names and texts may be anything
+            stream.reconfigure(errors="backslashreplace")
     try:
         length, unit = _length_function(options.tokenizer)
         datasets = find_datasets(Path(options.path).expanduser(), options.split)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     good = True
@@ -327,4 +345,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -32,7 +32,7 @@ draws it. A right answer is L,L,L,D,D.
 
 from __future__ import annotations
 
-import io
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -65,7 +65,19 @@ from modeling.spread import (
     working_bytes,
 )
 from modeling.weight_files import open_weights
-from scripts.visual_opsd.cli import option, parse_config, run_main
+from scripts.visual_opsd.cli import (
+    ROUNDS,
+    SCALES,
+    SEEDS,
+    SIDES,
+    TEMPERATURES,
+    TIMESTEPS,
+    TOKENS,
+    Settings,
+    option,
+    parse_config,
+    run_main,
+)
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.on_policy_sampler import IMAGE_MARKER, position_uniforms, to_completion
 from scripts.visual_opsd.rows import make_builder
@@ -90,17 +102,21 @@ _LATENT_STEP = 16  # pixels that a latent token of a release covers, to each sid
 
 
 @dataclass(frozen=True)
-class DemoSettings:
-    model_path: str = option("models/ThinkMorph-7B", "release folder")
-    image: str | None = option(None, "image file (required)")
+class DemoSettings(Settings):
+    model_path: str = option("models/ThinkMorph-7B", "release folder", path=True)
+    image: str | None = option(None, "image file (required)", path=True)
     question: str | None = option(None, "question about it (required)")
     max_new_tokens: int = option(
-        1024, "budget of the answer, over all its rounds; with --interleave of each text"
-    )
-    temperature: float = option(0.3, "of sampling; without --do_sample it has no effect")
+        1024, "budget of the answer, over all its rounds; with --interleave of each text",
+        **TOKENS,
+    )  # fmt: skip
+    temperature: float = option(
+        0.3, "of sampling; without --do_sample it has no effect", **TEMPERATURES,
+        hint="greedy: no --do_sample",
+    )  # fmt: skip
     do_sample: bool = option(False, "sample; otherwise greedy")
-    seed: int = option(0, "random numbers of sampling")
-    image_skips: int = option(1, "rounds that may follow an <image_start>")
+    seed: int = option(0, "random numbers of sampling", **SEEDS)
+    image_skips: int = option(1, "rounds that may follow an <image_start>", **ROUNDS)
     device: str = option(
         "auto", "auto: one GPU, else the CPU; spread: over GPUs, CPU memory and disk",
         choices=("auto", "cpu", "cuda", "spread"),
@@ -112,12 +128,7 @@ class DemoSettings:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.image_skips < 0 or self.seed < 0:
-            raise ValueError("max_new_tokens must be at least 1, image_skips and seed at least 0")
-        if self.temperature <= 0:
-            raise ValueError(
-                f"temperature must be positive, got {self.temperature}; greedy: no --do_sample"
-            )
+        super().__post_init__()
         if self.max_memory and self.device != "spread":
             raise ValueError("--max_memory goes with --device spread")
 
@@ -127,30 +138,31 @@ class DemoSettings:
 
 
 @dataclass(frozen=True)
-class DrawingSettings:
+class DrawingSettings(Settings):
     interleave: bool = option(False, "let the model draw, and write a page of its reasoning")
-    out: str = option("results/interleave", "folder of the page; an earlier page is replaced")
-    num_timesteps: int = option(50, "flow times of a drawing; one step fewer is taken")
-    cfg_text_scale: float = option(4.0, "text guidance; 1: no guidance at all")
-    cfg_img_scale: float = option(2.0, "image guidance; 1: none")
+    out: str = option("results/interleave", "folder of the page", path=True)
+    overwrite: bool = option(False, "replace the page that --out holds")
+    num_timesteps: int = option(
+        50, "flow times of a drawing; one step fewer is taken", **TIMESTEPS
+    )
+    cfg_text_scale: float = option(4.0, "text guidance; 1: no guidance at all", **SCALES)
+    cfg_img_scale: float = option(2.0, "image guidance; 1: none", **SCALES)
     image_size: int | None = option(
         None, "longest side of problem image and drawings in pixels, a multiple of 16 "
-        "(default: by --vae_max_size and --vae_min_size)"
+        "(default: by --vae_max_size and --vae_min_size)", **SIDES
     )  # fmt: skip
-    max_rounds: int = option(3, "pictures drawn at most")
+    max_rounds: int = option(3, "pictures drawn at most", at_least=1, at_most=1000)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.interleave:
             given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
             if given:
                 raise ValueError(f"--{given[0]} goes with --interleave")
-        if self.max_rounds < 1:
-            raise ValueError("max_rounds must be at least 1; without --interleave nothing is drawn")
-        if self.num_timesteps < 2:
-            raise ValueError(f"num_timesteps must be at least 2, got {self.num_timesteps}")
-        size = self.image_size
-        if size is not None and (size < _LATENT_STEP or size % _LATENT_STEP):
-            raise ValueError(f"image_size must be a multiple of {_LATENT_STEP}, got {size}")
+        if (self.image_size or 0) % _LATENT_STEP:
+            raise ValueError(
+                f"--image_size must be a multiple of {_LATENT_STEP}, got {self.image_size}"
+            )
 
 
 @dataclass(frozen=True)
@@ -187,7 +199,7 @@ def read_input(settings: DemoSettings) -> tuple[Image.Image, str]:
         raise ValueError("give an image and a question: --image FILE --question TEXT")
     if not settings.question.strip():
         raise ValueError("the question is empty; give one with --question TEXT")
-    if not Path(settings.image).is_file():
+    if not os.path.isfile(settings.image):
         raise ValueError(f"there is no image file {settings.image}; check --image")
     return decode_image(Path(settings.image)), settings.question
 
@@ -458,7 +470,7 @@ def run(config: DemoConfig) -> int:
     image, question = read_input(settings)
     config.prompt.build()  # a wrong prompts file is found before the model is loaded
     if config.drawing.interleave:
-        check_folder(Path(config.drawing.out))
+        check_folder(Path(config.drawing.out), config.drawing.overwrite)
     if not settings.do_sample and settings.temperature != DemoSettings().temperature:
         log("note: --temperature has no effect without --do_sample")
     started = time.perf_counter()
@@ -519,8 +531,6 @@ def parse(argv: Sequence[str] | None) -> DemoConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     config = parse(argv)
     try:
         return run(config)

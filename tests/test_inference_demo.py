@@ -202,7 +202,7 @@ def test_dtype_flag(capsys: pytest.CaptureFixture[str]) -> None:
         (("--image", str(ROOT / "LICENSE")), "cannot decode the image .*LICENSE"),
         (("--model_path", "nowhere"), "the checkpoint folder nowhere does not exist"),
         (("--prompts", "nowhere.yaml"), r"prompts file nowhere\.yaml does not exist"),
-        (("--temperature", "0"), "temperature must be positive"),
+        (("--temperature", "0"), r"--temperature must be at least 0\.0001 .*; greedy: no --do_s"),
         (("--max_new_tokens", "0"), "max_new_tokens must be at least 1"),
         (("--max_memory", "cpu=1GiB"), "goes with --device spread"),
         (("--device", "spread", "--max_memory", "cpu=lots"), "is not DEVICE=SIZE"),

@@ -37,7 +37,17 @@ from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
 from modeling.bagel.config import SpecialTokens
 from modeling.bagel.decoder import Attention
-from scripts.visual_opsd.cli import flat, option, parse_config, run_main
+from scripts.visual_opsd.cli import (
+    PACKED,
+    ROWS,
+    SEEDS,
+    SHARES,
+    Settings,
+    flat,
+    option,
+    parse_config,
+    run_main,
+)
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.latents import encode_pictures, row_generator
 from scripts.visual_opsd.processes import init_distributed, shutdown
@@ -52,7 +62,7 @@ from scripts.visual_opsd.row_windows import (
     read_windows,
 )
 from scripts.visual_opsd.rows import make_builder, noise_generator
-from scripts.visual_opsd.run_store import weights_fingerprint, write_json
+from scripts.visual_opsd.run_store import claim_output, weights_fingerprint, write_json
 from scripts.visual_opsd.vt_figures import draw_attention
 
 PARTS = ("first_token", "problem_image", "vt", "text", "answer")
@@ -62,28 +72,34 @@ _MAX_SCORES = 1 << 26  # entries of one (heads, rows, keys) block, 256 MB in fp3
 
 
 @dataclass(frozen=True)
-class AnalysisSettings:
+class AnalysisSettings(Settings):
     """Whose attention, over what."""
 
-    model_path: str = option("models/ThinkMorph-7B", "release folder")
+    model_path: str = option("models/ThinkMorph-7B", "release folder", path=True)
     data: str = option(
-        "Spatial_Navigation", "datasets below the data root, folders or parquet files, by commas"
-    )
+        "Spatial_Navigation", "datasets below the data root, folders or parquet files, by commas",
+        path="list",
+    )  # fmt: skip
     split: str = option("heldout", "files of a folder that are read (SPLIT-*.parquet)")
-    data_root: str | None = option(None, "folder of the datasets, else VISUAL_OPSD_DATA_ROOT")
-    limit: int | None = option(64, "only the first rows of all; None: every row")
+    data_root: str | None = option(
+        None, "folder of the datasets, else VISUAL_OPSD_DATA_ROOT", path=True
+    )
+    limit: int | None = option(64, "only the first rows of all; None: every row", **ROWS)
     context: str = option(
         "vit", "how the VTs are read; vae+vit: as at inference; noise: ViT, noise for its VTs",
         choices=("vit", "vae+vit", "noise"),
     )  # fmt: skip
-    output_dir: str = option("results/attention", "attention.json and attention.png")
-    max_forward_tokens: int = option(16384, "packed rows of a forward (no effect on the result)")
-    seed: int = option(0, "random numbers of --context noise, and of the VAE")
-    max_bad_rate: float = option(0.01, "share of unusable rows beyond which the run fails")
-
-    def __post_init__(self) -> None:
-        if self.max_forward_tokens < 1 or (self.limit is not None and self.limit < 1):
-            raise ValueError("max_forward_tokens and limit must be at least 1")
+    output_dir: str = option(
+        "results/attention", "attention.json and attention.png", path=True
+    )
+    overwrite: bool = option(False, "replace the results that output_dir holds")
+    max_forward_tokens: int = option(
+        16384, "packed rows of a forward (no effect on the result)", **PACKED
+    )
+    seed: int = option(0, "random numbers of --context noise, and of the VAE", **SEEDS)
+    max_bad_rate: float = option(
+        0.01, "share of unusable rows beyond which the run fails", **SHARES
+    )
 
 
 @dataclass(frozen=True)
@@ -288,6 +304,7 @@ def analyse(config: AnalysisConfig, device: torch.device) -> dict[str, Any]:
     """
     settings = config.analysis
     folder = Path(settings.output_dir)
+    claim_output(folder, "attention.json", settings.overwrite)
     with_latents = settings.context == "vae+vit"
     pool = RowPool(open_data(settings.data, settings.split, settings.data_root, NEEDS))
     bundle = load_bagel(
@@ -343,7 +360,6 @@ def analyse(config: AnalysisConfig, device: torch.device) -> dict[str, Any]:
         "identity": prompt_identity(config.prompt),
         "settings": flat(config),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "attention.json", summary)
     draw_attention(folder / "attention.png", summary)
     return summary

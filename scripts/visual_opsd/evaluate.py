@@ -7,7 +7,8 @@
 Greedy answers of the text-only student (`--context vt` and `noise` show it what the teacher sees:
 the real visual thoughts, or Gaussian noise in their place). A row of a generated world is judged
 by the world's scorer, one of a benchmark by its rule (`benchmark_scoring.RULES`), any other by
-exact match of its last <answer>...</answer>. Every raw answer is kept; a killed run is resumed by
+exact match of its last <answer>...</answer>. A lenient verdict stands beside each, for reading and
+not for comparing (EVAL.md). Every raw answer is kept; a killed run is resumed by
 the same command; torchrun splits the rows over its processes.
 """
 
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from data.json_lines import write_lines
 from data.packing import context_length
 from data.parquet import Reject
 from data.rejects import summarise
@@ -31,17 +33,36 @@ from data.tsv import TsvDataset
 from data.worlds import get_scorer
 from modeling import BagelBundle, load_bagel
 from scripts.visual_opsd import benchmarks
-from scripts.visual_opsd.benchmark_scoring import Verdict, exact_verdict
+from scripts.visual_opsd.benchmark_scoring import (
+    SCORING_VERSION,
+    Verdict,
+    exact_verdict,
+    world_verdict,
+)
 from scripts.visual_opsd.benchmark_table import (
     FIGURES_FILE,
     benchmark_figures,
     describe,
     versions,
 )
-from scripts.visual_opsd.cli import flat, option, parse_config, run_main
+from scripts.visual_opsd.cli import (
+    PACKED,
+    ROUNDS,
+    ROWS,
+    SEEDS,
+    SHARES,
+    TOGETHER,
+    TOKENS,
+    Settings,
+    flat,
+    option,
+    parse_config,
+    run_main,
+)
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.evaluation_summary import (
-    comparison_line,
+    comparison,
+    comparison_lines,
     split_bad,
     summarise_run,
     table,
@@ -76,51 +97,56 @@ from scripts.visual_opsd.run_store import (
     stable_hash,
     weights_fingerprint,
     write_json,
-    write_lines,
 )
 from scripts.visual_opsd.scoring import (
-    PairedComparison,
-    compare_runs,
+    ROW_KEY,
+    check_same_rules,
     extract_answer,
+    read_verdicts,
 )
 from scripts.visual_opsd.timing import BatchClock, summarise_timing, timing_line, timing_text
 
 CONTEXTS = ("text", "vt", "noise")
+# What figures and comparisons read of a line of predictions.jsonl.
+_USED = (
+    *ROW_KEY, "answer", "text", "correct", "lenient", "answered", "output_tokens", "capped",
+    "empty",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class EvaluateSettings:
+class EvaluateSettings(Settings):
     """What is evaluated on what."""
 
-    model_path: str = option("models/ThinkMorph-7B", "release folder to evaluate")
+    model_path: str = option("models/ThinkMorph-7B", "release folder to evaluate", path=True)
     data: str = option(
-        "Spatial_Navigation", "datasets below the data root, folders or parquet files, by commas"
-    )
+        "Spatial_Navigation", "datasets below the data root, folders or parquet files, by commas",
+        path="list",
+    )  # fmt: skip
     split: str = option("heldout", "files of a folder that are read (SPLIT-*.parquet)")
-    data_root: str | None = option(None, "folder of the datasets, else VISUAL_OPSD_DATA_ROOT")
+    data_root: str | None = option(
+        None, "folder of the datasets, else VISUAL_OPSD_DATA_ROOT", path=True
+    )
     context: str = option(
         "text", "text: the student's; vt: the teacher's; noise: the teacher's, noise for its VTs",
         choices=CONTEXTS,
     )  # fmt: skip
-    limit: int | None = option(None, "only the first rows of all")
-    output_dir: str = option("results/eval", "predictions.jsonl and summary.json")
+    limit: int | None = option(None, "only the first rows of all", **ROWS)
+    output_dir: str = option("results/eval", "predictions.jsonl and summary.json", path=True)
     overwrite: bool = option(False, "throw away what output_dir holds of other settings")
-    batch_size: int = option(256, "rows decoded together (no effect on the result)")
-    prefill_tokens: int = option(32768, "prompt rows decoded together at most")
-    max_new_tokens: int = option(1024, "budget of an answer, over all its rounds")
-    image_skips: int = option(1, "rounds that may follow an <image_start>")
-    noise_seed: int = option(0, "random numbers of --context noise")
-    max_bad_rate: float = option(0.01, "share of unusable rows beyond which the run fails")
-    compare: str | None = option(None, "output folder of another run on the same rows")
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "prefill_tokens", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.image_skips < 0 or (self.limit is not None and self.limit < 1):
-            raise ValueError("image_skips must not be negative, limit at least 1")
-        if self.context not in CONTEXTS:
-            raise ValueError(f"unknown context {self.context!r}: choose {', '.join(CONTEXTS)}")
+    batch_size: int = option(
+        256, "rows decoded together (no effect on the result)", **TOGETHER
+    )
+    prefill_tokens: int = option(32768, "prompt rows decoded together at most", **PACKED)
+    max_new_tokens: int = option(1024, "budget of an answer, over all its rounds", **TOKENS)
+    image_skips: int = option(1, "rounds that may follow an <image_start>", **ROUNDS)
+    noise_seed: int = option(0, "random numbers of --context noise", **SEEDS)
+    max_bad_rate: float = option(
+        0.01, "share of unusable rows beyond which the run fails", **SHARES
+    )
+    compare: str | None = option(
+        None, "output folder of another run on the same rows", path=True
+    )
 
     @property
     def needs(self) -> RowNeeds:
@@ -131,14 +157,14 @@ class EvaluateSettings:
 
 
 @dataclass(frozen=True)
-class BenchmarkSettings:
+class BenchmarkSettings(Settings):
     """Benchmarks by name, instead of `--data`."""
 
     benchmark: str | None = option(
         None, "instead of --data: benchmarks by name, separated by commas, or all"
     )
     tsv_root: str | None = option(
-        None, f"folder of the benchmarks' TSV files, else {benchmarks.ROOT_VARIABLE}"
+        None, f"folder of the benchmarks' TSV files, else {benchmarks.ROOT_VARIABLE}", path=True
     )
 
 
@@ -221,8 +247,7 @@ class PrepareQuestion:
 
 
 def _world_judge(world: str, state: str | None) -> Judge:
-    scorer = get_scorer(world)
-    return lambda text: Verdict(scorer({"world_state": state}, text), None)
+    return partial(world_verdict, scorer=get_scorer(world), state=state)
 
 
 def prediction(index: int, question: Question, completion: Completion, text: str) -> dict[str, Any]:
@@ -239,6 +264,7 @@ def prediction(index: int, question: Question, completion: Completion, text: str
         "text": text,
         "output_tokens": len(completion.ids),
         "correct": verdict.correct,
+        "lenient": verdict.lenient,
         "answered": extract_answer(text) is not None,
         "capped": completion.capped,
         "empty": not completion.ids and not completion.capped,
@@ -262,6 +288,7 @@ def result_settings(config: EvaluateConfig, pool: RowPool, dtype: torch.dtype) -
         "noise_seed": settings.noise_seed if settings.context == "noise" else None,
         "precision": str(dtype).removeprefix("torch."),
         **prompt_identity(config.prompt),
+        "scoring_version": SCORING_VERSION,
         **(versions() if benchmark_files(pool) else {}),
     }
 
@@ -297,7 +324,7 @@ class Stores:
 
     @classmethod
     def of(cls, folder: Path) -> Stores:
-        return cls(RankedLines(folder, "predictions"), RankedLines(folder, "timing"))
+        return cls(RankedLines(folder, "predictions", fields=_USED), RankedLines(folder, "timing"))
 
 
 def answer_rows(
@@ -403,6 +430,7 @@ def evaluate(config: EvaluateConfig, env: DistEnv) -> dict[str, Any]:
     pool = open_rows(config)
     wanted = result_settings(config, pool, dtype)
     on_main(env, lambda: _prepare_folder(stores, wanted, settings))
+    on_main(env, lambda: _check_comparison(settings))
     # Unusable rows are tried again: what kept them from being read may be gone.
     done = {index for index, record in store.read().items() if "bad" not in record}
     total = min(len(pool), settings.limit or len(pool))
@@ -433,15 +461,13 @@ def evaluate(config: EvaluateConfig, env: DistEnv) -> dict[str, Any]:
         summary["device"] = env.device.type
         summary["settings_hash"] = stable_hash(wanted)
         summary["settings"] = flat(config)
-        if settings.compare:
-            summary["comparison"] = {
-                "other": settings.compare,
-                **asdict(compare_runs(folder, settings.compare)),
-            }
         write_json(folder / "summary.json", summary)
         if benchmark_files(pool):
             figures = benchmark_run(pool, good, rejects)
             write_json(folder / FIGURES_FILE, {**versions(), "benchmarks": figures})
+        if settings.compare:  # last: other rows there must not cost this run its results
+            summary["comparison"] = comparison(folder, settings.compare)
+            write_json(folder / "summary.json", summary)
 
     on_main(env, finish)
     return summary
@@ -457,6 +483,16 @@ def _prepare_folder(stores: Stores, wanted: Mapping[str, Any], settings: Evaluat
         has_results=stores.answers.exists(),
         hint="choose another --output_dir, or pass --overwrite to throw them away",
     )
+
+
+def _check_comparison(settings: EvaluateSettings) -> None:
+    """Find a wrong --compare before the first row is answered."""
+    if settings.compare is None:
+        return
+    if Path(settings.compare).resolve() == Path(settings.output_dir).resolve():
+        raise ValueError(f"--compare {settings.compare} is --output_dir itself; name another run")
+    read_verdicts(settings.compare)
+    check_same_rules(settings.output_dir, settings.compare)
 
 
 def benchmark_run(
@@ -489,8 +525,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(describe(read_json(folder / FIGURES_FILE, "")["benchmarks"]))
         print(timing_text(read_json(folder / "timing.json", "")))
         if settings.compare:
-            figures = {k: v for k, v in summary["comparison"].items() if k != "other"}
-            print(comparison_line(PairedComparison(**figures), "this", settings.compare))
+            print(comparison_lines(summary["comparison"]))
         print(f"{summary['seconds']:.1f} s; {folder / 'summary.json'}")
     return 0
 

@@ -28,12 +28,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.json_lines import write_lines
 from data.parquet import Reject
 from data.rejects import summarise
 from data.sequence import Completion, given_completion
 from modeling import BagelBundle, load_bagel
 from scripts.visual_opsd.cli import flat, parse_config, run_main
 from scripts.visual_opsd.diagnostic_store import (
+    SUMMARY,
     Baseline,
     completion_line,
     completions_hash,
@@ -78,7 +80,11 @@ from scripts.visual_opsd.row_windows import (
     read_windows,
 )
 from scripts.visual_opsd.rows import make_builder
-from scripts.visual_opsd.run_store import weights_fingerprint, write_json, write_lines
+from scripts.visual_opsd.run_store import (
+    claim_output,
+    weights_fingerprint,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
@@ -226,8 +232,9 @@ def diagnose(config: DiagnosticConfig, env: DistEnv) -> dict[str, Any]:
     """Run the diagnostic on all ranks; returns what kl_diagnostic.json holds on rank 0, else {}.
 
     Raises:
-        ValueError: a missing or damaged checkpoint, dataset or baseline, a baseline of other
-            settings or rows, other tokenizers, or too many unusable rows.
+        ValueError: results in `output_dir` already, a missing or damaged checkpoint, dataset or
+            baseline, a baseline of other settings or rows, other tokenizers, or too many unusable
+            rows.
     """
     settings = config.diagnostic
     started = time.perf_counter()
@@ -242,6 +249,7 @@ def diagnose(config: DiagnosticConfig, env: DistEnv) -> dict[str, Any]:
     wanted = identity(config, pool, config.compute.dtype(env.device))
     same_model = wanted["base"] == weights_fingerprint(settings.model_path)
     baseline = read_baseline(settings.baseline, wanted) if settings.baseline else None
+    on_main(env, lambda: claim_output(settings.output_dir, SUMMARY, settings.overwrite))
     if baseline is not None:
         indices = baseline.indices
     else:
@@ -365,7 +373,6 @@ def write_outputs(
     settings: DiagnosticSettings,
 ) -> None:
     """Completions, divergences, figures and, last, kl_diagnostic.json."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_lines(folder / "completions.jsonl", [r.line for r in results])
     own = [r for r in results if r.own is not None and r.own_line is not None]
     if own:
@@ -376,7 +383,7 @@ def write_outputs(
     save_divergences(folder, blocks)
     if settings.figures:
         draw_figures(folder, results, settings)
-    write_json(folder / "kl_diagnostic.json", summary)
+    write_json(folder / SUMMARY, summary)
 
 
 def draw_figures(
@@ -423,7 +430,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if env.is_main:
         print(table(result))
         folder = Path(config.diagnostic.output_dir)
-        print(f"{result['seconds']:.1f} s; {folder / 'kl_diagnostic.json'}")
+        print(f"{result['seconds']:.1f} s; {folder / SUMMARY}")
     return 0
 
 

@@ -9,12 +9,13 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.programs import leave as leave
 from scripts.visual_opsd.peers import Watch
 
 _watch: Watch | None = None  # of the group that this process is in
@@ -117,19 +118,6 @@ def shutdown() -> None:
         _watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def leave(code: int) -> NoReturn:
-    """End this process at once, with everything it printed written out.
-
-    After collectives the ordinary end of the interpreter is not safe: a gloo thread that is late
-    to release a tensor then asks for the interpreter, is refused, and aborts the process
-    ("terminate called without an active exception", in some per cent of the runs on a busy CPU).
-    What must be closed (files, wandb, data workers) is closed by its owner before.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def all_reduce_sums(values: Mapping[str, float | Tensor], env: DistEnv) -> dict[str, float]:

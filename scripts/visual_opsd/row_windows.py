@@ -7,6 +7,7 @@ Unlike training, nothing is replaced: a row that cannot be used is left out, cou
 from __future__ import annotations
 
 import hashlib
+import os
 import queue
 import sys
 import threading
@@ -25,7 +26,7 @@ from data.rejects import summarise
 from data.row_groups import RowSource
 from data.thinkmorph import EVALUATION_ROWS, IMAGE_COLUMNS, PROBLEM_IMAGE, Row, RowNeeds
 from data.tsv import TsvDataset
-from scripts.visual_opsd.cli import option
+from scripts.visual_opsd.cli import TIMEOUTS, Settings, option
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.schedule import compute_dtype
 
@@ -34,7 +35,7 @@ THOUGHT_IDENTITY_COLUMNS = (*IDENTITY_COLUMNS, *IMAGE_COLUMNS)
 
 
 @dataclass(frozen=True)
-class ComputeSettings:
+class ComputeSettings(Settings):
     """Where a run computes; shared by evaluation and the diagnostic."""
 
     device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
@@ -42,7 +43,7 @@ class ComputeSettings:
         "auto", "weights and compute; auto: bf16 on CUDA, fp32 on CPU",
         choices=("auto", "bf16", "fp32"),
     )  # fmt: skip
-    timeout_s: float = option(7200.0, "seconds a rank waits for the slowest one")
+    timeout_s: float = option(7200.0, "seconds a rank waits for the slowest one", **TIMEOUTS)
     progress: bool = option(True, "draw a progress bar")
 
     def dtype(self, device: torch.device) -> torch.dtype:
@@ -93,11 +94,11 @@ def open_data(data: str, split: str, root: str | Path | None, needs: RowNeeds) -
                 )
             found.append(TsvDataset(path.stem, path))
             continue
-        if path.is_file():
-            files, place = [path], path.resolve().parent
-        elif path.is_dir() and is_dataset_folder(path):
+        if os.path.isfile(path) or (path.suffix == ".parquet" and not os.path.isdir(path)):
+            files, place = [path], Path(os.path.realpath(path)).parent
+        elif is_dataset_folder(path):
             files, place = split_files(path, split), path.resolve()
-        elif path.is_dir():
+        elif os.path.isdir(path):
             raise ValueError(
                 f"--data {entry}: the folder holds no parquet files, directly or in its data/; "
                 "name a dataset's folder, or give its parent as --data_root and the name as --data"
@@ -286,8 +287,6 @@ class BadRows:
     """Counts rows left out and refuses to go on above a rate."""
 
     def __init__(self, max_rate: float, *, check_from: int = 200) -> None:
-        if not 0 <= max_rate <= 1:
-            raise ValueError(f"max_bad_rate must lie in [0, 1], got {max_rate}")
         self.max_rate, self.check_from = max_rate, check_from
         self.read = 0
         self.rejects: list[tuple[int, Reject]] = []

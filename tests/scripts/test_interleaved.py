@@ -212,7 +212,7 @@ def test_defaults_follow_the_mode(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("mode: interleaved\nvit_max_size: 700\n")
     assert read_config(["--config", str(own)]).prompt.vit_max_size == 700
-    with pytest.raises(ValueError, match="mse_weight must not be negative"):
+    with pytest.raises(ValueError, match="--mse_weight must be at least 0 and at most"):
         read_config(["--mse_weight", "-1"])
 
 
