@@ -5,10 +5,16 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
+from scripts.visual_opsd import processes
 from tests.shell import (
     DRY,
     ROOT,
@@ -264,3 +270,99 @@ def test_the_slurm_example_starts_one_launcher_per_node(programs: Path, tmp_path
     assert "#SBATCH --signal=TERM@300" in text
     # torchrun must give up before SLURM does.
     assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=290" in first
+
+
+# -- a program that is started, by whatever -----------------------------------------------------
+
+MEMBER = {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}
+MEMBER |= {"MASTER_ADDR": "job-0"}
+
+
+def set_only(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    for name in [*MEMBER, "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"]:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not"),
+        ({"RANK": "1"}, "RANK=1, but WORLD_SIZE"),  # would write into rank 0's files
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2, but WORLD_SIZE"),
+        (POD, "MASTER_ADDR=job-master-0, MASTER_PORT=23456, but LOCAL_RANK not set"),
+        (without(MEMBER, "MASTER_PORT"), "but MASTER_PORT not set"),
+        (MEMBER | {"MASTER_ADDR": ""}, "but MASTER_ADDR not set"),
+        (MEMBER | {"RANK": "3"}, "RANK=3 and LOCAL_RANK=1 must be less than WORLD_SIZE=3"),
+        (MEMBER | {"WORLD_SIZE": "0"}, "must be less than WORLD_SIZE=0"),
+        (MEMBER | {"WORLD_SIZE": "-3"}, "WORLD_SIZE='-3' in the environment"),
+        (MEMBER | {"RANK": "one"}, "RANK='one' in the environment"),
+        (MEMBER | {"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is no port"),
+    ],
+)
+def test_left_over_variables_are_an_error_at_once(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], named: str
+) -> None:
+    set_only(monkeypatch, environment)
+    start = time.perf_counter()
+    with pytest.raises(ValueError) as error:
+        processes.init_distributed("cpu", 7200)
+    assert named in f"{error.value}" and "\n" not in f"{error.value}"
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"MASTER_ADDR": "elsewhere", "MASTER_PORT": "1", "LOCAL_WORLD_SIZE": "8"},
+        {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "23456"},
+    ],
+)
+def test_a_single_process_needs_nobody(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    set_only(monkeypatch, environment)
+    env = processes.init_distributed("cpu", 60)
+    processes.shutdown()
+    assert (env.rank, env.world_size, env.local_rank, env.local_world_size) == (0, 1, 0, 1)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_who_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "JOIN_TIMEOUT_S", 1.0)
+    local = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    set_only(monkeypatch, MEMBER | local)
+    hours = timedelta(hours=2)  # --timeout_s is for the collectives of a running group
+    with pytest.raises(
+        ValueError, match=r"rank 0 of 4 .* 127.0.0.1:\d+: rank 1, 2, 3 did not come"
+    ):
+        processes._meet(0, 4, hours)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        with pytest.raises(ValueError, match="address already in use"):
+            processes._meet(0, 2, hours)
+    monkeypatch.setenv("MASTER_PORT", free_port())
+    with pytest.raises(ValueError, match=r"cannot meet the others at 127\.0") as error:
+        processes._meet(1, 2, hours)
+    assert "\n" not in f"{error.value}"
+
+
+def test_all_who_come_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_only(monkeypatch, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()})
+
+    def meet(rank: int) -> dist.Store:
+        return processes._meet(rank, 3, timedelta(seconds=30))
+
+    with ThreadPoolExecutor(3) as pool:
+        first, second, _ = pool.map(meet, range(3))
+    first.set("key", "value")
+    assert second.get("key") == b"value"
