@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import shutil
 import signal
@@ -311,6 +312,33 @@ def test_make_venv_names_what_is_missing(broken_pythons: Path, tmp_path: Path) -
     assert "python3-venv" in done.stderr
     assert not Path(venv).exists()
     assert run(broken_pythons, MAKE_VENV, venv).returncode == 2
+
+
+@pytest.mark.skipif(shutil.which("uv") is None, reason="needs uv")
+def test_uv_resolves_the_requirements(tmp_path: Path) -> None:
+    def uv(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"VIRTUAL_ENV": str(tmp_path / "venv")}
+        return subprocess.run(
+            ["uv", *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    assert uv("venv", str(tmp_path / "venv")).returncode == 0
+    files = ("-c", "constraints.txt", "-r", "requirements.txt")
+    done = uv("pip", "install", "--dry-run", *files)
+    if any(word in done.stderr for word in ("dns error", "error sending request")):
+        pytest.skip("no network")
+    assert done.returncode == 0, done.stderr
+    pinned = re.findall(r"^\w[\w.-]+==\S+", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    wanted = {line.lower().replace("_", "-") for line in pinned}
+    named = re.findall(r"^(\w[\w-]*)>=", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    chosen = set(re.findall(r"^ \+ (\S+)", done.stderr, re.MULTILINE))
+    assert {n.lower().replace("_", "-") for n in named} <= {line.split("==")[0] for line in chosen}
+    assert {line for line in chosen if not line.startswith(("nvidia", "triton", "cuda"))} <= wanted
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
