@@ -475,7 +475,7 @@ def test_wandb_offline(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_wandb_is_looked_at_before_anything_is_built(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def login() -> None:
+    def login(**options: bool) -> None:
         raise RuntimeError("api_key not configured")
 
     fake = types.ModuleType("wandb")
