@@ -139,6 +139,11 @@ class Trainer:
             self.checkpoint = self.checkpoint or find_checkpoint(config.run.checkpoints, spec)
         folders = (self.results, config.run.checkpoints, self.checkpoint)
         on_main(env, lambda: check_folders(*folders))  # before minutes of loading
+        run = config.run
+        self.wandb: WandbSettings | None = None
+        if run.wandb_project:
+            self.wandb = WandbSettings(run.wandb_project, run.wandb_name, run.wandb_offline)
+            on_main(env, self.wandb.check)
         self._build_models()
         self.stop = StopRequest()
         self.step = 0  # completed optimiser steps
@@ -280,6 +285,8 @@ class Trainer:
             self.step = self.saved_step = resumed.step
             self.bad_steps = int(resumed.extra["bad_steps"])
             rejects = resumed.extra["rejects"]
+            if self.wandb is not None:
+                self.wandb = self.wandb.continuing(resumed.extra.get("wandb_id"))
         claim_checkpoint_dir(run.checkpoints, self.checkpoint, self.env)
         self.ledger.resume(rejects, self.step)
         if self.env.is_main:
@@ -294,9 +301,6 @@ class Trainer:
     def train(self) -> int:
         """Run to `total_steps`; returns the exit code (0, or 128 + the signal that stopped it)."""
         config, run = self.config, self.config.run
-        wandb = None
-        if run.wandb_project:
-            wandb = WandbSettings(run.wandb_project, run.wandb_name, run.wandb_offline)
         self.timer = PhaseTimer(self.env.device, synchronize=True)
         logger = MetricLogger(
             self.results / "metrics.jsonl",
@@ -304,7 +308,7 @@ class Trainer:
             total_steps=config.optim.total_steps,
             start_step=self.step,
             progress=run.progress,
-            wandb=wandb,
+            wandb=self.wandb,
             config=flat(config),
         )
         with self.stop, logger as self.log, closing(iter(self._loader())) as rows:
@@ -564,7 +568,11 @@ class Trainer:
             self.state,
             env=self.env,
             config=self._saved_config(),
-            extra={"rejects": self.ledger.state_dict(), "bad_steps": self.bad_steps},
+            extra={
+                "rejects": self.ledger.state_dict(),
+                "bad_steps": self.bad_steps,
+                "wandb_id": None if self.wandb is None else self.wandb.run_id,
+            },
             keep_last=run.keep_last,
         )
         self.saved_step = self.step
