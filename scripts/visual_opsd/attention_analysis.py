@@ -28,8 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.limits import NO_LIMITS, PACKED_TOKENS, ContextLimits
 from data.packing import context_length, group_by_tokens, pack, segment_length
-from data.sequence import Context, TextSegment
+from data.sequence import Context, ContextBuilder, TextSegment
 from data.thinkmorph import Row, RowNeeds, parse_row
 from modeling import load_bagel
 from modeling.bagel.attention import AttentionLayout
@@ -46,13 +47,14 @@ from scripts.visual_opsd.row_windows import (
     ComputeSettings,
     RowPool,
     check_bad_rate,
+    memory_advice,
     open_data,
     progress_bar,
     prompt_identity,
     read_windows,
 )
-from scripts.visual_opsd.rows import make_builder, noise_generator
-from scripts.visual_opsd.run_store import weights_fingerprint, write_json
+from scripts.visual_opsd.rows import noise_generator, open_builder
+from scripts.visual_opsd.run_store import claim_folder, weights_fingerprint, write_json
 from scripts.visual_opsd.vt_figures import draw_attention
 
 PARTS = ("first_token", "problem_image", "vt", "text", "answer")
@@ -77,6 +79,7 @@ class AnalysisSettings:
         choices=("vit", "vae+vit", "noise"),
     )  # fmt: skip
     output_dir: str = option("results/attention", "attention.json and attention.png")
+    overwrite: bool = option(False, "throw away what output_dir holds of other settings")
     max_forward_tokens: int = option(16384, "packed rows of a forward (no effect on the result)")
     seed: int = option(0, "random numbers of --context noise, and of the VAE")
     max_bad_rate: float = option(0.01, "share of unusable rows beyond which the run fails")
@@ -137,8 +140,21 @@ class AnalysisRow:
 
 @dataclass(frozen=True)
 class PrepareAnalysis:
-    builder: Any
+    builder: ContextBuilder
     settings: AnalysisSettings
+    limits: ContextLimits = NO_LIMITS
+
+    @classmethod
+    def of(cls, settings: AnalysisSettings, prompt: PromptSettings) -> PrepareAnalysis:
+        """Raises ValueError: no row can fit the model's positions."""
+        builder, model = open_builder(
+            settings.model_path, prompt, visual_gen=settings.context == "vae+vit"
+        )
+        limits = ContextLimits(
+            model.llm.max_position_embeddings,
+            tokens=max(settings.max_forward_tokens, PACKED_TOKENS),
+        )
+        return cls(builder, settings, limits.check_settings(builder, teacher=True))
 
     def __call__(self, row: Row) -> AnalysisRow:
         sample = parse_row(row, NEEDS)
@@ -150,6 +166,7 @@ class PrepareAnalysis:
             sample, student, noise, with_latents=self.settings.context == "vae+vit"
         )
         (answer,) = self.builder.sft_targets(sample)
+        self.limits.check(row, (*teacher, answer))
         return AnalysisRow(row.dataset, row.position, student, teacher[len(student) :], answer)
 
 
@@ -290,27 +307,39 @@ def analyse(config: AnalysisConfig, device: torch.device) -> dict[str, Any]:
     folder = Path(settings.output_dir)
     with_latents = settings.context == "vae+vit"
     pool = RowPool(open_data(settings.data, settings.split, settings.data_root, NEEDS))
+    identity = {
+        "model": weights_fingerprint(settings.model_path, drawing=with_latents),
+        "data": pool.signature(),
+        "identity": prompt_identity(config.prompt),
+    }
+    prepare = PrepareAnalysis.of(settings, config.prompt)
+    claim_folder(
+        folder,
+        {**identity, "limit": settings.limit, "context": settings.context, "seed": settings.seed},
+        has_results=(folder / "attention.json").exists() and not settings.overwrite,
+        hint="choose another --output_dir, or pass --overwrite to throw them away",
+    )
     bundle = load_bagel(
         settings.model_path, visual_gen=with_latents, device=device,
         dtype=config.compute.dtype(device),
     )  # fmt: skip
     if with_latents and bundle.vae is None:
         raise ValueError("--context vae+vit needs ae.safetensors in the checkpoint's folder")
-    prepare = PrepareAnalysis(
-        make_builder(bundle.tokenizer, bundle.config, config.prompt), settings
-    )
     total = min(len(pool), settings.limit or len(pool))
     bad = BadRows(settings.max_bad_rate)
+    advice = f"lower --max_forward_tokens ({settings.max_forward_tokens}) or --vit_max_pixels"
     found: dict[int, tuple[str, dict[str, tuple[np.ndarray, np.ndarray]]]] = {}
     with progress_bar(total, config.compute.progress) as bar:
         for window in read_windows(
             pool, range(total), prepare, max_rows=64, max_tokens=4 * settings.max_forward_tokens
         ):
-            rows = [_encoded(row, bundle.vae, settings.seed) for _, row in window.rows]
-            results = measure_rows(
-                bundle.model, bundle.special_tokens, rows,
-                device=device, max_tokens=settings.max_forward_tokens,
-            )  # fmt: skip
+            names = [f"{row.dataset} row {row.position}" for _, row in window.rows]
+            with memory_advice(names, advice):
+                rows = [_encoded(row, bundle.vae, settings.seed) for _, row in window.rows]
+                results = measure_rows(
+                    bundle.model, bundle.special_tokens, rows,
+                    device=device, max_tokens=settings.max_forward_tokens,
+                )  # fmt: skip
             for (index, row), result in zip(window.rows, results, strict=True):
                 found[index] = (row.dataset, result)
             bad.add(window)
@@ -338,12 +367,9 @@ def analyse(config: AnalysisConfig, device: torch.device) -> dict[str, Any]:
         "parts": list(PARTS),
         **phases([result for _, result in everything]),
         "tasks": {t: phases([r for name, r in everything if name == t]) for t in names},
-        "model": weights_fingerprint(settings.model_path, drawing=with_latents),
-        "data": pool.signature(),
-        "identity": prompt_identity(config.prompt),
+        **identity,
         "settings": flat(config),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "attention.json", summary)
     draw_attention(folder / "attention.png", summary)
     return summary

@@ -34,6 +34,7 @@ from data.sequence import Completion, given_completion
 from modeling import BagelBundle, load_bagel
 from scripts.visual_opsd.cli import flat, parse_config, run_main
 from scripts.visual_opsd.diagnostic_store import (
+    RESULT_FILE,
     Baseline,
     completion_line,
     completions_hash,
@@ -71,14 +72,19 @@ from scripts.visual_opsd.row_windows import (
     BadRows,
     RowPool,
     check_bad_rate,
+    memory_advice,
     open_config,
     open_data,
     progress_bar,
     prompt_identity,
     read_windows,
 )
-from scripts.visual_opsd.rows import make_builder
-from scripts.visual_opsd.run_store import weights_fingerprint, write_json, write_lines
+from scripts.visual_opsd.run_store import (
+    claim_folder,
+    weights_fingerprint,
+    write_json,
+    write_lines,
+)
 
 
 @dataclass(frozen=True)
@@ -119,9 +125,6 @@ class Diagnosis:
                     "their distributions cannot be compared; give the base it was trained from"
                 )
         self.same_model = same_model
-        self.prepare = PrepareDiagnostic(
-            make_builder(self.base.tokenizer, self.base.config, config.prompt), settings
-        )
 
     def sample(
         self, bundle: BagelBundle, rows: Sequence[tuple[int, DiagnosticRow]]
@@ -240,8 +243,11 @@ def diagnose(config: DiagnosticConfig, env: DistEnv) -> dict[str, Any]:
         )
     pool = RowPool(datasets)
     wanted = identity(config, pool, config.compute.dtype(env.device))
-    same_model = wanted["base"] == weights_fingerprint(settings.model_path)
+    student = weights_fingerprint(settings.model_path)
+    same_model = wanted["base"] == student
     baseline = read_baseline(settings.baseline, wanted) if settings.baseline else None
+    prepare = PrepareDiagnostic.of(config)
+    on_main(env, lambda: _claim(config, {**wanted, "student": student}, baseline))
     if baseline is not None:
         indices = baseline.indices
     else:
@@ -253,7 +259,7 @@ def diagnose(config: DiagnosticConfig, env: DistEnv) -> dict[str, Any]:
 
     def work() -> None:
         found, bad = _run_rank(config, env, pool, indices[env.rank :: env.world_size], baseline,
-                               same_model)  # fmt: skip
+                               same_model, prepare)  # fmt: skip
         mine.extend(found)
         rejects.extend(bad)
 
@@ -279,6 +285,24 @@ def diagnose(config: DiagnosticConfig, env: DistEnv) -> dict[str, Any]:
     return result
 
 
+def _claim(
+    config: DiagnosticConfig, wanted: dict[str, Any], baseline: Baseline | None
+) -> None:
+    """Make the output folder this run's. Raises ValueError as `claim_folder`."""
+    settings = config.diagnostic
+    folder = Path(settings.output_dir)
+    if baseline is not None and folder.resolve() == baseline.folder.resolve():
+        raise ValueError(f"--output_dir {folder} is the baseline's own: choose another one")
+    of = None if baseline is None else completions_hash(baseline.lines.values())
+    wanted |= {"go_threshold": settings.go_threshold, "baseline": of}
+    claim_folder(
+        folder,
+        wanted,
+        has_results=(folder / RESULT_FILE).exists() and not settings.overwrite,
+        hint="choose another --output_dir, or pass --overwrite to throw them away",
+    )
+
+
 def _run_rank(
     config: DiagnosticConfig,
     env: DistEnv,
@@ -286,16 +310,22 @@ def _run_rank(
     indices: Sequence[int],
     baseline: Baseline | None,
     same_model: bool,
+    prepare: PrepareDiagnostic,
 ) -> tuple[list[Result], list[tuple[int, Reject]]]:
     if not indices:
         return [], []
     diagnosis = Diagnosis(config, env, baseline, same_model)
     bad = BadRows(config.diagnostic.max_bad_rate)
     results: list[Result] = []
+    sample = config.sample
+    advice = (
+        f"lower --sample_batch_size ({sample.sample_batch_size}), --pack_tokens "
+        f"({sample.pack_tokens}) or --sample_max_new_tokens ({sample.sample_max_new_tokens})"
+    )
     windows = read_windows(
         pool,
         indices,
-        diagnosis.prepare,
+        prepare,
         max_rows=4 * config.sample.sample_batch_size,
         max_tokens=8 * config.sample.pack_tokens,
     )
@@ -309,7 +339,8 @@ def _run_rank(
                 )
             bad.add(window)
             if window.rows:
-                results += diagnosis.window(window.rows)
+                with memory_advice([row.name for _, row in window.rows], advice):
+                    results += diagnosis.window(window.rows)
             bar.update(window.count)
     return results, bad.rejects
 
@@ -376,7 +407,7 @@ def write_outputs(
     save_divergences(folder, blocks)
     if settings.figures:
         draw_figures(folder, results, settings)
-    write_json(folder / "kl_diagnostic.json", summary)
+    write_json(folder / RESULT_FILE, summary)
 
 
 def draw_figures(
@@ -423,7 +454,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if env.is_main:
         print(table(result))
         folder = Path(config.diagnostic.output_dir)
-        print(f"{result['seconds']:.1f} s; {folder / 'kl_diagnostic.json'}")
+        print(f"{result['seconds']:.1f} s; {folder / RESULT_FILE}")
     return 0
 
 
