@@ -18,6 +18,7 @@ from data.thinkmorph import BadRow, Row
 # What a row may take where a flag only says how much is computed together (lowering such a flag
 # must not make rows unusable).
 PACKED_TOKENS = 32768
+SMALLEST_IMAGE = ImageSegment(torch.zeros(1, 0), torch.zeros(1, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,8 @@ class ContextLimits:
                 f"--{self.budget}: the answers of a row may take {self.new_positions} rope "
                 f"positions, but the model has {self.positions} (max_position_embeddings): lower it"
             )
-        image = ImageSegment(torch.zeros(1, 0), torch.zeros(1, dtype=torch.int64))
         try:
-            problem = self.problem(builder.fixed(image, teacher=teacher))
+            problem = self.problem(builder.frame(SMALLEST_IMAGE, teacher=teacher))
         except BadRow as bad:
             problem = bad.detail
         if problem is not None:

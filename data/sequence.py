@@ -288,20 +288,27 @@ class ContextBuilder:
 
     def question(self, image: Image.Image, question: str) -> Context:
         """The student's context of a bare image and question."""
+        return self.frame(self.image(image), question)
+
+    def frame(
+        self, image: ImageSegment, question: str = "", *, teacher: bool = False
+    ) -> Context:
+        """The student's context of an image that is a segment already.
+
+        teacher: then also intro, the same image in the place of VTs, and transition.
+        """
         prompts = self.prompts
         asked = prompts.question_prefix + question + prompts.instruction_suffix
         system = (self.text(prompts.system),) if prompts.system else ()
-        return (*system, self.image(image), self.text(asked))
+        seen = self._shown((image,)) if teacher else ()
+        return (*system, image, self.text(asked), *seen)
 
-    def fixed(self, image: ImageSegment, *, teacher: bool = False) -> Context:
-        """What every row's context holds, be its question empty and its images like `image`."""
+    def _shown(self, images: Sequence[Segment]) -> Context:
+        """[intro, images, transition]"""
         prompts = self.prompts
-        system = (self.text(prompts.system),) if prompts.system else ()
-        asked = self.text(prompts.question_prefix + prompts.instruction_suffix)
         intro = (self.text(prompts.intro),) if prompts.intro else ()
         transition = (self.text(prompts.transition),) if prompts.transition else ()
-        seen = (*intro, image, *transition) if teacher else ()
-        return (*system, image, asked, *seen)
+        return (*intro, *images, *transition)
 
     def teacher(
         self,
@@ -322,7 +329,6 @@ class ContextBuilder:
         """
         if not sample.thought_images:
             raise ValueError(f"{sample.file} row {sample.row} has no visual thought to teach with")
-        prompts = self.prompts
         images: list[Segment] = []
         for image in sample.thought_images:
             patches = self.image(image)
@@ -336,9 +342,7 @@ class ContextBuilder:
                     picture = replace(picture, pixels=torch.randn(shape, generator=noise))
                 images.append(picture)
             images.append(patches)
-        intro = (self.text(prompts.intro),) if prompts.intro else ()
-        transition = (self.text(prompts.transition),) if prompts.transition else ()
-        return (*student, *intro, *images, *transition)
+        return (*student, *self._shown(images))
 
     def interleaved(self, sample: Sample) -> Context:
         """What interleaved SFT trains on: [system, problem image, question, thought, drawing, ...].

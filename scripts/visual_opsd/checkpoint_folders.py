@@ -158,7 +158,7 @@ def claim_checkpoint_dir(checkpoint_dir: Path, resumed_from: Path | None, env: D
 
 
 def remove_old(checkpoint_dir: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` states; what is busy is tried again at the next save."""
+    """Remove all but the newest `keep_last` states; one that is busy again at the next save."""
     for old in list(complete_steps(checkpoint_dir).values())[:-keep_last]:
         # Renamed first: a kill in the middle must not leave half a checkpoint behind.
         os.replace(old, old.with_name(old.name + _DELETED))
