@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,7 @@ def _length_function(
     encode = ContextBuilder(tokenizer, to_pixels, max_text_tokens=positions).encode
     lock = threading.Lock()  # tokenizers refuse concurrent use
 
+    @lru_cache(maxsize=64)  # a row that is bad for one use is looked at for each
     def length(text: str) -> int:
         with lock:
             return len(encode(text))

@@ -41,6 +41,13 @@ class ContextLimits:
         """Why a context is too long, None if it is not; new_positions: of this row alone."""
         new = self.new_positions if new_positions is None else new_positions
         packed, positions = context_length(context), context_positions(context)
+        if self.positions is not None and positions + new > self.positions:
+            follows = f" and what follows it up to {new}" if new else ""
+            lower = f", or lower --{self.budget}" if self.new_positions else ""
+            return (
+                f"its context takes {positions} rope positions{follows}, but the model has "
+                f"{self.positions} (max_position_embeddings): shorten its texts{lower}"
+            )
         if self.tokens is not None and packed + self.room > self.tokens:
             sizes = "vit_max_pixels"
             if any(isinstance(segment, PixelSegment) for segment in context):
@@ -48,13 +55,6 @@ class ContextLimits:
             return (
                 f"its context takes {packed} of {self.flag} {self.tokens}: raise the limit or "
                 f"lower {sizes}"
-            )
-        if self.positions is not None and positions + new > self.positions:
-            follows = f" and what follows it up to {new}" if new else ""
-            lower = f", or lower --{self.budget}" if self.new_positions else ""
-            return (
-                f"its context takes {positions} rope positions{follows}, but the model has "
-                f"{self.positions} (max_position_embeddings): shorten its texts{lower}"
             )
         return None
 
