@@ -100,7 +100,7 @@ class BadRow(ValueError):
     """
 
     def __init__(self, reason: str, detail: str, *, file: str = "", row: int = -1) -> None:
-        super().__init__(f"{file or 'row'}:{row}: {reason}: {detail}")
+        super().__init__(f"{file}:{row}: {reason}: {detail}" if file else detail)
         self.reason, self.detail, self.file, self.row = reason, detail, file, row
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -323,8 +323,6 @@ def analyse(config: AnalysisConfig, device: torch.device) -> dict[str, Any]:
         settings.model_path, visual_gen=with_latents, device=device,
         dtype=config.compute.dtype(device),
     )  # fmt: skip
-    if with_latents and bundle.vae is None:
-        raise ValueError("--context vae+vit needs ae.safetensors in the checkpoint's folder")
     total = min(len(pool), settings.limit or len(pool))
     bad = BadRows(settings.max_bad_rate)
     advice = f"lower --max_forward_tokens ({settings.max_forward_tokens}) or --vit_max_pixels"

@@ -111,11 +111,6 @@ class Diagnosis:
         self.base = load_bagel(
             settings.base, visual_gen=settings.with_latents, device=env.device, dtype=dtype
         )
-        if settings.with_latents and self.base.vae is None:
-            raise ValueError(
-                f"--teacher_vt vae+vit: {settings.base} lacks ae.safetensors; copy it from the "
-                "release, or use --teacher_vt vit"
-            )
         self.student = self.base
         if not same_model:
             self.student = load_bagel(settings.model_path, device=env.device, dtype=dtype)

@@ -15,6 +15,7 @@ from data.packing import context_length
 from data.sequence import Context, ContextBuilder, TextSegment
 from data.thinkmorph import OPSD_ROWS, SFT_ROWS, Row, Sample, parse_row
 from data.transforms import ImageTransform, image_path
+from modeling.autoencoder import AE_FILE
 from modeling.bagel.config import BagelConfig
 from modeling.checkpoint import locate_weights
 from modeling.tokenizer import load_tokenizer
@@ -59,7 +60,15 @@ def make_builder(tokenizer: Any, model: BagelConfig, settings: PromptSettings) -
 def open_builder(
     path: str | Path, settings: PromptSettings, *, visual_gen: bool = False
 ) -> tuple[ContextBuilder, BagelConfig]:
-    """The builder of a release folder and its sizes, before any weight is read."""
+    """The builder of a release folder and its sizes, before any weight is read.
+
+    Raises:
+        ValueError: files that are missing or do not fit; for visual_gen also the autoencoder.
+    """
+    if visual_gen and Path(path).is_dir() and not (Path(path) / AE_FILE).is_file():
+        raise ValueError(
+            f"{path} lacks {AE_FILE}, which reads and draws pictures: copy it from the release"
+        )
     model, _ = locate_weights(path, visual_gen=visual_gen)
     tokenizer, _ = load_tokenizer(path)
     return make_builder(tokenizer, model, settings), model

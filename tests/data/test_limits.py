@@ -92,5 +92,5 @@ def test_megabytes_are_not_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
     longest = max(made.tokenizer.get_vocab(), key=len)
     assert made.max_text >= 200 * len(longest)  # never fewer characters than 200 tokens may be
     monkeypatch.setattr(made.tokenizer, "encode", None)
-    with pytest.raises(BadRow, match="too_long: a text of 100000000 characters"):
+    with pytest.raises(BadRow, match=r"^a text of 100000000 characters"):
         made.text("a" * 100_000_000)

@@ -290,6 +290,10 @@ def test_damaged_lines_are_named(tmp_path: Path) -> None:
     store = RankedLines(tmp_path, "p")
     with pytest.raises(ValueError, match=r"p\.jsonl line 2 is not JSON"):
         store.read()
+    for line in ('{"text": "a"}', '{"index": null}', "[0]", '{"index": "x"}'):
+        (tmp_path / "p.jsonl").write_text(f'{{"index": 0}}\n{line}\n')
+        with pytest.raises(ValueError, match=r"p\.jsonl has a line without a number as 'index'"):
+            store.read()
     (tmp_path / "p.jsonl").write_text('{"index": 3}\n{"index": 1')
     store.append(0, [{"index": 1}])
     (tmp_path / "p.rank_0.jsonl").write_text('{"index": 1}\n{"ind')

@@ -220,6 +220,32 @@ def test_a_row_that_does_not_fit_alone_is_left_out(
     assert listed(tmp_path / "out" / "bad_rows.jsonl") == {1: "out_of_memory"}
 
 
+def test_lack_of_memory_in_the_other_programs(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kl_diagnostic, "measure", fails)
+    monkeypatch.setattr(attention_analysis, "measure", fails)
+    monkeypatch.setattr(vt_intervention.Interventions, "draw", fails)
+    programs: list[tuple[Callable[[list[str]], int], str]] = [
+        (kl_diagnostic.main, r"--sample_batch_size \(64\), --pack_tokens"),
+        (attention_analysis.main, r"--max_forward_tokens \(16384\)"),
+        (vt_intervention.main, r"--batch_size \(8\) .*the same command goes on"),
+    ]
+    for number, (program, advice) in enumerate(programs):
+        flags = data(root, TINY_BAGEL, tmp_path / str(number), "Three")
+        with pytest.raises(ValueError, match=f"not enough memory .*with 3 rows .*lower {advice}"):
+            program(flags)
+
+
+def test_images_larger_than_the_position_table_are_bad_rows(root: Path, tmp_path: Path) -> None:
+    flags = data(root, TINY_BAGEL, tmp_path / "out", "Three")
+    with pytest.raises(ValueError, match=r"3 image_too_large \(.*row 0: .*lower vit_max_size"):
+        evaluate.main([*flags, "--vit_max_size=1400", "--vit_min_size=1100", "--limit=3"])
+
+
 def test_what_is_not_about_memory_passes() -> None:
     with (
         pytest.raises(RuntimeError, match="shapes differ"),
@@ -285,7 +311,7 @@ def test_results_of_other_settings_stay(root: Path, model: Path, tmp_path: Path)
 def test_state_of_another_folder_leaves_no_release_of_its_step(tmp_path: Path) -> None:
     write_dataset(tmp_path, rows=2)
     (tmp_path / "datasets.yaml").write_text("datasets:\n  - {name: Jigsaw_Assembly}\n")
-    settings = {"save_release": True, "save_every": 1, "total_steps": 2}
+    settings: dict[str, Any] = {"save_release": True, "save_every": 1, "total_steps": 2}
     train(tmp_path, tmp_path / "a", **settings)
     shutil.rmtree(tmp_path / "a" / "checkpoints" / "step_0000002")
     foreign = tmp_path / "a" / "checkpoints" / "step_0000001"
