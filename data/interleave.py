@@ -188,7 +188,7 @@ class InterleaveEngine:
 
     def resized(self, image: Image.Image) -> Image.Image:
         """RGB, at the size the autoencoder takes."""
-        image = to_rgb(image)
+        image = to_rgb(image, upright=not self.reference_compat)
         if self.vae_transform is None:
             return image
         own = getattr(self.vae_transform, "resize", None)

@@ -43,7 +43,7 @@ DEMO_RUNS = ROOT / "docs" / "benchmarks" / "demo.json"
 NAMES = (
     "README.md", "TRAIN.md", "EVAL.md", "INSTALL.md", "CONTRIBUTING.md", "CHANGELOG.md",
     "scripts/visual_opsd/README.md", "docs/paper_map.md", "docs/log.md",
-    "docs/benchmarks/README.md",
+    "docs/benchmarks/README.md", "docs/scaling.md",
 )  # fmt: skip
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 

@@ -180,7 +180,9 @@ def test_spread_over_memory_and_disk_prints_the_same(capsys: pytest.CaptureFixtu
     )  # fmt: skip
     assert out == plain
     assert "decoder layers: 1 in CPU memory, 2 on disk" in err
-    everything, err = run(capsys, "--max_new_tokens", "16", "--device", "spread")
+    # Where there are GPUs, on them; fp32 there too.
+    words = ("--max_new_tokens", "16", "--device", "spread", "--dtype", "fp32")
+    everything, err = run(capsys, *words)
     assert everything == plain
 
 

@@ -38,11 +38,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from modeling import fast
 from modeling.bagel.projections import empty_adjoining
 from modeling.bagel.recorded_vision import forget
+from modeling.finite import check_finite
+from modeling.weight_files import StoredTensor
 from scripts.visual_opsd.processes import (
     DistEnv,
     agree,
     all_reduce_max_int,
     all_reduce_sums,
+    attempt,
     barrier,
     gather_objects,
     init_distributed,
@@ -57,6 +60,7 @@ __all__ = [
     "all_reduce_sums",
     "barrier",
     "check_precision",
+    "check_shards",
     "clip_grad_norm",
     "copy_shards",
     "copy_units",
@@ -292,6 +296,12 @@ def load_sharded(
     problems += [f"missing {key}" for key in sorted(missing)]
     if problems:
         raise ValueError(f"the weights do not fit {type(model).__name__}: " + "; ".join(problems))
+
+
+def check_shards(model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+    """`check_finite` of each rank's shards; its ValueError is raised on all ranks together."""
+    shards = {key: _local(tensor) for key, tensor in model.state_dict().items()}
+    attempt(lambda: check_finite(shards, stored))
 
 
 @torch.no_grad()

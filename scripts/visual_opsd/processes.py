@@ -15,6 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scripts.visual_opsd.peers import Watch
+
+_watch: Watch | None = None  # of the group that this process is in
+
 
 @dataclass(frozen=True)
 class DistEnv:
@@ -64,8 +68,11 @@ def init_distributed(device: str = "auto", timeout_s: float = 1800) -> DistEnv:
     # gloo beside NCCL: flags, object gathers and checkpoint staging travel through host memory.
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     timeout = timedelta(seconds=timeout_s)
+    global _watch
     if launched:
+        _watch = Watch(launched="TORCHELASTIC_RUN_ID" in os.environ)
         dist.init_process_group(backend, timeout=timeout)
+        _watch.join(rank, range(rank - local_rank, rank - local_rank + local_world_size))
     else:
         store = dist.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
@@ -75,6 +82,11 @@ def init_distributed(device: str = "auto", timeout_s: float = 1800) -> DistEnv:
 
 def shutdown() -> None:
     """Leave the process group (no-op when there is none)."""
+    global _watch
+    if _watch is not None:
+        error = sys.exc_info()[1]  # what ends the caller's block, if anything does
+        _watch.leave(failed=error is not None and not isinstance(error, ValueError))
+        _watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
 

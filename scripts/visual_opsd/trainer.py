@@ -11,9 +11,8 @@ another number of workers see the same batches and the same completions.
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +37,7 @@ from scripts.visual_opsd.cli import flat
 from scripts.visual_opsd.config import TrainConfig
 from scripts.visual_opsd.distributed import (
     check_precision,
+    check_shards,
     clip_grad_norm,
     copy_shards,
     iter_full_state,
@@ -80,6 +80,7 @@ from scripts.visual_opsd.step import (
     score_targets,
     summarise,
 )
+from scripts.visual_opsd.stopping import StopRequest, exit_code
 from scripts.visual_opsd.teacher import Teacher
 from scripts.visual_opsd.training_state import (
     TrainingState,
@@ -91,7 +92,6 @@ from scripts.visual_opsd.training_state import (
     truncate_jsonl,
 )
 
-TERMINATED = 143  # 128 + SIGTERM, what a shell reports for a terminated process
 _SHOWN = {"loss": ".4f", "grad_norm": ".3f", "completion_length": ".1f"}
 _FINE, _STOP, _FAILED = 0, 1, 2
 T = TypeVar("T")
@@ -146,7 +146,7 @@ class Trainer:
         folders = (self.results, config.run.checkpoints, self.checkpoint)
         on_main(env, lambda: check_folders(*folders))  # before minutes of loading
         self._build_models()
-        self.stopping = False
+        self.stop = StopRequest()
         self.step = 0  # completed optimiser steps
         self.saved_step = 0  # the last one whose state is on disk
         self.bad_steps = 0
@@ -209,7 +209,9 @@ class Trainer:
         if source is not None and source.config == model.config:
             copy_shards(model, source)  # the same weights: no need to read them again
         else:
-            load_sharded(model, iter_weights(config.model.model_path, visual_gen=visual_gen))
+            path = config.model.model_path
+            load_sharded(model, iter_weights(path, visual_gen=visual_gen))
+            check_shards(model, open_weights(path))
         return model
 
     def _freeze(self, model: Bagel) -> bool:
@@ -298,7 +300,7 @@ class Trainer:
     # ------------------------------------------------------------------------------- training
 
     def train(self) -> int:
-        """Run to `total_steps`; returns the exit code (0, or 143 after SIGTERM)."""
+        """Run to `total_steps`; returns the exit code (0, or 128 + the signal that stopped it)."""
         config, run = self.config, self.config.run
         wandb = None
         if run.wandb_project:
@@ -313,14 +315,12 @@ class Trainer:
             wandb=wandb,
             config=flat(config),
         )
-        with self._noting_sigterm(), logger as self.log, closing(iter(self._loader())) as rows:
+        with self.stop, logger as self.log, closing(iter(self._loader())) as rows:
             self._begin()
             while self.step < config.optim.total_steps:
                 if not self._one_step(rows):
-                    self._save_state()
-                    kept = f"state of step {self.step} saved; --resume it"
-                    self.log.message(f"terminated: {kept if self.step else 'nothing to save yet'}")
-                    return TERMINATED
+                    self.log.message(f"terminated: {self._keep()}")
+                    return exit_code(all_reduce_max_int(self.stop.number, self.env))
                 if self._saves():
                     self._save_state()
                     self._save_release()
@@ -355,18 +355,8 @@ class Trainer:
             total_steps=config.optim.total_steps,
             num_workers=config.data.num_workers,
             prefetch_factor=config.data.prefetch_factor,
+            stuck_after_s=config.run.timeout_s,
         )
-
-    @contextmanager
-    def _noting_sigterm(self) -> Iterator[None]:
-        def stop(*_: object) -> None:
-            self.stopping = True
-
-        before = signal.signal(signal.SIGTERM, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
     def _together(self, action: Callable[[], T]) -> T | None:
         """Run on every rank: None on all when one was told to stop, one's error raised on all.
@@ -377,7 +367,7 @@ class Trainer:
         status, failure, result = _FINE, None, None
         try:
             result = action()
-            status = _STOP if self.stopping else _FINE
+            status = _STOP if self.stop.number else _FINE
         except Interrupted:
             status = _STOP
         except Exception as error:
@@ -390,7 +380,11 @@ class Trainer:
     def _one_step(self, loader: Iterator[StepRows[TrainRow]]) -> bool:
         """One optimiser step; False when the run was told to stop (nothing of the step counts)."""
         with self.timer("data"):
-            batch = self._together(lambda: next(loader))
+            try:
+                batch = self._together(lambda: next(loader))
+            except ValueError as error:  # no rows, on any rank: what was trained is kept
+                error.add_note(self._keep())
+                raise
         if batch is None:
             return False
         scored = self._together(lambda: self._score(batch))
@@ -407,7 +401,7 @@ class Trainer:
         )
         self._record_rejects(batch, sums)
         self._update(scored, sums)
-        return not agree(self.stopping, self.env)
+        return not agree(bool(self.stop.number), self.env)
 
     def _score(self, batch: StepRows[TrainRow]) -> list[ScoredRow]:
         """Rows with labels: completions of the student's current weights, or the SFT targets."""
@@ -439,7 +433,7 @@ class Trainer:
                 seed=self.config.run.global_seed,
                 step=batch.step,
                 device=self.env.device,
-                should_stop=lambda: self.stopping,
+                should_stop=lambda: bool(self.stop.number),
             )
         self.timer.add_tokens("sample", sum(len(c.ids) for c in completions))
         return completions
@@ -562,6 +556,12 @@ class Trainer:
             write_samples(self.results / "samples.jsonl", batch.step, pairs, self.tokenizer.decode)
 
     # --------------------------------------------------------------------------------- saving
+
+    def _keep(self) -> str:
+        """Save the state of the last completed step before the run ends; says what is kept."""
+        self._save_state()
+        kept = f"state of step {self.step} saved; --resume it"
+        return kept if self.step else "nothing to save yet"
 
     def _save_state(self) -> None:
         run = self.config.run

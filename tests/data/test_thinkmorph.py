@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from data.thinkmorph import (
     EVALUATION_ROWS,
@@ -26,6 +28,12 @@ from tests.data.synthetic import IMAGE, SCHEMA, good_row, image_cell, png, trunc
 
 def _row(**changes: Any) -> Row:
     return Row("Jigsaw_Assembly", "some/train-0.parquet", 7, good_row(7, **changes))
+
+
+def _float_tiff(value: float) -> bytes:
+    stream = io.BytesIO()
+    Image.new("F", (2, 2), value).save(stream, "TIFF")
+    return stream.getvalue()
 
 
 def test_row_becomes_sample() -> None:
@@ -98,6 +106,8 @@ def test_world_columns_and_absent_pid() -> None:
         ({"reasoning_image_0": {"bytes": None, "path": "a.png"}}, "missing_image"),
         ({"problem_image_0": image_cell(truncated_png())}, "broken_image"),
         ({"problem_image_0": image_cell(b"no image")}, "broken_image"),
+        ({"problem_image_0": image_cell(_float_tiff(float("nan")))}, "broken_image"),
+        ({"reasoning_image_1": image_cell(b"%!PS-Adobe-3.0 EPSF-3.0\n")}, "broken_image"),
         ({"reasoning_image_0": image_cell(truncated_png())}, "broken_image"),
         ({"reasoning_image_0": image_cell(None)}, "no_visual_thought"),
         ({"world": "chess", "world_state": "SF/FG"}, "bad_world"),

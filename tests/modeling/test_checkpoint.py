@@ -198,6 +198,7 @@ def test_likely_causes(tiny: Tensors, make_base: Callable[..., Path]) -> None:
 
     understanding = {k: v for k, v in tiny.items() if not is_generation_key(k)}
     fails(understanding, "saved without the drawing branch", visual_gen=True)
+    fails({k: v for k, v in tiny.items() if k != HEAD}, "its head is tied to the embedding")
     shallow = {k: v for k, v in tiny.items() if "language_model.model.layers.2." not in k}
     fails(shallow, "num_hidden_layers in a configuration is too large")
     extra = {k.replace("layers.2.", "layers.3."): v.clone() for k, v in tiny.items()}

@@ -270,6 +270,16 @@ def test_wrong_vocabulary(world: Path, tmp_path: Path) -> None:
         run_program(world, tmp_path / "r", model_path=model)
 
 
+def test_a_weight_that_is_no_number(world: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(TINY_BAGEL, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["connector.fc1.bias"][3] = torch.nan
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: 1 of \d+ .*: connector.fc1.bias;"):
+        run_program(world, tmp_path / "r", model_path=model)
+
+
 def test_a_replay_must_fit(world: Path, finished: Path, tmp_path: Path) -> None:
     """Another order of rows, more steps than recorded, and a line that is none."""
     recorded = finished / "samples.jsonl"

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import copy
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from modeling.weight_files import read_file
 from scripts.visual_opsd import distributed as D
 from scripts.visual_opsd import training_state as T
 from scripts.visual_opsd.processes import leave, on_main
@@ -161,6 +164,14 @@ def check_loading(env: D.DistEnv, work: Path) -> None:
         assert all(torch.equal(t, source[k]) for k, t in D.iter_full_state(twin))
         local = [p.to_local().numel() for p in model.parameters()]
         assert sum(local) * shape[1] <= 1.3 * sum(p.numel() for p in model.parameters())
+        file = work / f"toy_{env.rank}_{shape[1]}.safetensors"
+        save_file(source, file)
+        D.check_shards(model, read_file(file))
+        spoilt = {**source, "head.weight": source["head.weight"].clone()}
+        spoilt["head.weight"][-1, -1] = float("nan")  # the last rank's, and an error on both
+        D.load_sharded(model, spoilt.items())
+        stored = read_file(file)
+        expect_error(ValueError, "hold NaN or inf", partial(D.check_shards, model, stored))
 
 
 def check_odd_ranks(env: D.DistEnv, work: Path) -> None:
