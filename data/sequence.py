@@ -253,7 +253,7 @@ class ContextBuilder:
         """ViT segment of one image.
 
         Raises:
-            BadRow: "image_too_large", more patches on a side than the position table holds.
+            ValueError: more patches on a side than the position table holds.
         """
         pixels = self.vit_transform(image)  # (3, H, W)
         grid = self._grid(pixels, self.patch_size, self.side, "vit_max_size")
@@ -263,7 +263,7 @@ class ContextBuilder:
         """The autoencoder's segment of one image, still in pixels.
 
         Raises:
-            BadRow: "image_too_large", more latent tokens on a side than the position table holds.
+            ValueError: more latent tokens on a side than the position table holds.
         """
         assert self.vae_transform is not None, "this builder was made without a VAE transform"
         pixels = self.vae_transform(image)
@@ -276,10 +276,9 @@ class ContextBuilder:
         if self.interpolate:
             return interpolated_position_ids(h, w, side)
         if max(h, w) > side:
-            raise BadRow(
-                "image_too_large",
+            raise ValueError(
                 f"an image of {w} x {h} patches does not fit the model's position table of "
-                f"{side} a side; lower {flag} to {side * stride}",
+                f"{side} a side; lower {flag} to {side * stride}"
             )
         return extrapolated_position_ids(h, w, side)
 

@@ -54,7 +54,7 @@ from scripts.visual_opsd.row_windows import (
     read_windows,
 )
 from scripts.visual_opsd.rows import noise_generator, open_builder
-from scripts.visual_opsd.run_store import claim_folder, weights_fingerprint, write_json
+from scripts.visual_opsd.run_store import weights_fingerprint, write_json
 from scripts.visual_opsd.vt_figures import draw_attention
 
 PARTS = ("first_token", "problem_image", "vt", "text", "answer")
@@ -79,7 +79,6 @@ class AnalysisSettings:
         choices=("vit", "vae+vit", "noise"),
     )  # fmt: skip
     output_dir: str = option("results/attention", "attention.json and attention.png")
-    overwrite: bool = option(False, "throw away what output_dir holds of other settings")
     max_forward_tokens: int = option(16384, "packed rows of a forward (no effect on the result)")
     seed: int = option(0, "random numbers of --context noise, and of the VAE")
     max_bad_rate: float = option(0.01, "share of unusable rows beyond which the run fails")
@@ -307,18 +306,7 @@ def analyse(config: AnalysisConfig, device: torch.device) -> dict[str, Any]:
     folder = Path(settings.output_dir)
     with_latents = settings.context == "vae+vit"
     pool = RowPool(open_data(settings.data, settings.split, settings.data_root, NEEDS))
-    identity = {
-        "model": weights_fingerprint(settings.model_path, drawing=with_latents),
-        "data": pool.signature(),
-        "identity": prompt_identity(config.prompt),
-    }
     prepare = PrepareAnalysis.of(settings, config.prompt)
-    claim_folder(
-        folder,
-        {**identity, "limit": settings.limit, "context": settings.context, "seed": settings.seed},
-        has_results=(folder / "attention.json").exists() and not settings.overwrite,
-        hint="choose another --output_dir, or pass --overwrite to throw them away",
-    )
     bundle = load_bagel(
         settings.model_path, visual_gen=with_latents, device=device,
         dtype=config.compute.dtype(device),
@@ -365,9 +353,12 @@ def analyse(config: AnalysisConfig, device: torch.device) -> dict[str, Any]:
         "parts": list(PARTS),
         **phases([result for _, result in everything]),
         "tasks": {t: phases([r for name, r in everything if name == t]) for t in names},
-        **identity,
+        "model": weights_fingerprint(settings.model_path, drawing=with_latents),
+        "data": pool.signature(),
+        "identity": prompt_identity(config.prompt),
         "settings": flat(config),
     }
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "attention.json", summary)
     draw_attention(folder / "attention.png", summary)
     return summary

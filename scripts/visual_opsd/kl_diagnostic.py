@@ -34,7 +34,6 @@ from data.sequence import Completion, given_completion
 from modeling import BagelBundle, load_bagel
 from scripts.visual_opsd.cli import flat, parse_config, run_main
 from scripts.visual_opsd.diagnostic_store import (
-    RESULT_FILE,
     Baseline,
     completion_line,
     completions_hash,
@@ -79,12 +78,7 @@ from scripts.visual_opsd.row_windows import (
     prompt_identity,
     read_windows,
 )
-from scripts.visual_opsd.run_store import (
-    claim_folder,
-    weights_fingerprint,
-    write_json,
-    write_lines,
-)
+from scripts.visual_opsd.run_store import weights_fingerprint, write_json, write_lines
 
 
 @dataclass(frozen=True)
@@ -238,11 +232,9 @@ def diagnose(config: DiagnosticConfig, env: DistEnv) -> dict[str, Any]:
         )
     pool = RowPool(datasets)
     wanted = identity(config, pool, config.compute.dtype(env.device))
-    student = weights_fingerprint(settings.model_path)
-    same_model = wanted["base"] == student
+    same_model = wanted["base"] == weights_fingerprint(settings.model_path)
     baseline = read_baseline(settings.baseline, wanted) if settings.baseline else None
     prepare = PrepareDiagnostic.of(config)
-    on_main(env, lambda: _claim(config, {**wanted, "student": student}, baseline))
     if baseline is not None:
         indices = baseline.indices
     else:
@@ -278,24 +270,6 @@ def diagnose(config: DiagnosticConfig, env: DistEnv) -> dict[str, Any]:
 
     on_main(env, finish)
     return result
-
-
-def _claim(
-    config: DiagnosticConfig, wanted: dict[str, Any], baseline: Baseline | None
-) -> None:
-    """Make the output folder this run's. Raises ValueError as `claim_folder`."""
-    settings = config.diagnostic
-    folder = Path(settings.output_dir)
-    if baseline is not None and folder.resolve() == baseline.folder.resolve():
-        raise ValueError(f"--output_dir {folder} is the baseline's own: choose another one")
-    of = None if baseline is None else completions_hash(baseline.lines.values())
-    wanted |= {"go_threshold": settings.go_threshold, "baseline": of}
-    claim_folder(
-        folder,
-        wanted,
-        has_results=(folder / RESULT_FILE).exists() and not settings.overwrite,
-        hint="choose another --output_dir, or pass --overwrite to throw them away",
-    )
 
 
 def _run_rank(
@@ -402,7 +376,7 @@ def write_outputs(
     save_divergences(folder, blocks)
     if settings.figures:
         draw_figures(folder, results, settings)
-    write_json(folder / RESULT_FILE, summary)
+    write_json(folder / "kl_diagnostic.json", summary)
 
 
 def draw_figures(
@@ -449,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if env.is_main:
         print(table(result))
         folder = Path(config.diagnostic.output_dir)
-        print(f"{result['seconds']:.1f} s; {folder / RESULT_FILE}")
+        print(f"{result['seconds']:.1f} s; {folder / 'kl_diagnostic.json'}")
     return 0
 
 

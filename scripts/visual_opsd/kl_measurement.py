@@ -66,7 +66,6 @@ class DiagnosticSettings:
     seed: int = option(42, "choice of rows, sampling and noise")
     go_threshold: float = option(0.05, "GO needs an answer-span KL above this, in nats")
     output_dir: str = option("results/visual_opsd_kl_diagnostic", "tables, figures, completions")
-    overwrite: bool = option(False, "throw away what output_dir holds of other settings")
     figures: bool = option(True, "draw kl_distribution.png and token_heatmap.png")
     heatmap_samples: int = option(3, "completions in the token heat map")
     max_bad_rate: float = option(0.01, "share of unusable rows beyond which the run fails")

@@ -196,8 +196,7 @@ def claim_folder(
         hint: what the user can do about other settings.
 
     Raises:
-        ValueError: the results are of other settings (names the ones that differ), or the folder
-            cannot be made or written to.
+        ValueError: the results are of other settings; names the ones that differ.
     """
     path = folder / SETTINGS_FILE
     if has_results:
@@ -206,11 +205,8 @@ def claim_folder(
             different = "; ".join(differing(held.get("settings", {}), settings))
             raise ValueError(f"{folder} holds results of other settings ({different}); {hint}")
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"hash": stable_hash(settings), "settings": settings})
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error}; choose another folder") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"hash": stable_hash(settings), "settings": settings})
 
 
 def differing(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

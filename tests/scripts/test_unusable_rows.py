@@ -24,7 +24,7 @@ from scripts.visual_opsd import (
     row_windows,
     vt_intervention,
 )
-from scripts.visual_opsd.run_store import RankedLines, claim_folder
+from scripts.visual_opsd.run_store import RankedLines
 from tests.conftest import TINY_BAGEL
 from tests.data.synthetic import SCHEMA, good_row, write_dataset, write_parquet
 from tests.scripts.test_benchmarks import base64_png, write_tsv
@@ -240,12 +240,6 @@ def test_lack_of_memory_in_the_other_programs(
             program(flags)
 
 
-def test_images_larger_than_the_position_table_are_bad_rows(root: Path, tmp_path: Path) -> None:
-    flags = data(root, TINY_BAGEL, tmp_path / "out", "Three")
-    with pytest.raises(ValueError, match=r"3 image_too_large \(.*row 0: .*lower vit_max_size"):
-        evaluate.main([*flags, "--vit_max_size=1400", "--vit_min_size=1100", "--limit=3"])
-
-
 def test_what_is_not_about_memory_passes() -> None:
     with (
         pytest.raises(RuntimeError, match="shapes differ"),
@@ -283,29 +277,6 @@ def test_a_stale_bad_row_of_a_higher_rank_is_answered(root: Path, tmp_path: Path
     (out / "predictions.rank_5.jsonl").write_text(json.dumps({"index": 0, "bad": bad}) + "\n")
     assert evaluate.main(flags) == 0
     assert (out / "predictions.jsonl").read_bytes() == whole
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"cannot write to .*file/out: .*another folder"):
-        claim_folder(tmp_path / "file" / "out", {}, has_results=False, hint="")
-
-
-def test_results_of_other_settings_stay(root: Path, model: Path, tmp_path: Path) -> None:
-    """The diagnostic and the analysis, which write at the end, look at their folder first."""
-    small = [*data(root, model, tmp_path / "kl"), "--sample_max_new_tokens=2", "--figures=False"]
-    assert kl_diagnostic.main(small) == 0
-    before = {path: path.read_bytes() for path in (tmp_path / "kl").iterdir()}
-    with pytest.raises(ValueError, match=r"holds results of other settings .*num_samples.*overwr"):
-        kl_diagnostic.main([*small, "--num_samples=3"])
-    with pytest.raises(ValueError, match="is the baseline's own: choose another one"):
-        kl_diagnostic.main([*small, f"--baseline={tmp_path / 'kl'}"])
-    assert {path: path.read_bytes() for path in (tmp_path / "kl").iterdir()} == before
-    assert kl_diagnostic.main([*small, "--num_samples=3", "--overwrite"]) == 0
-    flags = data(root, model, tmp_path / "attention")
-    assert attention_analysis.main(flags) == 0
-    with pytest.raises(ValueError, match=r"holds results of other settings .*limit: 64, now 1"):
-        attention_analysis.main([*flags, "--limit=1"])
 
 
 def test_state_of_another_folder_leaves_no_release_of_its_step(tmp_path: Path) -> None:
