@@ -20,7 +20,6 @@ MARKER = "complete.json"
 SUPERSEDED = "superseded"
 _STEP_NAME = re.compile(r"step_(\d+)")
 _RELEASE_NAME = re.compile(r"(\d{7})")
-_DELETED = ".deleted.tmp"
 _STALE_NAME = re.compile(r"(step_)?\d{7}(\..*)?\.tmp")
 
 
@@ -147,7 +146,7 @@ def claim_checkpoint_dir(checkpoint_dir: Path, resumed_from: Path | None, env: D
         for stale in checkpoint_dir.iterdir():
             if _STALE_NAME.fullmatch(stale.name):
                 logger.warning("removing %s, left half-written by an earlier run", stale)
-                _try_to_remove(stale)
+                shutil.rmtree(stale)
         resumed_step = check_claim(checkpoint_dir, resumed_from)
         for name in (_STEP_NAME, _RELEASE_NAME):
             for step, path in _folders(checkpoint_dir, name).items():
@@ -155,22 +154,6 @@ def claim_checkpoint_dir(checkpoint_dir: Path, resumed_from: Path | None, env: D
                     _supersede(path)
 
     on_main(env, claim)
-
-
-def remove_old(checkpoint_dir: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` states; one that is busy again at the next save."""
-    for old in list(complete_steps(checkpoint_dir).values())[:-keep_last]:
-        # Renamed first: a kill in the middle must not leave half a checkpoint behind.
-        os.replace(old, old.with_name(old.name + _DELETED))
-    for doomed in checkpoint_dir.glob(f"step_*{_DELETED}"):
-        _try_to_remove(doomed)
-
-
-def _try_to_remove(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder)
-    except OSError as error:  # files that another machine still holds open, say
-        logger.warning("could not remove %s (%s); it is tried again later", folder, error)
 
 
 def _supersede(path: Path) -> None:

@@ -146,13 +146,7 @@ class RankedLines:
         merged = [self.merged] if self.merged.is_file() else []
         for file in [*merged, *self._rank_files()]:
             for record in read_lines(file):
-                try:
-                    found[int(record[self.key])] = record
-                except (KeyError, TypeError, ValueError):
-                    raise ValueError(
-                        f"{file} has a line without a number as {self.key!r}; the file was edited "
-                        "or damaged: delete that line, its row will be computed again"
-                    ) from None
+                found[int(record[self.key])] = record
         return dict(sorted(found.items()))
 
     def settle(self) -> None:

@@ -48,7 +48,6 @@ from scripts.visual_opsd.checkpoint_folders import (
     find_checkpoint,
     read_marker,
     release_folder,
-    remove_old,
     step_folder,
     truncate_jsonl,
 )
@@ -229,7 +228,11 @@ def save_checkpoint(
         os.replace(tmp, final)
         _fsync(checkpoint_dir)
         if keep_last is not None:
-            remove_old(checkpoint_dir, keep_last)
+            for old in list(complete_steps(checkpoint_dir).values())[:-keep_last]:
+                # Renamed first: a kill in the middle must not leave half a checkpoint behind.
+                doomed = old.with_name(old.name + ".deleted.tmp")
+                os.replace(old, doomed)
+                shutil.rmtree(doomed)
 
     on_main(env, finish)
     return final

@@ -176,28 +176,6 @@ def test_keep_last(run: ToyRun, tmp_path: Path) -> None:
         save(run, tmp_path, 6, keep_last=0)
 
 
-def test_a_busy_old_state_is_removed_later(
-    run: ToyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    remove = shutil.rmtree
-    busy = [True]
-
-    def rmtree(path: Path, *args: Any, **kwargs: Any) -> None:
-        if busy[0] and str(path).endswith(".deleted.tmp"):
-            raise OSError(39, "busy", str(path))
-        remove(path, *args, **kwargs)
-
-    monkeypatch.setattr(shutil, "rmtree", rmtree)
-    for step in (1, 2, 3):
-        save(run, tmp_path, step, keep_last=1)
-    assert list(T.complete_steps(tmp_path)) == [3]
-    assert len(list(tmp_path.glob("*.deleted.tmp"))) == 2
-    T.claim_checkpoint_dir(tmp_path, tmp_path / "step_0000003", run.env)  # nor does a start end
-    busy[0] = False
-    save(run, tmp_path, 4, keep_last=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_0000004"]
-
-
 def test_superseding_keeps_every_generation(run: ToyRun, tmp_path: Path) -> None:
     for _ in range(3):
         if not (tmp_path / "step_0000001").exists():
