@@ -7,7 +7,8 @@
 Greedy answers of the text-only student (`--context vt` and `noise` show it what the teacher sees:
 the real visual thoughts, or Gaussian noise in their place). A row of a generated world is judged
 by the world's scorer, one of a benchmark by its rule (`benchmark_scoring.RULES`), any other by
-exact match of its last <answer>...</answer>. Every raw answer is kept; a killed run is resumed by
+exact match of its last <answer>...</answer>. A lenient verdict stands beside each, for reading and
+not for comparing (EVAL.md). Every raw answer is kept; a killed run is resumed by
 the same command; torchrun splits the rows over its processes.
 """
 
@@ -32,7 +33,12 @@ from data.tsv import TsvDataset
 from data.worlds import get_scorer
 from modeling import BagelBundle, load_bagel
 from scripts.visual_opsd import benchmarks
-from scripts.visual_opsd.benchmark_scoring import Verdict, exact_verdict
+from scripts.visual_opsd.benchmark_scoring import (
+    SCORING_VERSION,
+    Verdict,
+    exact_verdict,
+    world_verdict,
+)
 from scripts.visual_opsd.benchmark_table import (
     FIGURES_FILE,
     benchmark_figures,
@@ -42,7 +48,8 @@ from scripts.visual_opsd.benchmark_table import (
 from scripts.visual_opsd.cli import flat, option, parse_config, run_main
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.evaluation_summary import (
-    comparison_line,
+    comparison,
+    comparison_lines,
     split_bad,
     summarise_run,
     table,
@@ -86,8 +93,6 @@ from scripts.visual_opsd.run_store import (
     write_lines,
 )
 from scripts.visual_opsd.scoring import (
-    PairedComparison,
-    compare_runs,
     extract_answer,
 )
 from scripts.visual_opsd.timing import summarise_timing, timing_line, timing_text
@@ -244,8 +249,7 @@ class PrepareQuestion:
 
 
 def _world_judge(world: str, state: str | None) -> Judge:
-    scorer = get_scorer(world)
-    return lambda text: Verdict(scorer({"world_state": state}, text), None)
+    return partial(world_verdict, scorer=get_scorer(world), state=state)
 
 
 def prediction(index: int, question: Question, completion: Completion, text: str) -> dict[str, Any]:
@@ -262,6 +266,7 @@ def prediction(index: int, question: Question, completion: Completion, text: str
         "text": text,
         "output_tokens": len(completion.ids),
         "correct": verdict.correct,
+        "lenient": verdict.lenient,
         "answered": extract_answer(text) is not None,
         "capped": completion.capped,
         "empty": not completion.ids and not completion.capped,
@@ -285,6 +290,7 @@ def result_settings(config: EvaluateConfig, pool: RowPool, dtype: torch.dtype) -
         "noise_seed": settings.noise_seed if settings.context == "noise" else None,
         "precision": str(dtype).removeprefix("torch."),
         **prompt_identity(config.prompt),
+        "scoring_version": SCORING_VERSION,
         **(versions() if benchmark_files(pool) else {}),
     }
 
@@ -461,10 +467,7 @@ def evaluate(config: EvaluateConfig, env: DistEnv) -> dict[str, Any]:
         summary["settings_hash"] = stable_hash(wanted)
         summary["settings"] = flat(config)
         if settings.compare:
-            summary["comparison"] = {
-                "other": settings.compare,
-                **asdict(compare_runs(folder, settings.compare)),
-            }
+            summary["comparison"] = comparison(folder, settings.compare)
         write_json(folder / "summary.json", summary)
         if benchmark_files(pool):
             figures = benchmark_run(pool, good, rejects)
@@ -518,8 +521,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(describe(read_json(folder / FIGURES_FILE, "")["benchmarks"]))
         print(timing_text(read_json(folder / "timing.json", "")))
         if settings.compare:
-            figures = {k: v for k, v in summary["comparison"].items() if k != "other"}
-            print(comparison_line(PairedComparison(**figures), "this", settings.compare))
+            print(comparison_lines(summary["comparison"]))
         print(f"{summary['seconds']:.1f} s; {folder / 'summary.json'}")
     return 0
 

@@ -21,6 +21,7 @@ from data.thinkmorph import EVALUATION_ROWS, Row, RowNeeds, parse_row
 from data.transforms import ImageTransform
 from data.worlds import get_scorer
 from modeling.bagel.flow import Guidance, flow_schedule, initial_noise
+from scripts.visual_opsd.benchmark_scoring import Verdict, exact_verdict, world_verdict
 from scripts.visual_opsd.cli import option
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.latents import row_generator
@@ -31,9 +32,6 @@ from scripts.visual_opsd.row_windows import (
     row_name,
 )
 from scripts.visual_opsd.rows import open_builder
-from scripts.visual_opsd.scoring import (
-    exact_match,
-)
 
 ARMS = ("kept", "removed", "noise", "other", "truth")
 # The contexts of interleaved inference, not those of training.
@@ -126,7 +124,7 @@ class DrawingSettings:
 class Problem:
     """One row: what the model reads, what it might be shown, and what judges its answer.
 
-    picture: the problem at the autoencoder's size. judge: whole output -> is it right.
+    picture: the problem at the autoencoder's size. judge: whole output -> both verdicts.
     """
 
     name: RowName
@@ -137,7 +135,7 @@ class Problem:
     seen: ImageSegment
     asked: TextSegment
     truth: Image.Image | None
-    judge: Callable[[str], bool]
+    judge: Callable[[str], Verdict]
 
     @property
     def length(self) -> int:
@@ -168,9 +166,10 @@ class PrepareProblem:
         self.limits.check(row, context)
         *system, seen, asked = context
         assert isinstance(seen, ImageSegment) and isinstance(asked, TextSegment)
-        judge = partial(exact_match, sample.answer)
+        judge = partial(exact_verdict, answer=sample.answer)
         if sample.world is not None:
-            judge = partial(get_scorer(sample.world), {"world_state": sample.world_state})
+            scorer = get_scorer(sample.world)
+            judge = partial(world_verdict, scorer=scorer, state=sample.world_state)
         with_thought = self.needs.visual_thoughts == "required"
         columns = THOUGHT_IDENTITY_COLUMNS if with_thought else IDENTITY_COLUMNS
         return Problem(

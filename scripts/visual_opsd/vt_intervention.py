@@ -36,9 +36,10 @@ from data.rejects import summarise
 from data.sequence import TextSegment
 from data.transforms import decode_image
 from modeling import load_bagel
+from scripts.visual_opsd.benchmark_scoring import SCORING_VERSION
 from scripts.visual_opsd.cli import flat, parse_config, run_main
 from scripts.visual_opsd.config import PromptSettings
-from scripts.visual_opsd.evaluation_summary import split_bad
+from scripts.visual_opsd.evaluation_summary import share, split_bad
 from scripts.visual_opsd.processes import (
     DistEnv,
     attempt,
@@ -70,6 +71,7 @@ from scripts.visual_opsd.run_store import (
 from scripts.visual_opsd.scoring import (
     compare_paired,
     extract_answer,
+    lenient_figures,
     normal_quantile,
     wilson_interval,
 )
@@ -135,6 +137,7 @@ def result_settings(
         "precision": str(dtype).removeprefix("torch."),
         "vae": config.prompt.vae_config(),
         **prompt_identity(config.prompt),
+        "scoring_version": SCORING_VERSION,
     }
 
 
@@ -194,7 +197,7 @@ class Runner:
                         "text": text,
                         "ids": list(segment.ids),
                         "drawn": picture is not None,
-                        "correct": problem.judge(text),
+                        **_verdicts(problem, text),
                     }
                 )
             stores.drawings.append(self.env.rank, sorted(lines, key=lambda line: line["index"]))
@@ -224,7 +227,7 @@ class Runner:
                     whole = drawn[index]["text"] + "\n" + text
                     found[arm] = {
                         "text": text,
-                        "correct": problem.judge(whole),
+                        **_verdicts(problem, whole),
                         "answered": extract_answer(whole) is not None,
                     }
             lines = [
@@ -259,6 +262,11 @@ class Runner:
             return problem.truth
         own = decode_image(stores.picture(donor_of[index] if arm == "other" else index))
         return noise_picture(own.size, self.settings.seed, index) if arm == "noise" else own
+
+
+def _verdicts(problem: Problem, text: str) -> dict[str, bool]:
+    verdict = problem.judge(text)
+    return {"correct": verdict.correct, "lenient": verdict.lenient}
 
 
 def run(config: InterventionConfig, env: DistEnv) -> dict[str, Any]:
@@ -315,7 +323,11 @@ def run(config: InterventionConfig, env: DistEnv) -> dict[str, Any]:
         without = [line for line in good if not line["drawn"]]
         summary.update(
             rows=len(good),
-            not_drawn={"n": len(without), "correct": sum(bool(x["correct"]) for x in without)},
+            not_drawn={
+                "n": len(without),
+                "correct": sum(bool(x["correct"]) for x in without),
+                "lenient_correct": sum(bool(x["lenient"]) for x in without),
+            },
             bad_rows=len(rejects),
             seconds=time.perf_counter() - started,
             resumed_drawings=len(held),
@@ -381,13 +393,17 @@ def summarise_arms(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> d
 
 def _figures(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> dict[str, Any]:
     n = len(lines)
-    right = {arm: [bool(line["arms"][arm]["correct"]) for line in lines] for arm in arms}
+    right, lenient = (
+        {arm: [bool(line["arms"][arm][name]) for line in lines] for arm in arms}
+        for name in ("correct", "lenient")
+    )
     figures = {
         arm: {
             "n": n,
             "correct": sum(right[arm]),
             "accuracy": sum(right[arm]) / n,
             "interval": list(wilson_interval(sum(right[arm]), n)),
+            **lenient_figures(sum(lenient[arm]), n),
             "answered_rate": sum(bool(line["arms"][arm]["answered"]) for line in lines) / n,
             "same_text_as_kept": sum(
                 line["arms"][arm]["text"] == line["arms"]["kept"]["text"] for line in lines
@@ -396,36 +412,43 @@ def _figures(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> dict[st
         }
         for arm in arms
     }
-    # Arms of a row are no independent trials: the mean's spread is that of the rows' means.
-    means = np.array([[right[arm][i] for arm in arms] for i in range(n)], dtype=float).mean(1)
-    mean, spread = float(means.mean()), float(means.std(ddof=1)) if n > 1 else 0.0
+    return {
+        "n": n,
+        "arms": figures,
+        "mean": {**_mean(right), **{f"lenient_{k}": v for k, v in _mean(lenient).items()}},
+        "differences_to_kept": _differences(right),
+        "lenient_differences_to_kept": _differences(lenient),
+    }
+
+
+def _mean(right: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
+    """Arms of a row are no independent trials: the mean's spread is that of the rows' means."""
+    means = np.array(list(right.values()), dtype=float).T.mean(1)
+    n, mean = len(means), float(means.mean())
+    spread = float(means.std(ddof=1)) if n > 1 else 0.0
     half = normal_quantile() * spread / n**0.5
     interval = [max(0.0, mean - half), min(1.0, mean + half)]
     if spread == 0:  # says nothing about rows not seen
         interval = list(wilson_interval(round(mean * n), n))
-    paired = {a: asdict(compare_paired(right[a], right["kept"])) for a in arms if a != "kept"}
-    return {
-        "n": n,
-        "arms": figures,
-        "mean": {"accuracy": mean, "interval": interval},
-        "differences_to_kept": paired,
-    }
+    return {"accuracy": mean, "interval": interval}
+
+
+def _differences(right: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
+    return {a: asdict(compare_paired(right[a], right["kept"])) for a in right if a != "kept"}
 
 
 def table(summary: Mapping[str, Any]) -> str:
     """The summary as text, one line an arm."""
-    lines = [f"{'arm':10}{'n':>6}{'accuracy':>10}{'95 % interval':>17}{'to kept, points':>26}"]
+    columns = "".join(f"{name:>10}{'95 % interval':>17}" for name in ("accuracy", "lenient"))
+    lines = [f"{'arm':10}{'n':>6}{columns}{'to kept, points':>26}"]
     for arm, figures in summary["arms"].items():
-        low, high = figures["interval"]
-        line = f"{arm:10}{figures['n']:>6}{figures['accuracy']:>10.1%}"
-        line += f"{f'{low:.1%} - {high:.1%}':>17}"
+        line = f"{arm:10}{figures['n']:>6}{share(figures)}{share(figures, 'lenient_')}"
         paired = summary["differences_to_kept"].get(arm)
         if paired:
             shown = f"{paired['difference']:+.1f} ({paired['low']:+.1f} .. {paired['high']:+.1f})"
             line += f"{shown:>26}"
         lines.append(line)
-    low, high = summary["mean"]["interval"]
-    mean = f"{summary['mean']['accuracy']:>10.1%}{f'{low:.1%} - {high:.1%}':>17}"
+    mean = share(summary["mean"]) + share(summary["mean"], "lenient_")
     lines.append(f"{'mean':10}{summary['n']:>6}{mean}")
     if summary["not_drawn"]["n"]:
         lines.append(f"{summary['not_drawn']['n']} rows did not ask for a picture: left out")
