@@ -60,7 +60,13 @@ from scripts.visual_opsd.processes import (
     raise_together,
 )
 from scripts.visual_opsd.recorded import RecordedCompletions, write_samples
-from scripts.visual_opsd.rows import PrepareOPSD, PrepareSFT, TrainRow, make_builder
+from scripts.visual_opsd.rows import (
+    PrepareOPSD,
+    PrepareSFT,
+    TrainRow,
+    make_builder,
+    scoring_limits,
+)
 from scripts.visual_opsd.schedule import compute_dtype, learning_rate_factor
 from scripts.visual_opsd.step import (
     PackResult,
@@ -168,11 +174,13 @@ class Trainer:
     def _prepare(self) -> Callable[[Row], TrainRow]:
         config = self.config
         builder = make_builder(self.tokenizer, self.model_config, config.prompt)
-        limit = config.sample.max_forward_tokens
+        limits = scoring_limits(self.model_config, config.sample)
         if self.sft:
-            return PrepareSFT(builder, config.data.sft_format, max_tokens=limit)
+            limits = replace(limits, new_positions=0).check_settings(builder)
+            return PrepareSFT(builder, config.data.sft_format, limits)
+        limits.check_settings(builder, teacher=True)
         noise_seed = config.run.global_seed if config.teacher.noise_vt else None
-        return PrepareOPSD(builder, noise_seed, limit, self.teacher_latents)
+        return PrepareOPSD(builder, noise_seed, limits, self.teacher_latents)
 
     def _sharded(
         self,
@@ -335,7 +343,8 @@ class Trainer:
                 self.log.message(f"no checkpoint in {run.checkpoints} yet: starting at step 0")
             return
         self.log.message(f"resumed from {self.checkpoint}")
-        owed = self._saves() and not release_folder(run.checkpoints, self.step).exists()
+        own = self.checkpoint.resolve().parent == run.checkpoints.resolve()
+        owed = own and self._saves() and not release_folder(run.checkpoints, self.step).exists()
         if agree(owed, self.env):
             self._save_release()
 
@@ -518,7 +527,7 @@ class Trainer:
         if with_completions:
             sums |= completion_counts(scored, self.special.eos)
             if self.config.loss.jsd_temperature == self.config.sample.sample_temperature:
-                sums["gap"], _ = sampler_gap(results)
+                sums["gap"], sums["gap_rows"], _ = sampler_gap(results)
         else:
             sums |= {"sequences": len(scored), "truncated": sum(r.truncated for r in scored)}
         return summarise(all_reduce_sums(sums, self.env), self.loss, with_completions)
