@@ -159,8 +159,6 @@ def choose_checkpoint(checkpoint_dir: Path, specs: Sequence[str], env: DistEnv) 
                 older = _next_older(checkpoint_dir, spec, env)
                 raise ValueError(f"--resume {spec}: {error}; {older}") from error
             if found is not None:
-                if spec == "latest":
-                    _tell_damage(found, _sort_out(checkpoint_dir, rejected)[1])
                 return found
         return None
 
@@ -170,16 +168,20 @@ def choose_checkpoint(checkpoint_dir: Path, specs: Sequence[str], env: DistEnv) 
             return None
         try:
             check_digests(path, env)
-            return path
         except DamagedState as error:
             rejected[path] = error
+            continue
+        if env.is_main and "latest" in specs and path.parent == checkpoint_dir:
+            _tell_damage(path, _sort_out(checkpoint_dir, rejected)[1])
+        return path
 
 
 def _tell_damage(chosen: Path, faulty: Mapping[int, ValueError]) -> None:
-    for step, fault in faulty.items():
-        if step > int(read_marker(chosen)["step"]):
-            logger.warning("DAMAGED: the state of step %d: %s", step, fault)
-            logger.warning("the next older state is tried: %s", chosen)
+    later = {s: fault for s, fault in faulty.items() if s > int(read_marker(chosen)["step"])}
+    for step, fault in later.items():
+        logger.warning("DAMAGED: the state of step %d: %s", step, fault)
+    if later:
+        logger.warning("resuming the next older whole state: %s", chosen)
 
 
 def _next_older(checkpoint_dir: Path, spec: str, env: DistEnv) -> str:

@@ -36,7 +36,7 @@ def run_contents(config: TrainConfig, sampler: StepSampler) -> dict[str, Any]:
     """Flag -> prompts, or digests of the files it names; JSON values. Reads files of the run."""
     base = Path(config.model.model_path)
     files = {n: file_fingerprint(base / n) for n in _BASE_FILES if (base / n).is_file()}
-    replay = config.run.replay_samples
+    replay = Path(config.run.replay_samples or "")  # SFT has the flag, and no use for the file
     names = [f"{s.dataset.name} ({s.dataset.split})" for s in sampler.sources]
     return {
         "model_path": {"weights": weights_fingerprint(base, drawing=True), **files},
@@ -46,7 +46,7 @@ def run_contents(config: TrainConfig, sampler: StepSampler) -> dict[str, Any]:
             for n, (name, source) in enumerate(zip(names, sampler.sources, strict=True))
         },
         "data_root": {n: _data(s) for n, s in zip(names, sampler.sources, strict=True)},
-        "replay_samples": file_fingerprint(Path(replay)) if replay else None,
+        "replay_samples": file_fingerprint(replay) if replay.is_file() else None,
         ROW_ORDER: sampler.signature(),
     }
 

@@ -178,12 +178,15 @@ def check_resumable(
         files = differences(held, now if "contents" in marker else {k: now[k] for k in held})
     if len(settings) + len(files) > 1:  # a consequence of the others
         files = [text for text in files if not text.startswith(ROW_ORDER)]
-    kinds = {"settings": settings, "contents": files}
-    found = [f"other {kind} ({'; '.join(texts)})" for kind, texts in kinds.items() if texts]
+    found = []
+    if settings:
+        found.append(f"the checkpoint was made with other settings ({'; '.join(settings)})")
+    if files:
+        found.append(f"the checkpoint was made with other contents ({'; '.join(files)})")
     if found:
         raise ValueError(
-            f"the checkpoint was made with {' and '.join(found)}: resume with the saved ones, or "
-            "start a new run from its release folder"
+            f"{'; '.join(found)}: resume with the saved ones, or start a new run from its release "
+            "folder"
         )
     return marker
 
@@ -312,12 +315,14 @@ def _ordinary_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
-        causes = {rank: cause[0] for rank, cause in error.failures.items()}
-        text = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
-        # torch's zip writer does not say why the disk refused ("enforce fail at inline_container").
-        if any(isinstance(c, OSError) or "inline_container" in str(c) for c in causes.values()):
-            raise OSError(f"{doing}: {' '.join(text.split())}") from error
-        raise RuntimeError(f"{doing} failed: {text}") from error
+        refused, texts = False, []
+        for rank, (cause, _) in error.failures.items():
+            # All that torch's zip writer says of a full disk is "unexpected pos 704 vs 598".
+            short = "inline_container" in str(cause)
+            refused = refused or short or isinstance(cause, OSError)
+            texts.append(f"rank {rank}: {'a write came back short' if short else cause}")
+        text = f"{doing} failed: {'; '.join(texts)}"
+        raise (OSError if refused else RuntimeError)(text) from error
 
 
 def _save_synced(obj: Any, path: Path) -> None:
@@ -374,6 +379,8 @@ def load_checkpoint(
         with _ordinary_errors(f"reading {path / 'state'}"):
             load_sharded_state(tensors, checkpoint_id=path / "state")
     except (RuntimeError, OSError) as error:
+        if "digests" in marker:
+            raise  # its bytes are right: no damage, but too little memory, say
         raise _unreadable(path / "state", error) from error
     if marker["has_optimizer"]:
         set_state_dict(

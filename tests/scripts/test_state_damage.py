@@ -87,11 +87,11 @@ def zeros(name: str) -> Callable[[Path], None]:
     return damage
 
 
-def cut(name: str) -> Callable[[Path], None]:
+def cut(name: str) -> Callable[[Path], Any]:
     return lambda state: (state / name).write_bytes((state / name).read_bytes()[:-1])
 
 
-def longer(name: str) -> Callable[[Path], None]:
+def longer(name: str) -> Callable[[Path], Any]:
     return lambda state: (state / name).write_bytes((state / name).read_bytes() + b"\0")
 
 
@@ -128,8 +128,8 @@ def marker_without(key: str) -> Callable[[Path], None]:
     return damage
 
 
-def marker_text(text: str) -> Callable[[Path], None]:
-    return lambda state: (state / T.MARKER).write_text(text) and None
+def marker_text(text: str) -> Callable[[Path], Any]:
+    return lambda state: (state / T.MARKER).write_text(text)
 
 
 FILES = (SHARD, "state/.metadata", "trainer.pt", "rng_00000.pt")
@@ -182,7 +182,7 @@ def test_a_damaged_state_is_named_and_the_next_older_one_used(
         found = T.choose_checkpoint(states, ("latest",), run.env)
     assert found == states / "step_0000002"
     assert re.search(f"DAMAGED: the state of step 3: .*step_0000003.*{message}", caplog.text)
-    assert f"the next older state is tried: {found}" in caplog.text
+    assert f"resuming the next older whole state: {found}" in caplog.text
     for spec in ("3", str(states / "step_0000003")):
         with pytest.raises(ValueError) as error:
             T.choose_checkpoint(states, (spec,), run.env)
@@ -212,11 +212,15 @@ def test_all_damaged_is_an_error(run: ToyRun, states: Path) -> None:
     assert everything(states) == before
 
 
-def test_two_damaged_then_a_good_one(run: ToyRun, states: Path) -> None:
+def test_two_damaged_then_a_good_one(
+    run: ToyRun, states: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     flip(SHARD, 0.5)(states / "step_0000003")
     zeros("state/.metadata")(states / "step_0000002")
-    found = T.choose_checkpoint(states, ("latest",), run.env)
+    with caplog.at_level(logging.WARNING):
+        found = T.choose_checkpoint(states, ("latest",), run.env)
     assert found == states / "step_0000001"
+    assert caplog.text.count("DAMAGED: the state of step") == 2
     with pytest.raises(ValueError, match=rf"the next older whole state is {found}:"):
         T.choose_checkpoint(states, ("3",), run.env)
     T.claim_checkpoint_dir(states, found, run.env)
@@ -481,7 +485,7 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_nothing(
 def test_torchs_own_words_for_a_full_disk(run: ToyRun, tmp_path: Path) -> None:
     """What torch's zip writer raises when a write came back short."""
     failure = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
-    with pytest.raises(OSError, match="inline_container"), T._ordinary_errors("writing"):
+    with pytest.raises(OSError, match="a write came back short"), T._ordinary_errors("writing"):
         raise T.CheckpointException("write", {0: (failure, None)})  # type: ignore[dict-item]
     with pytest.raises(RuntimeError, match="rank 1: a bug"), T._ordinary_errors("writing"):
         raise T.CheckpointException("write", {1: (ValueError("a bug"), None)})  # type: ignore[dict-item]
