@@ -44,16 +44,13 @@ def _seal(marker: Mapping[str, Any]) -> str:
     return _digest(json.dumps(unsealed, sort_keys=True).encode()).hex()
 
 
-def file_digest(path: Path, threads: int = 1, *, sync: bool = False) -> str:
-    """Digest of the digests of a file's blocks of 16 MiB; `sync`: on disk when it returns."""
+def file_digest(path: Path, threads: int = 1) -> str:
+    """Digest of the digests of a file's blocks of 16 MiB."""
     with path.open("rb") as stream, ThreadPoolExecutor(threads) as pool:
         descriptor = stream.fileno()
         starts = range(0, os.fstat(descriptor).st_size, _BLOCK_BYTES)
         blocks = pool.map(lambda start: _digest(os.pread(descriptor, _BLOCK_BYTES, start)), starts)
-        whole = _digest(b"".join(blocks)).hex()
-        if sync:
-            os.fsync(descriptor)
-    return whole
+        return _digest(b"".join(blocks)).hex()
 
 
 def _threads(env: DistEnv) -> int:
@@ -67,12 +64,12 @@ def _is_mine(name: str, env: DistEnv) -> bool:
 
 
 def describe_files(folder: Path, env: DistEnv) -> dict[str, tuple[int, str]]:
-    """Size and digest of the files in `folder` that this rank wrote, flushed to disk."""
+    """Size and digest of the files in `folder` that this rank wrote."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         if _is_mine(name, env):
-            found[name] = (path.stat().st_size, file_digest(path, _threads(env), sync=True))
+            found[name] = (path.stat().st_size, file_digest(path, _threads(env)))
     return found
 
 

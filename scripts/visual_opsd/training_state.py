@@ -85,14 +85,15 @@ __all__ = [
     "truncate_jsonl",
 ]
 
-# Settings that may differ between the run that saved and the run that resumes: they name places
-# (of files whose contents are compared instead), say how often to report, or split the same work
-# differently. Everything else must be equal.
+# Files whose contents are compared, not their paths (but in states of format 1, without contents).
+_BY_CONTENTS = frozenset(("model_path", "prompts", "dataset_config_file", "replay_samples"))
+# Settings that may differ between the run that saved and the run that resumes: these files, and
+# those that name places, say how often to report, or split the same work differently. Everything
+# else must be equal.
 # fmt: off
-FREE_FIELDS = frozenset((
-    "model_path", "prompts", "dataset_config_file", "data_root", "replay_samples",
-    "results_dir", "checkpoint_dir", "output_name", "resume", "auto_resume", "resume_from",
-    "save_every", "save_release", "keep_last", "log_every",
+FREE_FIELDS = _BY_CONTENTS | frozenset((
+    "results_dir", "checkpoint_dir", "output_name", "data_root", "resume", "auto_resume",
+    "resume_from", "save_every", "save_release", "keep_last", "log_every",
     "samples_per_step", "progress", "timeout_s", "num_workers", "prefetch_factor",
     "max_bad_rate", "max_nonfinite_steps", "device", "sharding_strategy", "num_shard",
     "num_replicate", "cpu_offload", "teacher_cpu_offload", "gradient_accumulation_steps",
@@ -168,14 +169,14 @@ def check_resumable(
         marker = read_marker(path)
     except DamagedState as error:
         raise DamagedState(f"{path} is not a complete training checkpoint: {error}") from error
-    saved = dict(marker["config"])
-    order = saved.pop("rows", None)  # of format 1, which knew nothing else of contents
-    held = marker.get("contents", {} if order is None else {ROW_ORDER: order})
+    saved, held = dict(marker["config"]), marker.get("contents")
+    now = flat_config(contents or {}, ())
+    if held is None:  # format 1, which knew of contents only the order of the rows
+        free_fields = frozenset(free_fields) - _BY_CONTENTS
+        held = {ROW_ORDER: saved.pop("rows")} if "rows" in saved else {}
+        now = {key: now[key] for key in held if contents is not None}
     settings = differences(flat_config(saved, free_fields), flat_config(config, free_fields))
-    files = []
-    if contents is not None:
-        now, held = flat_config(contents, ()), flat_config(held, ())
-        files = differences(held, now if "contents" in marker else {k: now[k] for k in held})
+    files = [] if contents is None else differences(flat_config(held, ()), now)
     if len(settings) + len(files) > 1:  # a consequence of the others
         files = [text for text in files if not text.startswith(ROW_ORDER)]
     found = []
@@ -275,7 +276,7 @@ def save_checkpoint(
     try:
         on_main(env, start)
         with refused(), _ordinary_errors(f"writing {tmp / 'state'}"):
-            save_sharded_state(tensors, checkpoint_id=tmp / "state")
+            save_sharded_state(tensors, checkpoint_id=tmp / "state")  # flushed to disk
         files = {k: v for part in gather_objects(attempt(add_ours)) for k, v in part.items()}
         on_main(env, finish)
     except Exception:

@@ -302,6 +302,10 @@ def test_states_without_digests_still_load(env: DistEnv, run: ToyRun, states: Pa
     assert state_hash(other.state) == state_hash(run.state)
     with pytest.raises(ValueError, match="row order: saved 'f52b4d', now 'other'"):
         load(other, old, contents={"row order": "other"})
+    for name in ("model_path", "prompts"):  # nothing but their paths is known
+        with pytest.raises(ValueError, match=rf"{name}: saved '\(absent\)', now 'elsewhere'"):
+            T.check_resumable(old, {**CONFIG, name: "elsewhere"})
+        T.check_resumable(states / "step_0000002", {**CONFIG, "data_root": "elsewhere"})
     cut(SHARD)(old)
     assert T.choose_checkpoint(states, ("latest",), env) == states / "step_0000002"
 
@@ -345,7 +349,8 @@ def test_everything_is_on_disk_before_the_name(
     fsync, replace = os.fsync, os.replace
 
     def note_fsync(descriptor: int) -> None:
-        flushed.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+        name = os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path)
+        flushed.append(name.replace(".metadata.tmp", ".metadata"))  # as torch first calls it
         fsync(descriptor)
 
     def note_replace(source: Any, target: Any) -> None:
