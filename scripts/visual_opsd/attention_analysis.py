@@ -38,6 +38,7 @@ from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
 from modeling.bagel.config import SpecialTokens
 from modeling.bagel.decoder import Attention
+from modeling.fingerprints import weights_fingerprint
 from scripts.visual_opsd.cli import (
     PACKED,
     ROWS,
@@ -64,7 +65,7 @@ from scripts.visual_opsd.row_windows import (
     read_windows,
 )
 from scripts.visual_opsd.rows import noise_generator, open_builder
-from scripts.visual_opsd.run_store import claim_output, weights_fingerprint, write_json
+from scripts.visual_opsd.run_store import claim_output, write_json
 from scripts.visual_opsd.vt_figures import draw_attention
 
 PARTS = ("first_token", "problem_image", "vt", "text", "answer")

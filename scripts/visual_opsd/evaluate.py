@@ -33,6 +33,7 @@ from data.thinkmorph import EVALUATION_ROWS, Row, RowNeeds, parse_row
 from data.tsv import TsvDataset
 from data.worlds import get_scorer
 from modeling import BagelBundle, load_bagel
+from modeling.fingerprints import weights_fingerprint
 from scripts.visual_opsd import benchmarks
 from scripts.visual_opsd.benchmark_scoring import (
     SCORING_VERSION,
@@ -102,7 +103,6 @@ from scripts.visual_opsd.run_store import (
     claim_folder,
     read_json,
     stable_hash,
-    weights_fingerprint,
     write_json,
 )
 from scripts.visual_opsd.scoring import (

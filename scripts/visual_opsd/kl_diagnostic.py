@@ -33,6 +33,7 @@ from data.parquet import Reject
 from data.rejects import summarise
 from data.sequence import Completion, given_completion
 from modeling import BagelBundle, load_bagel
+from modeling.fingerprints import weights_fingerprint
 from scripts.visual_opsd.cli import flat, parse_config, run_main
 from scripts.visual_opsd.diagnostic_store import (
     SUMMARY,
@@ -80,11 +81,7 @@ from scripts.visual_opsd.row_windows import (
     prompt_identity,
     read_windows,
 )
-from scripts.visual_opsd.run_store import (
-    claim_output,
-    weights_fingerprint,
-    write_json,
-)
+from scripts.visual_opsd.run_store import claim_output, write_json
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from data.rejects import summarise
 from data.sequence import TextSegment
 from data.transforms import decode_image
 from modeling import load_bagel
+from modeling.fingerprints import weights_fingerprint
 from scripts.visual_opsd.benchmark_scoring import SCORING_VERSION
 from scripts.visual_opsd.cli import flat, parse_config, run_main
 from scripts.visual_opsd.config import PromptSettings
@@ -65,7 +66,6 @@ from scripts.visual_opsd.run_store import (
     RankedLines,
     claim_folder,
     stable_hash,
-    weights_fingerprint,
     write_json,
 )
 from scripts.visual_opsd.scoring import (
