@@ -46,8 +46,10 @@ import torch
 from PIL import Image
 
 from data.interleave import Part
+from data.limits import SMALLEST_IMAGE, ContextLimits
 from data.packing import context_length, pack
 from data.sequence import Completion, Context, TextSegment
+from data.thinkmorph import BadRow
 from data.transforms import decode_image
 from examples.interleave_page import InterleavePage, check_folder
 from inferencer import InterleaveInferencer
@@ -64,6 +66,7 @@ from modeling.spread import (
     weight_bytes,
     working_bytes,
 )
+from modeling.tokenizer import load_tokenizer
 from modeling.weight_files import open_weights
 from scripts.visual_opsd.cli import (
     ROUNDS,
@@ -80,11 +83,13 @@ from scripts.visual_opsd.cli import (
 )
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.on_policy_sampler import IMAGE_MARKER, position_uniforms, to_completion
+from scripts.visual_opsd.row_windows import is_out_of_memory
 from scripts.visual_opsd.rows import make_builder
 from scripts.visual_opsd.scoring import extract_answer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SYSTEM_ROWS = 512  # more than a system prompt takes
+_LONG_QUESTION = 8192  # characters
 _SAVE = (
     "--device spread uses every GPU and CPU memory; --dtype bf16 halves fp32; a smaller "
     "--vit_max_size or --max_new_tokens takes less beyond the weights"
@@ -239,8 +244,8 @@ def load_model(config: DemoConfig, question: str) -> tuple[BagelBundle, torch.de
     if draws:
         check_can_draw(settings.model_path)
     model, _ = locate_weights(settings.model_path, visual_gen=draws)
-    # An upper bound: a full grid of patches, and no token shorter than a character.
-    rows = model.vit_max_patches_per_side**2 + len(question) + _SYSTEM_ROWS
+    # An upper bound: a full grid of patches.
+    rows = model.vit_max_patches_per_side**2 + text_rows(config, model, question)
     rows += settings.max_new_tokens
     if settings.device == "spread":
         return _load_spread(settings, model, rows)
@@ -256,9 +261,38 @@ def load_model(config: DemoConfig, question: str) -> tuple[BagelBundle, torch.de
     needed += drawing_bytes(config, model, dtype) if draws else working_bytes(model, rows, dtype)
     # Asking for all devices would take memory on GPUs that are not used.
     free = torch.cuda.mem_get_info(0)[0] if gpu else free_memory()["cpu"]
-    check_memory(place, needed, free, _SAVE_DRAWING if draws else _SAVE)
+    check_memory(place, needed, free, _advice(config))
     device = to_device(place)
     return load_bagel(settings.model_path, visual_gen=draws, device=device, dtype=dtype), device
+
+
+def text_rows(config: DemoConfig, model: BagelConfig, question: str) -> int:
+    """Packed tokens of the prompt's texts, which must leave the model positions to answer.
+
+    Raises:
+        ValueError: they do not; says whether the question or a flag is to blame.
+    """
+    tokenizer, _ = load_tokenizer(config.demo.model_path)
+    builder = make_builder(tokenizer, model, config.prompt)
+    limits = ContextLimits(model.llm.max_position_embeddings, config.demo.max_new_tokens)
+    limits.check_settings(builder)
+    try:
+        context = builder.frame(SMALLEST_IMAGE, question)
+        problem = limits.problem(context)
+    except BadRow as bad:
+        problem = bad.detail
+    if problem is not None:
+        raise ValueError(f"the question is too long ({len(question)} characters): {problem}")
+    return context_length(context)
+
+
+def _advice(config: DemoConfig) -> str:
+    """What to do about a lack of memory."""
+    save = _SAVE_DRAWING if config.drawing.interleave else _SAVE
+    length = len(config.demo.question or "")
+    if length <= _LONG_QUESTION:
+        return save
+    return f"The question is {length} characters long: a shorter one takes less. {save}"
 
 
 def check_can_draw(path: str) -> None:
@@ -388,11 +422,6 @@ def stream_answer(
     )[0]
     completion = to_completion(generation)
     return completion, stream.finish(completion.ids)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "can't allocate memory" in str(error)
 
 
 class TellingInferencer(InterleaveInferencer):
@@ -538,11 +567,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print()
         return 130
     except (RuntimeError, MemoryError) as error:
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         cause = (str(error) or type(error).__name__).splitlines()[0]
-        advice = _SAVE_DRAWING if config.drawing.interleave else _SAVE
-        raise ValueError(f"not enough memory ({cause}). {advice}") from error
+        raise ValueError(f"not enough memory ({cause}). {_advice(config)}") from error
 
 
 if __name__ == "__main__":

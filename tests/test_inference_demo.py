@@ -233,6 +233,20 @@ def test_not_enough_memory_before_loading(monkeypatch: pytest.MonkeyPatch) -> No
         demo.main(arguments())
 
 
+def test_a_question_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found before the model is loaded, and blamed on the question or the budget."""
+    monkeypatch.setattr(demo, "load_bagel", None)
+    with pytest.raises(ValueError, match=r"too long \(200000 char.*rope positions.* has 32768"):
+        demo.main(arguments("--question", "why " * 50_000))
+    with pytest.raises(ValueError, match=r"too long .*: a text of 9000000 characters"):
+        demo.main(arguments("--question", "x" * 9_000_000))
+    with pytest.raises(ValueError, match=r"--max_new_tokens: .* 40000 rope positions"):
+        demo.main(arguments("--max_new_tokens", "40000"))
+    monkeypatch.setattr(demo, "free_memory", lambda: {"cpu": 3 * 10**8})
+    with pytest.raises(ValueError, match=r"free\. The question is 20000 characters long"):
+        demo.main(arguments("--question", "why " * 5_000))
+
+
 @pytest.mark.parametrize(
     ("error", "expected", "message"),
     [

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from data.json_lines import write_lines
+from data.limits import NO_LIMITS, PACKED_TOKENS, ContextLimits
 from data.packing import context_length
 from data.parquet import Reject
 from data.rejects import summarise
@@ -32,6 +33,7 @@ from data.thinkmorph import EVALUATION_ROWS, Row, RowNeeds, parse_row
 from data.tsv import TsvDataset
 from data.worlds import get_scorer
 from modeling import BagelBundle, load_bagel
+from modeling.fingerprints import weights_fingerprint
 from scripts.visual_opsd import benchmarks
 from scripts.visual_opsd.benchmark_scoring import (
     SCORING_VERSION,
@@ -67,7 +69,11 @@ from scripts.visual_opsd.evaluation_summary import (
     summarise_run,
     table,
 )
-from scripts.visual_opsd.on_policy_sampler import SamplerSettings, sample_completions
+from scripts.visual_opsd.on_policy_sampler import (
+    SamplerSettings,
+    decoding_groups,
+    sample_completions,
+)
 from scripts.visual_opsd.processes import (
     DistEnv,
     attempt,
@@ -80,22 +86,23 @@ from scripts.visual_opsd.row_windows import (
     IDENTITY_COLUMNS,
     BadRows,
     ComputeSettings,
+    OutOfMemory,
     RowName,
     RowPool,
     check_bad_rate,
+    memory_advice,
     open_data,
     progress_bar,
     prompt_identity,
     read_windows,
     row_name,
 )
-from scripts.visual_opsd.rows import make_builder, noise_generator
+from scripts.visual_opsd.rows import noise_generator, open_builder
 from scripts.visual_opsd.run_store import (
     RankedLines,
     claim_folder,
     read_json,
     stable_hash,
-    weights_fingerprint,
     write_json,
 )
 from scripts.visual_opsd.scoring import (
@@ -104,7 +111,7 @@ from scripts.visual_opsd.scoring import (
     extract_answer,
     read_verdicts,
 )
-from scripts.visual_opsd.timing import BatchClock, summarise_timing, timing_line, timing_text
+from scripts.visual_opsd.timing import summarise_timing, timing_line, timing_text
 
 CONTEXTS = ("text", "vt", "noise")
 # What figures and comparisons read of a line of predictions.jsonl.
@@ -137,7 +144,7 @@ class EvaluateSettings(Settings):
     batch_size: int = option(
         256, "rows decoded together (no effect on the result)", **TOGETHER
     )
-    prefill_tokens: int = option(32768, "prompt rows decoded together at most", **PACKED)
+    prefill_tokens: int = option(PACKED_TOKENS, "prompt rows decoded together at most", **PACKED)
     max_new_tokens: int = option(1024, "budget of an answer, over all its rounds", **TOKENS)
     image_skips: int = option(1, "rounds that may follow an <image_start>", **ROUNDS)
     noise_seed: int = option(0, "random numbers of --context noise", **SEEDS)
@@ -210,10 +217,26 @@ class PrepareQuestion:
     builder: ContextBuilder
     settings: EvaluateSettings
     rules: Mapping[str, benchmarks.Benchmark] = field(default_factory=dict)
+    limits: ContextLimits = NO_LIMITS
+
+    @classmethod
+    def of(cls, config: EvaluateConfig, pool: RowPool) -> PrepareQuestion:
+        """Raises ValueError: no answer, or no row, can fit the model's positions."""
+        settings = config.evaluate
+        builder, model = open_builder(settings.model_path, config.prompt)
+        limits = ContextLimits(
+            model.llm.max_position_embeddings,
+            settings.max_new_tokens,
+            tokens=max(settings.prefill_tokens, PACKED_TOKENS),
+            flag="prefill_tokens",
+        ).check_settings(builder, teacher=settings.context != "text")
+        rules = {d.name: benchmarks.find_benchmark(d) for d in benchmark_files(pool)}
+        return cls(builder, settings, rules, limits)
 
     def __call__(self, row: Row) -> Question:
         started = time.perf_counter()
         made = self._benchmark(row) if row.dataset in self.rules else self._sample(row)
+        self.limits.check(row, made.context)
         return replace(made, seconds=time.perf_counter() - started)
 
     def _benchmark(self, row: Row) -> Question:
@@ -328,9 +351,14 @@ class Stores:
 
 
 def answer_rows(
-    config: EvaluateConfig, env: DistEnv, pool: RowPool, indices: Sequence[int], stores: Stores
+    config: EvaluateConfig,
+    env: DistEnv,
+    pool: RowPool,
+    indices: Sequence[int],
+    stores: Stores,
+    prepare: PrepareQuestion,
 ) -> None:
-    """Answer and judge this rank's rows, appending to its files window by window."""
+    """Answer and judge this rank's rows, appending to its files batch by batch."""
     settings = config.evaluate
     if not indices:
         return
@@ -345,11 +373,6 @@ def answer_rows(
         max_prefill_tokens=settings.prefill_tokens,
         check_every=8 if env.device.type == "cuda" else 2,  # a check costs a GPU its run-ahead
     )
-    prepare = PrepareQuestion(
-        make_builder(bundle.tokenizer, bundle.config, config.prompt),
-        settings,
-        {dataset.name: benchmarks.find_benchmark(dataset) for dataset in benchmark_files(pool)},
-    )
     bad = BadRows(settings.max_bad_rate)
     windows = read_windows(
         pool,
@@ -361,58 +384,61 @@ def answer_rows(
     shown = config.compute.progress and env.is_main
     with progress_bar(len(indices), shown) as bar:
         for window in windows:
-            lines = [_bad_line(index, reject) for index, reject in window.rejects]
-            answers, timing = _answer_window(bundle, window.rows, sampler, env.device, bar)
-            stores.timing.append(env.rank, timing)  # first: an answer on file is never redone
-            stores.answers.append(
-                env.rank, sorted([*lines, *answers], key=lambda line: int(line["index"]))
-            )
+            stores.answers.append(env.rank, [_bad_line(*pair) for pair in window.rejects])
             bar.update(len(window.rejects))
+            groups = decoding_groups([question.context for _, question in window.rows], sampler)
+            for rows in [[window.rows[i] for i in group] for group in groups]:
+                try:
+                    answers, timing = _answer_batch(bundle, rows, sampler, env.device)
+                except OutOfMemory as error:
+                    if len(rows) > 1:
+                        raise
+                    index = rows[0][0]  # alone it will never fit: the others are answered
+                    window.reject(index, pool.reject(index, "out_of_memory", str(error)))
+                    answers, timing = [_bad_line(*window.rejects[-1])], []
+                stores.timing.append(env.rank, timing)  # first: an answer on file is never redone
+                stores.answers.append(env.rank, answers)
+                bar.update(len(rows))
             bad.add(window)
 
 
-def _answer_window(
+def _bad_line(index: int, reject: Reject) -> dict[str, Any]:
+    return {"index": index, "bad": asdict(reject)}
+
+
+def _answer_batch(
     bundle: BagelBundle,
     rows: Sequence[tuple[int, Question]],
     sampler: SamplerSettings,
     device: torch.device,
-    bar: Any,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Lines of predictions.jsonl and timing.jsonl."""
-    if not rows:
-        return [], []
-    before = bar.n
-    clock = BatchClock()
-
-    def on_rows(done: int) -> None:
-        clock.finished(done)
-        bar.update(before + done - bar.n)
-
-    completions = sample_completions(
-        bundle.model,
-        [question.context for _, question in rows],
-        [index for index, _ in rows],
-        tokenizer=bundle.tokenizer,
-        special=bundle.special_tokens,
-        settings=sampler,
-        seed=0,
-        step=0,
-        device=device,
-        on_rows=on_rows,
-    )
-    answers, timing = [], []
-    for (index, question), completion, batch in zip(
-        rows, completions, clock.of_rows(), strict=True
+    """Lines of predictions.jsonl and timing.jsonl of rows that are decoded together."""
+    started = time.perf_counter()
+    with memory_advice(
+        [question.name for _, question in rows],
+        f"lower --batch_size ({sampler.max_rows}), --prefill_tokens ({sampler.max_prefill_tokens}) "
+        f"or --max_new_tokens ({sampler.max_new_tokens}); what was answered is kept, and the same "
+        "command goes on from there",
     ):
+        completions = sample_completions(
+            bundle.model,
+            [question.context for _, question in rows],
+            [index for index, _ in rows],
+            tokenizer=bundle.tokenizer,
+            special=bundle.special_tokens,
+            settings=sampler,
+            seed=0,
+            step=0,
+            device=device,
+        )
+    batch = len(rows), time.perf_counter() - started
+    answers, timing = [], []
+    for (index, question), completion in zip(rows, completions, strict=True):
         text = bundle.tokenizer.decode(completion.ids)
         answers.append(prediction(index, question, completion, text))
         dataset = question.name.dataset
         timing.append(timing_line(index, dataset, question.seconds, batch, len(completion.ids)))
     return answers, timing
-
-
-def _bad_line(index: int, reject: Reject) -> dict[str, Any]:
-    return {"index": index, "bad": asdict(reject)}
 
 
 def evaluate(config: EvaluateConfig, env: DistEnv) -> dict[str, Any]:
@@ -429,6 +455,7 @@ def evaluate(config: EvaluateConfig, env: DistEnv) -> dict[str, Any]:
     dtype = config.compute.dtype(env.device)
     pool = open_rows(config)
     wanted = result_settings(config, pool, dtype)
+    prepare = PrepareQuestion.of(config, pool)
     on_main(env, lambda: _prepare_folder(stores, wanted, settings))
     on_main(env, lambda: _check_comparison(settings))
     # Unusable rows are tried again: what kept them from being read may be gone.
@@ -439,7 +466,7 @@ def evaluate(config: EvaluateConfig, env: DistEnv) -> dict[str, Any]:
 
     started = time.perf_counter()
     mine = todo[env.rank :: env.world_size]
-    attempt(lambda: answer_rows(config, env, pool, mine, stores))
+    attempt(lambda: answer_rows(config, env, pool, mine, stores, prepare))
     seconds = time.perf_counter() - started
     summary: dict[str, Any] = {}
 
@@ -483,6 +510,8 @@ def _prepare_folder(stores: Stores, wanted: Mapping[str, Any], settings: Evaluat
         has_results=stores.answers.exists(),
         hint="choose another --output_dir, or pass --overwrite to throw them away",
     )
+    for lines in (stores.answers, stores.timing):
+        lines.settle()
 
 
 def _check_comparison(settings: EvaluateSettings) -> None:

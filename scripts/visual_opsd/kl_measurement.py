@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.limits import NO_LIMITS, ContextLimits
 from data.packing import context_length, group_by_tokens, pack
 from data.sequence import Completion, Context, ContextBuilder
 from data.thinkmorph import Need, Row, RowNeeds, parse_row
@@ -29,7 +30,13 @@ from scripts.visual_opsd.row_windows import (
     RowName,
     row_name,
 )
-from scripts.visual_opsd.rows import TrainRow, noise_generator
+from scripts.visual_opsd.rows import (
+    TrainRow,
+    given_positions,
+    noise_generator,
+    open_builder,
+    scoring_limits,
+)
 from scripts.visual_opsd.step import ScoredRow, check_same_labels, score_completion
 
 
@@ -158,21 +165,37 @@ class PrepareDiagnostic:
 
     builder: ContextBuilder
     settings: DiagnosticSettings
+    limits: ContextLimits = NO_LIMITS
+
+    @classmethod
+    def of(cls, config: DiagnosticConfig) -> PrepareDiagnostic:
+        """Raises ValueError: no row can fit the base's positions or max_forward_tokens."""
+        settings = config.diagnostic
+        builder, model = open_builder(
+            settings.base, config.prompt, visual_gen=settings.with_latents
+        )
+        limits = scoring_limits(model, config.sample)
+        if settings.completions == "trace":
+            limits = replace(limits, new_positions=0)
+        return cls(builder, settings, limits.check_settings(builder, teacher=True))
 
     def __call__(self, row: Row) -> DiagnosticRow:
         sample = parse_row(row, self.settings.needs)
         student = self.builder.student(sample)
         noise = noise_generator(self.settings.seed, row.position)
         latents = self.settings.with_latents
-        trace = None
+        teacher = self.builder.teacher(sample, student, with_latents=latents)
+        trace, new = None, None
         if self.settings.completions == "trace":
             trace = self.builder.sft_targets(sample)[0].ids
+            new = given_positions(trace, teacher, self.limits)
+        self.limits.check(row, teacher, new_positions=new)
         return DiagnosticRow(
             row_name(row, sample.pid, THOUGHT_IDENTITY_COLUMNS),
             sample.question,
             sample.answer,
             student,
-            self.builder.teacher(sample, student, with_latents=latents),
+            teacher,
             self.builder.teacher(sample, student, noise, with_latents=latents),
             trace,
         )

@@ -1,9 +1,9 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""Files of a run that only reads a model: JSON lines that survive a kill, settings, fingerprints.
+"""Files of a run that only reads a model: JSON lines that survive a kill, and settings.
 
 Rank k appends to NAME.rank_k.jsonl; at the end rank 0 merges these and an earlier NAME.jsonl, in
 row order, into NAME.jsonl. A killed run leaves rank files, from which the next one goes on with
-any number of ranks.
+any number of ranks; it gathers them before anybody appends, so that what it adds is newer.
 """
 
 from __future__ import annotations
@@ -17,47 +17,9 @@ from typing import Any
 
 from data.json_lines import append_records, read_log, write_lines
 from data.programs import make_folder
-from modeling.checkpoint import is_generation_key
 from modeling.text_files import read_json_object
-from modeling.weight_files import open_weights, read_file
 
 SETTINGS_FILE = "settings.json"
-# Weights up to this size are hashed as a whole, of larger ones three samples of each tensor.
-_WHOLE_BYTES = 1 << 26
-_SAMPLE_BYTES = 4096
-
-
-def weights_fingerprint(path: str | Path, *, drawing: bool = False) -> str:
-    """Digest that tells two checkpoints apart, whatever their folders are called.
-
-    Covers names, shapes and dtypes of the tensors that understanding uses, and their bytes (of
-    large files the first, middle and last 4 KiB of each tensor: a training step moves them all).
-
-    drawing: also those that drawing uses: the generation expert and the autoencoder.
-
-    Raises:
-        ValueError: as `modeling.weight_files.open_weights`.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    found = sorted(open_weights(path).items())
-    tensors = [t for k, t in found if drawing or not is_generation_key(k)]
-    autoencoder = Path(path) / "ae.safetensors"
-    if drawing and autoencoder.is_file():
-        tensors += [t for _, t in sorted(read_file(autoencoder).items())]
-    whole = sum(tensor.nbytes for tensor in tensors) <= _WHOLE_BYTES
-    for tensor in tensors:
-        digest.update(f"{tensor.key} {tensor.dtype} {tensor.shape}\n".encode())
-        if whole or tensor.nbytes <= 3 * _SAMPLE_BYTES:
-            spans = [(tensor.start, tensor.nbytes)]
-        else:
-            middle = tensor.start + tensor.nbytes // 2
-            starts = (tensor.start, middle, tensor.stop - _SAMPLE_BYTES)
-            spans = [(start, _SAMPLE_BYTES) for start in starts]
-        with tensor.file.open("rb") as stream:
-            for start, size in spans:
-                stream.seek(start)
-                digest.update(stream.read(size))
-    return digest.hexdigest()
 
 
 def stable_hash(value: Any) -> str:
@@ -93,9 +55,12 @@ class RankedLines:
     ) -> None:
         self.folder, self.name, self.key, self.fields = folder, name, key, tuple(fields)
         self.merged = folder / f"{name}.jsonl"
+        self.earlier = folder / f"{name}.rank_earlier.jsonl"
 
     def _rank_files(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{self.name}.rank_*.jsonl"))
+        """What was appended, that of earlier runs first."""
+        found = self.folder.glob(f"{self.name}.rank_*.jsonl")
+        return sorted(found, key=lambda file: (file != self.earlier, file))
 
     def exists(self) -> bool:
         """Whether any record file is there, be it of a finished or a killed run."""
@@ -107,7 +72,7 @@ class RankedLines:
             file.unlink(missing_ok=True)
 
     def read(self) -> dict[int, dict[str, Any]]:
-        """Every record there is, by key, in the order of the keys."""
+        """The newest record of every key, in the order of the keys (see `settle`)."""
         found: dict[int, dict[str, Any]] = {}
         merged = [self.merged] if self.merged.is_file() else []
         for file in [*merged, *self._rank_files()]:
@@ -122,6 +87,16 @@ class RankedLines:
         if missing and "bad" not in record:
             raise KeyError(*missing)
         return True
+
+    def settle(self) -> None:
+        """Gather what killed runs left, before anybody appends: it is then older than every line
+        to come, whichever rank writes that."""
+        left = self._rank_files()
+        if left:
+            write_lines(self.earlier, self.read().values())
+            for file in left:
+                if file != self.earlier:
+                    file.unlink()
 
     def append(self, rank: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records to a rank's file; on the disk's side of a kill after this returns."""

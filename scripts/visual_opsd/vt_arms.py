@@ -14,6 +14,7 @@ from PIL import Image
 
 from data.contexts import CachedContext
 from data.interleave import IMAGE_MARKER, InterleaveEngine, InterleaveOptions
+from data.limits import NO_LIMITS, ContextLimits
 from data.packing import context_length
 from data.sequence import ContextBuilder, ImageSegment, Segment, TextSegment
 from data.thinkmorph import EVALUATION_ROWS, Row, RowNeeds, parse_row
@@ -35,6 +36,7 @@ from scripts.visual_opsd.cli import (
     Settings,
     option,
 )
+from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.latents import row_generator
 from scripts.visual_opsd.row_windows import (
     IDENTITY_COLUMNS,
@@ -42,6 +44,7 @@ from scripts.visual_opsd.row_windows import (
     RowName,
     row_name,
 )
+from scripts.visual_opsd.rows import open_builder
 
 ARMS = ("kept", "removed", "noise", "other", "truth")
 # The contexts of interleaved inference, not those of training.
@@ -185,10 +188,24 @@ class PrepareProblem:
     builder: ContextBuilder
     vae_transform: ImageTransform
     needs: RowNeeds
+    limits: ContextLimits = NO_LIMITS
+
+    @classmethod
+    def of(cls, settings: InterventionSettings, prompt: PromptSettings) -> PrepareProblem:
+        """Raises ValueError: no row can fit the model's positions."""
+        builder, model = open_builder(settings.model_path, prompt, visual_gen=True)
+        limits = ContextLimits(
+            model.llm.max_position_embeddings,
+            # The problem's latents, a text and its end, the VT's latents and image, another text.
+            1 + (settings.max_new_tokens + 1) + 2 + settings.max_new_tokens,
+        ).check_settings(builder)
+        return cls(builder, ImageTransform(**prompt.vae_config()), settings.needs, limits)
 
     def __call__(self, row: Row) -> Problem:
         sample = parse_row(row, self.needs)
-        *system, seen, asked = self.builder.student(sample)
+        context = self.builder.student(sample)
+        self.limits.check(row, context)
+        *system, seen, asked = context
         assert isinstance(seen, ImageSegment) and isinstance(asked, TextSegment)
         judge = partial(exact_verdict, answer=sample.answer)
         if sample.world is not None:

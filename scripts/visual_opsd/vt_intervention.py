@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ from data.json_lines import write_lines
 from data.parquet import Reject
 from data.rejects import summarise
 from data.sequence import TextSegment
-from data.transforms import ImageTransform, decode_image
+from data.transforms import decode_image
 from modeling import load_bagel
+from modeling.fingerprints import weights_fingerprint
 from scripts.visual_opsd.benchmark_scoring import SCORING_VERSION
 from scripts.visual_opsd.cli import flat, parse_config, run_main
 from scripts.visual_opsd.config import PromptSettings
@@ -54,17 +56,16 @@ from scripts.visual_opsd.row_windows import (
     RowPool,
     Window,
     check_bad_rate,
+    memory_advice,
     open_data,
     progress_bar,
     prompt_identity,
     read_windows,
 )
-from scripts.visual_opsd.rows import make_builder
 from scripts.visual_opsd.run_store import (
     RankedLines,
     claim_folder,
     stable_hash,
-    weights_fingerprint,
     write_json,
 )
 from scripts.visual_opsd.scoring import (
@@ -143,8 +144,10 @@ def result_settings(
 class Runner:
     """One rank's part of a run."""
 
-    def __init__(self, config: InterventionConfig, env: DistEnv, pool: RowPool) -> None:
-        self.config, self.env, self.pool = config, env, pool
+    def __init__(
+        self, config: InterventionConfig, env: DistEnv, pool: RowPool, prepare: PrepareProblem
+    ) -> None:
+        self.config, self.env, self.pool, self.prepare = config, env, pool, prepare
         self.settings = settings = config.intervention
         bundle = load_bagel(
             settings.model_path,
@@ -152,17 +155,15 @@ class Runner:
             device=env.device,
             dtype=config.compute.dtype(env.device),
         )
-        builder = make_builder(bundle.tokenizer, bundle.config, config.prompt)
-        vae_transform = ImageTransform(**config.prompt.vae_config())
+        builder = prepare.builder
         engine = InterleaveEngine(
             bundle.model,
             bundle.vae,
             bundle.tokenizer,
-            vae_transform,
+            prepare.vae_transform,
             builder.vit_transform,
             bundle.special_tokens,
         )
-        self.prepare = PrepareProblem(builder, vae_transform, settings.needs)
         self.model = Interventions(engine, builder, settings, config.drawing)
 
     def _windows(self, indices: Sequence[int], title: str) -> Iterator[Window[Problem]]:
@@ -182,7 +183,8 @@ class Runner:
         """First texts and drawings of these rows."""
         for window in self._windows(indices, "drawing"):
             lines = [{"index": i, "bad": asdict(reject)} for i, reject in window.rejects]
-            replies = self.model.draw(window.rows) if window.rows else []
+            with self._memory_advice(window.rows):
+                replies = self.model.draw(window.rows) if window.rows else []
             for (index, problem), (text, segment, picture) in zip(
                 window.rows, replies, strict=True
             ):
@@ -213,13 +215,14 @@ class Runner:
             if window.rejects:
                 index, reject = window.rejects[0]
                 raise ValueError(f"row {index} could be read before, and now not: {reject.detail}")
-            starts = self.model.after_text(
-                rows, [TextSegment(tuple(drawn[index]["ids"])) for index, _ in rows]
-            )
+            first = [TextSegment(tuple(drawn[index]["ids"])) for index, _ in rows]
+            with self._memory_advice(rows):
+                starts = self.model.after_text(rows, first)
             answers: list[dict[str, Any]] = [{} for _ in rows]
             for arm in self.settings.chosen:
                 pictures = [self._picture(arm, i, p, donor_of, stores) for i, p in rows]
-                texts = self.model.answer(starts, pictures)
+                with self._memory_advice(rows):
+                    texts = self.model.answer(starts, pictures)
                 for found, (index, problem), text in zip(answers, rows, texts, strict=True):
                     whole = drawn[index]["text"] + "\n" + text
                     found[arm] = {
@@ -240,6 +243,15 @@ class Runner:
                 for (index, problem), found in zip(rows, answers, strict=True)
             ]
             stores.outputs.append(self.env.rank, sorted(lines, key=lambda line: line["index"]))
+
+    def _memory_advice(self, rows: Sequence[tuple[int, Problem]]) -> AbstractContextManager[None]:
+        settings = self.settings
+        return memory_advice(
+            [problem.name for _, problem in rows],
+            f"lower --batch_size ({settings.batch_size}) or --max_new_tokens "
+            f"({settings.max_new_tokens}); what was drawn and answered is kept, and the same "
+            "command goes on from there",
+        )
 
     def _picture(
         self, arm: str, index: int, problem: Problem, donor_of: Mapping[int, int], stores: Stores
@@ -268,6 +280,7 @@ def run(config: InterventionConfig, env: DistEnv) -> dict[str, Any]:
     stores = Stores.of(Path(settings.output_dir))
     pool = RowPool(open_data(settings.data, settings.split, settings.data_root, settings.needs))
     wanted = result_settings(config, pool, config.compute.dtype(env.device))
+    prepare = PrepareProblem.of(settings, config.prompt)
     on_main(env, lambda: _prepare_folder(stores, wanted, settings))
     started = time.perf_counter()
     total = min(len(pool), settings.limit or len(pool))
@@ -275,7 +288,7 @@ def run(config: InterventionConfig, env: DistEnv) -> dict[str, Any]:
 
     def worker() -> Runner:
         if not runner:
-            runner.append(Runner(config, env, pool))
+            runner.append(Runner(config, env, pool, prepare))
         return runner[0]
 
     held = {i for i, line in stores.drawings.read().items() if "bad" not in line}
@@ -343,6 +356,8 @@ def _prepare_folder(
         has_results=stores.drawings.exists(),
         hint="choose another --output_dir, or pass --overwrite to throw them away",
     )
+    for lines in (stores.drawings, stores.outputs):
+        lines.settle()
     (stores.folder / "drawings").mkdir(exist_ok=True)
 
 

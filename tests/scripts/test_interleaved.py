@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data.limits import ContextLimits
 from data.packing import context_length, pack
 from data.parquet import ParquetDataset
 from data.sequence import Context, ImageSegment, LatentSegment, PixelSegment, TextSegment
@@ -57,7 +58,8 @@ def dataset(world: Path) -> ParquetDataset:
 
 
 def prepare(bundle: Any, limit: int = 4096) -> PrepareInterleaved:
-    return PrepareInterleaved(make_builder(bundle.tokenizer, bundle.config, PROMPT), limit)
+    builder = make_builder(bundle.tokenizer, bundle.config, PROMPT)
+    return PrepareInterleaved(builder, ContextLimits(tokens=limit))
 
 
 def kinds(context: Context) -> list[list[Any]]:

@@ -250,8 +250,10 @@ def test_all_rows_bad(tmp_path: Path, workers: int) -> None:
 
 
 def test_no_row_fits(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"leave no room for a row: .*tokens 30: raise the lim"):
+        run_program(world, tmp_path, max_forward_tokens=30)  # not even one without a question
     with pytest.raises(ValueError, match=r"none of 16 candidate .* 16 too_long .*raise the limit"):
-        run_program(world, tmp_path, max_forward_tokens=30)
+        run_program(world, tmp_path, max_forward_tokens=110)
 
 
 def test_wrong_vocabulary(world: Path, tmp_path: Path) -> None:
