@@ -292,7 +292,7 @@ def test_what_is_needed_at_the_end_is_looked_at_first(
     (tmp_path / "odd" / "predictions.jsonl").write_text('{"index": 0}\n')
     for flags, message in (
         (("--compare", str(tmp_path / "none")), r"predictions\.jsonl does not exist: give"),
-        (("--compare", str(tmp_path / "odd")), r"holds a line that is no prediction"),
+        (("--compare", str(tmp_path / "odd")), r"predictions\.jsonl line 1 holds no prediction"),
         (("--compare", str(tmp_path / "out")), "is --output_dir itself"),
         (("--output_dir", str(tmp_path / "file" / "x")), "--output_dir .*file/x: cannot write"),
     ):
