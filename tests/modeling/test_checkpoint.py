@@ -144,7 +144,7 @@ def test_index(tiny: Tensors, make_base: Callable[..., Path]) -> None:
     for name in ("../outside.safetensors", str(outside), "a/../../outside.safetensors", 7, None):
         weight_map = json.dumps({"weight_map": {"a": name}})
         (base / "model.safetensors.index.json").write_text(weight_map)
-        with pytest.raises(ValueError, match="which is no file of the folder"):
+        with pytest.raises(ValueError, match=r"which is no NAME\.safetensors of its folder"):
             load_bagel(base)
     for name in ("", "x" * 4000, "a\0b"):
         weight_map = json.dumps({"weight_map": {"a": name}})
