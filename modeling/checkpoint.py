@@ -37,6 +37,7 @@ from modeling.bagel.config import (
     read_vision_config,
 )
 from modeling.bagel.projections import empty_adjoining
+from modeling.disk import check_room, disk_errors
 from modeling.finite import check_finite
 from modeling.tokenizer import load_tokenizer
 from modeling.weight_files import (
@@ -416,8 +417,8 @@ def save_bagel(
         The folder written, or None.
 
     Raises:
-        ValueError: `out_dir` exists, the base is incomplete, the disk is too full, or a tensor
-            is unknown, repeated or of another shape. No partial folder is left.
+        ValueError: `out_dir` exists, the base is incomplete, the disk is too full or refuses, or
+            a tensor is unknown, repeated or of another shape. No partial folder is left.
 
     Warns:
         UserWarning: the base lacks what VLMEvalKit's ThinkMorph wrapper needs.
@@ -428,7 +429,8 @@ def save_bagel(
     try:
         if out_dir is not None:
             card = _model_card(Path(base), base_name, step, run_config)
-            return _write_folder(items, Path(out_dir), Path(base), weights, card, overwrite)
+            with disk_errors(f"writing {out_dir}", Path(out_dir).parent):
+                return _write_folder(items, Path(out_dir), Path(base), weights, card, overwrite)
     except Exception:
         _exhaust(items)  # other ranks wait in the collectives of the remaining tensors
         raise
@@ -458,12 +460,7 @@ def _write_folder(
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     size = sum(math.prod(shape) * FLOAT_DTYPES[name].itemsize for name, shape in layout.values())
     size += sum(file.stat().st_size for file in copied)
-    free = shutil.disk_usage(out_dir.parent).free
-    if size > free:
-        raise ValueError(
-            f"{out_dir} needs {size / 1e9:.1f} GB but {out_dir.parent} has {free / 1e9:.1f} GB "
-            "free; make room or choose another disk"
-        )
+    check_room(out_dir.parent, size, str(out_dir))
     temporary = out_dir.with_name(out_dir.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -37,6 +37,7 @@ from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
 from modeling.bagel.config import SpecialTokens
 from modeling.bagel.decoder import Attention
+from modeling.fingerprints import weights_fingerprint
 from scripts.visual_opsd.cli import flat, option, parse_config, run_main
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.latents import encode_pictures, row_generator
@@ -52,7 +53,7 @@ from scripts.visual_opsd.row_windows import (
     read_windows,
 )
 from scripts.visual_opsd.rows import make_builder, noise_generator
-from scripts.visual_opsd.run_store import weights_fingerprint, write_json
+from scripts.visual_opsd.run_store import write_json
 from scripts.visual_opsd.vt_figures import draw_attention
 
 PARTS = ("first_token", "problem_image", "vt", "text", "answer")

@@ -30,6 +30,7 @@ from data.thinkmorph import EVALUATION_ROWS, Row, RowNeeds, parse_row
 from data.tsv import TsvDataset
 from data.worlds import get_scorer
 from modeling import BagelBundle, load_bagel
+from modeling.fingerprints import weights_fingerprint
 from scripts.visual_opsd import benchmarks
 from scripts.visual_opsd.benchmark_scoring import Verdict, exact_verdict
 from scripts.visual_opsd.benchmark_table import (
@@ -74,7 +75,6 @@ from scripts.visual_opsd.run_store import (
     claim_folder,
     read_json,
     stable_hash,
-    weights_fingerprint,
     write_json,
     write_lines,
 )

@@ -32,6 +32,7 @@ from data.parquet import Reject
 from data.rejects import summarise
 from data.sequence import Completion, given_completion
 from modeling import BagelBundle, load_bagel
+from modeling.fingerprints import weights_fingerprint
 from scripts.visual_opsd.cli import flat, parse_config, run_main
 from scripts.visual_opsd.diagnostic_store import (
     Baseline,
@@ -78,7 +79,7 @@ from scripts.visual_opsd.row_windows import (
     read_windows,
 )
 from scripts.visual_opsd.rows import make_builder
-from scripts.visual_opsd.run_store import weights_fingerprint, write_json, write_lines
+from scripts.visual_opsd.run_store import write_json, write_lines
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch import Tensor
 from scripts.visual_opsd.peers import Watch
 
 _watch: Watch | None = None  # of the group that this process is in
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -166,17 +167,22 @@ def raise_together(error: Exception | None) -> None:
             raise (ValueError if is_value_error else RuntimeError)(f"rank {rank}: {text}")
 
 
-def on_main(env: DistEnv, action: Callable[[], object]) -> None:
-    """Run on rank 0 while the others wait; its error is raised on all ranks."""
+def on_main(env: DistEnv, action: Callable[[], T]) -> T:
+    """Run on rank 0 while the others wait; its result (small: it is pickled) or error is theirs."""
     barrier(env)
-    attempt(action if env.is_main else lambda: None)
+    result: list[Any] = [attempt(lambda: action() if env.is_main else None)]
+    if env.world_size > 1:
+        dist.broadcast_object_list(result, src=0)
+    return cast(T, result[0])
 
 
-def attempt(action: Callable[[], object]) -> None:
-    """Run on every rank; an error on any is raised on all."""
+def attempt(action: Callable[[], T]) -> T:
+    """Run on every rank, each gets its own result; an error on any is raised on all."""
     error: Exception | None = None
+    result: Any = None
     try:
-        action()
+        result = action()
     except Exception as caught:
         error = caught
     raise_together(error)
+    return cast(T, result)

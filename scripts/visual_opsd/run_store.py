@@ -1,5 +1,5 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""Files of a run that only reads a model: JSON lines that survive a kill, settings, fingerprints.
+"""Files of a run that only reads a model: JSON lines that survive a kill, and settings.
 
 Rank k appends to NAME.rank_k.jsonl; at the end rank 0 merges these and an earlier NAME.jsonl, in
 row order, into NAME.jsonl. A killed run leaves rank files, from which the next one goes on with
@@ -15,46 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from modeling.checkpoint import is_generation_key
-from modeling.weight_files import open_weights, read_file
-
 SETTINGS_FILE = "settings.json"
-# Weights up to this size are hashed as a whole, of larger ones three samples of each tensor.
-_WHOLE_BYTES = 1 << 26
-_SAMPLE_BYTES = 4096
-
-
-def weights_fingerprint(path: str | Path, *, drawing: bool = False) -> str:
-    """Digest that tells two checkpoints apart, whatever their folders are called.
-
-    Covers names, shapes and dtypes of the tensors that understanding uses, and their bytes (of
-    large files the first, middle and last 4 KiB of each tensor: a training step moves them all).
-
-    drawing: also those that drawing uses: the generation expert and the autoencoder.
-
-    Raises:
-        ValueError: as `modeling.weight_files.open_weights`.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    found = sorted(open_weights(path).items())
-    tensors = [t for k, t in found if drawing or not is_generation_key(k)]
-    autoencoder = Path(path) / "ae.safetensors"
-    if drawing and autoencoder.is_file():
-        tensors += [t for _, t in sorted(read_file(autoencoder).items())]
-    whole = sum(tensor.nbytes for tensor in tensors) <= _WHOLE_BYTES
-    for tensor in tensors:
-        digest.update(f"{tensor.key} {tensor.dtype} {tensor.shape}\n".encode())
-        if whole or tensor.nbytes <= 3 * _SAMPLE_BYTES:
-            spans = [(tensor.start, tensor.nbytes)]
-        else:
-            middle = tensor.start + tensor.nbytes // 2
-            starts = (tensor.start, middle, tensor.stop - _SAMPLE_BYTES)
-            spans = [(start, _SAMPLE_BYTES) for start in starts]
-        with tensor.file.open("rb") as stream:
-            for start, size in spans:
-                stream.seek(start)
-                digest.update(stream.read(size))
-    return digest.hexdigest()
 
 
 def stable_hash(value: Any) -> str:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -32,7 +31,7 @@ from modeling.bagel.bagel import Bagel
 from modeling.checkpoint import is_generation_key, iter_weights, locate_weights, save_bagel
 from modeling.tokenizer import load_tokenizer
 from modeling.weight_files import FLOAT_DTYPES, open_weights
-from scripts.visual_opsd.checkpoint_folders import check_folders
+from scripts.visual_opsd.checkpoint_folders import check_folders, restart_logs
 from scripts.visual_opsd.cli import flat
 from scripts.visual_opsd.config import TrainConfig
 from scripts.visual_opsd.distributed import (
@@ -55,12 +54,14 @@ from scripts.visual_opsd.processes import (
     agree,
     all_reduce_max_int,
     all_reduce_sums,
+    attempt,
     gather_objects,
     on_main,
     raise_together,
 )
 from scripts.visual_opsd.recorded import RecordedCompletions, write_samples
 from scripts.visual_opsd.rows import PrepareOPSD, PrepareSFT, TrainRow, make_builder
+from scripts.visual_opsd.run_contents import run_contents
 from scripts.visual_opsd.schedule import compute_dtype, learning_rate_factor
 from scripts.visual_opsd.step import (
     PackResult,
@@ -78,12 +79,12 @@ from scripts.visual_opsd.stopping import StopRequest, exit_code
 from scripts.visual_opsd.teacher import Teacher
 from scripts.visual_opsd.training_state import (
     TrainingState,
+    check_resumable,
+    choose_checkpoint,
     claim_checkpoint_dir,
-    find_checkpoint,
     load_checkpoint,
     release_folder,
     save_checkpoint,
-    truncate_jsonl,
 )
 
 _SHOWN = {"loss": ".4f", "grad_norm": ".3f", "completion_length": ".1f"}
@@ -134,11 +135,10 @@ class Trainer:
         )
         replay = config.run.replay_samples
         self.recorded = RecordedCompletions.read(replay) if replay and not sft else None
-        self.checkpoint: Path | None = None
-        for spec in config.run.resume_specs:
-            self.checkpoint = self.checkpoint or find_checkpoint(config.run.checkpoints, spec)
-        folders = (self.results, config.run.checkpoints, self.checkpoint)
-        on_main(env, lambda: check_folders(*folders))  # before minutes of loading
+        # What forbids a resume is said before minutes of loading.
+        self.contents = on_main(env, lambda: run_contents(config, self.sampler))
+        self.checkpoint = choose_checkpoint(config.run.checkpoints, config.run.resume_specs, env)
+        on_main(env, self._check_resume)
         self._build_models()
         self.stop = StopRequest()
         self.step = 0  # completed optimiser steps
@@ -267,27 +267,27 @@ class Trainer:
         return TrainingState(self.student, self.optimizer, self.scheduler, self.ema)
 
     def _saved_config(self) -> dict[str, Any]:
-        """Settings stored with checkpoints, and what the order of the rows depends on."""
-        return {**asdict(self.config), "rows": self.sampler.signature(), "sft": self.sft}
+        """What is stored with checkpoints and must be the same on a resume."""
+        return {"config": {**asdict(self.config), "sft": self.sft}, "contents": self.contents}
+
+    def _check_resume(self) -> None:
+        check_folders(self.results, self.config.run.checkpoints, self.checkpoint)
+        if self.checkpoint is not None:
+            check_resumable(self.checkpoint, **self._saved_config())
 
     def _restore(self) -> None:
         run = self.config.run
         rejects: dict[str, Any] = {"rows_read": 0, "reasons": {}}
         if self.checkpoint is not None:
-            resumed = load_checkpoint(
-                self.checkpoint, self.state, env=self.env, config=self._saved_config()
+            resumed = load_checkpoint(  # whose digests were checked when it was chosen
+                self.checkpoint, self.state, env=self.env, digests=False, **self._saved_config()
             )
             self.step = self.saved_step = resumed.step
             self.bad_steps = int(resumed.extra["bad_steps"])
             rejects = resumed.extra["rejects"]
         claim_checkpoint_dir(run.checkpoints, self.checkpoint, self.env)
-        self.ledger.resume(rejects, self.step)
-        if self.env.is_main:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                truncate_jsonl(self.results / name, self.step)
-            (self.results / "config.yaml").write_text(
-                yaml.safe_dump(flat(self.config), sort_keys=False)
-            )
+        attempt(lambda: self.ledger.resume(rejects, self.step))
+        on_main(self.env, lambda: restart_logs(self.results, self.step, flat(self.config)))
 
     # ------------------------------------------------------------------------------- training
 
@@ -563,7 +563,7 @@ class Trainer:
             self.step,
             self.state,
             env=self.env,
-            config=self._saved_config(),
+            **self._saved_config(),
             extra={"rejects": self.ledger.state_dict(), "bad_steps": self.bad_steps},
             keep_last=run.keep_last,
         )
@@ -578,11 +578,13 @@ class Trainer:
         stored = open_weights(self.config.model.model_path)
         dtypes = {key: FLOAT_DTYPES[tensor.dtype] for key, tensor in stored.items()}
         tensors = iter_full_state(self.student, trained, dtypes.get)
-        save_bagel(
-            tensors,
-            release_folder(run.checkpoints, self.step) if self.env.is_main else None,
-            base=self.config.model.model_path,
-            step=self.step,
-            run_config=flat(self.config),
-            overwrite=True,
+        attempt(
+            lambda: save_bagel(
+                tensors,
+                release_folder(run.checkpoints, self.step) if self.env.is_main else None,
+                base=self.config.model.model_path,
+                step=self.step,
+                run_config=flat(self.config),
+                overwrite=True,
+            )
         )

@@ -35,6 +35,7 @@ from data.rejects import summarise
 from data.sequence import TextSegment
 from data.transforms import ImageTransform, decode_image
 from modeling import load_bagel
+from modeling.fingerprints import weights_fingerprint
 from scripts.visual_opsd.cli import flat, parse_config, run_main
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.evaluation_summary import split_bad
@@ -62,7 +63,6 @@ from scripts.visual_opsd.run_store import (
     RankedLines,
     claim_folder,
     stable_hash,
-    weights_fingerprint,
     write_json,
     write_lines,
 )
