@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import io
 import os
 import sys
 import threading
@@ -209,7 +210,10 @@ def check_dataset(
     except ValueError as error:
         return [*lines, *schema_lines, ("rows", "0"), ("ERROR", str(error))], False
     largest = max(dataset.groups, key=lambda group: group.bytes)
-    stats = scan_all(dataset, length, num_workers)
+    try:
+        stats = scan_all(dataset, length, num_workers)
+    except ValueError as error:  # a file went away
+        return [*lines, *schema_lines, ("ERROR", str(error))], False
     bad = stats.reasons.total()
     reasons = ", ".join(f"{count} {reason}" for reason, count in stats.reasons.most_common())
     counts = ", ".join(f"{n} rows with {k}" for k, n in sorted(stats.visual_thoughts.items()))
@@ -247,9 +251,9 @@ def find_datasets(path: Path, split: str) -> list[tuple[str, list[Path] | ValueE
 
     Raises ValueError if there is nothing at the path.
     """
-    if path.is_file():
+    if os.path.lexists(path) and not os.path.isdir(path):
         return [(path.stem, [path])]
-    if not path.exists():
+    if not os.path.isdir(path):
         raise ValueError(f"{path} does not exist")
     single = is_dataset_folder(path)
     folders = [path] if single else sorted(p for p in path.iterdir() if is_dataset_folder(p))
@@ -306,10 +310,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="decoding threads"
     )
     options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names and texts may be anything
+            stream.reconfigure(errors="backslashreplace")
     try:
         length, unit = _length_function(options.tokenizer)
         datasets = find_datasets(Path(options.path).expanduser(), options.split)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     good = True

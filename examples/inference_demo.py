@@ -33,6 +33,7 @@ draws it. A right answer is L,L,L,D,D.
 from __future__ import annotations
 
 import io
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -187,7 +188,7 @@ def read_input(settings: DemoSettings) -> tuple[Image.Image, str]:
         raise ValueError("give an image and a question: --image FILE --question TEXT")
     if not settings.question.strip():
         raise ValueError("the question is empty; give one with --question TEXT")
-    if not Path(settings.image).is_file():
+    if not os.path.isfile(settings.image):
         raise ValueError(f"there is no image file {settings.image}; check --image")
     return decode_image(Path(settings.image)), settings.question
 

@@ -218,7 +218,7 @@ def _weight_map(folder: Path, which: WhichWeights) -> dict[Path, list[str] | Non
     """Weight files of a folder and the keys to take from each (None: all)."""
     if which not in ("auto", "model", "ema"):
         raise ValueError(f"weights={which!r} is unknown; choose auto, model or ema")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ValueError(
             f"the checkpoint folder {folder} does not exist; give the path of a local folder "
             "(python download_model.py --save-dir DIR fetches ThinkMorph-7B or BAGEL-7B-MoT)"
@@ -255,7 +255,7 @@ def _read_index(index: Path) -> dict[Path, list[str] | None]:
         keys = by_file.setdefault(index.parent / name, [])
         assert keys is not None
         keys.append(key)
-    absent = [file.name for file in by_file if not file.is_file()]
+    absent = [file.name for file in by_file if not os.path.isfile(file)]
     if absent:
         named = ", ".join(absent[:8]) + f" and {len(absent) - 8} more" * (len(absent) > 8)
         raise ValueError(

@@ -25,6 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from modeling.text_files import read_json_object
 from scripts.miniworld.demo_figure import draw
 from scripts.visual_opsd.scoring import PairedComparison, compare_runs
 
@@ -94,15 +95,15 @@ class Runner:
                 process.kill()
         for job, log, code in zip(jobs, logs, codes, strict=True):
             if code:
-                tail = "\n".join(log.read_text().splitlines()[-15:])
+                said = log.read_text(encoding="utf-8", errors="replace")
+                tail = "\n".join(said.splitlines()[-15:])
                 raise RuntimeError(f"{job.name} ended with code {code} ({log}):\n{tail}")
         self.seconds[title] = time.perf_counter() - started
         tqdm.write(f"   {self.seconds[title]:.0f} s")
 
 
 def read(path: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(path.read_text())
-    return loaded
+    return read_json_object(path, "result")
 
 
 class Demo:

@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.json_lines import append_records
 from data.sequence import Prompts
 from data.worlds import spatial_navigation as nav
 from data.worlds.tiles import fingerprint
@@ -364,11 +365,11 @@ def run(args: argparse.Namespace) -> None:
     mixture = Mixture(args.text_share, args.noise_share, args.detour)
     log_path = Path(args.log or f"{args.out.rstrip('/')}.jsonl")
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as skeleton, log_path.open("w") as log_file:
+    log_path.write_bytes(b"")
+    with tempfile.TemporaryDirectory() as skeleton:
 
         def log(entry: Mapping[str, Any]) -> None:
-            log_file.write(json.dumps(entry) + "\n")
-            log_file.flush()
+            append_records(log_path, [entry])
             print(json.dumps(entry), flush=True)
 
         write_skeleton(skeleton, demo_strings(prompts), args.seed)

@@ -119,7 +119,7 @@ def open_benchmarks(names: str, root: str | Path | None) -> list[TsvDataset]:
             "--benchmark needs the folder of the TSV files: --tsv_root DIR, or the environment "
             f"variable {ROOT_VARIABLE}"
         )
-    absent = [name for name in wanted if not (Path(folder) / f"{name}.tsv").is_file()]
+    absent = [name for name in wanted if not os.path.isfile(Path(folder) / f"{name}.tsv")]
     if absent:
         raise ValueError(
             f"{folder} lacks {', '.join(f'{name}.tsv' for name in absent)}: download what "

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from data.json_lines import filter_log
 from modeling.disk import disk_errors
 from scripts.visual_opsd.processes import DistEnv, on_main
 from scripts.visual_opsd.state_files import (
@@ -317,24 +317,7 @@ def truncate_jsonl(path: Path, step: int) -> int:
     """Drop lines of steps after `step`, and a torn last line; returns how many were dropped.
 
     Without it, a resumed run's metrics.jsonl and samples.jsonl would repeat steps. Rank 0 only.
-    Lines without a "step" stay. The file is replaced in one rename.
+    Lines without a "step" stay; damaged ones are dropped with a warning. The file is replaced in
+    one rename.
     """
-    if not path.exists():
-        return 0
-    dropped = 0
-    tmp = path.with_name(path.name + ".tmp")
-    with path.open(encoding="utf-8") as lines, tmp.open("w", encoding="utf-8") as kept:
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                dropped += 1  # the process was killed while writing it
-                continue
-            if isinstance(record, dict) and record.get("step", step) > step:
-                dropped += 1
-            else:
-                kept.write(line if line.endswith("\n") else line + "\n")
-        kept.flush()
-        os.fsync(kept.fileno())
-    os.replace(tmp, path)
-    return dropped
+    return filter_log(path, lambda record: bool(record.get("step", step) <= step))

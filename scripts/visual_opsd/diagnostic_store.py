@@ -12,10 +12,11 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from data.json_lines import read_log
 from data.sequence import Completion
 from scripts.visual_opsd.kl_statistics import COLUMNS, SampleDivergences
 from scripts.visual_opsd.row_windows import RowName
-from scripts.visual_opsd.run_store import differing, read_json, read_lines, stable_hash
+from scripts.visual_opsd.run_store import differing, read_json, stable_hash
 
 _DIVERGENCES = "divergences.npz"
 _HINT = (
@@ -130,7 +131,7 @@ def read_baseline(folder: str | Path, wanted: Mapping[str, Any]) -> Baseline:
     path = folder / "completions.jsonl"
     if not path.is_file():
         raise ValueError(f"{path} does not exist; {_HINT}")
-    lines = read_lines(path)
+    lines = read_log(path)
     if completions_hash(lines) != summary["completions"]["hash"]:
         raise ValueError(
             f"{path} is not the file that {folder / 'kl_diagnostic.json'} was made with (its "

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from data.json_lines import write_lines
 from data.packing import context_length
 from data.parquet import Reject
 from data.rejects import summarise
@@ -76,9 +77,9 @@ from scripts.visual_opsd.run_store import (
     read_json,
     stable_hash,
     write_json,
-    write_lines,
 )
 from scripts.visual_opsd.scoring import (
+    ROW_KEY,
     PairedComparison,
     compare_runs,
     extract_answer,
@@ -86,6 +87,8 @@ from scripts.visual_opsd.scoring import (
 from scripts.visual_opsd.timing import BatchClock, summarise_timing, timing_line, timing_text
 
 CONTEXTS = ("text", "vt", "noise")
+# What figures and comparisons read of a line of predictions.jsonl.
+_USED = (*ROW_KEY, "answer", "text", "correct", "answered", "output_tokens", "capped", "empty")
 
 
 @dataclass(frozen=True)
@@ -297,7 +300,7 @@ class Stores:
 
     @classmethod
     def of(cls, folder: Path) -> Stores:
-        return cls(RankedLines(folder, "predictions"), RankedLines(folder, "timing"))
+        return cls(RankedLines(folder, "predictions", fields=_USED), RankedLines(folder, "timing"))
 
 
 def answer_rows(

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.json_lines import write_lines
 from data.parquet import Reject
 from data.rejects import summarise
 from data.sequence import Completion, given_completion
@@ -79,7 +80,7 @@ from scripts.visual_opsd.row_windows import (
     read_windows,
 )
 from scripts.visual_opsd.rows import make_builder
-from scripts.visual_opsd.run_store import write_json, write_lines
+from scripts.visual_opsd.run_store import write_json
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 import sys
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.json_lines import append_records, read_log
 from scripts.visual_opsd.processes import DistEnv, all_reduce_sums
 
 Metric = float | int | str | bool | None | Tensor
@@ -44,18 +44,11 @@ def simple(value: Metric) -> float | int | str | None:
     return value
 
 
-def json_line(record: Mapping[str, Metric]) -> str:
-    """One line of JSON, "step" first, the other names sorted."""
-    names = sorted(record, key=lambda name: (name != "step", name))
-    return json.dumps({n: simple(record[n]) for n in names}, allow_nan=False) + "\n"
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, with non-finite numbers as floats again."""
+    """The records of a metrics.jsonl, with non-finite numbers as floats again."""
     special = ("nan", "inf", "-inf")
     return [
-        {k: float(v) if v in special else v for k, v in json.loads(line).items()}
-        for line in path.read_text(encoding="utf-8").splitlines()
+        {k: float(v) if v in special else v for k, v in record.items()} for record in read_log(path)
     ]
 
 
@@ -63,8 +56,8 @@ class MetricLogger:
     """Writes on rank 0, does nothing elsewhere: callers need no rank checks.
 
     Args:
-        path: the metrics file; appended to, one flushed line a call, so that a kill loses at most
-            the line being written.
+        path: the metrics file; appended to, one line a call, so that a kill loses at most the
+            line being written.
         total_steps, start_step: for the progress bar (drawn on stderr).
         progress: False draws none.
         wandb: imported only when given.
@@ -85,7 +78,7 @@ class MetricLogger:
         wandb: WandbSettings | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        self._file = None
+        self._path: Path | None = None  # on rank 0, until closed
         self._wandb_run: Any = None
         self._bar: Any = None
         if not env.is_main:
@@ -93,7 +86,7 @@ class MetricLogger:
         if wandb is not None:
             self._wandb_run = _start_wandb(wandb, path.parent, config)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
         if progress:
             # A log file gets a line now and then, a terminal a moving bar.
             interval = 0.2 if sys.stderr.isatty() else 30.0
@@ -114,11 +107,10 @@ class MetricLogger:
             metrics: scalars; a tensor must hold one element (reading it synchronises its device).
             show: name -> format of the metrics the progress bar shows, e.g. {"loss": ".4f"}.
         """
-        if self._file is None:
+        if self._path is None:
             return
-        record = {name: simple(value) for name, value in metrics.items()}
-        self._file.write(json_line({**record, "step": step}))
-        self._file.flush()
+        record = {name: simple(metrics[name]) for name in sorted(metrics)}
+        append_records(self._path, [{"step": step, **record}])
         if self._bar is not None and show:
             shown = {k: format(record[k], f) for k, f in show.items() if _is_number(record.get(k))}
             self._bar.set_postfix(shown, refresh=False)
@@ -133,20 +125,18 @@ class MetricLogger:
 
     def message(self, text: str) -> None:
         """Print a line on rank 0 without tearing the bar."""
-        if self._file is not None:
+        if self._path is not None:
             tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """Close file, bar and wandb run; may be called twice."""
+        """Close bar and wandb run; may be called twice."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
         if self._wandb_run is not None:
             self._wandb_run.finish()
             self._wandb_run = None
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._path = None
 
     def __enter__(self) -> MetricLogger:
         return self

@@ -7,6 +7,7 @@ Unlike training, nothing is replaced: a row that cannot be used is left out, cou
 from __future__ import annotations
 
 import hashlib
+import os
 import queue
 import sys
 import threading
@@ -93,11 +94,11 @@ def open_data(data: str, split: str, root: str | Path | None, needs: RowNeeds) -
                 )
             found.append(TsvDataset(path.stem, path))
             continue
-        if path.is_file():
-            files, place = [path], path.resolve().parent
-        elif path.is_dir() and is_dataset_folder(path):
+        if os.path.isfile(path) or (path.suffix == ".parquet" and not os.path.isdir(path)):
+            files, place = [path], Path(os.path.realpath(path)).parent
+        elif is_dataset_folder(path):
             files, place = split_files(path, split), path.resolve()
-        elif path.is_dir():
+        elif os.path.isdir(path):
             raise ValueError(
                 f"--data {entry}: the folder holds no parquet files, directly or in its data/; "
                 "name a dataset's folder, or give its parent as --data_root and the name as --data"

@@ -15,6 +15,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from data.json_lines import append_records, read_log, write_lines
+from modeling.text_files import read_json_object
+
 SETTINGS_FILE = "settings.json"
 
 
@@ -32,46 +35,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object. Raises ValueError, calling it `what`, if it is absent or no object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: {what}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): {what}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object: {what}")
-    return value
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file; a last line without its end (a killed writer's) is left out.
-
-    Raises:
-        ValueError: another line is not JSON; names it.
-    """
-    records = []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(
-                f"{path} line {number} is not JSON ({error}); the file was edited or damaged: "
-                "delete that line, its row will be computed again"
-            ) from error
-    return records
-
-
-def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSON-lines file, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        for record in records:
-            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    """A JSON object. Raises ValueError, saying `what` it is for, if it is absent or no object."""
+    return read_json_object(path, "file of results", fix=what)
 
 
 class RankedLines:
@@ -80,10 +45,14 @@ class RankedLines:
     Args:
         folder: the run's; must exist. name: stem of the files.
         key: field that names a record (an integer); a record read twice counts once.
+        fields: what else a record must hold, unless it holds "bad"; others are left out, so that
+            their rows are computed again.
     """
 
-    def __init__(self, folder: Path, name: str, key: str = "index") -> None:
-        self.folder, self.name, self.key = folder, name, key
+    def __init__(
+        self, folder: Path, name: str, key: str = "index", fields: Iterable[str] = ()
+    ) -> None:
+        self.folder, self.name, self.key, self.fields = folder, name, key, tuple(fields)
         self.merged = folder / f"{name}.jsonl"
 
     def _rank_files(self) -> list[Path]:
@@ -103,21 +72,21 @@ class RankedLines:
         found: dict[int, dict[str, Any]] = {}
         merged = [self.merged] if self.merged.is_file() else []
         for file in [*merged, *self._rank_files()]:
-            for record in read_lines(file):
-                found[int(record[self.key])] = record
+            for record in read_log(file, self._is_ours):
+                found[record[self.key]] = record
         return dict(sorted(found.items()))
+
+    def _is_ours(self, record: dict[str, Any]) -> bool:
+        if type(record[self.key]) is not int:
+            raise TypeError(f"{self.key} is no integer")
+        missing = [name for name in self.fields if name not in record]
+        if missing and "bad" not in record:
+            raise KeyError(*missing)
+        return True
 
     def append(self, rank: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records to a rank's file; on the disk's side of a kill after this returns."""
-        path = self.folder / f"{self.name}.rank_{rank}.jsonl"
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        with path.open("ab+") as stream:
-            if stream.tell():
-                stream.seek(-1, os.SEEK_END)
-                if stream.read(1) != b"\n":  # drop the line a killed process was writing
-                    stream.seek(0)
-                    stream.truncate(stream.read().rfind(b"\n") + 1)
-            stream.write(text.encode("utf-8"))
+        append_records(self.folder / f"{self.name}.rank_{rank}.jsonl", records)
 
     def merge(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Write `records` (what `read` gave, or some of it) as the merged file, then remove the

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from scripts.visual_opsd.run_store import read_lines
+from data.json_lines import read_log
 
 CONFIDENCE = 0.95
 # The last complete pair of tags; an earlier, unclosed <answer> is no part of it.
@@ -159,12 +161,14 @@ def compare_paired(a: Sequence[bool], b: Sequence[bool]) -> PairedComparison:
 
 def _verdicts(folder: str | Path) -> dict[tuple[Any, ...], bool]:
     path = Path(folder) / "predictions.jsonl"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(
             f"{path} does not exist: give the output folder of a finished evaluation (python -m "
             "scripts.visual_opsd.evaluate --output_dir DIR; the same command resumes a killed one)"
         )
-    return {tuple(line[k] for k in ROW_KEY): bool(line["correct"]) for line in read_lines(path)}
+    held = itemgetter(*ROW_KEY, "correct")
+    lines = read_log(path, lambda line: bool(held(line)))
+    return {tuple(line[k] for k in ROW_KEY): bool(line["correct"]) for line in lines}
 
 
 def _first_missing(a: Mapping[Any, bool], b: Mapping[Any, bool]) -> tuple[Any, ...] | None:

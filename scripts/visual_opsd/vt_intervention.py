@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 
 from data.interleave import IMAGE_MARKER, InterleaveEngine
+from data.json_lines import write_lines
 from data.parquet import Reject
 from data.rejects import summarise
 from data.sequence import TextSegment
@@ -64,7 +65,6 @@ from scripts.visual_opsd.run_store import (
     claim_folder,
     stable_hash,
     write_json,
-    write_lines,
 )
 from scripts.visual_opsd.scoring import (
     compare_paired,

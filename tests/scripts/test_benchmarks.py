@@ -55,7 +55,7 @@ def test_a_file_is_read_as_its_writer_meant_it(tmp_path: Path) -> None:
         {"index": "7", "question": 'two\nlines,\ta tab and "quotes"', "answer": "A", "A": "5 inch",
          "image": base64_png(first)},
         {"index": "8", "question": "plain", "answer": "B", "A": "", "image": "7"},
-        {"index": "9", "question": "two", "answer": "A", "A": "nan",
+        {"index": "9", "question": "two", "answer": "A", "A": " ",
          "image": str([base64_png(second), base64_png(first)])},
     ]  # fmt: skip
     path = write_tsv(tmp_path / "Own.tsv", rows)

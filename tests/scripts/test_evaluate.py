@@ -153,6 +153,15 @@ def test_resume_after_a_torn_line(
     assert (tmp_path / "run" / "predictions.jsonl").read_bytes() == whole
     assert not list((tmp_path / "run").glob("*.rank_*"))
 
+    # Damaged by a disk: the rows of lines that are no predictions are answered again.
+    count_rows.clear()
+    lines = whole.splitlines(keepends=True)
+    lines[2:5] = [b"\xff\xfe\x00\n", lines[3][:30] + b"\n", b'{"index": 4}\n']
+    (tmp_path / "run" / "predictions.jsonl").write_bytes(b"".join(lines))
+    assert run(world, tmp_path / "run")["resumed_rows"] == ROWS - 3
+    assert sum(count_rows) == 3
+    assert (tmp_path / "run" / "predictions.jsonl").read_bytes() == whole
+
     # Truncated by hand after the end; then nothing left to do.
     count_rows.clear()
     (tmp_path / "run" / "predictions.jsonl").write_bytes(whole[:cut])
@@ -274,11 +283,16 @@ def test_a_mistake_is_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.startswith("error: --data ")
 
 
-def test_damaged_lines_are_named(tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").write_text('{"index": 0}\nbroken\n{"index": 2}\n')
+def test_damaged_lines_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = ['{"index": 0, "x": 1}', "broken", '{"x": 1}', '{"index": "4", "x": 1}', '{"index": 5}',
+             '{"index": 6, "bad": {}}', '{"index": true, "x": 1}']  # fmt: skip
+    (tmp_path / "p.jsonl").write_text("\n".join(lines) + "\n")
+    # Their rows are computed again.
+    assert list(RankedLines(tmp_path, "p", fields=("x",)).read()) == [0, 6]
+    assert "p.jsonl: left out: line 2 is not JSON" in caplog.text
+    assert "line 3 is no record of this file: KeyError('index')" in caplog.text
+    assert "and 2 more" in caplog.text
     store = RankedLines(tmp_path, "p")
-    with pytest.raises(ValueError, match=r"p\.jsonl line 2 is not JSON"):
-        store.read()
     (tmp_path / "p.jsonl").write_text('{"index": 3}\n{"index": 1')
     store.append(0, [{"index": 1}])
     (tmp_path / "p.rank_0.jsonl").write_text('{"index": 1}\n{"ind')
