@@ -40,6 +40,7 @@ from modeling.bagel.decoder import Attention
 from modeling.fingerprints import weights_fingerprint
 from scripts.visual_opsd.cli import flat, option, parse_config, run_main
 from scripts.visual_opsd.config import PromptSettings
+from scripts.visual_opsd.folder_lock import hold_folder
 from scripts.visual_opsd.latents import encode_pictures, row_generator
 from scripts.visual_opsd.processes import init_distributed, shutdown
 from scripts.visual_opsd.row_windows import (
@@ -291,6 +292,7 @@ def analyse(config: AnalysisConfig, device: torch.device) -> dict[str, Any]:
     folder = Path(settings.output_dir)
     with_latents = settings.context == "vae+vit"
     pool = RowPool(open_data(settings.data, settings.split, settings.data_root, NEEDS))
+    hold_folder(folder, "output_dir")
     bundle = load_bagel(
         settings.model_path, visual_gen=with_latents, device=device,
         dtype=config.compute.dtype(device),
@@ -344,7 +346,6 @@ def analyse(config: AnalysisConfig, device: torch.device) -> dict[str, Any]:
         "identity": prompt_identity(config.prompt),
         "settings": flat(config),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "attention.json", summary)
     draw_attention(folder / "attention.png", summary)
     return summary

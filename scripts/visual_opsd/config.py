@@ -256,10 +256,15 @@ class RunSettings:
     replay_samples: str | None = option(
         None, "train on the completions of this samples.jsonl instead of sampling"
     )
-    resume: str | None = option(None, "latest, a step number, or the folder of a training state")
+    resume: str | None = option(
+        None, "latest, last_good (the same, but there must be one), a step, or a state's folder"
+    )
     auto_resume: bool = option(False, "the same as --resume latest")
     resume_from: str | None = option(
         None, "the same as --resume PATH; with --auto_resume, only if there is no own state yet"
+    )
+    take_over: bool = option(
+        False, "take folders that a run on another machine held which can no longer be seen"
     )
     global_seed: int = option(4396, "random numbers of sampling and of the noise control")
     device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))

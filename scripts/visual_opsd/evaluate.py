@@ -48,6 +48,7 @@ from scripts.visual_opsd.evaluation_summary import (
     summarise_run,
     table,
 )
+from scripts.visual_opsd.folder_lock import hold_folder
 from scripts.visual_opsd.on_policy_sampler import SamplerSettings, sample_completions
 from scripts.visual_opsd.processes import (
     DistEnv,
@@ -451,6 +452,7 @@ def evaluate(config: EvaluateConfig, env: DistEnv) -> dict[str, Any]:
 
 
 def _prepare_folder(stores: Stores, wanted: Mapping[str, Any], settings: EvaluateSettings) -> None:
+    hold_folder(stores.answers.folder, "output_dir")
     if settings.overwrite:
         stores.answers.clear()
         stores.timing.clear()

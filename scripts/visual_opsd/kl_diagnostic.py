@@ -42,6 +42,7 @@ from scripts.visual_opsd.diagnostic_store import (
     read_baseline,
     save_divergences,
 )
+from scripts.visual_opsd.folder_lock import hold_folder
 from scripts.visual_opsd.kl_measurement import (
     DiagnosticConfig,
     DiagnosticRow,
@@ -244,6 +245,7 @@ def diagnose(config: DiagnosticConfig, env: DistEnv) -> dict[str, Any]:
     wanted = identity(config, pool, config.compute.dtype(env.device))
     same_model = wanted["base"] == weights_fingerprint(settings.model_path)
     baseline = read_baseline(settings.baseline, wanted) if settings.baseline else None
+    on_main(env, lambda: hold_folder(Path(settings.output_dir), "output_dir"))
     if baseline is not None:
         indices = baseline.indices
     else:
@@ -367,7 +369,6 @@ def write_outputs(
     settings: DiagnosticSettings,
 ) -> None:
     """Completions, divergences, figures and, last, kl_diagnostic.json."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_lines(folder / "completions.jsonl", [r.line for r in results])
     own = [r for r in results if r.own is not None and r.own_line is not None]
     if own:

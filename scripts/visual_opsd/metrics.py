@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.json_lines import append_records, read_log
+from modeling.disk import disk_errors
 from scripts.visual_opsd.processes import DistEnv, all_reduce_sums
 
 Metric = float | int | str | bool | None | Tensor
@@ -85,7 +86,8 @@ class MetricLogger:
             return
         if wandb is not None:
             self._wandb_run = _start_wandb(wandb, path.parent, config)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(f"writing to {path.parent}", path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         if progress:
             # A log file gets a line now and then, a terminal a moving bar.
@@ -157,16 +159,17 @@ def _start_wandb(settings: WandbSettings, folder: Path, config: Mapping[str, Any
             "--wandb_project needs wandb, which is not installed: pip install wandb, or leave "
             "the flag out (metrics.jsonl is always written)"
         ) from error
-    folder.mkdir(parents=True, exist_ok=True)
-    return wandb.init(
-        project=settings.project,
-        name=settings.name,
-        id=settings.run_id,
-        resume="allow" if settings.run_id else None,
-        mode="offline" if settings.offline else "online",
-        dir=str(folder),
-        config=dict(config or {}),
-    )
+    with disk_errors(f"starting wandb in {folder}", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return wandb.init(
+            project=settings.project,
+            name=settings.name,
+            id=settings.run_id,
+            resume="allow" if settings.run_id else None,
+            mode="offline" if settings.offline else "online",
+            dir=str(folder),
+            config=dict(config or {}),
+        )
 
 
 class PhaseTimer:

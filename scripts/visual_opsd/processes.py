@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scripts.visual_opsd.folder_lock import release_folders
 from scripts.visual_opsd.peers import Watch
 
 _watch: Watch | None = None  # of the group that this process is in
@@ -82,7 +83,7 @@ def init_distributed(device: str = "auto", timeout_s: float = 1800) -> DistEnv:
 
 
 def shutdown() -> None:
-    """Leave the process group (no-op when there is none)."""
+    """Leave the process group (no-op when there is none), and let go of the run's folders."""
     global _watch
     if _watch is not None:
         error = sys.exc_info()[1]  # what ends the caller's block, if anything does
@@ -90,6 +91,7 @@ def shutdown() -> None:
         _watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
+    release_folders()
 
 
 def leave(code: int) -> NoReturn:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.json_lines import append_records, read_log, write_lines
+from modeling.disk import disk_errors
 from modeling.text_files import read_json_object
 
 SETTINGS_FILE = "settings.json"
@@ -30,8 +31,10 @@ def stable_hash(value: Any) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with disk_errors(f"writing {path}", path.parent):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -64,8 +67,9 @@ class RankedLines:
 
     def clear(self) -> None:
         """Remove all records."""
-        for file in [self.merged, *self._rank_files()]:
-            file.unlink(missing_ok=True)
+        with disk_errors(f"emptying {self.folder}", self.folder):
+            for file in [self.merged, *self._rank_files()]:
+                file.unlink(missing_ok=True)
 
     def read(self) -> dict[int, dict[str, Any]]:
         """Every record there is, by key, in the order of the keys."""
@@ -92,14 +96,15 @@ class RankedLines:
         """Write `records` (what `read` gave, or some of it) as the merged file, then remove the
         rank files."""
         write_lines(self.merged, records)
-        for file in self._rank_files():
-            file.unlink()
+        with disk_errors(f"writing {self.merged}", self.folder):
+            for file in self._rank_files():
+                file.unlink()
 
 
 def claim_folder(
     folder: Path, settings: Mapping[str, Any], *, has_results: bool, hint: str
 ) -> None:
-    """Make `folder` the run's: write settings.json, or find it there with the same settings.
+    """Make `folder`, which rank 0 holds, the run's: write settings.json, or find the same there.
 
     Args:
         settings: everything the results depend on.
@@ -116,7 +121,6 @@ def claim_folder(
             different = "; ".join(differing(held.get("settings", {}), settings))
             raise ValueError(f"{folder} holds results of other settings ({different}); {hint}")
         return
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(path, {"hash": stable_hash(settings), "settings": settings})
 
 

@@ -36,10 +36,12 @@ from data.rejects import summarise
 from data.sequence import TextSegment
 from data.transforms import ImageTransform, decode_image
 from modeling import load_bagel
+from modeling.disk import disk_errors
 from modeling.fingerprints import weights_fingerprint
 from scripts.visual_opsd.cli import flat, parse_config, run_main
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.evaluation_summary import split_bad
+from scripts.visual_opsd.folder_lock import hold_folder
 from scripts.visual_opsd.processes import (
     DistEnv,
     attempt,
@@ -113,8 +115,9 @@ class Stores:
         """Whole or not at all: a killed run must not leave half a picture."""
         path = self.picture(index)
         temporary = path.with_suffix(".tmp")
-        picture.save(temporary, "PNG")
-        temporary.replace(path)
+        with disk_errors(f"writing {path}", path.parent):
+            picture.save(temporary, "PNG")
+            temporary.replace(path)
 
 
 def result_settings(
@@ -320,6 +323,7 @@ def run(config: InterventionConfig, env: DistEnv) -> dict[str, Any]:
 def _prepare_folder(
     stores: Stores, wanted: Mapping[str, Any], settings: InterventionSettings
 ) -> None:
+    hold_folder(stores.folder, "output_dir")
     if settings.overwrite:
         for lines in (stores.drawings, stores.outputs):
             lines.clear()
@@ -331,7 +335,8 @@ def _prepare_folder(
         has_results=stores.drawings.exists(),
         hint="choose another --output_dir, or pass --overwrite to throw them away",
     )
-    (stores.folder / "drawings").mkdir(exist_ok=True)
+    with disk_errors(f"writing to {stores.folder}", stores.folder):
+        (stores.folder / "drawings").mkdir(exist_ok=True)
 
 
 def _merge_drawings(

@@ -101,7 +101,7 @@ def test_a_nonfinite_step_is_skipped_and_its_rows_named(
     assert [(line["step"], line["nonfinite"]) for line in metrics(tmp_path)] == [(2, 1), (3, 0)]
     assert math.isnan(metrics(tmp_path)[0]["loss"])
     assert f"step 2: non-finite, update skipped; rows: {names[1]}\n" in capsys.readouterr().err
-    assert trainer.bad_steps == 0
+    assert trainer.states.bad_steps == 0
 
 
 def test_a_nonfinite_gradient_of_a_finite_loss(
