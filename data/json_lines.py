@@ -72,8 +72,11 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     _replace(path, map(encode, records))
 
 
-def read_given(path: str | Path) -> Iterator[tuple[int, Record]]:
+def read_given(path: str | Path, what: str) -> Iterator[tuple[int, Record]]:
     """Records of somebody's file with the numbers of their lines (from 1); blank lines are none.
+
+    Args:
+        what: a record of this file, as in "completion".
 
     Raises:
         ValueError: the file cannot be read, or a line is no JSON object; names it.
@@ -83,7 +86,7 @@ def read_given(path: str | Path) -> Iterator[tuple[int, Record]]:
             record = _parse(line)
         except ValueError as error:
             cut = "" if line.endswith(b"\n") else "; the file ends in the middle of it"
-            raise ValueError(f"{path} line {number} is {error}{cut}") from error
+            raise ValueError(f"{path} line {number} holds no {what}: it is {error}{cut}") from error
         yield number, record
 
 

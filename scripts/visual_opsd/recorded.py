@@ -58,7 +58,7 @@ class RecordedCompletions:
         if not os.path.isfile(path):
             raise ValueError(f"--replay_samples {path}: no such file")
         found = {}
-        for number, record in read_given(path):
+        for number, record in read_given(path, "completion"):
             try:
                 found[record["step"], record["slot"]] = (record["row"], _completion(record))
             except (ValueError, KeyError, TypeError) as error:

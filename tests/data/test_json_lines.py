@@ -42,7 +42,7 @@ def test_only_newlines_separate(tmp_path: Path, written: str) -> None:
         lines = [json.dumps(r, ensure_ascii=written == "escaped") for r in TEXTS]
         path.write_bytes("\r\n".join(lines).encode() + b"\r\n\r\n \n")
     assert read_log(path) == TEXTS
-    assert [record for _, record in read_given(path)] == TEXTS
+    assert [record for _, record in read_given(path, "record")] == TEXTS
     before = path.read_bytes()
     assert filter_log(path, lambda record: record["n"] < 2) == 1
     assert read_log(path) == TEXTS[:2]
@@ -67,8 +67,8 @@ def test_damaged_lines(
     assert read_log(path) == [{"n": 1}, {"n": 2}]
     assert len(caplog.records) == 1 and caplog.records[0].levelno == logging.WARNING
     assert f"{path}: left out: line 2 is not " in caplog.text and said in caplog.text
-    with pytest.raises(ValueError, match=r"a\.jsonl line 2 is ") as caught:
-        list(read_given(path))
+    with pytest.raises(ValueError, match=r"a\.jsonl line 2 holds no record: it is ") as caught:
+        list(read_given(path, "record"))
     assert said in str(caught.value) and "\n" not in str(caught.value)
     assert filter_log(path, lambda record: True) == 1
     assert path.read_bytes() == b'{"n": 1}\n{"n": 2}\n'
@@ -80,8 +80,10 @@ def test_a_torn_last_line(tmp_path: Path, caplog: pytest.LogCaptureFixture, torn
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"n": 1}\n' + torn)
     assert read_log(path) == [{"n": 1}] and not caplog.records
-    with pytest.raises(ValueError, match=r"line 2 is not .*; the file ends in the middle of it"):
-        list(read_given(path))
+    with pytest.raises(
+        ValueError, match=r"line 2 .* it is not .*; the file ends in the middle of it"
+    ):
+        list(read_given(path, "record"))
     append_records(path, [{"n": 3}, {"n": 4}])
     assert path.read_bytes() == b'{"n": 1}\n{"n": 3}\n{"n": 4}\n'
     path.write_bytes(torn)
@@ -107,7 +109,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="cannot be read: "):
             read_log(tmp_path / name)
         with pytest.raises(ValueError, match="cannot be read: "):
-            list(read_given(tmp_path / name))
+            list(read_given(tmp_path / name, "record"))
     with pytest.raises(ValueError, match=r"folder\.jsonl cannot be read: Is a directory"):
         filter_log(tmp_path / "folder.jsonl", lambda record: True)
     assert filter_log(tmp_path / "none.jsonl", lambda record: True) == 0
@@ -166,7 +168,9 @@ def test_recorded_completions(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"samples\.jsonl line 2 holds no completion: "):
             RecordedCompletions.read(str(path))
     path.write_bytes(encode(sample()) + b'{"step": 2, "sl')
-    with pytest.raises(ValueError, match=r"samples\.jsonl line 2 is not JSON"):
+    with pytest.raises(
+        ValueError, match=r"samples\.jsonl line 2 holds no completion: it is not JSON"
+    ):
         RecordedCompletions.read(str(path))
     for name in ("none.jsonl", "x" * 5000):
         with pytest.raises(ValueError, match=r"--replay_samples .*: no such file"):
