@@ -25,8 +25,8 @@ from scripts.visual_opsd.trainer import Trainer
 from tests.scripts.runs import make_world
 from tests.scripts.trainers import build, metrics, one_process, samples
 
-GO_ON = {"resume": "latest"}
-SHORT = {"sample_max_new_tokens": 2, "global_batch_size": 1, "save_every": 1}
+GO_ON: dict[str, Any] = {"resume": "latest"}
+SHORT: dict[str, Any] = {"sample_max_new_tokens": 2, "global_batch_size": 1, "save_every": 1}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def releases(results: Path) -> list[str]:
 
 
 def test_nothing_is_saved_or_deleted_while_steps_are_bad(
-    world: Path, tmp_path: Path, bad: Any
+    world: Path, tmp_path: Path, bad: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad((4, 5, 6, 7))
     seen = []
@@ -88,7 +88,7 @@ def test_nothing_is_saved_or_deleted_while_steps_are_bad(
             complete(*args)
             seen.append(states(tmp_path))
 
-        trainer.states.complete = watch  # type: ignore[method-assign]
+        monkeypatch.setattr(trainer.states, "complete", watch)
         assert trainer.train() == 0
     # Before each save: step 2's state is deleted only when step 4, 5, ... has proven step 3's.
     assert seen == [[], [1], [2], [2, 3], [2, 3], [2, 3], [2, 3], [3], [8]]
@@ -136,7 +136,9 @@ def test_a_learning_rate_that_ruins_the_weights(world: Path, tmp_path: Path) -> 
     assert [line["nonfinite"] for line in metrics(tmp_path)] == [0, 1, 1, 1, 1, 1]
 
 
-def test_weights_that_are_not_finite_are_not_saved(world: Path, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_not_saved(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for part in ("student", "ema", "optimizer"):
         results = tmp_path / part
         with one_process() as env:
@@ -154,15 +156,16 @@ def test_weights_that_are_not_finite_are_not_saved(world: Path, tmp_path: Path) 
                     with torch.no_grad():
                         value.to_local().view(-1)[-1] = math.inf
 
-            trainer.states.complete = ruin  # type: ignore[method-assign]
+            monkeypatch.setattr(trainer.states, "complete", ruin)
             with pytest.raises(ValueError, match=r"of step 2 are not finite.*step_0000001: --res"):
                 trainer.train()
         assert states(results) == [1]
 
 
 def test_a_stop_after_bad_steps_saves_nothing(
-    world: Path, tmp_path: Path, bad: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+    world: Path, tmp_path: Path, bad: Any, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     bad((3, 4))
     with one_process() as env:
         trainer = build(world, tmp_path, env, **SHORT, total_steps=9)
@@ -173,7 +176,7 @@ def test_a_stop_after_bad_steps_saves_nothing(
             if step == 4:
                 trainer.stop.number = signal.SIGTERM
 
-        trainer.states.complete = watch  # type: ignore[method-assign]
+        monkeypatch.setattr(trainer.states, "complete", watch)
         assert trainer.train() == 143
     said = capsys.readouterr().err
     assert "nothing saved, as the last 2 steps had no finite loss; the last good state is" in said
@@ -209,7 +212,9 @@ def test_a_results_disk_that_refuses_keeps_the_last_completed_step(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kept: int
 ) -> None:
     """The checkpoint folder has room; the run goes on from there as if nothing had happened."""
-    checkpoints = {"checkpoint_dir": tmp_path / "c", "save_every": 100, "total_steps": 4}
+    checkpoints: dict[str, Any] = {
+        "checkpoint_dir": tmp_path / "c", "save_every": 100, "total_steps": 4
+    }  # fmt: skip
     if name == "bad_rows.jsonl":
         record = Trainer._record_rejects
 
@@ -237,19 +242,19 @@ def test_a_results_disk_that_refuses_keeps_the_last_completed_step(
 
 
 def test_both_disks_refuse(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from modeling import disk
-
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     with monkeypatch.context() as patch:
         refuse(patch, "metrics.jsonl", 1, errno.EDQUOT)
-        patch.setattr(disk.shutil, "disk_usage", lambda _: usage)
+        patch.setattr(shutil, "disk_usage", lambda _: usage)
         _, error = run(world, tmp_path, total_steps=3, save_every=100)
     assert "Disk quota exceeded" in error
     assert "nor was the state of step 2 saved: the state of step 2 needs" in error
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_results_removed_under_way(world: Path, tmp_path: Path, bad: Any) -> None:
+def test_results_removed_under_way(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with one_process() as env:
         trainer = build(world, tmp_path / "r", env, **SHORT, total_steps=4,
                         checkpoint_dir=tmp_path / "c")  # fmt: skip
@@ -260,7 +265,7 @@ def test_results_removed_under_way(world: Path, tmp_path: Path, bad: Any) -> Non
             if step == 2:
                 shutil.rmtree(tmp_path / "r")
 
-        trainer.states.complete = vanish  # type: ignore[method-assign]
+        monkeypatch.setattr(trainer.states, "complete", vanish)
         with pytest.raises(ValueError, match=r"metrics\.jsonl failed: No such file .* cannot be r"):
             trainer.train()
     assert list(complete_steps(tmp_path / "c"))[-1] == 2
