@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from data.programs import expand_path
 from modeling.text_files import read_yaml
 
 DATA_ROOT_VARIABLE = "VISUAL_OPSD_DATA_ROOT"
@@ -55,7 +56,11 @@ DATASETS: dict[str, DatasetInfo] = {
 
 def data_root(root: str | Path | None = None) -> Path:
     """`root` if given, else VISUAL_OPSD_DATA_ROOT, else "datasets" in the working directory."""
-    return Path(root or os.environ.get(DATA_ROOT_VARIABLE) or DEFAULT_DATA_ROOT).expanduser()
+    found = str(root or os.environ.get(DATA_ROOT_VARIABLE) or DEFAULT_DATA_ROOT)
+    try:
+        return Path(expand_path(found))
+    except ValueError as error:
+        raise ValueError(f"the data root ({DATA_ROOT_VARIABLE}) {error}") from None
 
 
 # os.path says False where the methods of Path raise: names that are too long, links in a circle.

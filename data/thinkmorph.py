@@ -20,6 +20,7 @@ import pyarrow as pa
 from PIL import Image
 
 from data.transforms import decode_image
+from data.worlds import check_world
 
 MAX_INDEX = 7
 PROBLEM_IMAGE = "problem_image_0"
@@ -97,11 +98,11 @@ class BadRow(ValueError):
     """A row that cannot be used: `.reason` is a short slug, `.detail` says what was found.
 
     Reasons raised here: missing_question, missing_answer, wrong_type, missing_image, broken_image,
-    no_visual_thought, no_text_trace, no_thought. Whoever prepares rows may add reasons.
+    no_visual_thought, no_text_trace, no_thought, bad_world. Whoever prepares rows may add reasons.
     """
 
     def __init__(self, reason: str, detail: str, *, file: str = "", row: int = -1) -> None:
-        super().__init__(f"{file or 'row'}:{row}: {reason}: {detail}")
+        super().__init__(f"{file}:{row}: {reason}: {detail}" if file else detail)
         self.reason, self.detail, self.file, self.row = reason, detail, file, row
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -273,6 +274,13 @@ def parse_row(row: Row, needs: RowNeeds = OPSD_ROWS) -> Sample:
     if needs.thoughts == "required" and not thoughts:
         raise bad("no_thought", "no resoning_thought_i holds text")
 
+    world, state = (_text(row, name) for name in WORLD_COLUMNS)
+    if world or (state and row.values.get("world") is not None):
+        try:  # here, so that nothing is answered that cannot be judged
+            check_world(world, state)
+        except ValueError as error:
+            raise bad("bad_world", str(error)) from error
+
     pid = _text(row, "pid") or f"{PurePath(row.file).stem}:{row.row}"
     return Sample(
         dataset=row.dataset,
@@ -285,6 +293,6 @@ def parse_row(row: Row, needs: RowNeeds = OPSD_ROWS) -> Sample:
         thought_images=tuple(images),
         thoughts=tuple(thoughts),
         text_trace=trace,
-        world=row.values.get("world"),
-        world_state=row.values.get("world_state"),
+        world=world or None,
+        world_state=state or None,
     )

@@ -504,6 +504,9 @@ def test_mistakes(bundle: Any) -> None:
         inferencer.interleave_inference([ASKED, 3])
     with pytest.raises(ValueError, match="must not be negative"):
         InterleaveOptions(max_rounds=-1)
+    for name in ("text_temperature", "cfg_text_scale", "timestep_shift", "cfg_renorm_min"):
+        with pytest.raises(ValueError, match=f"{name} must be a finite number, got nan"):
+            InterleaveOptions(**{name: float("nan")})  # type: ignore[arg-type]
     assert make(bundle, reference_compat=True)() == {"image": None, "text": None}
     batch = make(bundle, BatchInterleaveInferencer)
     assert batch.interleave_inference([]) == []

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from data.programs import path_argument
 from modeling import load_bagel, weight_stream
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
@@ -245,7 +246,9 @@ def measure(report: Report, folder: Path, args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
     options.set_defaults(repeats=3)
-    options.add_argument("--folder", help="kept, and used as it is if it has weights")
+    options.add_argument(
+        "--folder", type=path_argument, help="kept, and used as it is if it has weights"
+    )
     options.add_argument(
         "--readers", type=int, nargs=2, metavar=("THREADS", "MIB"), help="threads, MiB of a piece"
     )

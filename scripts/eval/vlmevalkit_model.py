@@ -1,7 +1,8 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
 """A model class for VLMEvalKit that answers with this repository's decoder, many rows at a time.
 
-    # in vlmeval/config.py, after supported_VLM; this repository's root on PYTHONPATH
+    # in vlmeval/config.py, after supported_VLM (run.py --config cannot name the class); this
+    # repository's root on PYTHONPATH
     from scripts.eval.vlmevalkit_model import VisualOPSD
     supported_VLM["visual_opsd"] = partial(VisualOPSD, model_path="/path/to/0001000")
 

@@ -19,6 +19,7 @@ from scripts.visual_opsd.kl_statistics import COLUMNS, SampleDivergences
 from scripts.visual_opsd.row_windows import RowName
 from scripts.visual_opsd.run_store import differing, read_json, stable_hash
 
+SUMMARY = "kl_diagnostic.json"
 _DIVERGENCES = "divergences.npz"
 _HINT = (
     "give the output folder of a finished diagnostic of the base (run it first with --model_path "
@@ -122,7 +123,7 @@ def read_baseline(folder: str | Path, wanted: Mapping[str, Any]) -> Baseline:
             changed since.
     """
     folder = Path(folder)
-    summary = read_json(folder / "kl_diagnostic.json", _HINT)
+    summary = read_json(folder / SUMMARY, _HINT)
     held = summary.get("identity") or {}
     different = differing(held, wanted)
     if different:
@@ -136,7 +137,7 @@ def read_baseline(folder: str | Path, wanted: Mapping[str, Any]) -> Baseline:
     lines = read_log(path)
     if completions_hash(lines) != summary["completions"]["hash"]:
         raise ValueError(
-            f"{path} is not the file that {folder / 'kl_diagnostic.json'} was made with (its "
+            f"{path} is not the file that {folder / SUMMARY} was made with (its "
             "token ids or rows differ): run the baseline again"
         )
     base = load_divergences(folder, "base")

@@ -117,6 +117,11 @@ def mesh_shape(
         return replicas, shards
     # A replica count alone determines the shard count; otherwise one node holds one copy.
     shards = num_shard or (world_size // num_replicate if num_replicate else local_world_size)
+    if num_shard and num_shard > world_size:
+        raise ValueError(
+            f"num_shard must be at most the number of processes, got {num_shard}, but there are "
+            f"{world_size} processes: choose a factor of that, or leave it out"
+        )
     replicas = num_replicate or world_size // max(shards, 1)
     if replicas * shards != world_size:
         raise ValueError(

@@ -36,13 +36,13 @@ from modeling import BagelBundle, load_bagel
 from modeling.fingerprints import weights_fingerprint
 from scripts.visual_opsd.cli import flat, parse_config, run_main
 from scripts.visual_opsd.diagnostic_store import (
+    SUMMARY,
     Baseline,
     completion_line,
     completions_hash,
     read_baseline,
     save_divergences,
 )
-from scripts.visual_opsd.folder_lock import hold_folder
 from scripts.visual_opsd.kl_measurement import (
     DiagnosticConfig,
     DiagnosticRow,
@@ -74,14 +74,14 @@ from scripts.visual_opsd.row_windows import (
     BadRows,
     RowPool,
     check_bad_rate,
+    memory_advice,
     open_config,
     open_data,
     progress_bar,
     prompt_identity,
     read_windows,
 )
-from scripts.visual_opsd.rows import make_builder
-from scripts.visual_opsd.run_store import write_json
+from scripts.visual_opsd.run_store import claim_output, write_json
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,6 @@ class Diagnosis:
         self.base = load_bagel(
             settings.base, visual_gen=settings.with_latents, device=env.device, dtype=dtype
         )
-        if settings.with_latents and self.base.vae is None:
-            raise ValueError(
-                f"--teacher_vt vae+vit: {settings.base} lacks ae.safetensors; copy it from the "
-                "release, or use --teacher_vt vit"
-            )
         self.student = self.base
         if not same_model:
             self.student = load_bagel(settings.model_path, device=env.device, dtype=dtype)
@@ -122,9 +117,6 @@ class Diagnosis:
                     "their distributions cannot be compared; give the base it was trained from"
                 )
         self.same_model = same_model
-        self.prepare = PrepareDiagnostic(
-            make_builder(self.base.tokenizer, self.base.config, config.prompt), settings
-        )
 
     def sample(
         self, bundle: BagelBundle, rows: Sequence[tuple[int, DiagnosticRow]]
@@ -229,8 +221,9 @@ def diagnose(config: DiagnosticConfig, env: DistEnv) -> dict[str, Any]:
     """Run the diagnostic on all ranks; returns what kl_diagnostic.json holds on rank 0, else {}.
 
     Raises:
-        ValueError: a missing or damaged checkpoint, dataset or baseline, a baseline of other
-            settings or rows, other tokenizers, or too many unusable rows.
+        ValueError: results in `output_dir` already, a missing or damaged checkpoint, dataset or
+            baseline, a baseline of other settings or rows, other tokenizers, or too many unusable
+            rows.
     """
     settings = config.diagnostic
     started = time.perf_counter()
@@ -245,7 +238,8 @@ def diagnose(config: DiagnosticConfig, env: DistEnv) -> dict[str, Any]:
     wanted = identity(config, pool, config.compute.dtype(env.device))
     same_model = wanted["base"] == weights_fingerprint(settings.model_path)
     baseline = read_baseline(settings.baseline, wanted) if settings.baseline else None
-    on_main(env, lambda: hold_folder(Path(settings.output_dir), "output_dir"))
+    prepare = PrepareDiagnostic.of(config)
+    on_main(env, lambda: claim_output(settings.output_dir, SUMMARY, settings.overwrite))
     if baseline is not None:
         indices = baseline.indices
     else:
@@ -257,7 +251,7 @@ def diagnose(config: DiagnosticConfig, env: DistEnv) -> dict[str, Any]:
 
     def work() -> None:
         found, bad = _run_rank(config, env, pool, indices[env.rank :: env.world_size], baseline,
-                               same_model)  # fmt: skip
+                               same_model, prepare)  # fmt: skip
         mine.extend(found)
         rejects.extend(bad)
 
@@ -290,16 +284,22 @@ def _run_rank(
     indices: Sequence[int],
     baseline: Baseline | None,
     same_model: bool,
+    prepare: PrepareDiagnostic,
 ) -> tuple[list[Result], list[tuple[int, Reject]]]:
     if not indices:
         return [], []
     diagnosis = Diagnosis(config, env, baseline, same_model)
     bad = BadRows(config.diagnostic.max_bad_rate)
     results: list[Result] = []
+    sample = config.sample
+    advice = (
+        f"lower --sample_batch_size ({sample.sample_batch_size}), --pack_tokens "
+        f"({sample.pack_tokens}) or --sample_max_new_tokens ({sample.sample_max_new_tokens})"
+    )
     windows = read_windows(
         pool,
         indices,
-        diagnosis.prepare,
+        prepare,
         max_rows=4 * config.sample.sample_batch_size,
         max_tokens=8 * config.sample.pack_tokens,
     )
@@ -313,7 +313,8 @@ def _run_rank(
                 )
             bad.add(window)
             if window.rows:
-                results += diagnosis.window(window.rows)
+                with memory_advice([row.name for _, row in window.rows], advice):
+                    results += diagnosis.window(window.rows)
             bar.update(window.count)
     return results, bad.rejects
 
@@ -379,7 +380,7 @@ def write_outputs(
     save_divergences(folder, blocks)
     if settings.figures:
         draw_figures(folder, results, settings)
-    write_json(folder / "kl_diagnostic.json", summary)
+    write_json(folder / SUMMARY, summary)
 
 
 def draw_figures(
@@ -426,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if env.is_main:
         print(table(result))
         folder = Path(config.diagnostic.output_dir)
-        print(f"{result['seconds']:.1f} s; {folder / 'kl_diagnostic.json'}")
+        print(f"{result['seconds']:.1f} s; {folder / SUMMARY}")
     return 0
 
 

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,37 @@ from scripts.visual_opsd.processes import DistEnv, all_reduce_sums
 Metric = float | int | str | bool | None | Tensor
 
 
+def _wandb_run_id() -> str:
+    return os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+
+
 @dataclass(frozen=True)
 class WandbSettings:
-    """`run_id` continues a run on wandb's side; leave it out for a new one."""
+    """`run_id` names the run on wandb's side; an id that exists there is continued."""
 
     project: str
     name: str | None = None
     offline: bool = False
-    run_id: str | None = None
+    run_id: str = field(default_factory=_wandb_run_id)
+
+    def continuing(self, saved_id: str | None) -> WandbSettings:
+        """The same for a resumed run (None: it had none); WANDB_RUN_ID comes first."""
+        return replace(self, run_id=os.environ.get("WANDB_RUN_ID") or saved_id or self.run_id)
+
+    def check(self) -> None:
+        """ValueError if wandb is not installed or has no key; long before it is needed."""
+        wandb = _import_wandb()
+        if self.offline:
+            return
+        try:
+            # Knows WANDB_MODE, WANDB_BASE_URL and where keys are; asks on a terminal only. Whether
+            # the service answers is seen later: a night's outage should not end a requeued run.
+            wandb.login(verify=False)
+        except Exception as error:
+            raise ValueError(
+                f"--wandb_project: W&B has no usable key ({_one_line(error)}). Run `wandb login` "
+                "or set WANDB_API_KEY, or log without network by --wandb_offline True"
+            ) from error
 
 
 def simple(value: Metric) -> float | int | str | None:
@@ -118,7 +143,11 @@ class MetricLogger:
             self._bar.set_postfix(shown, refresh=False)
         if self._wandb_run is not None:
             numbers = {k: v for k, v in record.items() if _is_number(v)}
-            self._wandb_run.log(numbers, step=step)
+            try:
+                self._wandb_run.log(numbers, step=step)
+            except Exception as error:  # somebody else's service must not end a run
+                self.message(f"W&B gets nothing from here on ({_one_line(error)})")
+                self._wandb_run = None
 
     def advance(self, steps: int = 1) -> None:
         """Move the progress bar."""
@@ -136,7 +165,8 @@ class MetricLogger:
             self._bar.close()
             self._bar = None
         if self._wandb_run is not None:
-            self._wandb_run.finish()
+            with suppress(Exception):  # what it could not send is on disk for `wandb sync`
+                self._wandb_run.finish()
             self._wandb_run = None
         self._path = None
 
@@ -151,7 +181,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float)
 
 
-def _start_wandb(settings: WandbSettings, folder: Path, config: Mapping[str, Any] | None) -> Any:
+def _import_wandb() -> Any:
+    # Without network at the end wandb would wait for hours, and the GPUs with it.
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "600")
     try:
         import wandb
     except ImportError as error:
@@ -159,17 +191,37 @@ def _start_wandb(settings: WandbSettings, folder: Path, config: Mapping[str, Any
             "--wandb_project needs wandb, which is not installed: pip install wandb, or leave "
             "the flag out (metrics.jsonl is always written)"
         ) from error
-    with disk_errors(f"starting wandb in {folder}", folder):
+    return wandb
+
+
+def _start_wandb(settings: WandbSettings, folder: Path, config: Mapping[str, Any] | None) -> Any:
+    """A run; offline when the service does not answer, None when nothing helps."""
+    wandb = _import_wandb()
+    with disk_errors(f"writing to {folder}", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        return wandb.init(
-            project=settings.project,
-            name=settings.name,
-            id=settings.run_id,
-            resume="allow" if settings.run_id else None,
-            mode="offline" if settings.offline else "online",
-            dir=str(folder),
-            config=dict(config or {}),
-        )
+    options = {
+        "project": settings.project,
+        "name": settings.name,
+        "id": settings.run_id,
+        "resume": "allow",
+        "dir": os.environ.get("WANDB_DIR") or str(folder),
+        "config": dict(config or {}),
+    }
+    try:
+        # None: WANDB_MODE decides.
+        return wandb.init(mode="offline" if settings.offline else None, **options)
+    except Exception as error:
+        print(f"W&B does not start ({_one_line(error)}); trying it offline", file=sys.stderr)
+    try:
+        wandb.teardown()  # it still holds the id
+        return wandb.init(mode="offline", **options)
+    except Exception as error:
+        print(f"W&B gets nothing of this run ({_one_line(error)})", file=sys.stderr)
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class PhaseTimer:

@@ -3,7 +3,7 @@
 
 Rank k appends to NAME.rank_k.jsonl; at the end rank 0 merges these and an earlier NAME.jsonl, in
 row order, into NAME.jsonl. A killed run leaves rank files, from which the next one goes on with
-any number of ranks.
+any number of ranks; it gathers them before anybody appends, so that what it adds is newer.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from data.json_lines import append_records, read_log, write_lines
+from data.programs import make_folder
 from modeling.disk import disk_errors
 from modeling.text_files import read_json_object
+from scripts.visual_opsd.folder_lock import hold_folder
 
 SETTINGS_FILE = "settings.json"
 
@@ -57,9 +59,12 @@ class RankedLines:
     ) -> None:
         self.folder, self.name, self.key, self.fields = folder, name, key, tuple(fields)
         self.merged = folder / f"{name}.jsonl"
+        self.earlier = folder / f"{name}.rank_earlier.jsonl"
 
     def _rank_files(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{self.name}.rank_*.jsonl"))
+        """What was appended, that of earlier runs first."""
+        found = self.folder.glob(f"{self.name}.rank_*.jsonl")
+        return sorted(found, key=lambda file: (file != self.earlier, file))
 
     def exists(self) -> bool:
         """Whether any record file is there, be it of a finished or a killed run."""
@@ -72,7 +77,7 @@ class RankedLines:
                 file.unlink(missing_ok=True)
 
     def read(self) -> dict[int, dict[str, Any]]:
-        """Every record there is, by key, in the order of the keys."""
+        """The newest record of every key, in the order of the keys (see `settle`)."""
         found: dict[int, dict[str, Any]] = {}
         merged = [self.merged] if self.merged.is_file() else []
         for file in [*merged, *self._rank_files()]:
@@ -88,6 +93,16 @@ class RankedLines:
             raise KeyError(*missing)
         return True
 
+    def settle(self) -> None:
+        """Gather what killed runs left, before anybody appends: it is then older than every line
+        to come, whichever rank writes that."""
+        left = self._rank_files()
+        if left:
+            write_lines(self.earlier, self.read().values())
+            for file in left:
+                if file != self.earlier:
+                    file.unlink()
+
     def append(self, rank: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records to a rank's file; on the disk's side of a kill after this returns."""
         append_records(self.folder / f"{self.name}.rank_{rank}.jsonl", records)
@@ -99,6 +114,30 @@ class RankedLines:
         with disk_errors(f"writing {self.merged}", self.folder):
             for file in self._rank_files():
                 file.unlink()
+
+
+def hold_output(folder: str | Path) -> None:
+    """Make an output folder and hold it: rank 0, before it reads anything there.
+
+    Raises:
+        ValueError: it cannot be written to, or another run holds it.
+    """
+    make_folder(folder, "--output_dir")
+    hold_folder(Path(folder), "output_dir")
+
+
+def claim_output(folder: str | Path, result: str, overwrite: bool) -> None:
+    """Make the folder of a run that writes everything at its end.
+
+    Raises:
+        ValueError: it cannot be written to, or holds the file `result` and is not to be replaced.
+    """
+    hold_output(folder)
+    if (Path(folder) / result).exists() and not overwrite:
+        raise ValueError(
+            f"--output_dir {folder} holds results ({result}); choose another, or pass --overwrite "
+            "to replace them"
+        )
 
 
 def claim_folder(

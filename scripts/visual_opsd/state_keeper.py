@@ -78,7 +78,7 @@ class StateKeeper:
     ) -> None:
         self.run, self.state, self.settings, self.env = run, state, settings, env
         self.step, self.bad_steps = 0, 0
-        self._rejects: dict[str, Any] = {"rows_read": 0, "reasons": {}}
+        self._extra: dict[str, Any] = {}
         self._saved = 0  # the step of the newest state
         self._proven = True  # whether a finite step followed it
 
@@ -86,12 +86,13 @@ class StateKeeper:
         """Go on from a state; returns its counts of rejected rows."""
         self.step = self._saved = found.step
         self._proven = found.step == 0
-        self.bad_steps, self._rejects = int(found.extra["bad_steps"]), found.extra["rejects"]
-        return self._rejects
+        self.bad_steps, self._extra = int(found.extra["bad_steps"]), found.extra
+        rejects: dict[str, Any] = found.extra["rejects"]
+        return rejects
 
-    def complete(self, step: int, finite: bool, rejects: dict[str, Any]) -> None:
-        """Note that a step is done; its state may be saved from now on."""
-        self.step, self._rejects = step, rejects
+    def complete(self, step: int, finite: bool, extra: dict[str, Any]) -> None:
+        """Note that a step is done; its state may be saved from now on, with `extra`."""
+        self.step, self._extra = step, extra
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if finite and not self._proven:
             self._proven = True
@@ -120,7 +121,7 @@ class StateKeeper:
             self.state,
             env=self.env,
             **self.settings,
-            extra={"rejects": self._rejects, "bad_steps": 0},
+            extra={**self._extra, "bad_steps": 0},
         )
         self._saved, self._proven = self.step, False
         if last:

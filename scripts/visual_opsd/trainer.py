@@ -61,7 +61,13 @@ from scripts.visual_opsd.processes import (
     raise_together,
 )
 from scripts.visual_opsd.recorded import RecordedCompletions, write_samples
-from scripts.visual_opsd.rows import PrepareOPSD, PrepareSFT, TrainRow, make_builder
+from scripts.visual_opsd.rows import (
+    PrepareOPSD,
+    PrepareSFT,
+    TrainRow,
+    make_builder,
+    scoring_limits,
+)
 from scripts.visual_opsd.run_contents import run_contents
 from scripts.visual_opsd.schedule import compute_dtype, learning_rate_factor
 from scripts.visual_opsd.state_keeper import StateKeeper, nonfinite_rows
@@ -136,6 +142,11 @@ class Trainer:
         )
         replay = config.run.replay_samples
         self.recorded = RecordedCompletions.read(replay) if replay and not sft else None
+        run = config.run
+        self.wandb: WandbSettings | None = None
+        if run.wandb_project:
+            self.wandb = WandbSettings(run.wandb_project, run.wandb_name, run.wandb_offline)
+            on_main(env, self.wandb.check)
         # What forbids a start is said before minutes of loading.
         on_main(env, self._hold_folders)
         self.contents = on_main(env, lambda: run_contents(config, self.sampler))
@@ -164,11 +175,13 @@ class Trainer:
     def _prepare(self) -> Callable[[Row], TrainRow]:
         config = self.config
         builder = make_builder(self.tokenizer, self.model_config, config.prompt)
-        limit = config.sample.max_forward_tokens
+        limits = scoring_limits(self.model_config, config.sample)
         if self.sft:
-            return PrepareSFT(builder, config.data.sft_format, max_tokens=limit)
+            limits = replace(limits, new_positions=0).check_settings(builder)
+            return PrepareSFT(builder, config.data.sft_format, limits)
+        limits.check_settings(builder, teacher=True)
         noise_seed = config.run.global_seed if config.teacher.noise_vt else None
-        return PrepareOPSD(builder, noise_seed, limit, self.teacher_latents)
+        return PrepareOPSD(builder, noise_seed, limits, self.teacher_latents)
 
     def _sharded(
         self,
@@ -271,6 +284,11 @@ class Trainer:
         """What is stored with checkpoints and must be the same on a resume."""
         return {"config": {**asdict(self.config), "sft": self.sft}, "contents": self.contents}
 
+    def _extra(self) -> dict[str, Any]:
+        """What of a completed step is stored besides tensors."""
+        run_id = None if self.wandb is None else self.wandb.run_id
+        return {"rejects": self.ledger.state_dict(), "wandb_id": run_id}
+
     def _hold_folders(self) -> None:
         run = self.config.run
         hold_folder(self.results, "results_dir", take_over=run.take_over)
@@ -290,6 +308,8 @@ class Trainer:
             )
             self.step = resumed.step
             rejects = self.states.resume(resumed)
+            if self.wandb is not None:
+                self.wandb = self.wandb.continuing(resumed.extra.get("wandb_id"))
         claim_checkpoint_dir(run.checkpoints, self.checkpoint, self.env)
         attempt(lambda: self.ledger.resume(rejects, self.step))
         on_main(self.env, lambda: restart_logs(self.results, self.step, flat(self.config)))
@@ -299,9 +319,6 @@ class Trainer:
     def train(self) -> int:
         """Run to `total_steps`; returns the exit code (0, or 128 + the signal that stopped it)."""
         config, run = self.config, self.config.run
-        wandb = None
-        if run.wandb_project:
-            wandb = WandbSettings(run.wandb_project, run.wandb_name, run.wandb_offline)
         self.timer = PhaseTimer(self.env.device, synchronize=True)
         logger = attempt(
             lambda: MetricLogger(
@@ -310,7 +327,7 @@ class Trainer:
                 total_steps=config.optim.total_steps,
                 start_step=self.step,
                 progress=run.progress,
-                wandb=wandb,
+                wandb=self.wandb,
                 config=flat(config),
             )
         )
@@ -340,8 +357,9 @@ class Trainer:
                 self.log.message(f"no checkpoint in {run.checkpoints} yet: starting at step 0")
             return
         self.log.message(f"resumed from {self.checkpoint}")
-        good = not (self.checkpoint / NOT_GOOD).exists()
-        owed = self._saves() and good and not release_folder(run.checkpoints, self.step).exists()
+        own = self.checkpoint.resolve().parent == run.checkpoints.resolve()
+        good = self._saves() and not (self.checkpoint / NOT_GOOD).exists()
+        owed = own and good and not release_folder(run.checkpoints, self.step).exists()
         if agree(owed, self.env):
             self._save_release()
 
@@ -463,7 +481,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             self.scheduler.step()
         self.step += 1
-        self.states.complete(self.step, finite, self.ledger.state_dict())
+        self.states.complete(self.step, finite, self._extra())
         phases = self.timer.reduce(self.env)
         last = self.step == self.config.optim.total_steps
         if self.step % self.config.run.log_every == 0 or last or not finite:
@@ -524,7 +542,7 @@ class Trainer:
         if with_completions:
             sums |= completion_counts(scored, self.special.eos)
             if self.config.loss.jsd_temperature == self.config.sample.sample_temperature:
-                sums["gap"], _ = sampler_gap(results)
+                sums["gap"], sums["gap_rows"], _ = sampler_gap(results)
         else:
             sums |= {"sequences": len(scored), "truncated": sum(r.truncated for r in scored)}
         return summarise(all_reduce_sums(sums, self.env), self.loss, with_completions)

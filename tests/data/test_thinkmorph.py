@@ -89,6 +89,9 @@ def test_world_columns_and_absent_pid() -> None:
     sample = parse_row(_row(pid=None, world="spatial_navigation", world_state="SF/FG", answer=3))
     assert sample.pid == "train-0:7" and sample.answer == "3"
     assert (sample.world, sample.world_state) == ("spatial_navigation", "SF/FG")
+    # Columns that are there and empty, or of a data set that only calls one of them so.
+    assert parse_row(_row(world="", world_state="")).world is None
+    assert parse_row(_row(world=None, world_state="anything")).world is None
 
 
 @pytest.mark.parametrize(
@@ -112,6 +115,17 @@ def test_world_columns_and_absent_pid() -> None:
         ({"reasoning_image_1": image_cell(b"%!PS-Adobe-3.0 EPSF-3.0\n")}, "broken_image"),
         ({"reasoning_image_0": image_cell(truncated_png())}, "broken_image"),
         ({"reasoning_image_0": image_cell(None)}, "no_visual_thought"),
+        ({"world": "chess", "world_state": "SF/FG"}, "bad_world"),
+        ({"world": "", "world_state": "SF/FG"}, "bad_world"),
+        ({"world": "spatial_navigation"}, "bad_world"),
+        ({"world": "spatial_navigation", "world_state": ""}, "bad_world"),
+        ({"world": "spatial_navigation", "world_state": "{{{"}, "bad_world"),
+        ({"world": "spatial_navigation", "world_state": "SF/F"}, "bad_world"),
+        ({"world": "spatial_navigation", "world_state": "SFG"}, "bad_world"),
+        ({"world": "spatial_navigation", "world_state": "SS/FG"}, "bad_world"),
+        ({"world": "spatial_navigation", "world_state": "SF/FF"}, "bad_world"),
+        ({"world": "spatial_navigation", "world_state": "SH/HG"}, "bad_world"),  # no way out
+        ({"world": "spatial_navigation", "world_state": "/" * 100_000}, "bad_world"),
     ],
 )
 def test_reasons_of_bad_rows(changes: dict[str, Any], reason: str) -> None:

@@ -24,8 +24,8 @@ from modeling import load_bagel
 from scripts.visual_opsd.latents import row_generator
 from scripts.visual_opsd.scoring import compare_paired, wilson_interval
 from scripts.visual_opsd.vt_arms import ARMS, Interventions, donors, noise_picture
-from scripts.visual_opsd.vt_intervention import main, summarise_arms
-from tests.conftest import TINY_BAGEL
+from scripts.visual_opsd.vt_intervention import main, summarise_arms, table
+from tests.conftest import TINY_BAGEL, needs_gpu
 
 ROWS = 5
 VIT, VAE = ImageTransform(56, 14, 14, 2007040), ImageTransform(64, 32, 16)
@@ -33,7 +33,7 @@ VIT, VAE = ImageTransform(56, 14, 14, 2007040), ImageTransform(64, 32, 16)
 FLAGS = [f"--{name}={value}" for name, value in
          {"vit_max_size": 56, "vit_min_size": 14, "vit_max_pixels": 2007040, "vae_max_size": 64,
           "vae_min_size": 32, "num_timesteps": 3, "max_new_tokens": 40, "batch_size": 2, "seed": 7,
-          "prompt_style": "packer", "progress": False}.items()]  # fmt: skip
+          "prompt_style": "packer", "device": "cpu", "progress": False}.items()]  # fmt: skip
 OPTIONS = {"num_timesteps": 3, "max_think_token_n": 40, "max_rounds": 1, "think": True}
 
 
@@ -192,6 +192,18 @@ def test_arms_differ_in_the_picture_only(
             assert float((logits[i] - logits[j]).abs().max()) > 1e-3, (ARMS[i], ARMS[j])
 
 
+@needs_gpu
+def test_a_gpu_draws_and_answers_alike(finished: Path, world: Path, tmp_path: Path) -> None:
+    study(world, tmp_path, "--device", "cuda", "--precision", "fp32")
+    for index in range(ROWS):
+        a, b = (np.asarray(drawing(out, index), np.int16) for out in (tmp_path, finished))
+        assert np.abs(a - b).max() <= 1
+    ours, theirs = (lines_of(folder / "outputs.jsonl") for folder in (tmp_path, finished))
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one["first_text"], one["arms"]) == (other["first_text"], other["arms"])
+    assert study(world, tmp_path / "auto", "--device", "cuda")["rows"] == ROWS  # in bf16
+
+
 @pytest.mark.parametrize("where", ["draw", "answer"])
 def test_a_killed_run_goes_on(
     where: str, world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -241,7 +253,8 @@ def test_figures_of_the_arms() -> None:
     verdicts = {"kept": [1, 1, 1, 0], "removed": [1, 0, 0, 0]}
     lines = [
         {"dataset": "a" if i < 3 else "b",
-         "arms": {arm: {"text": f"{arm if i else ''}", "correct": bool(v[i]), "answered": i != 2}
+         "arms": {arm: {"text": f"{arm if i else ''}", "correct": bool(v[i]), "answered": i != 2,
+                        "lenient": bool(v[i]) or i == 3}
                   for arm, v in verdicts.items()}}
         for i in range(4)
     ]  # fmt: skip
@@ -257,6 +270,10 @@ def test_figures_of_the_arms() -> None:
     half = 1.959964 * np.std([1, 0.5, 0.5, 0], ddof=1) / 2
     assert found["mean"]["interval"] == pytest.approx([0.5 - half, 0.5 + half], abs=1e-6)
     assert found["tasks"]["b"]["mean"]["interval"] == list(wilson_interval(0, 1))
+    assert found["arms"]["kept"]["lenient_accuracy"] == 1
+    assert found["mean"]["lenient_accuracy"] == 0.75
+    assert found["lenient_differences_to_kept"]["removed"]["difference"] == -50.0
+    assert " 75.0%" in table({**found, "not_drawn": {"n": 0}}).splitlines()[-1]
 
 
 def test_mistakes(world: Path, tmp_path: Path) -> None:
