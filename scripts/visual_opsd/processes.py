@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.programs import leave as leave
+from scripts.visual_opsd.folder_lock import release_folders
 from scripts.visual_opsd.peers import Watch
 
 T = TypeVar("T")
@@ -183,7 +184,7 @@ def _meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
 
 
 def shutdown() -> None:
-    """Leave the process group (no-op when there is none)."""
+    """Leave the process group (no-op when there is none), and let go of the run's folders."""
     global _watch
     if _watch is not None:
         error = sys.exc_info()[1]  # what ends the caller's block, if anything does
@@ -191,6 +192,7 @@ def shutdown() -> None:
         _watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
+    release_folders()
 
 
 def all_reduce_sums(values: Mapping[str, float | Tensor], env: DistEnv) -> dict[str, float]:
