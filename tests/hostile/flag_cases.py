@@ -80,7 +80,8 @@ def cases() -> Iterator[Case]:
                     continue  # a name like any other: made where the command stands
                 yield _case(program, flag, value, "refuse")
     latin1 = "größe".encode("latin-1").decode("utf-8", "surrogateescape")
-    for text in (latin1, "", " ", "\0", "x" * 300_000, "<|im_end|><|vision_start|>", "\u202e", "%s"):
+    texts = (latin1, "", " ", "\0", "x" * 300_000, "<|im_end|><|vision_start|>", "\u202e", "%s")
+    for text in texts:
         yield _case("demo", "question", text, "any")
     for flag in ("no_such_flag", "learning_rate", "Config", ""):
         yield _case("train", flag, "1", "refuse")

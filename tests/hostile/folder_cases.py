@@ -67,8 +67,10 @@ def _configs() -> Iterator[Case]:
             for value in BAD_SIZES:
                 # A key that may be left out may be null too.
                 optional = value is None and key in ("num_key_value_heads", "patch_size")
-                yield _case(f"{file}: {key} = {value!r}", partial(_set, file=file, key=key, value=value),
-                            "any" if optional else "refuse", (file, key, "model."))  # fmt: skip
+                change = partial(_set, file=file, key=key, value=value)
+                expect = "any" if optional else "refuse"
+                names = (file, key, "model.")
+                yield _case(f"{file}: {key} = {value!r}", change, expect, names)
     odd: dict[str, tuple[Any, ...]] = {
         "rope_theta": (0, -1, "x", float("nan"), float("inf"), [1], None),
         "rms_norm_eps": (-1, "x", float("nan"), [1], None),
@@ -242,7 +244,8 @@ def _flip_header(release: Path, seed: int) -> None:
 
 YAMLS = {
     "no mapping": "[1, 2]", "text": "hello", "a number": "5", "a tag":
-    "a: !!python/object/apply:os.system ['touch ../canary2']", "a tuple": "lr: !!python/tuple [1]", "an unknown tag": "a: !x 1",
+    "a: !!python/object/apply:os.system ['touch ../canary2']", "a tuple": "lr: !!python/tuple [1]",
+    "an unknown tag": "a: !x 1",
     "a key twice": "lr: 1.0e-5\nlr: 1.0e-4", "a tab": "a:\n\tb: 1", "an open bracket": "a: [1",
     "deep": DEEP, "a bad date": "a: 2020-99-99", "an unknown name": "learning_rate: 1",
     "a list as a key": "? [1]\n: 2", "an anchor to itself": "a: &a [*a]", "a colon": "a: b: c",

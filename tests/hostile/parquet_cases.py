@@ -144,12 +144,12 @@ def _types() -> Iterator[Case]:
         "list of images": (pa.list_(IMAGE), 0),
     }
     for name, (kind, usable) in odd.items():
-        value: Any = {"bytes": png(), "path": None}
+        cell: Any = {"bytes": png(), "path": None}
         if name == "bytes as text":
-            value = {"bytes": "iVBOR", "path": None}
+            cell = {"bytes": "iVBOR", "path": None}
         if name == "list of images":
-            value = [value]
-        make = partial(_retyped, column="problem_image_0", kind=kind, value=value)
+            cell = [cell]
+        make = partial(_retyped, column="problem_image_0", kind=kind, value=cell)
         yield Case("parquet", f"image struct: {name}", make, "rows", "any", (), _expect(usable))
 
 

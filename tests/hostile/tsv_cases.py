@@ -139,7 +139,7 @@ def _structure() -> Iterator[Case]:
     closed = list(opened)
     closed[2] = closed[2].replace("question 2?", '"question 2?')
     yield _case("quotes opened in two records", partial(lines, *closed), "refuse", names)
-    wrong = {
+    wrong: dict[str, str | bytes] = {
         "bare CR": plain.replace("\n", "\r"),
         "a column twice": plain.replace("\tB\t", "\tA\t", 1),
         "the index column twice": plain.replace("category", "index", 1),
@@ -158,8 +158,8 @@ def _structure() -> Iterator[Case]:
         "text behind a closing quote": plain.replace("question 4?", '"question" 4?'),
     }  # fmt: skip
     for name, content in wrong.items():
-        yield _case(f"file: {name}", lambda content=content: content, "refuse", names)
-    fine = {
+        yield _case(f"file: {name}", partial(_given, content), "refuse", names)
+    fine: dict[str, tuple[str, Sequence[dict[str, str] | None]]] = {
         "byte order mark": ("\ufeff" + plain, rows),
         "no newline at the end": (plain.rstrip("\n"), rows),
         "blank lines": (plain.replace("\n", "\n\n"), rows),
@@ -172,14 +172,18 @@ def _structure() -> Iterator[Case]:
             plain.replace("question 3?", "a\tb"), [None if i == 3 else _row(i) for i in range(12)],
         ),
     }  # fmt: skip
-    for name, (content, wanted) in fine.items():
-        yield _case(f"file: {name}", lambda content=content: content, right=_holds(wanted))
+    for name, (text, wanted) in fine.items():
+        yield _case(f"file: {name}", partial(_given, text), right=_holds(wanted))
     for share in (0.2, 0.5, 0.9):
         whole = _text([_row(i, question='multi\n"line"') for i in range(20)])
         cut = whole.encode()[: int(len(whole) * share)]
-        yield _case(f"file cut at {share}", lambda cut=cut: cut, "any", names)
+        yield _case(f"file cut at {share}", partial(_given, cut), "any", names)
     for seed in range(20):
         yield _case(f"flipped {seed}", partial(_flipped, plain, seed), "any", names)
+
+
+def _given(content: str | bytes) -> str | bytes:
+    return content
 
 
 def _flipped(text: str, seed: int) -> bytes:
