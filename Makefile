@@ -38,7 +38,7 @@ test: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy .
-	$(BIN)/shellcheck .ci/run scripts/*.sh scripts/visual_opsd/*.sh examples/slurm.sbatch
+	$(BIN)/shellcheck .ci/run scripts/*.sh scripts/bench/*.sh scripts/visual_opsd/*.sh examples/slurm.sbatch
 
 bench-cpu: $(VENV)/.installed
 	$(BIN)/python -m scripts.bench.all --tiny --device cpu --repeats 1 $(ARGS)

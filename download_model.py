@@ -5,8 +5,10 @@
     python download_model.py --repo-id ByteDance-Seed/BAGEL-7B-MoT
     python download_model.py --datasets                             # the four data sets
 
-An interrupted download continues where it stopped when the command is repeated. Afterwards the
-file list and every size are compared with the hub's. Exit code 1 and one message on any problem.
+When the command is repeated, complete files are kept; one that was interrupted starts anew (the
+hub's client does not continue it, and what is left of it is removed). Afterwards the file list and
+every size are compared with the hub's. Exit code 1 and one message on any problem. With a mirror
+(HF_ENDPOINT) that stalls or refuses large files set HF_HUB_DISABLE_XET=1.
 """
 
 from __future__ import annotations
@@ -14,15 +16,17 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NoReturn
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
-    HfHubHTTPError,
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -31,6 +35,7 @@ from huggingface_hub.errors import (
 from data.dataset_info import DATA_ROOT_VARIABLE, DATASETS, DEFAULT_DATA_ROOT, data_root
 
 DEFAULT_REPO = "ThinkMorph/ThinkMorph-7B"
+INTERRUPTED = "download_model: interrupted; the same command continues with what is not complete"
 KNOWN_REPOS = (DEFAULT_REPO, "ByteDance-Seed/BAGEL-7B-MoT")
 
 # What a release folder needs, each with the alternatives that will do.
@@ -45,14 +50,6 @@ RELEASE_FILES = (
 )
 MODEL_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.md", "*.jinja", "LICENSE*", "NOTICE*")
 DATASET_PATTERNS = ("*.parquet", "*.md")
-
-# The hub client's HTTP library changed between its versions; the base classes of its own error
-# name the right one (and OSError, which its offline and cache errors are). hf_xet, which carries
-# the large files, raises RuntimeError.
-_HUB_ERRORS: tuple[type[Exception], ...] = (
-    *(k for k in HfHubHTTPError.__mro__ if issubclass(k, Exception) and k is not Exception),
-    RuntimeError,
-)
 
 
 def check_release_list(repo_id: str, names: Sequence[str]) -> None:
@@ -97,28 +94,36 @@ def fetch(
     repo_type: str = "model",
     revision: str | None = None,
     resume: bool = True,
-) -> dict[str, int | None]:
-    """Download one repository into `folder` and check it; returns file -> size on the hub.
+) -> None:
+    """Download one repository into `folder` and check it.
 
     Raises:
-        ValueError: no network, no such repository or no access, files missing on the hub, the
-            disk too full, or a file whose size differs afterwards.
+        ValueError: a folder or disk that cannot take it, no network, no such repository or no
+            access, files missing on the hub, or a file whose size differs afterwards.
     """
+    disk = _writable(folder)
+    print(f"fetching {repo_id} into {folder}", flush=True)
     is_model = repo_type == "model"
     patterns = MODEL_PATTERNS if is_model else DATASET_PATTERNS
-    check_list: Callable[[str, Sequence[str]], None]
-    check_list = check_release_list if is_model else check_parquet_list
-    try:
+    with _explained(repo_id, folder, revision):
         api = HfApi()
         describe = api.model_info if is_model else api.dataset_info
         info = describe(repo_id, revision=revision, files_metadata=True)
-        sizes = {
-            file.rfilename: file.size
-            for file in info.siblings or ()
-            if any(fnmatch(file.rfilename, pattern) for pattern in patterns)
-        }
-        check_list(repo_id, list(sizes))
-        _check_space(folder, sizes)
+        _remove_partial_files(folder)
+    sizes = {
+        file.rfilename: file.size
+        for file in info.siblings or ()
+        if any(fnmatch(file.rfilename, pattern) for pattern in patterns)
+    }
+    (check_release_list if is_model else check_parquet_list)(repo_id, list(sizes))
+    present = sum((folder / name).stat().st_size for name in sizes if (folder / name).is_file())
+    total, free = sum(size or 0 for size in sizes.values()), shutil.disk_usage(disk).free
+    if total - present > free:
+        raise ValueError(
+            f"{folder} needs {(total - present) / 1e9:.1f} GB more but its disk has "
+            f"{free / 1e9:.1f} GB free; make room or choose another place (--save-dir, --data-root)"
+        )
+    with _explained(repo_id, folder, revision):
         snapshot_download(
             repo_id,
             repo_type=repo_type,
@@ -127,72 +132,80 @@ def fetch(
             allow_patterns=list(patterns),
             force_download=not resume,
         )
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise ValueError(
-            f"the hub has no {repo_type} {repo_id}" + (f" at {revision}" if revision else "")
-            + " that you may read: check the name; for a private or gated one accept its terms on "
-            "its page and run `hf auth login`"
-        ) from error  # fmt: skip
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no repository name (OWNER/NAME): {error}") from error
-    except _HUB_ERRORS as error:
-        raise ValueError(_explain(repo_id, folder, error)) from error
     check_sizes(folder, sizes)
-    return sizes
+    print(f"complete: {len(sizes)} files, {total / 1e9:.2f} GB, sizes as on the hub", flush=True)
 
 
-def _check_space(folder: Path, sizes: Mapping[str, int | None]) -> None:
-    present = [folder / name for name in sizes if (folder / name).is_file()]
-    needed = sum(size or 0 for size in sizes.values()) - sum(f.stat().st_size for f in present)
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise ValueError(
-            f"{folder} needs {needed / 1e9:.1f} GB more but its disk has {free / 1e9:.1f} GB free; "
-            "make room or choose another place (--save-dir, --data-root)"
-        )
+def _writable(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists; ValueError if files cannot be made there."""
+    existing = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+        return existing
+    cause = "is read-only for you" if existing.is_dir() else "is not a folder"
+    raise ValueError(
+        f"cannot write {folder}: {existing} {cause}; choose another place (--save-dir, --data-root)"
+    )
 
 
-def _explain(repo_id: str, folder: Path, error: Exception) -> str:
-    """Cause and fix of an error that the hub's client or the file system raised."""
+def _remove_partial_files(folder: Path) -> None:
+    # Each attempt of the hub's client writes under a name of its own; a killed one leaves it.
+    partial = list((folder / ".cache" / "huggingface" / "download").rglob("*.incomplete"))
+    if partial:
+        size = sum(file.stat().st_size for file in partial)
+        print(f"removing {size / 1e9:.1f} GB of files that an earlier download left incomplete")
+        for file in partial:
+            file.unlink()
+
+
+@contextmanager
+def _explained(repo_id: str, folder: Path, revision: str | None) -> Iterator[None]:
+    # The client's HTTP library and hf_xet, which carries the large files, have errors of their own.
+    try:
+        yield
+    except Exception as error:
+        at = f" at {revision}" if revision else ""
+        raise ValueError(_explain(repo_id + at, folder, error)) from error
+
+
+def _explain(name: str, folder: Path, error: Exception) -> str:
+    """Cause and fix of an error that the hub's client or the file system raised, in one line."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if isinstance(error, HFValidationError):
+        return f"{name!r} is no repository name (OWNER/NAME): {reason}"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return f"cannot fetch {name}: HF_HUB_OFFLINE forbids the hub's client the network; unset it"
+    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
         return (
-            f"cannot fetch {repo_id}: HF_HUB_OFFLINE is set, so the hub's client does not use the "
-            "network; unset it"
+            f"{endpoint} has no {name} that you may read: check the name; for a private or gated "
+            "one accept its terms on its page and run `hf auth login`"
         )
-    response = getattr(error, "response", None)
-    if response is not None:
-        return (
-            f"the hub refused {repo_id}: {reason}. Try again later; with status 401, 403 or 429 "
-            "log in first (`hf auth login`)"
-        )
-    local = isinstance(error, OSError) and error.errno is not None
+    local = isinstance(error, OSError) and (error.errno or 0) > 0  # no address for a name: < 0
     if local and not isinstance(error, ConnectionError | TimeoutError):
-        return f"cannot write {folder}: {error}"
+        return f"cannot write {folder} or the hub's cache (HF_HOME): {error}"
+    if getattr(error, "response", None) is not None:
+        advice = "Try again later; with status 401, 403 or 429 log in first (`hf auth login`)"
+    else:
+        advice = (
+            "Check the network; behind a proxy set HTTPS_PROXY, for a mirror HF_ENDPOINT; or run "
+            f"this command on another machine and copy its folder to {folder}"
+        )
     return (
-        f"fetching {repo_id} from {endpoint} failed ({type(error).__name__}: {reason}). Check the "
-        "network; behind a proxy set HTTPS_PROXY, for a mirror set HF_ENDPOINT. Without network, "
-        f"run this command on another machine and copy its folder to {folder}"
+        f"fetching {name} from {endpoint} failed ({type(error).__name__}: {reason}). {advice}. If "
+        "only large files stall or fail, as with some mirrors, set HF_HUB_DISABLE_XET=1"
     )
 
 
 def fetch_model(args: argparse.Namespace) -> None:
     """Download and check the checkpoint that the flags name."""
-    repo_id = args.repo_id or DEFAULT_REPO
-    folder = args.save_dir or Path("models") / repo_id.split("/")[-1]
-    print(f"fetching {repo_id} into {folder}", flush=True)
-    sizes = fetch(repo_id, folder, revision=args.revision, resume=args.resume)
-    print(f"complete: {len(sizes)} files, {_gigabytes(sizes)}, sizes as on the hub\n{folder}")
+    repo_id = DEFAULT_REPO if args.repo_id is None else args.repo_id
+    folder = _place("--save-dir", args.save_dir) or Path("models") / repo_id.split("/")[-1]
+    fetch(repo_id, folder, revision=args.revision, resume=args.resume)
+    print(folder)
 
 
-def fetch_datasets(args: argparse.Namespace) -> None:
-    """Download the data sets that the flags name and run data.check on each.
-
-    Raises:
-        ValueError: as `fetch`, an unknown name, or a data set that data.check rejects.
-    """
+def chosen_datasets(args: argparse.Namespace) -> dict[str, str]:
+    """Name -> repository of the data sets that the flags name; ValueError for unknown ones."""
     repos = {name: info.repo_id for name, info in DATASETS.items()}
     for pair in args.dataset_repo:
         name, separator, repo_id = pair.partition("=")
@@ -205,13 +218,15 @@ def fetch_datasets(args: argparse.Namespace) -> None:
     unknown = [name for name in args.datasets if name not in repos]
     if unknown:
         raise ValueError(f"unknown data sets {', '.join(unknown)}; known: {', '.join(repos)}")
-    root = data_root(args.data_root)
+    return {name: repos[name] for name in args.datasets or repos}
+
+
+def fetch_datasets(args: argparse.Namespace, repos: Mapping[str, str], root: Path) -> None:
+    """Download data sets and run data.check on each; ValueError if it rejects one."""
     rejected = []
-    for name in args.datasets or repos:
+    for name, repo_id in repos.items():
         folder = root / name
-        print(f"fetching {repos[name]} into {folder}", flush=True)
-        sizes = fetch(repos[name], folder, repo_type="dataset", resume=args.resume)
-        print(f"complete: {len(sizes)} files, {_gigabytes(sizes)}, sizes as on the hub", flush=True)
+        fetch(repo_id, folder, repo_type="dataset", resume=args.resume)
         command = [sys.executable, "-m", "data.check", str(folder.resolve())]
         if subprocess.run(command, cwd=Path(__file__).resolve().parent, check=False).returncode:
             rejected.append(name)
@@ -224,8 +239,14 @@ def fetch_datasets(args: argparse.Namespace) -> None:
         print(f"now: export {DATA_ROOT_VARIABLE}={root.resolve()}")
 
 
-def _gigabytes(sizes: Mapping[str, int | None]) -> str:
-    return f"{sum(size or 0 for size in sizes.values()) / 1e9:.2f} GB"
+def _place(flag: str, text: str | None) -> Path | None:
+    """The folder a flag names; None if it was not given."""
+    if text is not None and not text.strip():
+        raise ValueError(f"{flag} is empty: name a folder, or leave it out")
+    try:
+        return None if text is None else Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{flag} {text}: {error}") from error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -236,16 +257,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repo-id", help=f"checkpoint to fetch: {' (default) or '.join(KNOWN_REPOS)}"
     )
-    parser.add_argument(
-        "--save-dir", type=Path, help="folder of the checkpoint (default: models/NAME)"
-    )
+    parser.add_argument("--save-dir", help="folder of the checkpoint (default: models/NAME)")
     parser.add_argument("--revision", help="branch, tag or commit of the checkpoint")
     parser.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="keep finished files and continue partial ones; the hub's client does this by "
-        "itself. --no-resume fetches every file afresh",
+        help="keep complete files (the default); --no-resume fetches every file afresh",
     )
     parser.add_argument(
         "--datasets",
@@ -256,7 +274,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--data-root",
-        type=Path,
         help=f"folder of the data sets (default: {DATA_ROOT_VARIABLE}, else {DEFAULT_DATA_ROOT})",
     )
     parser.add_argument(
@@ -273,18 +290,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
     try:
-        if args.datasets is None or args.repo_id:
+        # Every mistake in the flags is found before gigabytes are fetched.
+        root = data_root(_place("--data-root", args.data_root))
+        repos = {} if args.datasets is None else chosen_datasets(args)
+        if args.datasets is None or args.repo_id is not None:
             fetch_model(args)
-        if args.datasets is not None:
-            fetch_datasets(args)
+        if repos:
+            fetch_datasets(args, repos, root)
     except ValueError as error:
         print(f"download_model: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("download_model: interrupted; the same command continues", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130
     return 0
 
 
+def _leave(*_: object) -> NoReturn:
+    # At once: the client would first finish the files that its threads are fetching.
+    os.write(2, f"\n{INTERRUPTED}\n".encode())
+    os._exit(130)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, _leave)
     sys.exit(main())

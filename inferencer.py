@@ -22,6 +22,7 @@ Where the release has a defect, `reference_compat=True` brings it back:
 - what was sampled enters the context as those ids; compat encodes the decoded string again;
 - images of one batch are encoded, and guided under "global", each for itself; compat pads them to
   one size and takes one norm over all;
+- a picture with an EXIF or XMP orientation is turned upright; compat takes it as it is stored;
 - a call without input raises; compat returns {"image": None, "text": None}.
 """
 
@@ -94,7 +95,7 @@ class InterleaveInferencer(InterleaveEngine):
         """
         if not vae and not vit:
             raise ValueError("update_context_image: an image enters through vae, vit or both")
-        image = to_rgb(image)
+        image = to_rgb(image, upright=not self.reference_compat)
         segments: list[Segment] = [*self.encode([image], [generator])] if vae else []
         if vit:
             segments.append(self.builder.image(image))

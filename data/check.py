@@ -12,13 +12,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import io
 import os
+import re
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data.dataset_info import is_dataset_folder, split_files
+from data.limits import SMALLEST_IMAGE, ContextLimits
+from data.programs import number, path_argument, run_main
 from data.row_groups import ParquetDataset, RowGroup, open_parquet
+from data.sequence import ContextBuilder, TextSegment
 from data.thinkmorph import (
     EVALUATION_ROWS,
     IMAGE_COLUMNS,
@@ -42,13 +48,24 @@ from data.thinkmorph import (
     parse_row,
     row_image,
 )
+from data.transforms import to_pixels
+from modeling.bagel.config import read_llm_config
 
 USES: dict[str, RowNeeds] = {"opsd": OPSD_ROWS, "sft": SFT_ROWS, "evaluation": EVALUATION_ROWS}
 MAX_BAD_RATE = 0.01
 LARGE_GROUP = 256 << 20
 SHOWN = 5
+# Without a tokenizer: about what fills the releases' 32,768 positions, at 4 characters a token.
+LONG_QUESTION = 4 * 32768
+# Added tokens of Qwen2's vocabulary, the four that frame every block among them.
+CONTROL_TOKEN = re.compile(
+    r"<\|(?:endoftext|im_(?:start|end)|(?:object_ref|box|quad)_(?:start|end)"
+    r"|vision_(?:start|end|pad)|(?:image|video)_pad|fim_(?:prefix|middle|suffix|pad)"
+    r"|repo_name|file_sep)\|>|</?tool_call>"
+)
 
 Lines = list[tuple[str, str]]
+Parse = Callable[[Row, RowNeeds], Sample]
 
 
 @dataclass
@@ -58,6 +75,8 @@ class RowStats:
     rows: int = 0
     images: int = 0
     undecodable: int = 0
+    long_questions: int = 0
+    control_tokens: int = 0
     usable: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
@@ -80,6 +99,17 @@ class RowStats:
                     mine.setdefault(key, []).extend(numbers)
 
     def see(self, sample: Sample, length: Callable[[str], int]) -> None:
+        texts = {
+            "question": sample.question,
+            "answer": sample.answer,
+            "text trace": sample.text_trace,
+            "thoughts": "".join(sample.thoughts),
+        }
+        lengths = {key: length(text) for key, text in texts.items() if text}
+        for key, count in lengths.items():
+            self.lengths.setdefault(key, []).append(count)
+        self.long_questions += len(sample.question) > LONG_QUESTION
+        self.control_tokens += any(map(CONTROL_TOKEN.search, texts.values()))
         self.images += 1 + len(sample.thought_images)
         self.visual_thoughts[len(sample.thought_images)] += 1
         self.problem_sizes.append(sample.problem_image.size)
@@ -87,17 +117,8 @@ class RowStats:
         self.usable["evaluation"] += 1
         self.usable["opsd"] += bool(sample.thought_images)
         self.usable["sft"] += bool(sample.text_trace.strip())
-        texts = {
-            "question": sample.question,
-            "answer": sample.answer,
-            "text trace": sample.text_trace,
-            "thoughts": "".join(sample.thoughts),
-        }
-        for key, text in texts.items():
-            if text:
-                self.lengths.setdefault(key, []).append(length(text))
 
-    def see_bad(self, row: Row | None, bad: BadRow) -> None:
+    def see_bad(self, row: Row | None, bad: BadRow, parse: Parse) -> None:
         self.reasons[bad.reason] += 1
         if len(self.examples) < SHOWN:
             self.examples.append(str(bad))
@@ -105,7 +126,7 @@ class RowStats:
             return
         for use, needs in USES.items():  # a broken visual thought, say, does not disturb SFT
             with contextlib.suppress(BadRow):
-                parse_row(row, needs)
+                parse(row, needs)
                 self.usable[use] += 1
         for column in (PROBLEM_IMAGE, *IMAGE_COLUMNS):
             try:
@@ -115,22 +136,38 @@ class RowStats:
                 self.undecodable += image.reason == "broken_image"
 
 
-def scan(dataset: ParquetDataset, rows: range, length: Callable[[str], int]) -> RowStats:
-    """Statistics of some rows, every image decoded."""
+def scan(
+    dataset: ParquetDataset,
+    rows: range,
+    length: Callable[[str], int],
+    positions: int | None = None,
+) -> RowStats:
+    """Statistics of some rows, every image decoded; positions: of the model, if it is known."""
     stats = RowStats()
+    limits = ContextLimits(positions)
+
+    def parse(row: Row, needs: RowNeeds) -> Sample:
+        sample = parse_row(row, needs)
+        if positions is not None:  # the least any prompt makes of it
+            limits.check(row, (SMALLEST_IMAGE, TextSegment((0,) * length(sample.question))))
+        return sample
+
     for index in rows:
         stats.rows += 1
         row = None
         try:
             row = dataset.read_row(index)
-            stats.see(parse_row(row, WHOLE_ROWS), length)
+            stats.see(parse(row, WHOLE_ROWS), length)
         except BadRow as bad:
-            stats.see_bad(row, bad)
+            stats.see_bad(row, bad, parse)
     return stats
 
 
 def scan_all(
-    dataset: ParquetDataset, length: Callable[[str], int], num_workers: int = 1
+    dataset: ParquetDataset,
+    length: Callable[[str], int],
+    num_workers: int = 1,
+    positions: int | None = None,
 ) -> RowStats:
     """`scan` of a whole dataset, a row group at a time, over threads (decoding frees the GIL)."""
     parts = [range(group.first, group.first + group.rows) for group in dataset.groups]
@@ -140,7 +177,9 @@ def scan_all(
         tqdm(total=len(dataset), desc=dataset.name, unit="row", delay=2, leave=False) as bar,
         ThreadPoolExecutor(max(1, num_workers)) as pool,
     ):
-        for stats in pool.map(lambda part: scan(copy.copy(dataset), part, length), parts):
+        for stats in pool.map(
+            lambda part: scan(copy.copy(dataset), part, length, positions), parts
+        ):
             total.add(stats)
             bar.update(stats.rows)
     return total
@@ -198,6 +237,7 @@ def check_dataset(
     length: Callable[[str], int] = len,
     unit: str = "characters",
     num_workers: int = 1,
+    positions: int | None = None,
 ) -> tuple[Lines, bool]:
     """Table of one dataset as (label, value) lines, and whether it can be used."""
     lines: Lines = [("files", str(len(files)))]
@@ -209,7 +249,10 @@ def check_dataset(
     except ValueError as error:
         return [*lines, *schema_lines, ("rows", "0"), ("ERROR", str(error))], False
     largest = max(dataset.groups, key=lambda group: group.bytes)
-    stats = scan_all(dataset, length, num_workers)
+    try:
+        stats = scan_all(dataset, length, num_workers, positions)
+    except ValueError as error:  # a file went away
+        return [*lines, *schema_lines, ("ERROR", str(error))], False
     bad = stats.reasons.total()
     reasons = ", ".join(f"{count} {reason}" for reason, count in stats.reasons.most_common())
     counts = ", ".join(f"{n} rows with {k}" for k, n in sorted(stats.visual_thoughts.items()))
@@ -228,6 +271,16 @@ def check_dataset(
     for key, values in stats.lengths.items():
         lines.append((f"{key} ({unit})", _range(values)))
     lines += [("bad row", example) for example in stats.examples[:SHOWN]]
+    if stats.control_tokens:
+        lines.append(
+            ("note", f"{stats.control_tokens} rows hold control tokens such as <|im_end|> in their "
+             "texts, which become control ids, as in the authors' code")
+        )  # fmt: skip
+    if stats.long_questions and positions is None:
+        lines.append(
+            ("WARNING", f"{stats.long_questions} rows have questions of more than {LONG_QUESTION} "
+             "characters, which few models have positions for: --tokenizer DIR counts")
+        )  # fmt: skip
     lost = stats.rows - stats.usable[use]
     if lost > MAX_BAD_RATE * stats.rows:
         lines.append(
@@ -247,9 +300,9 @@ def find_datasets(path: Path, split: str) -> list[tuple[str, list[Path] | ValueE
 
     Raises ValueError if there is nothing at the path.
     """
-    if path.is_file():
+    if os.path.lexists(path) and not os.path.isdir(path):
         return [(path.stem, [path])]
-    if not path.exists():
+    if not os.path.isdir(path):
         raise ValueError(f"{path} does not exist")
     single = is_dataset_folder(path)
     folders = [path] if single else sorted(p for p in path.iterdir() if is_dataset_folder(p))
@@ -277,39 +330,61 @@ def format_table(title: str, lines: Lines) -> str:
     return "\n".join(out)
 
 
-def _length_function(tokenizer_path: str | None) -> tuple[Callable[[str], int], str]:
+def _length_function(
+    tokenizer_path: str | None,
+) -> tuple[Callable[[str], int], str, int | None]:
+    """Length of a text, its unit, and the rope positions of the model, if it is known."""
     if tokenizer_path is None:
-        return len, "characters"
+        return len, "characters", None
     from modeling.tokenizer import load_tokenizer  # transformers takes seconds to import
 
     tokenizer: Any = load_tokenizer(tokenizer_path)[0]
+    positions = None
+    if (Path(tokenizer_path) / "llm_config.json").is_file():
+        positions = read_llm_config(tokenizer_path).max_position_embeddings
+    encode = ContextBuilder(tokenizer, to_pixels, max_text_tokens=positions).encode
     lock = threading.Lock()  # tokenizers refuse concurrent use
 
+    @lru_cache(maxsize=64)  # a row that is bad for one use is looked at for each
     def length(text: str) -> int:
         with lock:
-            return len(tokenizer.encode(text, add_special_tokens=False))
+            return len(encode(text))
 
-    return length, "tokens"
+    return length, "tokens", positions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data.check", description="Check ThinkMorph-schema parquet files."
     )
-    parser.add_argument("path", help="parquet file, dataset folder, or folder of datasets")
-    parser.add_argument("--tokenizer", metavar="DIR", help="checkpoint folder; lengths in tokens")
+    parser.add_argument(
+        "path", type=path_argument, help="parquet file, dataset folder, or folder of datasets"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=path_argument,
+        metavar="DIR",
+        help="checkpoint folder: lengths in tokens, and questions that its model has no positions "
+        "for are bad rows",
+    )
     parser.add_argument("--split", default="train", help="split to read (default: train)")
     parser.add_argument(
         "--use", choices=sorted(USES), default="opsd", help="what the data is for (default: opsd)"
     )
     parser.add_argument(
-        "--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="decoding threads"
+        "--num_workers",
+        type=number(int, at_least=1, at_most=1024),
+        default=min(8, os.cpu_count() or 1),
+        help="decoding threads",
     )
     options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names and texts may be anything
+            stream.reconfigure(errors="backslashreplace")
     try:
-        length, unit = _length_function(options.tokenizer)
+        length, unit, positions = _length_function(options.tokenizer)
         datasets = find_datasets(Path(options.path).expanduser(), options.split)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     good = True
@@ -319,7 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             lines, ok = check_dataset(
                 name, files, use=options.use, length=length, unit=unit,
-                num_workers=options.num_workers,
+                num_workers=options.num_workers, positions=positions,
             )  # fmt: skip
         print(format_table(f"{name} (split {options.split})", lines), flush=True)
         good &= ok
@@ -327,4 +402,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

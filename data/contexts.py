@@ -16,8 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.packing import context_length, group_by_tokens, pack, pack_branches
-from data.sequence import LatentSegment, Segment, TextSegment
+from data.packing import (
+    context_length,
+    context_positions,
+    group_by_tokens,
+    pack,
+    pack_branches,
+)
+from data.sequence import LatentSegment, Segment
 from modeling.bagel.attention import AttentionLayout, DecodeLayout
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import SpecialTokens
@@ -81,12 +87,7 @@ class CachedContext:
     def prefix_of(self, start: CachedContext, segments: Sequence[Segment]) -> CachedContext:
         """The state of this context when only `segments` had been added to `start`."""
         length = start.length + context_length(segments)
-        position = start.position
-        for segment in segments:
-            if isinstance(segment, TextSegment):
-                position += len(segment.ids) + 2
-            else:
-                position += not (isinstance(segment, LatentSegment) and segment.noise is not None)
+        position = start.position + context_positions(segments)
         assert length <= self.length and position <= self.position
         return CachedContext(self.store, length, position)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from data.programs import expand_path
 from modeling.text_files import read_yaml
 
 DATA_ROOT_VARIABLE = "VISUAL_OPSD_DATA_ROOT"
@@ -55,22 +56,49 @@ DATASETS: dict[str, DatasetInfo] = {
 
 def data_root(root: str | Path | None = None) -> Path:
     """`root` if given, else VISUAL_OPSD_DATA_ROOT, else "datasets" in the working directory."""
-    return Path(root or os.environ.get(DATA_ROOT_VARIABLE) or DEFAULT_DATA_ROOT).expanduser()
+    found = str(root or os.environ.get(DATA_ROOT_VARIABLE) or DEFAULT_DATA_ROOT)
+    try:
+        return Path(expand_path(found))
+    except ValueError as error:
+        raise ValueError(f"the data root ({DATA_ROOT_VARIABLE}) {error}") from None
+
+
+# os.path says False where the methods of Path raise: names that are too long, links in a circle.
 
 
 def _data_folder(folder: Path) -> Path:
-    return folder / "data" if (folder / "data").is_dir() else folder
+    return folder / "data" if os.path.isdir(folder / "data") else folder
 
 
 def is_dataset_folder(folder: Path) -> bool:
-    """Whether a folder holds parquet files, directly or in its `data/`."""
-    return folder.is_dir() and any(_data_folder(folder).glob("*.parquet"))
+    """Whether a folder holds parquet files, directly or in its `data/` (be they all hidden)."""
+    return os.path.isdir(folder) and any(_data_folder(folder).glob("*.parquet"))
+
+
+def check_file(file: str | Path) -> None:
+    """Raises ValueError, saying what stands in its place, unless a file of data can be opened."""
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(file).decode("utf-8", "backslashreplace")
+        raise ValueError(f"{shown}: the name of this file is not UTF-8; rename it") from None
+    if os.path.isfile(file):
+        return
+    found = "does not exist, or cannot be reached"
+    if os.path.isdir(file):
+        found = "is a folder, not a file; move the parts that it may hold out of it"
+    elif os.path.islink(file):
+        found = f"is a link to {os.readlink(file)}, where no file is; copy the files themselves "
+        found += "(`cp -rL`), or download it again"
+    elif os.path.exists(file):
+        found = "is no file that can be read twice; give a file on a disk"
+    raise ValueError(f"{file} {found}")
 
 
 def known_names(root: str | Path | None = None) -> list[str]:
     """The released names and every dataset folder under the root."""
     base = data_root(root)
-    local = [p.name for p in base.iterdir() if is_dataset_folder(p)] if base.is_dir() else []
+    local = [p.name for p in base.iterdir() if is_dataset_folder(p)] if os.path.isdir(base) else []
     return [*DATASETS, *sorted(set(local) - set(DATASETS))]
 
 
@@ -82,13 +110,20 @@ def _of_split(file: Path, split: str) -> bool:
 
 
 def split_files(folder: str | Path, split: str = "train") -> list[Path]:
-    """Parquet files of one split in a dataset folder, sorted by name.
+    """Parquet files of one split in a dataset folder, sorted by name; hidden ones are left out.
 
     Raises ValueError naming what is there if the split has no file.
     """
     where = _data_folder(Path(folder))
-    found = sorted(where.glob("*.parquet"), key=lambda path: path.name)
+    every = sorted(where.glob("*.parquet"), key=lambda path: path.name)
+    found = [path for path in every if not path.name.startswith(".")]
     files = [path for path in found if _of_split(path, split)]
+    if every and not found:
+        raise ValueError(
+            f"{where} holds no parquet files but hidden ones, which are left out: "
+            f"{', '.join(path.name for path in every[:8])}. They are what macOS (._NAME) or an "
+            f"unfinished copy leaves beside the data. {_FETCH_HINT}"
+        )
     if not files:
         names = ", ".join(path.name for path in found[:8]) or "no parquet file at all"
         raise ValueError(
@@ -112,7 +147,7 @@ def dataset_files(name: str, split: str = "train", root: str | Path | None = Non
             f"unknown dataset {name!r}; known under {base}: {', '.join(known_names(base))}. "
             f"A dataset is a folder {base}/NAME/data with *.parquet files."
         )
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ValueError(f"dataset {name} is not at {folder}. {_FETCH_HINT}")
     return split_files(folder, split)
 
@@ -166,7 +201,7 @@ def load_dataset_config(path: str | Path) -> list[DatasetSource]:
     Raises ValueError for anything that is not that: no mapping, unknown keys, negative weights,
     duplicates, no weight above zero.
     """
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise ValueError(f"dataset config {path} does not exist; examples: data/configs/opsd.yaml, "
                          "data/configs/sft.yaml")  # fmt: skip
     document = read_yaml(path, "dataset config")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data.contexts import CachedContext, decoding_prompt, device_of, draw_latents, grow
 from data.packing import group_by_tokens
+from data.programs import bounds_problem
 from data.sequence import (
     INFERENCER_SYSTEM_PROMPT,
     ContextBuilder,
@@ -80,6 +81,10 @@ class InterleaveOptions:
     def __post_init__(self) -> None:
         if self.max_rounds < 0 or (self.image_skips or 0) < 0:
             raise ValueError("max_rounds and image_skips must not be negative")
+        for name, value in vars(self).items():
+            problem = bounds_problem(value) if isinstance(value, float) else None
+            if problem:
+                raise ValueError(f"{name} {problem}")
 
 
 @dataclass
@@ -188,7 +193,7 @@ class InterleaveEngine:
 
     def resized(self, image: Image.Image) -> Image.Image:
         """RGB, at the size the autoencoder takes."""
-        image = to_rgb(image)
+        image = to_rgb(image, upright=not self.reference_compat)
         if self.vae_transform is None:
             return image
         own = getattr(self.vae_transform, "resize", None)

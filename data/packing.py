@@ -41,6 +41,19 @@ def context_length(context: Iterable[Segment]) -> int:
     return sum(segment_length(segment) for segment in context)
 
 
+def context_positions(context: Iterable[Segment]) -> int:
+    """Rope positions of a context: one for each token of a text block, one for a whole image."""
+    positions = 0
+    for segment in context:
+        if isinstance(segment, TextSegment):
+            positions += segment_length(segment)
+        elif isinstance(segment, PixelSegment):
+            positions += not segment.noised
+        else:
+            positions += not (isinstance(segment, LatentSegment) and segment.noise is not None)
+    return positions
+
+
 class _Builder:
     """Collects the rows of one pack."""
 
@@ -227,6 +240,7 @@ def group_by_tokens(lengths: Sequence[int], limit: int) -> list[list[int]]:
 __all__ = [
     "Context",
     "context_length",
+    "context_positions",
     "group_by_tokens",
     "pack",
     "pack_branches",

@@ -14,13 +14,17 @@ import ctypes
 import functools
 import hashlib
 import itertools
+import math
 import multiprocessing
 import os
 import pickle
 import signal
+import threading
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -335,22 +339,82 @@ def _as_is(item: Any) -> Any:
     return item
 
 
-def _quiet_worker(closing: Any, _: int) -> None:
-    # A SIGTERM or Ctrl-C to the process group is the trainer's to handle: with dead workers it
-    # could not finish its step and save. Workers notice a dead parent by themselves.
+def _quiet_worker(closing: Any, parent: int, _: int) -> None:
+    # A signal to the process group is the trainer's to handle: with dead workers it could not
+    # finish its step and save.
     def end(*_: object) -> None:
         if closing.value:
             os._exit(0)
 
     signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone.
+
+    DataLoader's own check joins a thread that may be writing to a full pipe nobody reads any more;
+    meanwhile the worker would hold the sockets by which other ranks notice the trainer's death.
+    """
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+class LostWorker(ValueError):
+    """A process that reads data was killed or is stuck."""
+
+
+@contextmanager
+def _watching(workers: Sequence[Any], stuck_after_s: float, before: Any) -> Iterator[None]:
+    """Raises LostWorker in the main thread when one of the processes dies, or after a time."""
+    stuck = threading.Event()
+
+    def check(*_: object) -> None:
+        for worker in workers:
+            if stuck.is_set() and worker.exitcode is not None:
+                raise LostWorker(
+                    f"no rows came from the data workers for {stuck_after_s:.0f} s (--timeout_s): "
+                    "is the storage stuck?"
+                )
+            if worker.exitcode:
+                raise LostWorker(
+                    f"data worker (process {worker.pid}) ended with code {worker.exitcode}; -9 "
+                    "often means that memory ran out (`dmesg` tells): lower --num_workers or "
+                    "--prefetch_factor, or read with --num_workers 0"
+                )
+
+    def give_up() -> None:
+        stuck.set()
+        for worker in workers:
+            worker.kill()  # a stuck one would be waited for at the end
+
+    timer = threading.Timer(min(stuck_after_s, threading.TIMEOUT_MAX), give_up)
+    timer.daemon = True
+    signal.signal(signal.SIGCHLD, check)  # interrupts the reading of half an item, too
+    timer.start()
+    try:
+        check()
+        yield
+    except RuntimeError:  # DataLoader's own words for it, or anything else
+        check()
+        raise
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGCHLD, before)
 
 
 class StepLoader(Generic[T]):
     """Iterable of `StepRows` in step order; made by `make_loader`."""
 
-    def __init__(self, steps: _Steps[T], loader: DataLoader[Any], closing: Any) -> None:
+    def __init__(
+        self, steps: _Steps[T], loader: DataLoader[Any], closing: Any, stuck_after_s: float
+    ) -> None:
         self._steps, self._loader, self._closing = steps, loader, closing
+        self._stuck_after_s = stuck_after_s
 
     def __len__(self) -> int:
         return len(self._steps.steps)
@@ -361,7 +425,7 @@ class StepLoader(Generic[T]):
         atexit.register(self._let_workers_end)
         self._closing.value = False
         try:
-            for item in self._loader:
+            for item in self._items():
                 if isinstance(item, bytes):
                     item = pickle.loads(item)  # from our own worker
                 if isinstance(item, _Failure):
@@ -370,6 +434,27 @@ class StepLoader(Generic[T]):
         finally:
             self._let_workers_end()
             atexit.unregister(self._let_workers_end)
+
+    def _items(self) -> Generator[Any, None, None]:
+        """The loader's items. Raises LostWorker.
+
+        DataLoader has the death of a worker raised wherever the main thread happens to be, in the
+        middle of an optimiser step, say. Here it is raised where an item is waited for.
+        """
+        before = signal.getsignal(signal.SIGCHLD)
+        made = iter(self._loader)
+        workers = multiprocessing.active_children() if self._loader.num_workers else []
+        if not workers:
+            yield from made
+            return
+        signal.signal(signal.SIGCHLD, before)
+        while True:
+            try:
+                with _watching(workers, self._stuck_after_s, before):
+                    item = next(made)
+            except StopIteration:
+                return
+            yield item
 
     def _let_workers_end(self) -> None:
         self._closing.value = True
@@ -385,6 +470,7 @@ def make_loader(
     total_steps: int,
     num_workers: int = 0,
     prefetch_factor: int = 2,
+    stuck_after_s: float = math.inf,
     max_attempts: int = MAX_ATTEMPTS,
     multiprocessing_context: str | None = None,
 ) -> StepLoader[T]:
@@ -393,7 +479,8 @@ def make_loader(
     `prepare` (picklable, a pure function of the row) turns a row into what training wants and may
     raise BadRow; the slot then takes its next candidate. Output depends neither on `num_workers`
     nor, slot by slot, on the world size. Iterating raises ValueError, naming rows and reasons,
-    when `max_attempts` candidates of a slot were all bad.
+    when `max_attempts` candidates of a slot were all bad, and LostWorker for a worker that was
+    killed, or when nothing came for `stuck_after_s` seconds.
     """
     if num_workers < 0 or (num_workers and prefetch_factor < 1) or max_attempts < 1:
         raise ValueError(
@@ -410,8 +497,8 @@ def make_loader(
         collate_fn=_as_is,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
-        worker_init_fn=functools.partial(_quiet_worker, closing),
+        worker_init_fn=functools.partial(_quiet_worker, closing, os.getpid()),
         generator=torch.Generator(),  # or each pass would draw from the trainer's global one
         multiprocessing_context=context if num_workers else None,
     )
-    return StepLoader(dataset, loader, closing)
+    return StepLoader(dataset, loader, closing, stuck_after_s)

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from data.json_lines import append_records, filter_log
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,7 @@ class RejectLedger:
         self.reasons.update(reject.reason for reject in rejects)
         if self.path is not None and rejects:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                for reject in rejects:
-                    file.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
+            append_records(self.path, map(asdict, rejects))
         if self.rows_read >= self.check_from and self.rejected > self.max_rate * self.rows_read:
             counts = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
             latest = f" Latest: {summarise(rejects, show=1)}." if rejects else ""
@@ -90,16 +88,5 @@ class RejectLedger:
         """Continue before `step`: counts from `state`, later lines of the log file dropped."""
         self.rows_read = int(state["rows_read"])
         self.reasons = Counter({str(k): int(v) for k, v in state["reasons"].items()})
-        if self.path is None or not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                earlier = json.loads(line)["step"] < step
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue  # the line a killed process was writing
-            if earlier:
-                kept.append(line + "\n")
-        temporary = self.path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        if self.path is not None:
+            filter_log(self.path, lambda record: bool(record["step"] < step))

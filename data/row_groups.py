@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from bisect import bisect_right
 from collections import OrderedDict
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data.dataset_info import check_file
 from data.thinkmorph import OPSD_ROWS, BadRow, Row, RowNeeds, check_schema
 
 CACHE_BYTES = 256 << 20
@@ -54,15 +56,16 @@ class RowGroup:
 
 
 def open_parquet(file: str | Path) -> pq.ParquetFile:
-    """Raises ValueError for what is no parquet file; a missing file stays FileNotFoundError."""
+    """Raises ValueError for what is no parquet file, is not there, or cannot be read."""
+    check_file(file)
     try:
         # A buffered stream holds one page besides the decoded rows, not whole column chunks.
         return pq.ParquetFile(
             file, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
         )
-    except FileNotFoundError:
-        raise
     except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise unreadable(file, error) from error
         with Path(file).open("rb") as stream:
             pointer = stream.read(40).startswith(b"version https://git-lfs")
         hint = (
@@ -71,6 +74,21 @@ def open_parquet(file: str | Path) -> pq.ParquetFile:
             else "download it again"
         )
         raise ValueError(f"{file} is not a readable parquet file: {error}; {hint}") from error
+
+
+def unreadable(file: str | Path, error: BaseException) -> ValueError:
+    """The error about a file that the system does not let us read (it may well be whole)."""
+    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+    return ValueError(f"{file} cannot be read: {reason}")
+
+
+def _plain(cell: pa.Scalar) -> Any:
+    """Python value of a cell; a narrow float is its shortest decimal: 0.1, not 0.10000000149."""
+    value = cell.as_py()
+    if pa.types.is_float16(cell.type) or pa.types.is_float32(cell.type):
+        narrow = cell.type.to_pandas_dtype()
+        return None if value is None else float(str(narrow(value)))
+    return value
 
 
 class ParquetDataset:
@@ -181,15 +199,21 @@ class ParquetDataset:
         return table
 
     def read_row(self, index: int, position: int = -1) -> Row:
-        """Row `index` of the dataset. Raises BadRow("unreadable_row") for damaged data pages."""
+        """Row `index` of the dataset.
+
+        Raises:
+            BadRow: "unreadable_row": damaged data pages.
+            ValueError: the file is gone or cannot be reached.
+        """
         number, offset = self._group_of(index)
         group = self.groups[number]
         row = group.first_in_file + offset
         try:
-            values = self._group(number).slice(offset, 1).to_pylist()[0]
-        except (FileNotFoundError, PermissionError):
-            raise  # the data is gone, not damaged
+            table = self._group(number)
+            values = {name: _plain(table[name][offset]) for name in self.columns[group.file]}
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            if getattr(error, "errno", None) is not None:  # the disk's fault, not the page's
+                raise unreadable(group.file, error) from error
             raise BadRow("unreadable_row", str(error), file=group.file, row=row) from error
         return Row(self.name, group.file, row, values, position)
 

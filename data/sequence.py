@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.thinkmorph import Sample
+from data.thinkmorph import BadRow, Sample
 from data.transforms import (
     ImageTransform,
     extrapolated_position_ids,
@@ -46,6 +46,9 @@ TRANSITION = (
     "Now answer the question above with your own step-by-step reasoning, as if only the problem "
     "picture had been given."
 )
+
+# Characters that Unicode's composition (which the tokenizer applies) makes one of, at most.
+_COMPOSED = 4
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,8 @@ class ContextBuilder:
         side: rows of the ViT position table (70 in the releases).
         vae_transform: likewise for the autoencoder, where its images are used; latent_side and
             latent_stride: rows of its position table and pixels a latent token covers.
+        max_text_tokens: tokens of a text at most, checked by its characters before megabytes are
+            tokenised; `data.limits` counts exactly.
     """
 
     def __init__(
@@ -219,6 +224,7 @@ class ContextBuilder:
         vae_transform: ImageTransform | Callable[[Image.Image], Tensor] | None = None,
         latent_side: int = 64,
         latent_stride: int = 16,
+        max_text_tokens: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vit_transform = vit_transform
@@ -226,8 +232,18 @@ class ContextBuilder:
         self.side, self.patch_size, self.interpolate = side, patch_size, interpolate
         self.vae_transform = vae_transform
         self.latent_side, self.latent_stride = latent_side, latent_stride
+        self.max_text: int | None = None  # characters
+        if max_text_tokens is not None:
+            longest = max(map(len, tokenizer.get_vocab()))
+            self.max_text = max_text_tokens * longest * _COMPOSED
 
     def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids. Raises BadRow ("too_long") for more characters than they could stand for."""
+        if self.max_text is not None and len(text) > self.max_text:
+            raise BadRow(
+                "too_long",
+                f"a text of {len(text)} characters has more tokens than the model has positions",
+            )
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def text(self, text: str) -> TextSegment:
@@ -272,10 +288,27 @@ class ContextBuilder:
 
     def question(self, image: Image.Image, question: str) -> Context:
         """The student's context of a bare image and question."""
+        return self.frame(self.image(image), question)
+
+    def frame(
+        self, image: ImageSegment, question: str = "", *, teacher: bool = False
+    ) -> Context:
+        """The student's context of an image that is a segment already.
+
+        teacher: then also intro, the same image in the place of VTs, and transition.
+        """
         prompts = self.prompts
         asked = prompts.question_prefix + question + prompts.instruction_suffix
         system = (self.text(prompts.system),) if prompts.system else ()
-        return (*system, self.image(image), self.text(asked))
+        seen = self._shown((image,)) if teacher else ()
+        return (*system, image, self.text(asked), *seen)
+
+    def _shown(self, images: Sequence[Segment]) -> Context:
+        """[intro, images, transition]"""
+        prompts = self.prompts
+        intro = (self.text(prompts.intro),) if prompts.intro else ()
+        transition = (self.text(prompts.transition),) if prompts.transition else ()
+        return (*intro, *images, *transition)
 
     def teacher(
         self,
@@ -296,7 +329,6 @@ class ContextBuilder:
         """
         if not sample.thought_images:
             raise ValueError(f"{sample.file} row {sample.row} has no visual thought to teach with")
-        prompts = self.prompts
         images: list[Segment] = []
         for image in sample.thought_images:
             patches = self.image(image)
@@ -310,9 +342,7 @@ class ContextBuilder:
                     picture = replace(picture, pixels=torch.randn(shape, generator=noise))
                 images.append(picture)
             images.append(patches)
-        intro = (self.text(prompts.intro),) if prompts.intro else ()
-        transition = (self.text(prompts.transition),) if prompts.transition else ()
-        return (*student, *intro, *images, *transition)
+        return (*student, *self._shown(images))
 
     def interleaved(self, sample: Sample) -> Context:
         """What interleaved SFT trains on: [system, problem image, question, thought, drawing, ...].

@@ -9,8 +9,10 @@ how the files spell it; `reasoning_thought_i` is accepted too), `reasoning_image
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ import pyarrow as pa
 from PIL import Image
 
 from data.transforms import decode_image
+from data.worlds import check_world
 
 MAX_INDEX = 7
 PROBLEM_IMAGE = "problem_image_0"
@@ -94,12 +97,12 @@ class Sample:
 class BadRow(ValueError):
     """A row that cannot be used: `.reason` is a short slug, `.detail` says what was found.
 
-    Reasons raised here: missing_question, missing_answer, missing_image, broken_image,
-    no_visual_thought, no_text_trace, no_thought. Whoever prepares rows may add reasons.
+    Reasons raised here: missing_question, missing_answer, wrong_type, missing_image, broken_image,
+    no_visual_thought, no_text_trace, no_thought, bad_world. Whoever prepares rows may add reasons.
     """
 
     def __init__(self, reason: str, detail: str, *, file: str = "", row: int = -1) -> None:
-        super().__init__(f"{file or 'row'}:{row}: {reason}: {detail}")
+        super().__init__(f"{file}:{row}: {reason}: {detail}" if file else detail)
         self.reason, self.detail, self.file, self.row = reason, detail, file, row
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -125,23 +128,36 @@ class SchemaReport:
         return not self.missing and not self.wrong_type
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def _is_any(kind: pa.DataType, *names: str) -> bool:
+    """Whether a type is one of Arrow's, be it stored as a dictionary or named by an extension."""
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return bool(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
-    )
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in names)
 
 
-def _is_image(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        index = kind.get_field_index("bytes")
-        if index < 0:
-            return False
-        kind = kind.field(index).type
-    return bool(
-        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)
-    )
+_TEXT = ("string", "large_string", "string_view", "null")
+_BYTES = ("binary", "large_binary", "binary_view", "null")
+_NUMBER = ("integer", "floating", "decimal")
+
+
+def _type_problem(name: str, kind: pa.DataType) -> str | None:
+    """What is wrong with the type of a column that is used."""
+    if name == PROBLEM_IMAGE or name in IMAGE_COLUMNS:
+        expected = "a struct with a binary field `bytes`"
+        if pa.types.is_struct(kind):
+            fields = [field.name for field in kind]
+            if len(set(fields)) < len(fields):
+                return f"{name} is {kind}, in which a field stands twice"
+            good = "bytes" in fields and _is_any(kind.field("bytes").type, *_BYTES)
+        else:
+            good = _is_any(kind, *_BYTES)
+    elif name in ("pid", "answer"):
+        expected, good = "text or a number", _is_any(kind, *_TEXT, *_NUMBER)
+    else:
+        expected, good = "a string", _is_any(kind, *_TEXT)
+    return None if good else f"{name} is {kind}, expected {expected}"
 
 
 def inspect_schema(schema: pa.Schema, needs: RowNeeds = OPSD_ROWS) -> SchemaReport:
@@ -162,14 +178,10 @@ def inspect_schema(schema: pa.Schema, needs: RowNeeds = OPSD_ROWS) -> SchemaRepo
         if need == "required" and not present:
             missing.append(title)
     used += [name for name in WORLD_COLUMNS if name in names]
-    wrong = []
-    for name in used:
-        kind = schema.field(name).type
-        is_image = name == PROBLEM_IMAGE or name in IMAGE_COLUMNS
-        if is_image and not _is_image(kind):
-            wrong.append(f"{name} is {kind}, expected a struct with a binary field `bytes`")
-        elif not is_image and name not in ("pid", "answer") and not _is_text(kind):
-            wrong.append(f"{name} is {kind}, expected a string")
+    twice = [name for name in used if schema.names.count(name) > 1]
+    wrong = [f"{name} stands {schema.names.count(name)} times" for name in twice]
+    problems = (_type_problem(n, schema.field(n).type) for n in used if n not in twice)
+    wrong += [problem for problem in problems if problem is not None]
     return SchemaReport(tuple(used), tuple(missing), tuple(wrong), tuple(schema.names))
 
 
@@ -190,8 +202,19 @@ def check_schema(schema: pa.Schema, needs: RowNeeds = OPSD_ROWS, *, where: str) 
 
 
 def _text(row: Row, column: str) -> str:
+    """Text or number of a cell as text, "" if it is empty or no finite number. Raises BadRow."""
     value = row.values.get(column)
-    return "" if value is None else str(value)
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+        found = type(value).__name__
+        raise BadRow(
+            "wrong_type",
+            f"column {column} holds {found}, expected text or a number",
+            file=row.file,
+            row=row.row,
+        )
+    return format(value, "f") if isinstance(value, Decimal) else str(value)
 
 
 def row_image(row: Row, column: str) -> Image.Image | None:
@@ -251,6 +274,13 @@ def parse_row(row: Row, needs: RowNeeds = OPSD_ROWS) -> Sample:
     if needs.thoughts == "required" and not thoughts:
         raise bad("no_thought", "no resoning_thought_i holds text")
 
+    world, state = (_text(row, name) for name in WORLD_COLUMNS)
+    if world or (state and row.values.get("world") is not None):
+        try:  # here, so that nothing is answered that cannot be judged
+            check_world(world, state)
+        except ValueError as error:
+            raise bad("bad_world", str(error)) from error
+
     pid = _text(row, "pid") or f"{PurePath(row.file).stem}:{row.row}"
     return Sample(
         dataset=row.dataset,
@@ -263,6 +293,6 @@ def parse_row(row: Row, needs: RowNeeds = OPSD_ROWS) -> Sample:
         thought_images=tuple(images),
         thoughts=tuple(thoughts),
         text_trace=trace,
-        world=row.values.get("world"),
-        world_state=row.values.get("world_state"),
+        world=world or None,
+        world_state=state or None,
     )

@@ -8,68 +8,190 @@ as far as a multiple of the stride on both sides allows, and nothing is cropped 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 DEFAULT_MAX_PIXELS = 14 * 14 * 9 * 1024
 # Below Pillow's own warning threshold, so that one limit speaks, and Pillow's stays in force.
 MAX_INPUT_PIXELS = 80_000_000
+# What data sets hold and Pillow decodes by itself. The others would hand a stranger's bytes to
+# plugins nobody asked for, EPS to another program. (MPO is one of JPEG's.)
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_XMP = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])(?!\d)""")
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF tags
+_ROUNDED = 1e-3  # what floats may exceed their range by, as a share of it
 
 
-def _check_pixels(width: int, height: int, what: str) -> None:
+def _check_pixels(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise ValueError(f"the image has no pixels: it is {width} x {height}")
     if width * height > MAX_INPUT_PIXELS:
         raise ValueError(
-            f"{what} is {width} x {height} = {width * height:,} pixels, more than the limit of "
+            f"the image is {width} x {height} = {width * height:,} pixels, more than the limit of "
             f"{MAX_INPUT_PIXELS:,}; scale it down before using it"
         )
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as RGB; alpha channels and transparent colours are pasted on white.
-
-    Raises ValueError for an image above `MAX_INPUT_PIXELS`.
-    """
-    _check_pixels(*image.size, "the image")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        if image.mode == "La":
-            image = image.convert("LA")
-        rgba = image.convert("RGBA")
-        white = Image.new("RGB", rgba.size, (255, 255, 255))
-        white.paste(rgba, mask=rgba.getchannel("A"))
-        return white
-    if image.mode.startswith("I;16"):
-        # Pillow clips 16-bit grey at 255, which would leave a white image.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def decode_image(source: bytes | str | Path) -> Image.Image:
-    """Fully decoded RGB image from encoded bytes or a file.
-
-    Raises ValueError, naming the cause, for anything that is not a readable image: truncated or
-    foreign bytes, or more than `MAX_INPUT_PIXELS` (found from the header, before decoding).
-    A missing file stays a FileNotFoundError.
-    """
-    stream: Any = io.BytesIO(source) if isinstance(source, bytes) else source
+@contextmanager
+def _decoding(what: str) -> Iterator[None]:
+    """Decoders raise OSError, SyntaxError, struct.error, IndexError ...: one ValueError for all."""
     try:
-        with Image.open(stream) as image:
-            _check_pixels(*image.size, "the image")
-            image.load()
-            return to_rgb(image)
+        yield
     except (FileNotFoundError, MemoryError):
         raise
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, IndexError ...
-        what = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+    except Exception as error:
         unknown = isinstance(error, UnidentifiedImageError)
-        cause = "not in a format Pillow knows" if unknown else error
+        cause = f"in none of the formats {', '.join(FORMATS)}" if unknown else error
         raise ValueError(f"cannot decode the image ({what}): {cause}") from error
+
+
+def to_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
+    """Any PIL image as RGB; alpha channels and transparent colours are pasted on white.
+
+    Turned or mirrored as its EXIF or XMP orientation says; `upright=False` leaves the pixels as
+    they are stored, as the authors' code does (TIFF files Pillow turns for both). Either way the
+    result holds no orientation any more. Grey of more than 8 bits: see `_grey`.
+
+    Raises ValueError for an image above `MAX_INPUT_PIXELS`, without pixels, that cannot be
+    decoded, or whose values have no known range.
+    """
+    if image.format == "EPS":
+        raise ValueError("EPS is a program, not a picture: convert it to PNG first")
+    _check_pixels(*image.size)
+    with _decoding("opened by the caller"):
+        _load(image)
+    return _to_rgb(image, upright)
+
+
+def decode_image(source: bytes | str | Path, *, upright: bool = True) -> Image.Image:
+    """Fully decoded RGB image from encoded bytes or a file; `upright` as in `to_rgb`.
+
+    Raises ValueError, naming the cause, for anything that is not a readable image: truncated or
+    foreign bytes, a format that `FORMATS` lacks, what `to_rgb` refuses (too many pixels are found
+    from the header, before decoding). A missing file stays a FileNotFoundError.
+    """
+    stream: Any = io.BytesIO(source) if isinstance(source, bytes) else source
+    what = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+    with _decoding(what), Image.open(stream, formats=FORMATS) as image:
+        _check_pixels(*image.size)
+        _load(image)
+        return _to_rgb(image, upright)
+
+
+def _load(image: Image.Image) -> None:
+    """Decode, and bring a PNG's transparent colour to the 8 bits that Pillow brings samples to."""
+    tiles = getattr(image, "tile", None)
+    raw = tiles[0].args if tiles else None
+    image.load()
+    key = image.info.get("transparency")
+    if raw in ("L;2", "L;4") and isinstance(key, int):
+        image.info["transparency"] = key * (85 if raw == "L;2" else 17)
+    elif raw == "RGB;16B" and isinstance(key, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
+def _to_rgb(image: Image.Image, upright: bool) -> Image.Image:
+    turn = _TURNS.get(_orientation(image))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        rgb = _grey(image).convert("RGB")
+    elif image.has_transparency_data:
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        rgb = Image.new("RGB", rgba.size, (255, 255, 255))
+        rgb.paste(rgba, mask=rgba.getchannel("A"))
+    elif image.mode == "RGB" and turn is None:
+        return image
+    else:
+        rgb = image.convert("RGB")
+    if turn is not None and upright:
+        rgb = rgb.transpose(turn)
+    rgb.info = {}  # metadata would turn it, or key out its colours, once more
+    return rgb
+
+
+def _orientation(image: Image.Image) -> int:
+    """Orientation of a loaded image, 1 to 8: EXIF's, else XMP's; 1 where both are silent or broken.
+
+    Read more widely than by `ImageOps.exif_transpose`: numbers of any type, XMP in any spelling,
+    and where ExifTool and ImageMagick keep both in PNG files.
+    """
+    if isinstance(image, TiffImageFile):
+        return 1  # Pillow turned it while loading
+    app1 = _raw_profile(image, "APP1")
+    found: Any = None
+    with suppress(Exception):  # whatever comes of parsing a stranger's bytes: it stays as it is
+        exif = image.getexif()
+        if not exif and app1:
+            exif.load(app1)
+        found = exif.get(ExifTags.Base.Orientation)
+        found = found[0] if isinstance(found, bytes | tuple) else found
+        if found in range(1, 9):
+            return int(found)
+    texts = [image.info.get(name) for name in ("xmp", "XML:com.adobe.xmp")]
+    for text in (*texts, _raw_profile(image, "xmp"), app1):
+        data = text.encode() if isinstance(text, str) else text
+        if isinstance(data, bytes) and (match := _XMP.search(data.replace(b"\0", b""))):
+            return int(match[1])
+    return 1
+
+
+def _raw_profile(image: Image.Image, name: str) -> bytes:
+    """What ImageMagick and ExifTool write as hex into a text block of a PNG; empty without it."""
+    with suppress(KeyError, AttributeError, ValueError):
+        return bytes.fromhex("".join(image.info[f"Raw profile type {name}"].split("\n")[3:]))
+    return b""
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """8-bit grey of modes I;16*, I and F, black at 0; pixels of a transparent value are white.
+
+    White is 2^16 in 16-bit modes (2^12 in a TIFF of 12 bits). Modes I and F do not say theirs: it
+    is 1 for an F without larger values, else the first of 2^8, 2^10, 2^12, ... 2^32 that is above
+    all values.
+
+    Raises ValueError, naming the mode, for values that are negative, NaN or infinite, and for F
+    with a maximum between 1 and 32, which fits neither 0 to 1 nor 0 to 255.
+    """
+    mode, values = image.mode, np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    tags = getattr(image, "tag_v2", {})
+    if mode.startswith("I;16"):
+        white = 2**12 if tags.get(_BITS_PER_SAMPLE) == (12,) else 2**16
+    elif mode == "F" and high <= 1 + _ROUNDED:
+        white = 1
+    else:
+        white = next((2**n for n in range(8, 34, 2) if high < 2**n), 0)
+    if not (white and low >= -_ROUNDED * white) or (mode == "F" and 1 + _ROUNDED < high < 32):
+        raise ValueError(
+            f"the image is of mode {mode} with values from {low:g} to {high:g}, which fit no range "
+            "that is known (0 to 1 or 0 to 2^n); save it as 8- or 16-bit grey"
+        )
+    scaled = values.astype(np.float32)
+    scaled *= 256 / white
+    grey = np.clip(scaled, 0, 255, out=scaled).astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == 0:  # zero is white: Pillow minds it in 8-bit files only
+        grey = 255 - grey
+    if isinstance(key := image.info.get("transparency"), int):
+        grey[values == key] = 255
+    return Image.fromarray(grey)
 
 
 @runtime_checkable

@@ -32,7 +32,7 @@ draws it. A right answer is L,L,L,D,D.
 
 from __future__ import annotations
 
-import io
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -46,8 +46,10 @@ import torch
 from PIL import Image
 
 from data.interleave import Part
+from data.limits import SMALLEST_IMAGE, ContextLimits
 from data.packing import context_length, pack
 from data.sequence import Completion, Context, TextSegment
+from data.thinkmorph import BadRow
 from data.transforms import decode_image
 from examples.interleave_page import InterleavePage, check_folder
 from inferencer import InterleaveInferencer
@@ -64,15 +66,30 @@ from modeling.spread import (
     weight_bytes,
     working_bytes,
 )
+from modeling.tokenizer import load_tokenizer
 from modeling.weight_files import open_weights
-from scripts.visual_opsd.cli import option, parse_config, run_main
+from scripts.visual_opsd.cli import (
+    ROUNDS,
+    SCALES,
+    SEEDS,
+    SIDES,
+    TEMPERATURES,
+    TIMESTEPS,
+    TOKENS,
+    Settings,
+    option,
+    parse_config,
+    run_main,
+)
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.on_policy_sampler import IMAGE_MARKER, position_uniforms, to_completion
+from scripts.visual_opsd.row_windows import is_out_of_memory
 from scripts.visual_opsd.rows import make_builder
 from scripts.visual_opsd.scoring import extract_answer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SYSTEM_ROWS = 512  # more than a system prompt takes
+_LONG_QUESTION = 8192  # characters
 _SAVE = (
     "--device spread uses every GPU and CPU memory; --dtype bf16 halves fp32; a smaller "
     "--vit_max_size or --max_new_tokens takes less beyond the weights"
@@ -90,17 +107,21 @@ _LATENT_STEP = 16  # pixels that a latent token of a release covers, to each sid
 
 
 @dataclass(frozen=True)
-class DemoSettings:
-    model_path: str = option("models/ThinkMorph-7B", "release folder")
-    image: str | None = option(None, "image file (required)")
+class DemoSettings(Settings):
+    model_path: str = option("models/ThinkMorph-7B", "release folder", path=True)
+    image: str | None = option(None, "image file (required)", path=True)
     question: str | None = option(None, "question about it (required)")
     max_new_tokens: int = option(
-        1024, "budget of the answer, over all its rounds; with --interleave of each text"
-    )
-    temperature: float = option(0.3, "of sampling; without --do_sample it has no effect")
+        1024, "budget of the answer, over all its rounds; with --interleave of each text",
+        **TOKENS,
+    )  # fmt: skip
+    temperature: float = option(
+        0.3, "of sampling; without --do_sample it has no effect", **TEMPERATURES,
+        hint="greedy: no --do_sample",
+    )  # fmt: skip
     do_sample: bool = option(False, "sample; otherwise greedy")
-    seed: int = option(0, "random numbers of sampling")
-    image_skips: int = option(1, "rounds that may follow an <image_start>")
+    seed: int = option(0, "random numbers of sampling", **SEEDS)
+    image_skips: int = option(1, "rounds that may follow an <image_start>", **ROUNDS)
     device: str = option(
         "auto", "auto: one GPU, else the CPU; spread: over GPUs, CPU memory and disk",
         choices=("auto", "cpu", "cuda", "spread"),
@@ -112,12 +133,7 @@ class DemoSettings:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.image_skips < 0 or self.seed < 0:
-            raise ValueError("max_new_tokens must be at least 1, image_skips and seed at least 0")
-        if self.temperature <= 0:
-            raise ValueError(
-                f"temperature must be positive, got {self.temperature}; greedy: no --do_sample"
-            )
+        super().__post_init__()
         if self.max_memory and self.device != "spread":
             raise ValueError("--max_memory goes with --device spread")
 
@@ -127,30 +143,31 @@ class DemoSettings:
 
 
 @dataclass(frozen=True)
-class DrawingSettings:
+class DrawingSettings(Settings):
     interleave: bool = option(False, "let the model draw, and write a page of its reasoning")
-    out: str = option("results/interleave", "folder of the page; an earlier page is replaced")
-    num_timesteps: int = option(50, "flow times of a drawing; one step fewer is taken")
-    cfg_text_scale: float = option(4.0, "text guidance; 1: no guidance at all")
-    cfg_img_scale: float = option(2.0, "image guidance; 1: none")
+    out: str = option("results/interleave", "folder of the page", path=True)
+    overwrite: bool = option(False, "replace the page that --out holds")
+    num_timesteps: int = option(
+        50, "flow times of a drawing; one step fewer is taken", **TIMESTEPS
+    )
+    cfg_text_scale: float = option(4.0, "text guidance; 1: no guidance at all", **SCALES)
+    cfg_img_scale: float = option(2.0, "image guidance; 1: none", **SCALES)
     image_size: int | None = option(
         None, "longest side of problem image and drawings in pixels, a multiple of 16 "
-        "(default: by --vae_max_size and --vae_min_size)"
+        "(default: by --vae_max_size and --vae_min_size)", **SIDES
     )  # fmt: skip
-    max_rounds: int = option(3, "pictures drawn at most")
+    max_rounds: int = option(3, "pictures drawn at most", at_least=1, at_most=1000)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.interleave:
             given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
             if given:
                 raise ValueError(f"--{given[0]} goes with --interleave")
-        if self.max_rounds < 1:
-            raise ValueError("max_rounds must be at least 1; without --interleave nothing is drawn")
-        if self.num_timesteps < 2:
-            raise ValueError(f"num_timesteps must be at least 2, got {self.num_timesteps}")
-        size = self.image_size
-        if size is not None and (size < _LATENT_STEP or size % _LATENT_STEP):
-            raise ValueError(f"image_size must be a multiple of {_LATENT_STEP}, got {size}")
+        if (self.image_size or 0) % _LATENT_STEP:
+            raise ValueError(
+                f"--image_size must be a multiple of {_LATENT_STEP}, got {self.image_size}"
+            )
 
 
 @dataclass(frozen=True)
@@ -187,7 +204,7 @@ def read_input(settings: DemoSettings) -> tuple[Image.Image, str]:
         raise ValueError("give an image and a question: --image FILE --question TEXT")
     if not settings.question.strip():
         raise ValueError("the question is empty; give one with --question TEXT")
-    if not Path(settings.image).is_file():
+    if not os.path.isfile(settings.image):
         raise ValueError(f"there is no image file {settings.image}; check --image")
     return decode_image(Path(settings.image)), settings.question
 
@@ -227,8 +244,8 @@ def load_model(config: DemoConfig, question: str) -> tuple[BagelBundle, torch.de
     if draws:
         check_can_draw(settings.model_path)
     model, _ = locate_weights(settings.model_path, visual_gen=draws)
-    # An upper bound: a full grid of patches, and no token shorter than a character.
-    rows = model.vit_max_patches_per_side**2 + len(question) + _SYSTEM_ROWS
+    # An upper bound: a full grid of patches.
+    rows = model.vit_max_patches_per_side**2 + text_rows(config, model, question)
     rows += settings.max_new_tokens
     if settings.device == "spread":
         return _load_spread(settings, model, rows)
@@ -244,9 +261,38 @@ def load_model(config: DemoConfig, question: str) -> tuple[BagelBundle, torch.de
     needed += drawing_bytes(config, model, dtype) if draws else working_bytes(model, rows, dtype)
     # Asking for all devices would take memory on GPUs that are not used.
     free = torch.cuda.mem_get_info(0)[0] if gpu else free_memory()["cpu"]
-    check_memory(place, needed, free, _SAVE_DRAWING if draws else _SAVE)
+    check_memory(place, needed, free, _advice(config))
     device = to_device(place)
     return load_bagel(settings.model_path, visual_gen=draws, device=device, dtype=dtype), device
+
+
+def text_rows(config: DemoConfig, model: BagelConfig, question: str) -> int:
+    """Packed tokens of the prompt's texts, which must leave the model positions to answer.
+
+    Raises:
+        ValueError: they do not; says whether the question or a flag is to blame.
+    """
+    tokenizer, _ = load_tokenizer(config.demo.model_path)
+    builder = make_builder(tokenizer, model, config.prompt)
+    limits = ContextLimits(model.llm.max_position_embeddings, config.demo.max_new_tokens)
+    limits.check_settings(builder)
+    try:
+        context = builder.frame(SMALLEST_IMAGE, question)
+        problem = limits.problem(context)
+    except BadRow as bad:
+        problem = bad.detail
+    if problem is not None:
+        raise ValueError(f"the question is too long ({len(question)} characters): {problem}")
+    return context_length(context)
+
+
+def _advice(config: DemoConfig) -> str:
+    """What to do about a lack of memory."""
+    save = _SAVE_DRAWING if config.drawing.interleave else _SAVE
+    length = len(config.demo.question or "")
+    if length <= _LONG_QUESTION:
+        return save
+    return f"The question is {length} characters long: a shorter one takes less. {save}"
 
 
 def check_can_draw(path: str) -> None:
@@ -378,11 +424,6 @@ def stream_answer(
     return completion, stream.finish(completion.ids)
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "can't allocate memory" in str(error)
-
-
 class TellingInferencer(InterleaveInferencer):
     """Hands over each text and picture when it is made, not only at the end."""
 
@@ -458,7 +499,7 @@ def run(config: DemoConfig) -> int:
     image, question = read_input(settings)
     config.prompt.build()  # a wrong prompts file is found before the model is loaded
     if config.drawing.interleave:
-        check_folder(Path(config.drawing.out))
+        check_folder(Path(config.drawing.out), config.drawing.overwrite)
     if not settings.do_sample and settings.temperature != DemoSettings().temperature:
         log("note: --temperature has no effect without --do_sample")
     started = time.perf_counter()
@@ -519,8 +560,6 @@ def parse(argv: Sequence[str] | None) -> DemoConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     config = parse(argv)
     try:
         return run(config)
@@ -528,11 +567,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print()
         return 130
     except (RuntimeError, MemoryError) as error:
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         cause = (str(error) or type(error).__name__).splitlines()[0]
-        advice = _SAVE_DRAWING if config.drawing.interleave else _SAVE
-        raise ValueError(f"not enough memory ({cause}). {advice}") from error
+        raise ValueError(f"not enough memory ({cause}). {_advice(config)}") from error
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from data.programs import make_folder
+
 PAGE, ANSWER, PROBLEM = "index.html", "answer.txt", "problem.png"
 _EARLIER = re.compile(rf"round_\d+\.png|{PAGE}|{ANSWER}|{PROBLEM}")
 
@@ -29,14 +31,15 @@ figcaption, footer { font-size: .85rem; opacity: .75; }
 """
 
 
-def check_folder(folder: Path) -> None:
-    """Raise ValueError if `folder` is not, and cannot be made, a folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Make the page's folder; raises ValueError if it cannot be, or holds a page already."""
+    make_folder(folder, "--out")
+    held = sorted(file.name for file in folder.iterdir() if _EARLIER.fullmatch(file.name))
+    if held and not overwrite:
         raise ValueError(
-            f"cannot write to the folder {folder} ({error.strerror}); choose another with --out"
-        ) from error
+            f"--out {folder} holds {', '.join(held)}; choose another, or pass --overwrite to "
+            "replace the page"
+        )
 
 
 def picture_name(number: int) -> str:
@@ -99,7 +102,7 @@ class InterleavePage:
     What an earlier page left in the folder is removed first; other files stay.
 
     Args:
-        folder: made if it is not there.
+        folder: is there (`check_folder`).
         problem: saved as problem.png.
         question: as the user put it.
         facts: what the page's last line says about the run.
@@ -111,7 +114,6 @@ class InterleavePage:
         self.folder, self.question, self.facts = folder, question, dict(facts)
         self.parts: list[str | tuple[int, int]] = []
         self.problem_size = problem.size
-        check_folder(folder)
         for file in folder.iterdir():
             if _EARLIER.fullmatch(file.name) and file.is_file():
                 file.unlink()

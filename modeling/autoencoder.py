@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modeling.finite import check_finite
 from modeling.weight_files import FLOAT_DTYPES, StoredTensor, read_file
 
 AE_FILE = "ae.safetensors"
@@ -328,7 +329,8 @@ def load_autoencoder(
     """Read `ae.safetensors` of a checkpoint folder (or the file itself); sizes from its shapes.
 
     Raises:
-        ValueError: file missing or damaged, or tensors missing, unexpected or of another shape.
+        ValueError: file missing or damaged; tensors missing, unexpected, of another shape, or
+            with values that are NaN or infinite.
     """
     file = Path(path)
     file = file / AE_FILE if file.is_dir() else file
@@ -358,5 +360,6 @@ def load_autoencoder(
             + ". Use the ae.safetensors of the same release"
         )
     state = {key: stored[key].get(device, dtype) for key in expected}
+    check_finite(state, stored)
     vae.load_state_dict(state, strict=True, assign=True)
     return vae.requires_grad_(False)

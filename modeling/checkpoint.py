@@ -29,8 +29,16 @@ from torch import Tensor, nn
 from modeling import fast
 from modeling.autoencoder import AE_FILE, AutoEncoder, load_autoencoder
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.config import BagelConfig, SpecialTokens, read_llm_config, read_vision_config
+from modeling.bagel.config import (
+    BagelConfig,
+    SpecialTokens,
+    check_sizes,
+    read_llm_config,
+    read_vision_config,
+)
 from modeling.bagel.projections import empty_adjoining
+from modeling.disk import check_room, disk_errors
+from modeling.finite import check_finite
 from modeling.tokenizer import load_tokenizer
 from modeling.weight_files import (
     FLOAT_DTYPES,
@@ -47,6 +55,7 @@ TensorSource = StoredTensor | ComputedTensor
 VIT_TABLE = "vit_pos_embed.pos_embed"
 LATENT_TABLE = "latent_pos_embed.pos_embed"
 _EMBEDDING = "language_model.model.embed_tokens.weight"
+_HEAD = "language_model.lm_head.weight"
 _PATCH_POSITIONS = "vit_model.vision_model.embeddings.position_embedding.weight"
 _SQUARE_TABLES = (VIT_TABLE, _PATCH_POSITIONS, LATENT_TABLE)
 _GENERATION_PREFIXES = ("time_embedder.", "vae2llm.", "llm2vae.", "latent_pos_embed.")
@@ -93,10 +102,11 @@ def is_generation_key(key: str) -> bool:
 
 
 def _table_side(stored: StoredTensor) -> int:
-    side = math.isqrt(stored.shape[0])
-    if side * side != stored.shape[0]:
+    rows = stored.shape[0] if stored.shape else 0
+    side = math.isqrt(rows)
+    if not side or side * side != rows:
         raise ValueError(
-            f"{stored.file}: {stored.key} has {stored.shape[0]} rows, not a square number; "
+            f"{stored.file}: {stored.key} has {rows} rows, not a square number; "
             "position tables cover a square grid, so this is no BAGEL checkpoint"
         )
     return side
@@ -113,11 +123,13 @@ def read_bagel_config(
     """
     llm, vision = read_llm_config(path), read_vision_config(path)
     sides = {key: _table_side(stored[key]) for key in _SQUARE_TABLES if key in stored}
-    if _EMBEDDING in stored and stored[_EMBEDDING].shape[0] != llm.vocab_size:
+    embedding = stored[_EMBEDDING].shape if _EMBEDDING in stored else ()
+    if embedding and embedding[0] != llm.vocab_size:
         raise ValueError(
-            f"{path}: the embedding has {stored[_EMBEDDING].shape[0]} rows but llm_config.json "
+            f"{path}: the embedding has {embedding[0]} rows but llm_config.json "
             f"says vocab_size {llm.vocab_size}; use the llm_config.json of the same release"
         )
+    check_sizes(path, llm, vision, [tensor.shape for tensor in stored.values()])
     vit_side = sides.get(_PATCH_POSITIONS, sides.get(VIT_TABLE, 70))
     return BagelConfig(
         llm=llm,
@@ -207,9 +219,9 @@ def _check_match(
     if problems:
         cause = _likely_cause(missing, unexpected, shapes, dtypes)
         raise ValueError(
-            f"the weights in {path} do not fit the model its configuration describes.\n  "
-            + "\n  ".join(problems)
-            + f"\nLikely cause: {cause}"
+            f"the weights in {path} do not fit the model its configuration describes: "
+            + ". ".join(problems)
+            + f". Likely cause: {cause}"
         )
 
 
@@ -221,6 +233,8 @@ def _likely_cause(
             "the file was saved without the drawing branch; load it with visual_gen=False, or "
             "save it again over a complete base"
         )
+    if missing == [_HEAD] and not unexpected:
+        return "its head is tied to the embedding; save it with the head as a tensor of its own"
     for key in unexpected[:1]:
         wrapped = [name for name in missing if key.endswith("." + name)]
         if wrapped:
@@ -287,8 +301,8 @@ def load_bagel(
 
     Raises:
         ValueError: folder, file or configuration missing or damaged; tensors missing,
-            unexpected or of another shape (all of them named); a tokenizer with more tokens
-            than the embedding has rows.
+            unexpected or of another shape (all of them named), or with values that are NaN or
+            infinite; a tokenizer with more tokens than the embedding has rows.
 
     Warns:
         UserWarning: `visual_gen=True` and no ae.safetensors; `vae` is None then.
@@ -309,6 +323,7 @@ def load_bagel(
                 for key, source in sources.items()
             }
             model.load_state_dict(state, strict=True, assign=True)
+        check_finite(state, stored)
     vae = _load_vae(Path(path), device, vae_dtype) if visual_gen else None
     return BagelBundle(model, tokenizer, special_tokens, config, vae)
 
@@ -402,8 +417,8 @@ def save_bagel(
         The folder written, or None.
 
     Raises:
-        ValueError: `out_dir` exists, the base is incomplete, the disk is too full, or a tensor
-            is unknown, repeated or of another shape. No partial folder is left.
+        ValueError: `out_dir` exists, the base is incomplete, the disk is too full or refuses, or
+            a tensor is unknown, repeated or of another shape. No partial folder is left.
 
     Warns:
         UserWarning: the base lacks what VLMEvalKit's ThinkMorph wrapper needs.
@@ -414,7 +429,8 @@ def save_bagel(
     try:
         if out_dir is not None:
             card = _model_card(Path(base), base_name, step, run_config)
-            return _write_folder(items, Path(out_dir), Path(base), weights, card, overwrite)
+            with disk_errors(f"writing {out_dir}", Path(out_dir).parent):
+                return _write_folder(items, Path(out_dir), Path(base), weights, card, overwrite)
     except Exception:
         _exhaust(items)  # other ranks wait in the collectives of the remaining tensors
         raise
@@ -444,12 +460,7 @@ def _write_folder(
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     size = sum(math.prod(shape) * FLOAT_DTYPES[name].itemsize for name, shape in layout.values())
     size += sum(file.stat().st_size for file in copied)
-    free = shutil.disk_usage(out_dir.parent).free
-    if size > free:
-        raise ValueError(
-            f"{out_dir} needs {size / 1e9:.1f} GB but {out_dir.parent} has {free / 1e9:.1f} GB "
-            "free; make room or choose another disk"
-        )
+    check_room(out_dir.parent, size, str(out_dir))
     temporary = out_dir.with_name(out_dir.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -554,11 +565,8 @@ def _model_card(
 ) -> str:
     """README.md: where the weights come from, how they were trained, under which licence."""
     own_card = base / "README.md"
-    stated = (
-        re.search(r"^license:\s*(\S+)", own_card.read_text(encoding="utf-8"), re.MULTILINE)
-        if own_card.is_file()
-        else None
-    )
+    text = own_card.read_text(encoding="utf-8", errors="replace") if own_card.is_file() else ""
+    stated = re.search(r"^license:\s*(\S+)", text, re.MULTILINE)
     licence = stated.group(1) if stated else "unknown"
     name = base_name or base.resolve().name
     header = {"license": licence, "base_model": name, "tags": ["visual-opsd"]}

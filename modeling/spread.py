@@ -22,6 +22,7 @@ from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
 from modeling.bagel.decoder import DecoderLayer
 from modeling.checkpoint import BagelBundle, load_bagel, locate_weights
+from modeling.finite import check_finite
 from modeling.weight_files import StoredTensor, WhichWeights
 
 Place = int | str  # a GPU's index, "cpu" or "disk"
@@ -182,6 +183,10 @@ def load_bagel_spread(
             }
         else:
             state[key] = source.get(to_device(place), dtype)
+    stored = {key: source for key, source in sources.items() if isinstance(source, StoredTensor)}
+    check_finite(state, stored)
+    for key in on_disk:  # one at a time; every token reads them as well
+        check_finite({key: sources[key].get()}, stored)
     absent = model.load_state_dict(state, strict=False, assign=True)
     assert set(absent.missing_keys) == set(on_disk) and not absent.unexpected_keys
     owners = {key.rpartition(".")[0]: placement.main for key in sources}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from modeling.text_files import read_json_object
+
 # Names of the format. Weights are stored in the floating ones; the others only pass through.
 FLOAT_DTYPES = {
     "F64": torch.float64,
@@ -30,6 +33,7 @@ FLOAT_DTYPES = {
     "BF16": torch.bfloat16,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
+_LONGEST_HEADER = 100_000_000  # the format's own limit
 _CHUNK_BYTES = 16 * 2**20
 
 WhichWeights = Literal["auto", "model", "ema"]
@@ -142,11 +146,11 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
         if first.startswith(b"version "):
             raise ValueError(f"{file} is a git-lfs pointer, not the weights: run `git lfs pull`")
         length = int.from_bytes(first, "little")
-        if len(first) < 8 or 8 + length > size:
+        if len(first) < 8 or 8 + length > size or length > _LONGEST_HEADER:
             raise damaged(file, f"its {size} bytes end inside the safetensors header")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:  # not JSON, or not even text
+        except (ValueError, RecursionError) as error:  # not JSON, not even text, nested too deeply
             raise damaged(file, f"its safetensors header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise damaged(file, "its safetensors header is not a JSON object")
@@ -161,13 +165,20 @@ def read_file(file: str | Path) -> dict[str, StoredTensor]:
         ValueError: file truncated or damaged, or a git-lfs pointer.
     """
     file = Path(file)
-    header, data = _read_header(file)
+    try:
+        header, data = _read_header(file)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
     try:
         end = data + max((info["data_offsets"][1] for info in header.values()), default=0)
         size = file.stat().st_size
         if size != end:
             raise damaged(file, f"its header promises {end} bytes, the file has {size}")
         reader = LazyReader(file)
+        for key, info in header.items():
+            numbers = [*info["shape"], *info["data_offsets"]]
+            if not all(type(number) is int and number >= 0 for number in numbers):
+                raise damaged(file, f"its safetensors header is malformed (the shape of {key})")
         tensors = [
             StoredTensor(
                 key,
@@ -207,7 +218,7 @@ def _weight_map(folder: Path, which: WhichWeights) -> dict[Path, list[str] | Non
     """Weight files of a folder and the keys to take from each (None: all)."""
     if which not in ("auto", "model", "ema"):
         raise ValueError(f"weights={which!r} is unknown; choose auto, model or ema")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ValueError(
             f"the checkpoint folder {folder} does not exist; give the path of a local folder "
             "(python download_model.py --save-dir DIR fetches ThinkMorph-7B or BAGEL-7B-MoT)"
@@ -229,19 +240,26 @@ def _weight_map(folder: Path, which: WhichWeights) -> dict[Path, list[str] | Non
 
 
 def _read_index(index: Path) -> dict[Path, list[str] | None]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        by_file: dict[Path, list[str] | None] = {}
-        for key, name in weight_map.items():
-            keys = by_file.setdefault(index.parent / name, [])
-            assert keys is not None
-            keys.append(key)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not a safetensors index ({error}); fetch it again") from error
-    absent = [file.name for file in by_file if not file.is_file()]
+    weight_map = read_json_object(index, "weight index", fix="fetch it again").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} is not a safetensors index (no weight_map); fetch it again")
+    by_file: dict[Path, list[str] | None] = {}
+    for key, name in weight_map.items():
+        # Weights are files of this folder: a path could lead to anybody's.
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
+            shown = repr(name[:80]) if isinstance(name, str) else f"a {type(name).__name__}"
+            raise ValueError(
+                f"{index} is not a safetensors index ({key[:80]!r} is in {shown}, which is no "
+                "NAME.safetensors of its folder); fetch it again"
+            )
+        keys = by_file.setdefault(index.parent / name, [])
+        assert keys is not None
+        keys.append(key)
+    absent = [file.name for file in by_file if not os.path.isfile(file)]
     if absent:
+        named = ", ".join(absent[:8]) + f" and {len(absent) - 8} more" * (len(absent) > 8)
         raise ValueError(
-            f"{index} names {', '.join(absent)}, which {index.parent} lacks; the download is "
+            f"{index} names {named}, which {index.parent} lacks; the download is "
             "incomplete (python download_model.py resumes it)"
         )
     return by_file

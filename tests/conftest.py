@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from modeling.bagel.batch import PackedBatch
+from tests.shell import write_program
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
@@ -28,6 +29,14 @@ torch.set_num_threads(1)
 
 # case -> worst |actual - expected| / (atol + rtol |expected|) and worst absolute difference.
 _deviations: dict[str, dict[str, float]] = defaultdict(lambda: {"share": 0.0, "abs": 0.0})
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Path:
+    """A folder first on PATH, with an nvidia-smi that shows no GPU, whatever this machine has."""
+    folder = tmp_path / "programs"
+    write_program(folder / "nvidia-smi", "#!/bin/sh\nexit 9\n")
+    return folder
 
 
 def load_golden(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -45,7 +45,7 @@ set -eu
 PATH=$PWD/nothing-here
 record() { local word; printf '@call'; for word in "$@"; do printf ' %q' "$word"; done; echo; }
 command_not_found_handle() { record unknown "$@"; }
-for name in python python3 .venv/bin/python make git pip; do
+for name in python python3 .venv/bin/python make git pip uv; do
     eval "function $name { record $name \\"\\$@\\"; }"
 done
 cd() { record cd "$@"; }
@@ -69,7 +69,25 @@ sbatch() {
 
 def bash_environment(**more: str) -> dict[str, str]:
     """Without what would make a launcher look for a cluster."""
-    hidden = ("SLURM", "ARNOLD", "MASTER", "NPROC", "JSD_", "SAMPLE_", "EMA_", "CE_", "DRY_RUN")
+    hidden = (
+        "SLURM",
+        "ARNOLD",
+        "MASTER",
+        "NPROC",
+        "JSD_",
+        "SAMPLE_",
+        "EMA_",
+        "CE_",
+        "DRY_RUN",
+        "PET_",
+        "WORLD_SIZE",
+        "RANK",
+        "LOCAL_RANK",
+        "NNODES",
+        "NODE_RANK",
+        "HIP_",
+        "ROCR_",
+    )
     kept = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
     return {**kept, "CUDA_VISIBLE_DEVICES": "", "PYTHON": "python", **more}
 
@@ -157,9 +175,7 @@ def call_problem(call: list[str], monkeypatch: pytest.MonkeyPatch) -> str | None
             assert run.module, call
             return program_problem(run.training_script, run.training_script_args, monkeypatch)
         if words[0] == "-m" and words[1] in ("pip", "venv"):
-            files = [b for a, b in pairwise(words) if a in ("-r", "-c")]
-            missing = [file for file in files if not (ROOT / file).is_file()]
-            return f"no file {missing}" if missing else None
+            return call_problem(["uv", *words[1:]], monkeypatch)
         if words[0] == "-m":
             return program_problem(words[1], words[2:], monkeypatch)
         if words[0] == "-c":
@@ -169,6 +185,10 @@ def call_problem(call: list[str], monkeypatch: pytest.MonkeyPatch) -> str | None
             return f"no file {words[0]}"
         module = words[0].removesuffix(".py").replace("/", ".")
         return program_problem(module, words[1:], monkeypatch)
+    if name == "uv" and words[0] in ("pip", "venv"):
+        files = [b for a, b in pairwise(words) if a in ("-r", "-c")]
+        missing = [file for file in files if not (ROOT / file).is_file()]
+        return f"no file {missing}" if missing else None
     if name == "make":
         makefile = (ROOT / "Makefile").read_text()
         variables = {word.partition("=")[0] for word in words if "=" in word}

@@ -43,7 +43,7 @@ DEMO_RUNS = ROOT / "docs" / "benchmarks" / "demo.json"
 NAMES = (
     "README.md", "TRAIN.md", "EVAL.md", "INSTALL.md", "CONTRIBUTING.md", "CHANGELOG.md",
     "scripts/visual_opsd/README.md", "docs/paper_map.md", "docs/log.md",
-    "docs/benchmarks/README.md",
+    "docs/benchmarks/README.md", "docs/scaling.md",
 )  # fmt: skip
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 
@@ -300,8 +300,11 @@ def test_environment_of_the_launchers() -> None:
     common = region(WALK, "environment: launch.sh")
     documented = {name for row in table_rows(common) for name in spans(row[0])}
     own = {"BASH_SOURCE", "CALLER_DIRECTORY", "POSITIONAL", "FLAGS", "ARGUMENTS", "RENDEZVOUS"}
-    used = set(re.findall(r"\$\{#?([A-Z][A-Z0-9_]+)", source)) - own - {"CUDA_VISIBLE_DEVICES"}
-    assert {name for name in used if not name.startswith("SLURM")} == documented
+    own |= {"FOUND", "FOUND_NAME", "NAME"}
+    lists = re.findall(r"(?:find_setting|for name in)((?:[ \\\n]+[A-Z][A-Z0-9_]+)+)", source)
+    used = {name for names in lists for name in names.replace("\\", "").split()}
+    used |= set(re.findall(r"\$\{#?([A-Z][A-Z0-9_]+)", source))
+    assert {name for name in used - own if not name.startswith("SLURM")} == documented
 
 
 # ---------------------------------------------------------------------------- what runs write

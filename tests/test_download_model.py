@@ -7,9 +7,11 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -153,6 +155,72 @@ def test_disk_too_small(
     assert main([]) == 0
 
 
+def test_what_a_killed_download_left_is_removed(
+    hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's client begins a partial file anew under another name."""
+    left = Path("models/ThinkMorph-7B/.cache/huggingface/download/sub/a=.b.c0ffee.incomplete")
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"w" * 90)
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage._replace(free=100 + 90 * (not left.exists()))
+    )
+    assert main([]) == 0
+    assert "earlier download left incomplete" in capsys.readouterr().out and not left.exists()
+    assert hub.calls[0]["force_download"] is False
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--save-dir", "file"], "cannot write file: file is not a folder"),
+        (["--save-dir", "file/below/it"], "file is not a folder"),
+        (["--save-dir", "broken"], "broken is not a folder"),  # a link to nowhere
+        (["--save-dir", ""], "--save-dir is empty"),
+        (["--save-dir", "~nobody-of-this-name/x"], "--save-dir ~nobody-of-this-name/x: "),
+        (["--datasets", "--data-root", " "], "--data-root is empty"),
+        (["--datasets", "--data-root", "file"], "file is not a folder"),
+        (["--repo-id", "ThinkMorph/ThinkMorph-7B", "--datasets", "Chess"], "unknown data sets"),
+    ],
+)
+def test_places_are_judged_before_the_network(
+    hub: FakeHub, capsys: pytest.CaptureFixture[str], flags: list[str], expected: str
+) -> None:
+    hub.listing_error = AssertionError("asked")
+    Path("file").write_text("")
+    Path("broken").symlink_to("nowhere")
+    assert expected in fails(capsys, *flags)
+
+
+def test_a_folder_without_permission(
+    hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    assert "is read-only for you" in fails(capsys)
+    assert not Path("models").exists()
+
+
+def test_home_is_expanded(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert main(["--save-dir", "~/model"]) == 0
+    assert hub.calls[0]["local_dir"] == tmp_path / "home" / "model"
+
+
+def test_advice_for_mirrors(
+    hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example")
+    for error in (
+        RuntimeError("CAS service error : HTTP status client error (401 Unauthorized)"),
+        HfHubHTTPError("403 Forbidden", response=_response(403)),
+        KeyError("location"),  # whatever a client of another version raises
+    ):
+        hub.download_error = error
+        message = fails(capsys)
+        assert "HF_HUB_DISABLE_XET=1" in message and "https://mirror.example" in message
+
+
 def _response(status: int) -> Any:
     return SimpleNamespace(status_code=status, headers={}, request=None)
 
@@ -279,12 +347,14 @@ class _Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(self.path.split("?")[0])
-        if path.startswith("/api/models/me/model/tree/"):
+        if path.startswith("/api/models/me/") and "/tree/" in path:
             self._json([{"type": "file", "path": n, **self._file(n)} for n in CONTENT])
-        elif path.startswith("/api/models/me/model"):
+        elif path.startswith(("/api/models/me/model", "/api/models/me/slow")):
             siblings = [{"rfilename": name, **self._file(name)} for name in CONTENT]
             self._json({"id": "me/model", "sha": SHA, "siblings": siblings})
-        elif path.startswith("/me/model/resolve/"):
+        elif path.startswith("/me/slow/resolve/") and self.command == "GET":
+            time.sleep(60)
+        elif path.startswith(("/me/model/resolve/", "/me/slow/resolve/")):
             self._reply(200, CONTENT[path.rsplit("/", 1)[1]])
         else:
             self._reply(404, b"{}", **{"X-Error-Code": "RepoNotFound"})
@@ -326,22 +396,41 @@ def endpoint() -> Iterator[str]:
 
 
 def test_with_the_real_client(endpoint: str, tmp_path: Path) -> None:
-    def run(url: str, repo_id: str) -> subprocess.CompletedProcess[str]:
+    def start(url: str, repo_id: str) -> subprocess.Popen[str]:
         command = [sys.executable, str(ROOT / "download_model.py"), "--repo-id", repo_id]
         environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home")}
         for name in ("HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
             environment.pop(name, None)
-        return subprocess.run(
+        return subprocess.Popen(
             [*command, "--save-dir", str(tmp_path / "model")],
-            env=environment, capture_output=True, text=True, timeout=60, check=False,
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
+
+    def run(url: str, repo_id: str) -> subprocess.CompletedProcess[str]:
+        process = start(url, repo_id)
+        output, errors = process.communicate(timeout=60)
+        return subprocess.CompletedProcess([], process.returncode, output, errors)
+
+    slow = start(endpoint, "me/slow")
+    while slow.poll() is None and not list((tmp_path / "model").rglob("*.incomplete")):
+        time.sleep(0.05)
+    slow.send_signal(signal.SIGINT)  # its threads wait for files
+    _, said = slow.communicate(timeout=10)
+    assert slow.returncode == 130 and "the same command continues" in said
+    assert "Traceback" not in said
 
     done = run(endpoint, "me/model")
     assert done.returncode == 0, done.stderr
     got = {f.name: f.read_bytes() for f in (tmp_path / "model").iterdir() if f.is_file()}
     assert got == WANTED
+    assert not list((tmp_path / "model").rglob("*.incomplete"))
     absent = run(endpoint, "me/other")
     assert absent.returncode == 1 and "check the name" in absent.stderr
     down = run("http://127.0.0.1:9", "me/model")
     assert down.returncode == 1 and "Check the network" in down.stderr
     assert "Traceback" not in absent.stderr + down.stderr
+    shutil.rmtree(tmp_path / "home", ignore_errors=True)
+    (tmp_path / "home").write_text("")
+    shutil.rmtree(tmp_path / "model")
+    odd = run(endpoint, "me/model")  # HF_HOME is a file: told in a line, or not needed
+    assert odd.returncode == 0 or odd.stderr.count("\n") == 1, odd.stderr

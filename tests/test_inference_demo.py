@@ -180,7 +180,9 @@ def test_spread_over_memory_and_disk_prints_the_same(capsys: pytest.CaptureFixtu
     )  # fmt: skip
     assert out == plain
     assert "decoder layers: 1 in CPU memory, 2 on disk" in err
-    everything, err = run(capsys, "--max_new_tokens", "16", "--device", "spread")
+    # Where there are GPUs, on them; fp32 there too.
+    words = ("--max_new_tokens", "16", "--device", "spread", "--dtype", "fp32")
+    everything, err = run(capsys, *words)
     assert everything == plain
 
 
@@ -200,7 +202,7 @@ def test_dtype_flag(capsys: pytest.CaptureFixture[str]) -> None:
         (("--image", str(ROOT / "LICENSE")), "cannot decode the image .*LICENSE"),
         (("--model_path", "nowhere"), "the checkpoint folder nowhere does not exist"),
         (("--prompts", "nowhere.yaml"), r"prompts file nowhere\.yaml does not exist"),
-        (("--temperature", "0"), "temperature must be positive"),
+        (("--temperature", "0"), r"--temperature must be at least 0\.0001 .*; greedy: no --do_s"),
         (("--max_new_tokens", "0"), "max_new_tokens must be at least 1"),
         (("--max_memory", "cpu=1GiB"), "goes with --device spread"),
         (("--device", "spread", "--max_memory", "cpu=lots"), "is not DEVICE=SIZE"),
@@ -229,6 +231,20 @@ def test_not_enough_memory_before_loading(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(demo, "free_memory", lambda: {"cpu": 3 * 10**8})
     with pytest.raises(ValueError, match=r"takes about 0\.\d+ GB, and cpu has 0\.3 GB free"):
         demo.main(arguments())
+
+
+def test_a_question_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found before the model is loaded, and blamed on the question or the budget."""
+    monkeypatch.setattr(demo, "load_bagel", None)
+    with pytest.raises(ValueError, match=r"too long \(200000 char.*rope positions.* has 32768"):
+        demo.main(arguments("--question", "why " * 50_000))
+    with pytest.raises(ValueError, match=r"too long .*: a text of 9000000 characters"):
+        demo.main(arguments("--question", "x" * 9_000_000))
+    with pytest.raises(ValueError, match=r"--max_new_tokens: .* 40000 rope positions"):
+        demo.main(arguments("--max_new_tokens", "40000"))
+    monkeypatch.setattr(demo, "free_memory", lambda: {"cpu": 3 * 10**8})
+    with pytest.raises(ValueError, match=r"free\. The question is 20000 characters long"):
+        demo.main(arguments("--question", "why " * 5_000))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -503,6 +504,9 @@ def test_mistakes(bundle: Any) -> None:
         inferencer.interleave_inference([ASKED, 3])
     with pytest.raises(ValueError, match="must not be negative"):
         InterleaveOptions(max_rounds=-1)
+    for name in ("text_temperature", "cfg_text_scale", "timestep_shift", "cfg_renorm_min"):
+        with pytest.raises(ValueError, match=f"{name} must be a finite number, got nan"):
+            InterleaveOptions(**{name: float("nan")})  # type: ignore[arg-type]
     assert make(bundle, reference_compat=True)() == {"image": None, "text": None}
     batch = make(bundle, BatchInterleaveInferencer)
     assert batch.interleave_inference([]) == []
@@ -543,3 +547,25 @@ def test_an_image_from_nothing(bundle: Any) -> None:
             x -= bundle.model(batch.at_time(x, t), flow_head=lambda v: v) * (t - after)
         expected = decode_tokens(bundle.vae, x, 4, 5)
     assert (as_tensor(drawn).int() - expected.int()).abs().max() <= 1
+
+
+def test_pictures_enter_upright_unless_compat(bundle: Any) -> None:
+    stored = picture(60, 40, 0)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    stream = io.BytesIO()
+    stored.save(stream, "PNG", exif=exif)
+    with Image.open(stream) as opened:
+        for compat, expected in (
+            (False, stored.transpose(Image.Transpose.ROTATE_270)),
+            (True, stored),
+        ):
+            engine = make(bundle, reference_compat=compat)
+            assert engine.resized(opened).tobytes() == engine.resized(expected).tobytes()
+            logits = [
+                engine.next_token_logits(
+                    engine.update_context_image(image, engine.init_gen_context(), vae=False)
+                )
+                for image in (opened, expected)
+            ]
+            assert torch.equal(*logits)

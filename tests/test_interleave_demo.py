@@ -156,7 +156,11 @@ def test_a_run_without_an_answer(
     """It draws nothing, says so, and leaves nothing of an earlier page; other files stay."""
     for name in ("round_1.png", "round_12.png", "round_1.png.bak", "notes.txt"):
         (tmp_path / name).write_bytes(b"old")
-    assert demo.main([*inputs, "--out", str(tmp_path), "--max_new_tokens", "3"]) == 0
+    words = [*inputs, "--out", str(tmp_path), "--max_new_tokens", "3"]
+    with pytest.raises(ValueError, match=r"holds round_1\.png, round_12\.png; .* --overwrite"):
+        demo.main(words)
+    assert (tmp_path / "round_1.png").read_bytes() == b"old"
+    assert demo.main([*words, "--overwrite"]) == 0
     printed = capsys.readouterr()
     assert "\nanswer: none\n" in printed.out
     assert "hold no <answer>" in printed.err and "the model drew nothing" in printed.err
@@ -223,11 +227,11 @@ def test_text_that_is_no_unicode_is_written(tmp_path: Path) -> None:
         (("--device", "spread"), "does not go with --device spread"),
         (("--image_path", "direct"), "leave --image_path out"),
         (("--image_size", "100"), "image_size must be a multiple of 16, got 100"),
-        (("--image_size", "0"), "image_size must be a multiple of 16, got 0"),
+        (("--image_size", "0"), "--image_size must be at least 1 and at most 8192"),
         (("--image_size", "8192"), r"8192 pixels are too large .* give --image_size \d+ or less"),
         (("--max_rounds", "0"), "max_rounds must be at least 1"),
         (("--num_timesteps", "1"), "num_timesteps must be at least 2"),
-        (("--out", str(ROOT / "LICENSE")), "cannot write to the folder .*LICENSE .*--out"),
+        (("--out", str(ROOT / "LICENSE")), "--out .*LICENSE: cannot write there .*; choose"),
         (("--image", "nowhere.png"), r"there is no image file nowhere\.png"),
         (("--interleave", "False", "--max_rounds", "2"), "--max_rounds goes with --interleave"),
     ],

@@ -1,25 +1,34 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""The shell side: launchers, the SLURM example, how .venv is made, the Makefile's targets."""
+"""The shell side: launchers on one machine, how .venv is made, the Makefile's targets."""
 
 from __future__ import annotations
 
 import importlib
+import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from scripts.visual_opsd.cli import flat, parse_config
 from scripts.visual_opsd.config import SFT_DEFAULTS, TrainConfig
+from tests.shell import (
+    DRY,
+    LAUNCHERS,
+    ROOT,
+    RUN_OPSD,
+    dry_run,
+    flag,
+    program_arguments,
+    run,
+    torchrun_options,
+    words_of,
+    write_program,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
-LAUNCHERS = ROOT / "scripts" / "visual_opsd"
-RUN_OPSD = LAUNCHERS / "run_visual_opsd.sh"
 MODULES = {
     "run_visual_opsd.sh": "scripts.visual_opsd.train_visual_opsd",
     "run_visual_opsd_noise.sh": "scripts.visual_opsd.train_visual_opsd",
@@ -36,93 +45,6 @@ OPSD_VARIABLES = {
     "MAX_FORWARD_TOKENS": ("--max_forward_tokens", "4096"),
     "SAMPLE_MAX_IMAGE_SKIPS": ("--sample_max_image_skips", "2"),
 }
-DRY = {"DRY_RUN": "1"}
-TWO_ARNOLD_NODES = {
-    "ARNOLD_WORKER_0_HOST": "10.0.0.7",
-    "ARNOLD_WORKER_0_PORT": "9000,9001,9002",
-    "ARNOLD_WORKER_GPU": "8",
-    "ARNOLD_WORKER_NUM": "2",
-    "ARNOLD_ID": "1",
-}
-TWO_SLURM_NODES = {
-    "SLURM_JOB_ID": "31234",
-    "SLURM_STEP_ID": "0",
-    "SLURM_NNODES": "2",
-    "SLURM_JOB_NODELIST": "gpu[07-08]",
-    "SLURM_NODEID": "1",
-    "SLURM_LOCALID": "0",
-    "SLURM_GPUS_ON_NODE": "8",
-}
-
-
-def write_program(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
-
-
-@pytest.fixture
-def programs(tmp_path: Path) -> Path:
-    """A folder first on PATH, with an nvidia-smi that shows no GPU, whatever this machine has."""
-    folder = tmp_path / "programs"
-    write_program(folder / "nvidia-smi", "#!/bin/sh\nexit 9\n")
-    return folder
-
-
-def run(
-    programs: Path,
-    script: Path,
-    *arguments: str,
-    cwd: Path = ROOT,
-    env: Mapping[str, str] | None = None,
-) -> subprocess.CompletedProcess[str]:
-    """Run a shell script with nothing of this process' environment but the usual tools."""
-    clean = {"PATH": f"{programs}:/usr/local/bin:/usr/bin:/bin", "HOME": str(programs)}
-    return subprocess.run(
-        ["bash", str(script), *arguments],
-        cwd=cwd,
-        env=clean | dict(env or {}),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-def dry_run(
-    programs: Path,
-    script: Path,
-    *arguments: str,
-    cwd: Path = ROOT,
-    env: Mapping[str, str] | None = None,
-) -> list[str]:
-    """The words of the one command line that DRY_RUN=1 prints."""
-    done = run(programs, script, *arguments, cwd=cwd, env=DRY | dict(env or {}))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1, done.stdout
-    return shlex.split(done.stdout)
-
-
-def torchrun_options(words: list[str]) -> list[str]:
-    """What stands between torch.distributed.run and -m MODULE."""
-    start = words.index("torch.distributed.run") + 1
-    return words[start : words.index("-m", start)]
-
-
-def program_arguments(words: list[str]) -> list[str]:
-    """What the Python program gets."""
-    return words[words.index("-m", words.index("torch.distributed.run")) + 2 :]
-
-
-def words_of(line: str) -> list[str]:
-    return line.split(" ")
-
-
-def flag(words: list[str], name: str) -> str:
-    """The value a flag ends up with: the last one given."""
-    places = [i for i, word in enumerate(words) if word == name]
-    assert places, f"{name} is missing in {words}"
-    return words[places[-1] + 1]
 
 
 def test_defaults_of_the_opsd_launcher(programs: Path) -> None:
@@ -252,113 +174,6 @@ def test_mistakes_are_named(programs: Path) -> None:
     assert (done.returncode, "unknown option -x" in done.stderr) == (2, True)
     done = run(programs, LAUNCHERS / "run_sft_baseline.sh", *"abcd", env=DRY)
     assert (done.returncode, "at most 3" in done.stderr) == (2, True)
-
-
-@pytest.mark.parametrize(
-    ("environment", "count"),
-    [
-        ({"CUDA_VISIBLE_DEVICES": "0,2,5"}, 3),
-        ({"CUDA_VISIBLE_DEVICES": ""}, 1),
-        ({"CUDA_VISIBLE_DEVICES": "-1"}, 1),
-        ({"CUDA_VISIBLE_DEVICES": "0,1,-1,2"}, 2),
-        ({"CUDA_VISIBLE_DEVICES": "0,1", "NPROC_PER_NODE": "4"}, 4),
-        ({}, 2),
-    ],
-)
-def test_one_process_per_visible_gpu(
-    programs: Path, environment: dict[str, str], count: int
-) -> None:
-    listing = "GPU 0: H100 (UUID: a)\\n  MIG 1g.10gb Device 0: (UUID: b)\\nGPU 1: H100 (UUID: c)\\n"
-    write_program(programs / "nvidia-smi", f"#!/bin/sh\nprintf '{listing}'\n")
-    words = dry_run(programs, RUN_OPSD, env=environment)
-    assert torchrun_options(words) == ["--standalone", f"--nproc_per_node={count}"]
-
-
-def test_arnold_variables(programs: Path) -> None:
-    words = dry_run(programs, RUN_OPSD, env=TWO_ARNOLD_NODES | TWO_SLURM_NODES)
-    assert torchrun_options(words) == [
-        "--nnodes=2",
-        "--node_rank=1",
-        "--nproc_per_node=8",
-        "--master_addr=10.0.0.7",
-        "--master_port=9000",
-    ]
-    words = dry_run(programs, RUN_OPSD, env={"ARNOLD_WORKER_NUM": "1", "ARNOLD_WORKER_GPU": "4"})
-    assert torchrun_options(words) == ["--standalone", "--nproc_per_node=4"]
-
-
-@pytest.mark.parametrize("missing", ["ARNOLD_WORKER_0_HOST", "ARNOLD_ID"])
-def test_an_incomplete_arnold_environment_is_an_error(programs: Path, missing: str) -> None:
-    environment = {k: v for k, v in TWO_ARNOLD_NODES.items() if k != missing}
-    done = run(programs, RUN_OPSD, env=DRY | environment)
-    assert done.returncode == 2
-    assert missing in done.stderr
-
-
-def fake_scontrol(programs: Path, hosts: str = "gpu07\\ngpu08\\n") -> None:
-    write_program(
-        programs / "scontrol",
-        f'#!/bin/sh\ntest "$1 $2 $3" = "show hostnames gpu[07-08]" || exit 3\nprintf "{hosts}"\n',
-    )
-
-
-def test_slurm_variables(programs: Path) -> None:
-    fake_scontrol(programs)
-    words = dry_run(programs, RUN_OPSD, env=TWO_SLURM_NODES)
-    assert torchrun_options(words) == [
-        "--nnodes=2",
-        "--node_rank=1",
-        "--nproc_per_node=8",
-        "--master_addr=gpu07",
-        "--master_port=21234",
-    ]
-    words = dry_run(programs, RUN_OPSD, env=TWO_SLURM_NODES | {"MASTER_PORT": "29999"})
-    assert "--master_port=29999" in words
-    # A step on one node of that job stands alone.
-    words = dry_run(programs, RUN_OPSD, env=TWO_SLURM_NODES | {"SLURM_STEP_NUM_NODES": "1"})
-    assert torchrun_options(words) == ["--standalone", "--nproc_per_node=8"]
-
-
-def test_slurm_mistakes_are_named(programs: Path) -> None:
-    done = run(programs, RUN_OPSD, env=DRY | TWO_SLURM_NODES)
-    assert done.returncode == 2
-    assert "scontrol" in done.stderr
-    fake_scontrol(programs, hosts="")
-    done = run(programs, RUN_OPSD, env=DRY | TWO_SLURM_NODES)
-    assert done.returncode == 2
-    assert "gpu[07-08]" in done.stderr
-    fake_scontrol(programs)
-    done = run(programs, RUN_OPSD, env=DRY | TWO_SLURM_NODES | {"SLURM_LOCALID": "3"})
-    assert done.returncode == 2
-    assert "--ntasks-per-node=1" in done.stderr
-    outside = {k: v for k, v in TWO_SLURM_NODES.items() if k != "SLURM_STEP_ID"}
-    done = run(programs, RUN_OPSD, env=DRY | outside)
-    assert done.returncode == 0
-    assert "not inside srun" in done.stderr
-
-
-def test_the_slurm_example_starts_one_launcher_per_node(programs: Path, tmp_path: Path) -> None:
-    fake_scontrol(programs)
-    write_program(
-        programs / "srun",
-        "#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\n"
-        'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@" || exit; done\n',
-    )
-    spooled = tmp_path / "slurm_script"
-    shutil.copy(ROOT / "examples" / "slurm.sbatch", spooled)
-    environment = DRY | TWO_SLURM_NODES | {"SLURM_SUBMIT_DIR": str(ROOT)}
-    arguments = ("m", "fixed", "--resume", "latest")
-    done = run(programs, spooled, *arguments, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
-    first, second = (shlex.split(line) for line in done.stdout.splitlines())
-    assert "--node_rank=0" in first
-    assert [word.replace("node_rank=0", "node_rank=1") for word in first] == second
-    assert first[-2:] == ["--resume", "latest"]
-    assert flag(first, "--teacher_mode") == "fixed"
-    text = spooled.read_text()
-    assert "#SBATCH --signal=TERM@300" in text
-    # torchrun must give up before SLURM does.
-    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=290" in first
 
 
 def test_the_launcher_becomes_the_interpreter(programs: Path, tmp_path: Path) -> None:
@@ -497,6 +312,33 @@ def test_make_venv_names_what_is_missing(broken_pythons: Path, tmp_path: Path) -
     assert "python3-venv" in done.stderr
     assert not Path(venv).exists()
     assert run(broken_pythons, MAKE_VENV, venv).returncode == 2
+
+
+@pytest.mark.skipif(shutil.which("uv") is None, reason="needs uv")
+def test_uv_resolves_the_requirements(tmp_path: Path) -> None:
+    def uv(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"VIRTUAL_ENV": str(tmp_path / "venv")}
+        return subprocess.run(
+            ["uv", *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    assert uv("venv", str(tmp_path / "venv")).returncode == 0
+    files = ("-c", "constraints.txt", "-r", "requirements.txt")
+    done = uv("pip", "install", "--dry-run", *files)
+    if any(word in done.stderr for word in ("dns error", "error sending request")):
+        pytest.skip("no network")
+    assert done.returncode == 0, done.stderr
+    pinned = re.findall(r"^\w[\w.-]+==\S+", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    wanted = {line.lower().replace("_", "-") for line in pinned}
+    named = re.findall(r"^(\w[\w-]*)>=", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    chosen = set(re.findall(r"^ \+ (\S+)", done.stderr, re.MULTILINE))
+    assert {n.lower().replace("_", "-") for n in named} <= {line.split("==")[0] for line in chosen}
+    assert {line for line in chosen if not line.startswith(("nvidia", "triton", "cuda"))} <= wanted
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

@@ -232,7 +232,13 @@ def test_licence_citation_and_changelog() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert citation["license"] == "Apache-2.0"
-    assert any("2606.18974" in entry["url"] for entry in citation["references"])
+    (paper,) = citation["references"]
+    assert "2606.18974" in paper["url"]
+    # The same authors and title as in the README's bibtex.
+    people = " and ".join(f"{p['family-names']}, {p['given-names']}" for p in paper["authors"])
+    readme = (ROOT / "README.md").read_text()
+    assert f"author  = {{{people}}}" in readme and f"title   = {{{paper['title']}}}" in readme
+    assert f"year    = {{{paper['year']}}}" in readme
     assert "\n## [Unreleased]\n" in (ROOT / "CHANGELOG.md").read_text()
 
 

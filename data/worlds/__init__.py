@@ -15,6 +15,16 @@ Scorer = Callable[[Mapping[str, Any], str], bool]
 
 _SCORERS: dict[str, Scorer] = {spatial_navigation.WORLD: spatial_navigation.score}
 
+_STATE_CHECKS: dict[str, Callable[[str | None], None]] = {
+    spatial_navigation.WORLD: spatial_navigation.check_state
+}
+
+
+def check_world(world: str, state: str | None) -> None:
+    """Raise ValueError unless the scorer of a row's world can judge by the row's `world_state`."""
+    get_scorer(world)
+    _STATE_CHECKS[world](state)
+
 
 def get_scorer(world: str) -> Scorer:
     """The scorer `(row, generated text) -> bool` of a world.
@@ -23,5 +33,6 @@ def get_scorer(world: str) -> Scorer:
         ValueError: no world has this name.
     """
     if world not in _SCORERS:
-        raise ValueError(f"unknown world {world!r}; the worlds are {', '.join(sorted(_SCORERS))}")
+        known = ", ".join(sorted(_SCORERS))
+        raise ValueError(f"unknown world {world[:60]!r}; the worlds are {known}")
     return _SCORERS[world]

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from data.programs import SEED, number, path_argument, run_main
 from data.worlds import spatial_navigation as navigation
 from data.worlds.writer import write_spatial_navigation
 
@@ -30,14 +31,25 @@ def build_parser() -> argparse.ArgumentParser:
     maze = worlds.add_parser(
         navigation.WORLD, help="FrozenLake mazes; the visual thought is the maze with its path"
     )
-    maze.add_argument("--rows", type=int, required=True, help="training rows")
+    rows = number(int, at_least=0, at_most=10**8)
+    maze.add_argument("--rows", type=rows, required=True, help="training rows")
     maze.add_argument(
-        "--heldout-rows", "--heldout_rows", type=int, help="held-out rows (default: rows / 5)"
+        "--heldout-rows", "--heldout_rows", type=rows, help="held-out rows (default: rows / 5)"
     )
-    maze.add_argument("--out", required=True, help="data root; files go to OUT/Spatial_Navigation")
-    maze.add_argument("--seed", type=int, default=0)
+    maze.add_argument(
+        "--out",
+        type=path_argument,
+        required=True,
+        help="data root; files go to OUT/Spatial_Navigation",
+    )
+    maze.add_argument("--seed", type=SEED, default=0)
     maze.add_argument("--sizes", type=_sizes, default=(3, 4), help="board sides (default 3,4)")
-    maze.add_argument("--cell", type=int, default=14, help="pixels per cell (default 14)")
+    maze.add_argument(
+        "--cell",
+        type=number(int, at_least=1, at_most=1024),
+        default=14,
+        help="pixels per cell (default 14)",
+    )
     maze.add_argument(
         "--style",
         choices=navigation.STYLES,
@@ -77,4 +89,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -31,6 +31,7 @@ DATASET = "Spatial_Navigation"
 WORLD = "spatial_navigation"
 HOLE_PROBABILITY = 0.3
 MIN_SIZE, MAX_SIZE = 3, 8
+_LETTERED = 26  # columns that a letter names
 _ENUMERATED_UP_TO = 3  # boards small enough to list every maze
 _LETTERS = "FHSG"  # in the order of tiles.KINDS
 
@@ -72,8 +73,8 @@ class Maze:
         square = all(len(row) == len(rows) for row in rows)
         if not square or set(text) - set(_LETTERS) or text.count("S") != 1 or text.count("G") != 1:
             raise ValueError(
-                f"{state!r} is not a maze: expected N rows of N letters out of {_LETTERS}, joined "
-                "by '/', with one S and one G; was the row written by another world?"
+                f"{state[:60]!r} is not a maze: expected N rows of N letters out of {_LETTERS}, "
+                "joined by '/', with one S and one G; was the row written by another world?"
             )
         holes = frozenset(i for i, letter in enumerate(text) if letter == "H")
         return cls(len(rows), text.index("S"), text.index("G"), holes)
@@ -190,6 +191,17 @@ def score(row: Mapping[str, Any] | Any, text: str) -> bool:
     maze = Maze.parse(state)
     cells = walk(maze, plan)
     return cells is not None and cells[-1] == maze.goal
+
+
+def check_state(state: str | None) -> None:
+    """Raise ValueError unless `score` can judge by this world_state and some plan is right."""
+    if not state:
+        raise ValueError("world_state is empty, so no plan can be simulated")
+    maze = Maze.parse(state)
+    if maze.size > _LETTERED:
+        raise ValueError(f"a board of {maze.size} rows; cells have names up to {_LETTERED}")
+    if maze.start not in distances(maze):
+        raise ValueError(f"{state[:60]!r}: no path leads from the start to the goal")
 
 
 # ---------------------------------------------------------------------------------- drawing

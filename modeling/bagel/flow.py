@@ -65,7 +65,7 @@ def flow_schedule(num_timesteps: int, shift: float = 1.0) -> Tensor:
         raise ValueError(
             f"num_timesteps must be at least 2 (one step fewer is taken), got {num_timesteps}"
         )
-    if shift <= 0:
+    if not 0 < shift < float("inf"):
         raise ValueError(
             f"timestep_shift must be positive, got {shift}; 1 leaves times as they are"
         )

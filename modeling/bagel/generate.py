@@ -28,6 +28,8 @@ from modeling.bagel.kv_cache import KVCache
 from modeling.bagel.streamed_decode import StreamedDecoder, streams
 from modeling.graphs import RepeatedStep
 
+TEMPERATURES = (1e-4, 1e4)  # below, fp32 logits may overflow; above, all tokens are alike
+
 # (logits, temperature, uniforms) -> (token, log-probability) of each row
 TokenChoice: TypeAlias = Callable[[Tensor, float, Tensor | None], tuple[Tensor, Tensor]]
 
@@ -202,13 +204,17 @@ def generate(
         choose_token: replaces `choose` in tests of the protocol.
 
     Raises:
-        ValueError: max_new_tokens < 1, temperature <= 0, uniforms of another shape, or a cached
-            prompt whose cache has no room for the new tokens.
+        ValueError: max_new_tokens < 1, a temperature beyond TEMPERATURES, uniforms of another
+            shape, or a cached prompt whose cache has no room for the new tokens.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}; greedy: no sampling")
+    low, high = TEMPERATURES
+    if not low <= temperature <= high:
+        raise ValueError(
+            f"temperature must be at least {low:g} and at most {high:g}, got {temperature}; "
+            "greedy: no sampling"
+        )
     lens = prompt.lens if isinstance(prompt, CachedPrompt) else prompt.layout.key_lens
     batch = len(lens)
     if uniforms is not None and uniforms.shape != (batch, max_new_tokens + 1):

@@ -3,7 +3,8 @@
 
 A first kernel reduces blocks of the vocabulary, a second one finds the block in which the
 cumulative probability passes the row's number, and the token inside it. Sums are fp64, and a row's
-arithmetic does not depend on its neighbours.
+arithmetic does not depend on its neighbours. The peak is subtracted before the temperature divides,
+which is exact near it however large logits are.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ def _reduce(logits, peaks, sums, tokens, vocab, blocks, inverse_temperature, BLO
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     entry = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row * vocab + entry, mask=entry < vocab, other=float("-inf"))
-    x = x.to(tl.float32) * inverse_temperature
+    x = x.to(tl.float32)
     peak, token = tl.max(x, 0, return_indices=True, return_indices_tie_break_left=True)
-    share = tl.where(entry < vocab, tl.exp(x - peak), 0.0)
+    share = tl.where(entry < vocab, tl.exp((x - peak) * inverse_temperature), 0.0)
     to = row * blocks + block
     tl.store(peaks + to, peak)
     tl.store(sums + to, tl.sum(share.to(tl.float64), 0))
@@ -41,7 +42,8 @@ def _pick(
     its_peak = tl.load(peaks + row * blocks + block, mask=there, other=float("-inf"))
     its_sum = tl.load(sums + row * blocks + block, mask=there, other=0.0)
     peak = tl.max(its_peak, 0)
-    mass = tl.where(there, its_sum * tl.exp(its_peak - peak).to(tl.float64), 0.0)
+    fade = tl.exp((its_peak - peak) * inverse_temperature)
+    mass = tl.where(there, its_sum * fade.to(tl.float64), 0.0)
     total = tl.sum(mass, 0)
     if GREEDY:
         _, best = tl.max(its_peak, 0, return_indices=True, return_indices_tie_break_left=True)
@@ -57,8 +59,9 @@ def _pick(
         rest = target - tl.sum(tl.where(block < before, mass, 0.0), 0)
         entry = before * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits + row * vocab + entry, mask=entry < vocab, other=float("-inf"))
-        x = x.to(tl.float32) * inverse_temperature
-        share = tl.where(entry < vocab, tl.exp(x - peak), 0.0).to(tl.float64)
+        x = x.to(tl.float32)
+        share = tl.exp((x - peak) * inverse_temperature)
+        share = tl.where(entry < vocab, share, 0.0).to(tl.float64)
         below = tl.sum((tl.cumsum(share, 0) <= rest).to(tl.int32), 0)
         token = tl.minimum(before * BLOCK + below, vocab - 1)
         # Rounding may leave the target behind the block's last entry of any probability.
@@ -67,7 +70,8 @@ def _pick(
         token = tl.where(outside, (before + 1) * BLOCK - 1, token)
         chosen = tl.where(outside, tl.sum(tl.where(entry == token, x, 0.0), 0), chosen)
     tl.store(token_out + row, token.to(tl.int64))
-    tl.store(logprob_out + row, chosen - peak - tl.log(total).to(tl.float32))
+    logprob = (chosen - peak) * inverse_temperature - tl.log(total).to(tl.float32)
+    tl.store(logprob_out + row, logprob)
 
 
 def choose_token(

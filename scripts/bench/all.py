@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.programs import path_argument
 from scripts.bench.common import check, parser
 from scripts.visual_opsd.cli import run_main
 
@@ -103,7 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
     options.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     options.set_defaults(repeats=None)
-    options.add_argument("--folder", help="of the release that `load` writes (30 GB), see there")
+    options.add_argument(
+        "--folder",
+        type=path_argument,
+        help="of the release that `load` writes (30 GB), see there",
+    )
     argv = sys.argv[1:] if argv is None else argv
     args = options.parse_args(argv)
     check(args)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from data.programs import check_new, path_argument
 from data.sequence import ImageSegment, Segment, TextSegment
 from data.transforms import extrapolated_position_ids
 from modeling import fast
@@ -201,7 +202,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="cuda or cpu (%(default)s here)",
     )
-    made.add_argument("--json", help="also write the report here")
+    add_report(made)
     made.add_argument(
         "--repeats", type=int, default=5, help="measurements a figure, after a warm-up"
     )
@@ -209,6 +210,12 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
         "--brief", action="store_true", help="the figures alone, without comparisons in the notes"
     )
     return made
+
+
+def add_report(made: argparse.ArgumentParser) -> None:
+    """Where the report goes."""
+    made.add_argument("--json", type=path_argument, help="also write the report here")
+    made.add_argument("--overwrite", action="store_true", help="replace the report of --json")
 
 
 def check(args: argparse.Namespace) -> torch.device:
@@ -229,16 +236,14 @@ def check(args: argparse.Namespace) -> torch.device:
         raise ValueError("the true size needs a GPU of 80 GB; --tiny runs anywhere")
     if args.repeats is not None and args.repeats < 1:
         raise ValueError("--repeats must be at least 1")
-    check_place(args.json)
+    check_place(args)
     return device
 
 
-def check_place(path: str | None) -> None:
-    """Raises ValueError unless a report can be written to `path`."""
-    if path and not Path(path).resolve().parent.is_dir():
-        raise ValueError(f"--json {path}: its folder does not exist; make it first")
-    if path and Path(path).is_dir():
-        raise ValueError(f"--json {path} is a folder; name a file")
+def check_place(args: argparse.Namespace) -> None:
+    """Raises ValueError unless the report can be written where --json says."""
+    if args.json:
+        check_new(args.json, "--json", overwrite=args.overwrite)
 
 
 def start(args: argparse.Namespace) -> Report:

@@ -33,7 +33,7 @@ from modeling.bagel.config import BagelConfig
 from modeling.bagel.kv_cache import KVCache
 from modeling.bagel.streamed_decode import StreamedDecoder, streams
 from modeling.graphs import RepeatedStep
-from scripts.bench.common import TRUE_SIZE, Machine, check_place, versions
+from scripts.bench.common import TRUE_SIZE, Machine, add_report, check_place, versions
 from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.distributed import (
     copy_units,
@@ -99,11 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num_shard", type=int, help="default: all ranks of a node")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
-    parser.add_argument("--json", help="also write the report here")
+    add_report(parser)
     args = parser.parse_args(argv)
     if min(args.repeats, args.layers) < 1:
         raise ValueError("--repeats and --layers must be at least 1")
-    check_place(args.json)
+    check_place(args)
     env = init_distributed(args.device)
     machine = Machine(env.device, args.tiny)
     mesh = make_mesh(env, num_shard=args.num_shard)

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from data.programs import path_argument
 from modeling import load_bagel, weight_stream
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
@@ -56,7 +57,7 @@ SAMPLE_S = 0.005
 
 
 def write_release(folder: Path, config: BagelConfig) -> None:
-    """Random bf16 weights of both experts, in the order that safetensors gives them: of names."""
+    """Random bf16 weights, norms of 1, in the order that safetensors gives them: of names."""
     folder.mkdir(parents=True, exist_ok=True)
     vision = asdict(config.vision)
     vision["num_hidden_layers"] += 1  # the file counts the layer that never runs
@@ -70,10 +71,12 @@ def write_release(folder: Path, config: BagelConfig) -> None:
     block = torch.empty(2**25, dtype=torch.bfloat16).normal_(0, 0.02)
     largest = max(map(math.prod, shapes.values()))
     values = block.repeat(-(-largest // len(block)))
+    ones = torch.ones(max(config.llm.hidden_size, config.vision.hidden_size), dtype=torch.bfloat16)
     layout = {key: ("BF16", shape) for key, shape in shapes.items()}
     with WeightWriter(folder / "model.safetensors", layout) as writer:
         for key, shape in shapes.items():
-            writer.write(key, values[: math.prod(shape)].view(shape))
+            norm = len(shape) == 1 and "norm" in key and key.endswith("weight")
+            writer.write(key, (ones if norm else values)[: math.prod(shape)].view(shape))
 
 
 def reading(sources: Mapping[str, StoredTensor], on_gpu: bool) -> Callable[[], None]:
@@ -243,7 +246,9 @@ def measure(report: Report, folder: Path, args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
     options.set_defaults(repeats=3)
-    options.add_argument("--folder", help="kept, and used as it is if it has weights")
+    options.add_argument(
+        "--folder", type=path_argument, help="kept, and used as it is if it has weights"
+    )
     options.add_argument(
         "--readers", type=int, nargs=2, metavar=("THREADS", "MIB"), help="threads, MiB of a piece"
     )

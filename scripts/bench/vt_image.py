@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data.packing import pack_branches
+from data.programs import number
 from data.sequence import LatentSegment
 from data.transforms import extrapolated_position_ids
 from modeling.autoencoder import AutoEncoder, AutoEncoderConfig, decode_tokens
@@ -131,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser(__doc__)
     options.set_defaults(repeats=3)
     options.add_argument("--sizes", type=int, nargs="+", default=[512, 1024], choices=CONTEXTS)
-    options.add_argument("--steps", type=int, default=49, help="Euler steps")
+    steps = number(int, at_least=1, at_most=10_000)
+    options.add_argument("--steps", type=steps, default=49, help="Euler steps")
     args = options.parse_args(argv)
     report = start(args)
     run(report, args.sizes, args.steps, args.repeats, args.brief)

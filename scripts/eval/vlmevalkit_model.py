@@ -1,7 +1,8 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
 """A model class for VLMEvalKit that answers with this repository's decoder, many rows at a time.
 
-    # in vlmeval/config.py, after supported_VLM; this repository's root on PYTHONPATH
+    # in vlmeval/config.py, after supported_VLM (run.py --config cannot name the class); this
+    # repository's root on PYTHONPATH
     from scripts.eval.vlmevalkit_model import VisualOPSD
     supported_VLM["visual_opsd"] = partial(VisualOPSD, model_path="/path/to/0001000")
 
@@ -114,6 +115,8 @@ class VisualOPSD(BaseModel):
         image_skips: rounds that may follow an <image_start> when nothing is drawn.
         image_path: "inferencer" resizes for the autoencoder first, as the wrapper does; "direct"
             is the training's single resize, for text-only answers.
+        upright: turn pictures as their EXIF or XMP orientation says; False takes them as stored, as
+            the wrapper does.
         vit, vae: image sizes, a name of `data.transforms.PRESETS` or a mapping.
         device: "auto" is this process's GPU, else the CPU. precision: "auto" is bf16 on a GPU.
         seed: of sampling and drawing.
@@ -139,6 +142,7 @@ class VisualOPSD(BaseModel):
         batch_size: int = 8,
         image_skips: int = 1,
         image_path: str = "inferencer",
+        upright: bool = True,
         vit: str | Mapping[str, int] = "wrapper_vit",
         vae: str | Mapping[str, int] = "vae",
         device: str = "auto",
@@ -159,7 +163,7 @@ class VisualOPSD(BaseModel):
             )
         self.model_path, self.save_dir = model_path, save_dir
         self.understanding_output = understanding_output
-        self.batch_size, self.seed = int(batch_size), seed
+        self.batch_size, self.seed, self.upright = int(batch_size), seed, upright
         self.device = _device(device)
         wide = precision == "fp32" or (precision == "auto" and self.device.type == "cpu")
         self.bundle = load_bagel(
@@ -233,7 +237,7 @@ class VisualOPSD(BaseModel):
         Raises:
             ValueError: an image that cannot be read.
         """
-        loaded = [[_loaded(part) for part in message] for message in messages]
+        loaded = [[_loaded(part, self.upright) for part in message] for message in messages]
         if self.inferencer is not None:
             return self._draw(loaded, dataset or "answer")
         contexts: list[Context] = [build_context(self.builder, parts) for parts in loaded]
@@ -304,11 +308,13 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % count)
 
 
-def _loaded(part: Mapping[str, Any]) -> dict[str, Any]:
+def _loaded(part: Mapping[str, Any], upright: bool) -> dict[str, Any]:
     """The part with its picture in place of a path."""
     value = part["value"]
-    if part["type"] == "image":
-        value = to_rgb(value) if isinstance(value, Image.Image) else decode_image(Path(value))
+    if part["type"] == "image" and isinstance(value, Image.Image):
+        value = to_rgb(value, upright=upright)
+    elif part["type"] == "image":
+        value = decode_image(Path(value), upright=upright)
     return {"type": part["type"], "value": value}
 
 

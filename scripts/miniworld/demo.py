@@ -25,12 +25,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data.programs import SEED, make_folder, number, path_argument
+from modeling.text_files import read_json_object
 from scripts.miniworld.demo_figure import draw
+from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.scoring import PairedComparison, compare_runs
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "examples" / "tiny-base"
 STAGES = ("world", "real", "noise", "eval", "diagnostic", "logs")
+MARKER = ".visual-opsd-demo"  # in a results folder whose stages a later demo may replace
 # The bounds of the claim, in accuracy points: the least that real VTs must gain over noise, and
 # the most that noise may move the base either way.
 LEAST_GAIN, MOST_DRIFT = 8.0, 4.0
@@ -94,15 +98,15 @@ class Runner:
                 process.kill()
         for job, log, code in zip(jobs, logs, codes, strict=True):
             if code:
-                tail = "\n".join(log.read_text().splitlines()[-15:])
+                said = log.read_text(encoding="utf-8", errors="replace")
+                tail = "\n".join(said.splitlines()[-15:])
                 raise RuntimeError(f"{job.name} ended with code {code} ({log}):\n{tail}")
         self.seconds[title] = time.perf_counter() - started
         tqdm.write(f"   {self.seconds[title]:.0f} s")
 
 
 def read(path: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(path.read_text())
-    return loaded
+    return read_json_object(path, "result")
 
 
 class Demo:
@@ -289,12 +293,36 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Further flags (e.g. --total_steps 600 --global_batch_size 128) go to the trainer.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="world, order of rows, sampling")
-    parser.add_argument("--out", default=str(ROOT / "results" / "demo"), help="results folder")
-    parser.add_argument("--base", default=str(BASE), help="release folder to start from")
-    parser.add_argument("--rows", type=int, default=12800, help="training mazes")
-    parser.add_argument("--heldout-rows", type=int, default=2400, help="held-out mazes")
+    rows = number(int, at_least=1, at_most=10**8)
+    parser.add_argument("--seed", type=SEED, default=0, help="world, order of rows, sampling")
+    parser.add_argument(
+        "--out", type=path_argument, default=str(ROOT / "results" / "demo"), help="results folder"
+    )
+    parser.add_argument(
+        "--base", type=path_argument, default=str(BASE), help="release folder to start from"
+    )
+    parser.add_argument("--rows", type=rows, default=12800, help="training mazes")
+    parser.add_argument("--heldout-rows", type=rows, default=2400, help="held-out mazes")
     return parser
+
+
+def clear(out: Path) -> None:
+    """Make the results folder, without what an earlier demo left there.
+
+    Raises:
+        ValueError: it cannot be written to, or holds folders of the stages' names that no demo
+            made.
+    """
+    held = [stage for stage in STAGES if (out / stage).exists()]
+    if held and not any((out / name).exists() for name in (MARKER, "result.json")):
+        raise ValueError(
+            f"--out {out} holds {', '.join(held)}, which no demo seems to have made: choose "
+            "another folder, or remove them"
+        )
+    make_folder(out, "--out")
+    (out / MARKER).touch()
+    for stage in held:
+        shutil.rmtree(out / stage, ignore_errors=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -307,9 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     args.base = str(Path(args.base).resolve())
     out = Path(args.out).resolve()
-    for stage in STAGES:  # only what an earlier demo wrote
-        shutil.rmtree(out / stage, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
+    clear(out)
     demo = Demo(args)
     started = time.perf_counter()
     try:
@@ -334,4 +360,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

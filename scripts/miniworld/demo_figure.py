@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from data.json_lines import read_log
+
 _BEFORE, _REAL, _NOISE, _TEACHER = "#8a8f98", "#1b6ca8", "#c8553d", "#3a7d44"
 
 
 def predictions(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "predictions.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return read_log(folder / "predictions.jsonl")
 
 
 def example(out: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:

@@ -34,6 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.json_lines import append_records
+from data.programs import SEED, check_new, make_folder, number, path_argument
 from data.sequence import Prompts
 from data.worlds import spatial_navigation as nav
 from data.worlds.tiles import fingerprint
@@ -52,6 +54,7 @@ from scripts.miniworld.batches import (
 )
 from scripts.miniworld.mazes import Bank, MazeTable, maze_of, walk
 from scripts.miniworld.tokenizer import DEMO_PROMPTS, demo_strings
+from scripts.visual_opsd.cli import run_main
 
 _SLACK = 4  # moves a walk with detours may take beyond the longest shortest path
 _EVAL_CHUNK = 1024
@@ -282,37 +285,62 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m scripts.miniworld.pretrain", description=(__doc__ or "").split("\n\n")[0]
     )
     add = parser.add_argument
-    add("--out", help="folder to write the base to")
-    add("--overwrite", action="store_true", help="replace --out if it exists")
-    add("--log", help="JSON lines of losses and accuracies (default: OUT.jsonl)")
-    add("--export-table", help="write mazes and tile pictures to this .npz and stop")
-    add("--table", help="read mazes and tile pictures from this .npz")
-    add("--tiles", action="append", default=[], help="folder of a further tile set (repeatable)")
+    count = number(int, at_least=1, at_most=10**8)
+    share = number(float, at_least=0, at_most=1)
+    add("--out", type=path_argument, help="folder to write the base to")
+    add("--overwrite", action="store_true", help="replace what is written if it exists")
+    add(
+        "--log",
+        type=path_argument,
+        help="JSON lines of losses and accuracies (default: OUT.jsonl)",
+    )
+    add(
+        "--export-table",
+        type=path_argument,
+        help="write mazes and tile pictures to this .npz and stop",
+    )
+    add("--table", type=path_argument, help="read mazes and tile pictures from this .npz")
+    add(
+        "--tiles",
+        type=path_argument,
+        action="append",
+        default=[],
+        help="folder of a further tile set (repeatable)",
+    )
     add("--sizes", type=lambda t: tuple(map(int, t.split(","))), default=(3, 4))
-    add("--mazes-per-size", type=int, default=100_000, help="training mazes of each size")
-    add("--heldout-rows", type=int, default=2400, help="held-out mazes for the accuracies")
-    add("--prompts", default=str(DEMO_PROMPTS), help="YAML with system, intro, transition")
-    add("--seed", type=int, default=1)
+    add("--mazes-per-size", type=count, default=100_000, help="training mazes of each size")
+    add("--heldout-rows", type=count, default=2400, help="held-out mazes for the accuracies")
+    add(
+        "--prompts",
+        type=path_argument,
+        default=str(DEMO_PROMPTS),
+        help="YAML with system, intro, transition",
+    )
+    add("--seed", type=SEED, default=1)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU")
-    add("--steps", type=int, default=1400)
-    add("--batch-size", type=int, default=256)
-    add("--lr", type=float, default=1e-3)
-    add("--min-lr-ratio", type=float, default=0.05)
-    add("--warmup-steps", type=int, default=50)
-    add("--weight-decay", type=float, default=0.01)
-    add("--text-share", type=float, default=0.01, help="weight of the text-only rows")
-    add("--noise-share", type=float, default=0.01, help="share of rows with a Gaussian VT")
-    add("--detour", type=float, default=0.1, help="probability of a detour before each move")
-    add("--log-every", type=int, default=20)
-    add("--eval-every", type=int, default=250)
-    add("--eval-rows", type=int, help="mazes of the evaluations on the way (default: all)")
+    add("--steps", type=count, default=1400)
+    add("--batch-size", type=number(int, at_least=1, at_most=2**20), default=256)
+    add("--lr", type=number(float, above=0, at_most=1e9), default=1e-3)
+    add("--min-lr-ratio", type=share, default=0.05)
+    add("--warmup-steps", type=number(int, at_least=0, at_most=10**8), default=50)
+    add("--weight-decay", type=number(float, at_least=0, at_most=1000), default=0.01)
+    add("--text-share", type=share, default=0.01, help="weight of the text-only rows")
+    add("--noise-share", type=share, default=0.01, help="share of rows with a Gaussian VT")
+    add("--detour", type=share, default=0.1, help="probability of a detour before each move")
+    add("--log-every", type=count, default=20)
+    add("--eval-every", type=count, default=250)
+    add("--eval-rows", type=count, help="mazes of the evaluations on the way (default: all)")
     add(
         "--stop-text-accuracy",
-        type=float,
+        type=share,
         help="stop at the first evaluation with this text-only accuracy (and VT accuracy .97)",
     )
     return parser
+
+
+def _log_path(args: argparse.Namespace) -> Path:
+    return Path(args.log or f"{args.out.rstrip('/')}.jsonl")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -320,15 +348,19 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("give either --out DIR (train) or --export-table FILE (write the mazes)")
     if args.out and Path(args.out).exists() and not args.overwrite:
         raise ValueError(f"{args.out} exists; choose another --out or pass --overwrite")
+    if args.export_table:
+        check_new(args.export_table, "--export-table", overwrite=args.overwrite)
+    else:
+        log = _log_path(args)
+        make_folder(log.absolute().parent, "--log" if args.log else "--out")
+        check_new(log, "--log", overwrite=args.overwrite)
     if not 0 < args.text_share < 1 or not 0 <= args.noise_share < 1 - args.text_share:
         raise ValueError(
             f"--text-share {args.text_share} and --noise-share {args.noise_share}: shares of "
             "rows, the first above 0, together below 1"
         )
-    if args.steps < 1 or args.batch_size < 2 * len(args.sizes) or args.eval_every < 1:
-        raise ValueError(
-            "--steps and --eval-every must be positive and --batch-size at least two per size"
-        )
+    if args.batch_size < 2 * len(args.sizes):
+        raise ValueError("--batch-size must be at least two per size")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -362,13 +394,12 @@ def run(args: argparse.Namespace) -> None:
     banks = {s: Bank(b, device) for s, b in table.train.items()}
     heldout = {s: Bank(b, device) for s, b in table.heldout.items()}
     mixture = Mixture(args.text_share, args.noise_share, args.detour)
-    log_path = Path(args.log or f"{args.out.rstrip('/')}.jsonl")
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as skeleton, log_path.open("w") as log_file:
+    log_path = _log_path(args)
+    log_path.write_bytes(b"")
+    with tempfile.TemporaryDirectory() as skeleton:
 
         def log(entry: Mapping[str, Any]) -> None:
-            log_file.write(json.dumps(entry) + "\n")
-            log_file.flush()
+            append_records(log_path, [entry])
             print(json.dumps(entry), flush=True)
 
         write_skeleton(skeleton, demo_strings(prompts), args.seed)
@@ -434,4 +465,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -20,9 +20,11 @@ from typing import Any
 
 from transformers import AddedToken, Qwen2Tokenizer
 
+from data.programs import make_folder, path_argument
 from data.sequence import Prompts
 from data.worlds.spatial_navigation import lite_strings
 from modeling.tokenizer import MARKERS
+from scripts.visual_opsd.cli import run_main
 
 DEMO_PROMPTS = Path(__file__).parents[2] / "examples" / "demo" / "prompts.yaml"
 END_OF_TEXT = "<|endoftext|>"
@@ -148,12 +150,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.miniworld.tokenizer", description="Write the tiny tokenizer."
     )
-    parser.add_argument("--out", required=True, help="folder to write to")
-    parser.add_argument("--prompts", default=str(DEMO_PROMPTS), help="YAML of the demo's prompts")
+    parser.add_argument("--out", type=path_argument, required=True, help="folder to write to")
+    parser.add_argument(
+        "--prompts",
+        type=path_argument,
+        default=str(DEMO_PROMPTS),
+        help="YAML of the demo's prompts",
+    )
     args = parser.parse_args(argv)
     try:
         prompts = Prompts.from_yaml(args.prompts)
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+        make_folder(args.out, "--out")
         count = write_tokenizer(args.out, demo_strings(prompts))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -163,4 +170,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -28,8 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.limits import NO_LIMITS, PACKED_TOKENS, ContextLimits
 from data.packing import context_length, group_by_tokens, pack, segment_length
-from data.sequence import Context, TextSegment
+from data.sequence import Context, ContextBuilder, TextSegment
 from data.thinkmorph import Row, RowNeeds, parse_row
 from modeling import load_bagel
 from modeling.bagel.attention import AttentionLayout
@@ -37,7 +38,18 @@ from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
 from modeling.bagel.config import SpecialTokens
 from modeling.bagel.decoder import Attention
-from scripts.visual_opsd.cli import flat, option, parse_config, run_main
+from modeling.fingerprints import weights_fingerprint
+from scripts.visual_opsd.cli import (
+    PACKED,
+    ROWS,
+    SEEDS,
+    SHARES,
+    Settings,
+    flat,
+    option,
+    parse_config,
+    run_main,
+)
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.latents import encode_pictures, row_generator
 from scripts.visual_opsd.processes import init_distributed, shutdown
@@ -46,13 +58,14 @@ from scripts.visual_opsd.row_windows import (
     ComputeSettings,
     RowPool,
     check_bad_rate,
+    memory_advice,
     open_data,
     progress_bar,
     prompt_identity,
     read_windows,
 )
-from scripts.visual_opsd.rows import make_builder, noise_generator
-from scripts.visual_opsd.run_store import weights_fingerprint, write_json
+from scripts.visual_opsd.rows import noise_generator, open_builder
+from scripts.visual_opsd.run_store import claim_output, write_json
 from scripts.visual_opsd.vt_figures import draw_attention
 
 PARTS = ("first_token", "problem_image", "vt", "text", "answer")
@@ -62,28 +75,34 @@ _MAX_SCORES = 1 << 26  # entries of one (heads, rows, keys) block, 256 MB in fp3
 
 
 @dataclass(frozen=True)
-class AnalysisSettings:
+class AnalysisSettings(Settings):
     """Whose attention, over what."""
 
-    model_path: str = option("models/ThinkMorph-7B", "release folder")
+    model_path: str = option("models/ThinkMorph-7B", "release folder", path=True)
     data: str = option(
-        "Spatial_Navigation", "datasets below the data root, folders or parquet files, by commas"
-    )
+        "Spatial_Navigation", "datasets below the data root, folders or parquet files, by commas",
+        path="list",
+    )  # fmt: skip
     split: str = option("heldout", "files of a folder that are read (SPLIT-*.parquet)")
-    data_root: str | None = option(None, "folder of the datasets, else VISUAL_OPSD_DATA_ROOT")
-    limit: int | None = option(64, "only the first rows of all; None: every row")
+    data_root: str | None = option(
+        None, "folder of the datasets, else VISUAL_OPSD_DATA_ROOT", path=True
+    )
+    limit: int | None = option(64, "only the first rows of all; None: every row", **ROWS)
     context: str = option(
         "vit", "how the VTs are read; vae+vit: as at inference; noise: ViT, noise for its VTs",
         choices=("vit", "vae+vit", "noise"),
     )  # fmt: skip
-    output_dir: str = option("results/attention", "attention.json and attention.png")
-    max_forward_tokens: int = option(16384, "packed rows of a forward (no effect on the result)")
-    seed: int = option(0, "random numbers of --context noise, and of the VAE")
-    max_bad_rate: float = option(0.01, "share of unusable rows beyond which the run fails")
-
-    def __post_init__(self) -> None:
-        if self.max_forward_tokens < 1 or (self.limit is not None and self.limit < 1):
-            raise ValueError("max_forward_tokens and limit must be at least 1")
+    output_dir: str = option(
+        "results/attention", "attention.json and attention.png", path=True
+    )
+    overwrite: bool = option(False, "replace the results that output_dir holds")
+    max_forward_tokens: int = option(
+        16384, "packed rows of a forward (no effect on the result)", **PACKED
+    )
+    seed: int = option(0, "random numbers of --context noise, and of the VAE", **SEEDS)
+    max_bad_rate: float = option(
+        0.01, "share of unusable rows beyond which the run fails", **SHARES
+    )
 
 
 @dataclass(frozen=True)
@@ -137,8 +156,21 @@ class AnalysisRow:
 
 @dataclass(frozen=True)
 class PrepareAnalysis:
-    builder: Any
+    builder: ContextBuilder
     settings: AnalysisSettings
+    limits: ContextLimits = NO_LIMITS
+
+    @classmethod
+    def of(cls, settings: AnalysisSettings, prompt: PromptSettings) -> PrepareAnalysis:
+        """Raises ValueError: no row can fit the model's positions."""
+        builder, model = open_builder(
+            settings.model_path, prompt, visual_gen=settings.context == "vae+vit"
+        )
+        limits = ContextLimits(
+            model.llm.max_position_embeddings,
+            tokens=max(settings.max_forward_tokens, PACKED_TOKENS),
+        )
+        return cls(builder, settings, limits.check_settings(builder, teacher=True))
 
     def __call__(self, row: Row) -> AnalysisRow:
         sample = parse_row(row, NEEDS)
@@ -150,6 +182,7 @@ class PrepareAnalysis:
             sample, student, noise, with_latents=self.settings.context == "vae+vit"
         )
         (answer,) = self.builder.sft_targets(sample)
+        self.limits.check(row, (*teacher, answer))
         return AnalysisRow(row.dataset, row.position, student, teacher[len(student) :], answer)
 
 
@@ -288,29 +321,29 @@ def analyse(config: AnalysisConfig, device: torch.device) -> dict[str, Any]:
     """
     settings = config.analysis
     folder = Path(settings.output_dir)
+    claim_output(folder, "attention.json", settings.overwrite)
     with_latents = settings.context == "vae+vit"
     pool = RowPool(open_data(settings.data, settings.split, settings.data_root, NEEDS))
+    prepare = PrepareAnalysis.of(settings, config.prompt)
     bundle = load_bagel(
         settings.model_path, visual_gen=with_latents, device=device,
         dtype=config.compute.dtype(device),
     )  # fmt: skip
-    if with_latents and bundle.vae is None:
-        raise ValueError("--context vae+vit needs ae.safetensors in the checkpoint's folder")
-    prepare = PrepareAnalysis(
-        make_builder(bundle.tokenizer, bundle.config, config.prompt), settings
-    )
     total = min(len(pool), settings.limit or len(pool))
     bad = BadRows(settings.max_bad_rate)
+    advice = f"lower --max_forward_tokens ({settings.max_forward_tokens}) or --vit_max_pixels"
     found: dict[int, tuple[str, dict[str, tuple[np.ndarray, np.ndarray]]]] = {}
     with progress_bar(total, config.compute.progress) as bar:
         for window in read_windows(
             pool, range(total), prepare, max_rows=64, max_tokens=4 * settings.max_forward_tokens
         ):
-            rows = [_encoded(row, bundle.vae, settings.seed) for _, row in window.rows]
-            results = measure_rows(
-                bundle.model, bundle.special_tokens, rows,
-                device=device, max_tokens=settings.max_forward_tokens,
-            )  # fmt: skip
+            names = [f"{row.dataset} row {row.position}" for _, row in window.rows]
+            with memory_advice(names, advice):
+                rows = [_encoded(row, bundle.vae, settings.seed) for _, row in window.rows]
+                results = measure_rows(
+                    bundle.model, bundle.special_tokens, rows,
+                    device=device, max_tokens=settings.max_forward_tokens,
+                )  # fmt: skip
             for (index, row), result in zip(window.rows, results, strict=True):
                 found[index] = (row.dataset, result)
             bad.add(window)
@@ -343,7 +376,6 @@ def analyse(config: AnalysisConfig, device: torch.device) -> dict[str, Any]:
         "identity": prompt_identity(config.prompt),
         "settings": flat(config),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "attention.json", summary)
     draw_attention(folder / "attention.png", summary)
     return summary

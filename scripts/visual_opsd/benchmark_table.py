@@ -11,13 +11,21 @@ distance to its limit, times its weight, added in squares).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data.programs import check_new, expand_path
 from data.tsv import TsvDataset
-from scripts.visual_opsd.benchmark_scoring import CIRCULAR_RULE, RULES, SCORING_VERSION
+from scripts.visual_opsd.benchmark_scoring import (
+    CIRCULAR_RULE,
+    LENIENT_RULE,
+    PAIR_RULE,
+    RULES,
+    SCORING_VERSION,
+)
 from scripts.visual_opsd.benchmarks import (
     BENCHMARKS,
     COLUMNS,
@@ -25,9 +33,10 @@ from scripts.visual_opsd.benchmarks import (
     PROMPTS,
     find_benchmark,
 )
-from scripts.visual_opsd.cli import option, parse_config, run_main
+from scripts.visual_opsd.cli import Settings, option, parse_config, run_main
+from scripts.visual_opsd.evaluation_summary import share
 from scripts.visual_opsd.run_store import read_json, write_json
-from scripts.visual_opsd.scoring import wilson_interval
+from scripts.visual_opsd.scoring import lenient_figures, wilson_interval
 
 FIGURES_FILE = "benchmarks.json"
 MEAN = "mean"
@@ -38,7 +47,7 @@ COLUMN_RULES = {
     "CV-Bench": "mean of CV-Bench-2D and CV-Bench-3D, weighted by their rows (our rule; "
     "VLMEvalKit averages the sources of the 2D file)",
     "SAT": f"{CIRCULAR_RULE} (VLMEvalKit's rule for files called circular)",
-    "MMVP": "share of right rows, as VLMEvalKit counts, not of pairs (our rule)",
+    "MMVP": "share of right rows, as VLMEvalKit's Average, not of pairs (our rule)",
     MEAN: "mean of the nine columns (our rule)",
 }
 
@@ -63,9 +72,8 @@ def benchmark_figures(
     `n` counts questions: rows, or groups of rows where the benchmark is circular.
     """
     benchmark = find_benchmark(dataset)
-    groups: dict[str, bool] = {}
-    for line in predictions:
-        groups[line["group"]] = groups.get(line["group"], True) and bool(line["correct"])
+    groups = _all_right(predictions, [line["group"] for line in predictions], "correct")
+    lenient = _all_right(predictions, [line["group"] for line in predictions], "lenient")
     n, correct = len(groups), sum(groups.values())
     official = None if benchmark.md5 is None else dataset.md5 == benchmark.md5
     return {
@@ -73,8 +81,10 @@ def benchmark_figures(
         "correct": correct,
         "accuracy": correct / n,
         "interval": list(wilson_interval(correct, n)),
+        **lenient_figures(sum(lenient.values()), n),
         "rows": len(predictions),
         "row_accuracy": sum(bool(line["correct"]) for line in predictions) / len(predictions),
+        **(_pair_figures(predictions) if benchmark.pairs else {}),
         "answered_rate": sum(bool(line["answered"]) for line in predictions) / len(predictions),
         "bad_rows": bad_rows,
         "rows_in_file": len(dataset),
@@ -86,6 +96,40 @@ def benchmark_figures(
     }
 
 
+def _all_right(
+    predictions: Sequence[Mapping[str, Any]], names: Sequence[str], verdict: str
+) -> dict[str, bool]:
+    """Group -> is every row of it right?"""
+    groups: dict[str, bool] = {}
+    for line, name in zip(predictions, names, strict=True):
+        groups[name] = groups.get(name, True) and bool(line[verdict])
+    return groups
+
+
+def _pair_figures(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Figures of the pairs of consecutive indices, (1, 2), (3, 4) ..., or (0, 1), (2, 3) ... in a
+    file that counts from 0. A pair counts if both its rows were answered.
+    """
+    if not all(line["group"].isdigit() for line in predictions):
+        return {}
+    indices = [int(line["group"]) for line in predictions]
+    # Row 0 may be a bad one; then the others' places tell where counting begins.
+    first = 0 if 0 in indices or all(
+        index == line["row"] for index, line in zip(indices, predictions, strict=True)
+    ) else 1  # fmt: skip
+    names = [(index - first) // 2 for index in indices]
+    both = [name for name, count in Counter(names).items() if count == 2]
+    if not both:
+        return {}
+    found = {"pairs": len(both), "pair_rule": PAIR_RULE}
+    for verdict, prefix in (("correct", ""), ("lenient", "lenient_")):
+        right = _all_right(predictions, [str(name) for name in names], verdict)
+        correct = sum(right[str(name)] for name in both)
+        found[f"{prefix}pair_accuracy"] = correct / len(both)
+        found[f"{prefix}pair_interval"] = list(wilson_interval(correct, len(both)))
+    return found
+
+
 def versions() -> dict[str, str]:
     """What a figure must be quoted with."""
     return {"prompt_version": PROMPT_VERSION, "scoring_version": SCORING_VERSION}
@@ -93,16 +137,21 @@ def versions() -> dict[str, str]:
 
 def describe(figures: Mapping[str, Mapping[str, Any]]) -> str:
     """The figures of a run as text: one line a benchmark, then versions and rules."""
-    lines = [f"{'benchmark':30}{'n':>7}{'accuracy':>10}{'95 % interval':>17}{'answered':>10}"]
+    lines = [
+        f"{'benchmark':30}{'n':>7}{'accuracy':>10}{'95 % interval':>17}{'lenient':>10}"
+        f"{'95 % interval':>17}{'answered':>10}"
+    ]
     for name, one in figures.items():
-        low, high = one["interval"]
-        lines.append(
-            f"{name:30}{one['n']:>7}{one['accuracy']:>10.1%}{f'{low:.1%} - {high:.1%}':>17}"
-            f"{one['answered_rate']:>10.1%}"
-        )
+        row = f"{share(one)}{share(one, 'lenient_')}{one['answered_rate']:>10.1%}"
+        lines.append(f"{name:30}{one['n']:>7}{row}")
+        if "pairs" in one:
+            pairs = f"{share(one, 'pair_')}{share(one, 'lenient_pair_')}"
+            lines.append(f"{name + ', pairs':30}{one['pairs']:>7}{pairs}")
+    lines.append(LENIENT_RULE)
     lines.append(f"prompts {PROMPT_VERSION}, scoring {SCORING_VERSION} (no judge)")
     for name, one in figures.items():
         notes = [one["rule"], *([one["circular"]] if one["circular"] else [])]
+        notes += [one["pair_rule"]] if "pairs" in one else []
         if one["same_file_as_harness"] is False:
             notes.append("NOT the file VLMEvalKit_Thinkmorph loads under this name")
         if one["rows"] < one["rows_in_file"]:
@@ -129,23 +178,30 @@ def _estimate(correct: int, n: int) -> Estimate:
     return Estimate(correct / n, *wilson_interval(correct, n))
 
 
-def column_estimate(column: str, figures: Mapping[str, Mapping[str, Any]]) -> Estimate | None:
+def column_estimate(
+    column: str, figures: Mapping[str, Mapping[str, Any]], verdict: str = "correct"
+) -> Estimate | None:
     """A column of the table, or None if one of its files was not evaluated."""
     names = [b.name for b in BENCHMARKS.values() if b.column == column]
     if any(name not in figures for name in names):
         return None
     if column == "CV-Bench":  # weighting by rows is pooling them
         return _estimate(
-            sum(figures[name]["correct"] for name in names),
+            sum(figures[name][verdict] for name in names),
             sum(figures[name]["n"] for name in names),
         )
-    parts = [_estimate(figures[name]["correct"], figures[name]["n"]) for name in names]
+    parts = [_estimate(figures[name][verdict], figures[name]["n"]) for name in names]
     return combine(parts, [1.0] * len(parts))
 
 
-def row_estimates(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Estimate | None]:
-    """Every column and the mean; the mean only where all nine columns are there."""
-    row = {column: column_estimate(column, figures) for column in COLUMNS}
+def row_estimates(
+    figures: Mapping[str, Mapping[str, Any]], verdict: str = "correct"
+) -> dict[str, Estimate | None]:
+    """Every column and the mean; the mean only where all nine columns are there.
+
+    `verdict`: "correct", or "lenient_correct" for those of a reader.
+    """
+    row = {column: column_estimate(column, figures, verdict) for column in COLUMNS}
     whole = [estimate for estimate in row.values() if estimate is not None]
     row[MEAN] = combine(whole, [1.0] * len(whole)) if len(whole) == len(COLUMNS) else None
     return row
@@ -176,36 +232,61 @@ def read_figures(folders: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def markdown_table(rows: Mapping[str, Mapping[str, Estimate | None]]) -> str:
-    """The table, per cent, and the rules below it."""
-    names = [*COLUMNS, MEAN]
-    lines = [f"| model | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    for label, row in rows.items():
-        cells = []
-        for name in names:
-            e = row[name]
-            cells.append(
-                "-" if e is None
-                else f"{100 * e.value:.2f} ({100 * e.low:.1f} - {100 * e.high:.1f})"
-            )  # fmt: skip
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    lines += ["", "Accuracy in per cent with 95 % interval; greedy answers judged without a judge."]
-    lines += [f"- {name}: {rule}" for name, rule in COLUMN_RULES.items()]
-    lines.append("- the paper scores ChartQA, VisPuzzle and V* with a judge model and averages "
-                 "three runs; these figures do neither")  # fmt: skip
-    lines.append(f"- prompts {PROMPT_VERSION}, scoring {SCORING_VERSION}")
+def _cell(e: Estimate | None) -> str:
+    return "-" if e is None else (
+        f"{100 * e.value:.2f} ({100 * e.low:.1f} - {100 * e.high:.1f})"
+    )  # fmt: skip
+
+
+def _grid(title: str, names: Sequence[str], rows: Mapping[str, Sequence[Estimate | None]]) -> str:
+    lines = [f"| {title} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    lines += [f"| {label} | {' | '.join(map(_cell, row))} |" for label, row in rows.items()]
     return "\n".join(lines)
+
+
+def pair_estimates(figures: Mapping[str, Mapping[str, Any]]) -> list[Estimate | None]:
+    """MMVP's pairs: of the strict and of the lenient verdicts."""
+    one = figures.get("MMVP", {})
+    return [
+        Estimate(one[f"{prefix}pair_accuracy"], *one[f"{prefix}pair_interval"])
+        if "pairs" in one else None
+        for prefix in ("", "lenient_")
+    ]  # fmt: skip
+
+
+def markdown_table(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """The tables of both verdicts and of MMVP's pairs, per cent, and the rules below them.
+
+    runs: label -> benchmark -> its figures.
+    """
+    names = [*COLUMNS, MEAN]
+    parts = []
+    for title, verdict in (("model", "correct"), ("lenient", "lenient_correct")):
+        rows = {label: row_estimates(figures, verdict) for label, figures in runs.items()}
+        ordered = {label: [row[name] for name in names] for label, row in rows.items()}
+        parts += [_grid(title, names, ordered), ""]
+    pairs = {label: pair_estimates(figures) for label, figures in runs.items()}
+    if any(estimate for row in pairs.values() for estimate in row):
+        parts += [_grid("MMVP, pairs", ["strict", "lenient"], pairs), ""]
+    parts.append("Accuracy in per cent with 95 % interval; greedy answers judged without a judge.")
+    parts += [f"- {name}: {rule}" for name, rule in COLUMN_RULES.items()]
+    parts += [f"- {LENIENT_RULE}", f"- MMVP, pairs: {PAIR_RULE}"]
+    parts.append("- the paper scores ChartQA, VisPuzzle and V* with a judge model and averages "
+                 "three runs; these figures do neither")  # fmt: skip
+    parts.append(f"- prompts {PROMPT_VERSION}, scoring {SCORING_VERSION}")
+    return "\n".join(parts)
 
 
 # ---------------------------------------------------------------------------------- command line
 
 
 @dataclass(frozen=True)
-class TableSettings:
+class TableSettings(Settings):
     runs: str = option(
         "", "LABEL=FOLDER of evaluations with --benchmark, by commas; FOLDER+FOLDER for one row"
     )
-    json: str | None = option(None, "also write the estimates to this file")
+    json: str | None = option(None, "also write the estimates to this file", path=True)
+    overwrite: bool = option(False, "replace that file if it is there")
 
 
 @dataclass(frozen=True)
@@ -223,7 +304,7 @@ def parse_runs(text: str) -> dict[str, list[str]]:
                 f"--runs: {entry!r} must be LABEL=FOLDER with a label of its own, for instance "
                 "--runs Base=results/eval/base,OPSD=results/eval/opsd"
             )
-        runs[label] = folders.split("+")
+        runs[label] = [expand_path(folder) for folder in folders.split("+")]
     if not runs:
         raise ValueError("--runs LABEL=FOLDER[,LABEL=FOLDER] names nothing to put into the table")
     return runs
@@ -233,14 +314,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     settings = parse_config(TableConfig, argv, "Table of benchmark accuracies.").table
     runs = parse_runs(settings.runs)
-    rows = {label: row_estimates(read_figures(folders)) for label, folders in runs.items()}
-    print(markdown_table(rows))
     if settings.json:
-        plain = {
-            label: {name: None if e is None else vars(e) for name, e in row.items()}
-            for label, row in rows.items()
+        check_new(settings.json, "--json", overwrite=settings.overwrite)
+    figures = {label: read_figures(folders) for label, folders in runs.items()}
+    print(markdown_table(figures))
+    if settings.json:
+        tables = {
+            name: {
+                label: {column: e and vars(e) for column, e in row_estimates(one, verdict).items()}
+                for label, one in figures.items()
+            }
+            for name, verdict in (("rows", "correct"), ("lenient_rows", "lenient_correct"))
         }
-        write_json(Path(settings.json), {**versions(), "rows": plain})
+        pairs = {
+            label: [e and vars(e) for e in pair_estimates(one)] for label, one in figures.items()
+        }
+        write_json(Path(settings.json), {**versions(), **tables, "mmvp_pairs": pairs})
     return 0
 
 

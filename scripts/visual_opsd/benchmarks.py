@@ -55,7 +55,8 @@ PROMPTS = {
 @dataclass(frozen=True)
 class Benchmark:
     """One TSV file. `column`: of the paper's table 2. `md5`: of the file that the
-    VLMEvalKit_Thinkmorph harness loads under this name, None if there is none."""
+    VLMEvalKit_Thinkmorph harness loads under this name, None if there is none. `pairs`: rows of
+    consecutive indices belong together."""
 
     name: str
     column: str
@@ -63,6 +64,7 @@ class Benchmark:
     answer: AnswerKind
     md5: str | None = None
     circular: bool = False
+    pairs: bool = False
 
 
 _ALL = (
@@ -73,7 +75,7 @@ _ALL = (
     Benchmark("ChartQA_v_bar", "ChartQA", "question", "chart", "eb380cf0104e9b013522dafbe71ba935"),
     Benchmark("VStarBench", "VStar", "choice", "choice", "b18854d7075574be06b631cd5f7d2d6a"),
     Benchmark("BLINK_Jigsaw", "BLINK-J", "choice", "choice", "174fc5d2ed0d67f9e0b33cb8a8be6727"),
-    Benchmark("MMVP", "MMVP", "choice", "choice", "8cb732b141a0cba5b42159df2839e557"),
+    Benchmark("MMVP", "MMVP", "choice", "choice", "8cb732b141a0cba5b42159df2839e557", pairs=True),
     Benchmark("SAT_circular", "SAT", "choice", "choice", "3853dc9e3d3c5af96e6d7ed7d058859e",
               circular=True),
     Benchmark("BLINK", "BLINK", "choice", "choice", "3b6649b6a662184ea046908e5506260e"),
@@ -113,13 +115,13 @@ def open_benchmarks(names: str, root: str | Path | None) -> list[TsvDataset]:
             f"--benchmark {names!r}: give each name once, out of {', '.join(BENCHMARKS)}, or all; "
             "any other TSV file goes to --data"
         )
-    folder = root or os.environ.get(ROOT_VARIABLE)
+    folder = os.path.expanduser(root or os.environ.get(ROOT_VARIABLE) or "")
     if not folder:
         raise ValueError(
             "--benchmark needs the folder of the TSV files: --tsv_root DIR, or the environment "
             f"variable {ROOT_VARIABLE}"
         )
-    absent = [name for name in wanted if not (Path(folder) / f"{name}.tsv").is_file()]
+    absent = [name for name in wanted if not os.path.isfile(Path(folder) / f"{name}.tsv")]
     if absent:
         raise ValueError(
             f"{folder} lacks {', '.join(f'{name}.tsv' for name in absent)}: download what "

@@ -8,8 +8,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
-import sys
+import os
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -17,16 +18,89 @@ from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from data import programs
+from data.programs import MAX_SEED, bounds_problem, expand_path, path_argument, valid_text
 from modeling import fast
+from modeling.bagel import generate
 from modeling.text_files import read_yaml
-from scripts.visual_opsd.processes import leave
 
 T = TypeVar("T")
+BOUNDS = ("above", "at_least", "below", "at_most")
+# Bounds that several options share. The upper ones keep out slips, not anybody's plans.
+SEEDS = {"at_least": 0, "at_most": MAX_SEED}
+SHARES = {"at_least": 0, "at_most": 1}
+TOKENS = {"at_least": 1, "at_most": 2**17}  # of one text: four times the largest model's positions
+PACKED = {"at_least": 1, "at_most": 2**22}  # rows of one forward
+ROWS = {"at_least": 1, "at_most": 10**9}
+TOGETHER = {"at_least": 1, "at_most": 2**16}  # rows decoded at once
+ROUNDS = {"at_least": 0, "at_most": 1000}
+TEMPERATURES = dict(zip(("at_least", "at_most"), generate.TEMPERATURES, strict=True))
+WEIGHTS = {"at_least": 0, "at_most": 1e6}
+SIDES = {"at_least": 1, "at_most": 8192}  # pixels
+SHIFTS = {"at_least": 1e-3, "at_most": 1e3}  # of flow times
+TIMESTEPS = {"at_least": 2, "at_most": 10_000}
+SCALES = {"at_least": 0, "at_most": 1000}  # of guidance; 1 and less: none
+TIMEOUTS = {"at_least": 1, "at_most": 1e9}  # seconds; torch counts nanoseconds in 64 bits
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field with a help text (and optionally `choices`)."""
+    """A dataclass field with a help text, and what its value must be.
+
+    metadata: `choices`; bounds of a number (`above`, `at_least`, `below`, `at_most`; it must be
+    finite anyway); `path`: True for a path, "list" for some by commas, in which `~` is expanded;
+    `hint`: how to say what a refused value may have been meant to say.
+    """
     return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A group of options, each checked however the group was made (`checked`).
+
+    A subclass that has a `__post_init__` of its own calls this one first.
+    """
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for spec in fields(self):
+            value = checked(spec, hints[spec.name], getattr(self, spec.name))
+            object.__setattr__(self, spec.name, value)
+
+
+def checked(spec: Field[Any], hint: Any, value: Any) -> Any:
+    """The value of an option, with paths expanded.
+
+    Raises:
+        ValueError: "--NAME must be ..., got ...".
+    """
+    base, optional = _base_type(hint)
+    if optional and value is None:
+        return None
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    try:
+        return _checked_value(spec.metadata, base, value)
+    except ValueError as error:
+        advice = spec.metadata.get("hint")
+        raise ValueError(f"--{spec.name} {error}{f'; {advice}' if advice else ''}") from None
+
+
+def _checked_value(meta: typing.Mapping[str, Any], base: Any, value: Any) -> Any:
+    allowed = (int, float) if base is float else base
+    if not isinstance(value, allowed) or (isinstance(value, bool) and base is not bool):
+        raise ValueError(f"must be {base.__name__}, got {value!r}")
+    if "choices" in meta and value not in meta["choices"]:
+        raise ValueError(f"must be one of {', '.join(meta['choices'])}, got {value!r}")
+    if base in (int, float):
+        problem = bounds_problem(value, **{name: meta[name] for name in BOUNDS if name in meta})
+        if problem:
+            raise ValueError(problem)
+    if not isinstance(value, str):
+        return value
+    if meta.get("path") == "list":
+        parts = (part.strip() for part in value.split(","))
+        return ",".join(expand_path(part) if part else part for part in parts)
+    return expand_path(value) if meta.get("path") else valid_text(value)
 
 
 def parse_bool(text: str) -> bool:
@@ -102,7 +176,12 @@ def build_parser(
 ) -> argparse.ArgumentParser:
     """argparse parser of a dataclass whose fields are dataclasses (one argument group each)."""
     parser = _Parser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", default=None, help="YAML file with the same names as the flags")
+    parser.add_argument(
+        "--config",
+        default=None,
+        type=path_argument,
+        help="YAML file with the same names as the flags",
+    )
     flags = _flags(config_class)
     parser.known = list(flags)
     groups: dict[str, Any] = {}
@@ -152,18 +231,14 @@ def _typed(name: str, value: Any, flag: _Flag, path: Path) -> Any:
     if optional and (value is None or (isinstance(value, str) and value.lower() == "none")):
         return None
     if base is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-5 as a string
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError, OverflowError):
+            value = float(value)  # YAML reads 1e-5 as a string
     if base is str and isinstance(value, int) and not isinstance(value, bool):
         value = str(value)  # resume: 500
-    allowed = flag.spec.metadata.get("choices")
-    if not isinstance(value, base) or (isinstance(value, bool) and base is not bool):
-        raise ValueError(f"{path}: {name} must be {base.__name__}, got {value!r}")
-    if allowed and value not in allowed:
-        raise ValueError(f"{path}: {name} must be one of {', '.join(allowed)}, got {value!r}")
-    return value
+    try:
+        return checked(flag.spec, flag.hint, value)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def parse_config(
@@ -202,11 +277,10 @@ def flat(config: Any) -> dict[str, Any]:
 
 
 def run_main(main: Callable[[], int | None]) -> typing.NoReturn:
-    """Run an entry point; a user's mistake becomes one line on stderr and exit code 1."""
-    try:
+    """`data.programs.run_main`, for programs that run a model."""
+
+    def checked_main() -> int | None:
         fast.is_on("rows")  # reads VISUAL_OPSD_EAGER: a wrong name ends every program, on a CPU too
-        code = main()
-    except ValueError as error:
-        print("; ".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        sys.exit(1)
-    leave(code or 0)
+        return main()
+
+    programs.run_main(checked_main)

@@ -8,7 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from data.sequence import Prompts
-from scripts.visual_opsd.cli import option
+from scripts.visual_opsd.cli import (
+    PACKED,
+    ROUNDS,
+    ROWS,
+    SEEDS,
+    SHARES,
+    SHIFTS,
+    SIDES,
+    TEMPERATURES,
+    TIMEOUTS,
+    TOGETHER,
+    TOKENS,
+    WEIGHTS,
+    Settings,
+    option,
+)
 from scripts.visual_opsd.on_policy_sampler import SamplerSettings
 from scripts.visual_opsd.opsd_loss import LossConfig
 
@@ -17,8 +32,8 @@ TEACHER_VTS = ("vit", "vae+vit")
 
 
 @dataclass(frozen=True)
-class ModelSettings:
-    model_path: str = option("models/ThinkMorph-7B", "release folder to start from")
+class ModelSettings(Settings):
+    model_path: str = option("models/ThinkMorph-7B", "release folder to start from", path=True)
     visual_gen: bool = option(
         False, "kept for the reference's scripts; what a run needs of the drawing branch is loaded"
     )
@@ -30,13 +45,13 @@ class ModelSettings:
     )
     activation_checkpointing: bool = option(True, "recompute activations in the backward pass")
     checkpointed_layers: int | None = option(
-        None, "with it: decoder layers that recompute, the first ones; none: all"
-    )
+        None, "with it: decoder layers that recompute, the first ones; none: all",
+        at_least=0, at_most=10_000,
+    )  # fmt: skip
     compile_blocks: bool = option(False, "torch.compile every block, instead of our kernels")
 
     def __post_init__(self) -> None:
-        if self.checkpointed_layers is not None and self.checkpointed_layers < 0:
-            raise ValueError("checkpointed_layers must not be negative; none: every layer")
+        super().__post_init__()
         if self.visual_gen:
             raise ValueError(
                 "--visual_gen True: only interleaved SFT trains the drawing branch (train_sft "
@@ -45,7 +60,7 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
-class PromptSettings:
+class PromptSettings(Settings):
     """What the contexts are made of; shared by training, evaluation and the diagnostic."""
 
     prompt_style: str = option(
@@ -55,17 +70,34 @@ class PromptSettings:
         "direct", "direct: ViT resize only; inferencer: VAE resize first",
         choices=("direct", "inferencer"),
     )  # fmt: skip
-    prompts: str | None = option(None, "YAML file that replaces system, intro, transition, ...")
+    prompts: str | None = option(
+        None, "YAML file that replaces system, intro, transition, ...", path=True
+    )
     use_system_prompt: bool = option(True, "begin with the system prompt")
     use_reference_intro: bool = option(True, "teacher: text before the visual thoughts")
     use_transition_prompt: bool = option(True, "teacher: text after the visual thoughts")
     instruction_suffix: str = option("", "appended to every question")
-    vit_max_size: int = option(980, "longest side of a ViT image in pixels")
-    vit_min_size: int = option(378, "shortest side of a ViT image in pixels")
-    vit_stride: int = option(14, "sides are multiples of this (the ViT's patch)")
-    vit_max_pixels: int = option(2007040, "pixels of a ViT image at most")
-    vae_max_size: int = option(1024, "longest side of a picture that the autoencoder encodes")
-    vae_min_size: int = option(512, "shortest side of a picture that the autoencoder encodes")
+    vit_max_size: int = option(980, "longest side of a ViT image in pixels", **SIDES)
+    vit_min_size: int = option(378, "shortest side of a ViT image in pixels", **SIDES)
+    vit_stride: int = option(14, "sides are multiples of this (the ViT's patch)", **SIDES)
+    vit_max_pixels: int = option(
+        2007040, "pixels of a ViT image at most", at_least=1, at_most=SIDES["at_most"] ** 2
+    )
+    vae_max_size: int = option(
+        1024, "longest side of a picture that the autoencoder encodes", **SIDES
+    )
+    vae_min_size: int = option(
+        512, "shortest side of a picture that the autoencoder encodes", **SIDES
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for kind in ("vit", "vae"):
+            least, most = getattr(self, f"{kind}_min_size"), getattr(self, f"{kind}_max_size")
+            if least > most:
+                raise ValueError(
+                    f"--{kind}_min_size must be at most --{kind}_max_size ({most}), got {least}"
+                )
 
     def build(self) -> Prompts:
         """The strings, after every switch."""
@@ -95,30 +127,36 @@ class PromptSettings:
 
 
 @dataclass(frozen=True)
-class DataSettings:
-    dataset_config_file: str = option("data/configs/opsd.yaml", "datasets and their weights")
-    data_root: str | None = option(None, "folder of the datasets, else VISUAL_OPSD_DATA_ROOT")
-    num_workers: int = option(2, "decoding processes of each rank; 0: in the trainer")
-    prefetch_factor: int = option(2, "steps each worker prepares ahead")
-    data_seed: int = option(42, "order of the rows")
-    global_batch_size: int = option(16, "rows of an optimiser step, over all ranks")
-    max_bad_rate: float = option(0.01, "share of rejected rows beyond which training stops")
+class DataSettings(Settings):
+    dataset_config_file: str = option(
+        "data/configs/opsd.yaml", "datasets and their weights", path=True
+    )
+    data_root: str | None = option(
+        None, "folder of the datasets, else VISUAL_OPSD_DATA_ROOT", path=True
+    )
+    num_workers: int = option(
+        2, "decoding processes of each rank; 0: in the trainer", at_least=0, at_most=512
+    )
+    prefetch_factor: int = option(2, "steps each worker prepares ahead", at_least=1, at_most=1024)
+    data_seed: int = option(42, "order of the rows", **SEEDS)
+    global_batch_size: int = option(
+        16, "rows of an optimiser step, over all ranks", at_least=1, at_most=2**20
+    )
+    max_bad_rate: float = option(
+        0.01, "share of rejected rows beyond which training stops", **SHARES
+    )
     sft_format: str = option(
         "single", "SFT target: single completion, or the reference's two splits",
         choices=("single", "reference"),
     )  # fmt: skip
 
-    def __post_init__(self) -> None:
-        if self.global_batch_size < 1:
-            raise ValueError("global_batch_size must be at least 1")
-        if self.num_workers < 0 or self.prefetch_factor < 1:
-            raise ValueError("num_workers must not be negative, prefetch_factor at least 1")
-
 
 @dataclass(frozen=True)
-class TeacherSettings:
-    teacher_mode: str = option("ema", "ema, fixed (the base) or self (the live weights)")
-    ema_decay: float = option(0.995, "EMA teacher: share kept at each step")
+class TeacherSettings(Settings):
+    teacher_mode: str = option(
+        "ema", "ema, fixed (the base) or self (the live weights)", choices=TEACHER_MODES
+    )
+    ema_decay: float = option(0.995, "EMA teacher: share kept at each step", at_least=0, below=1)
     teacher_vt: str = option(
         "vit", "what the teacher reads of a visual thought; vae+vit: as at inference",
         choices=TEACHER_VTS,
@@ -126,41 +164,25 @@ class TeacherSettings:
     noise_vt: bool = option(False, "control: Gaussian noise in place of the visual thoughts")
     teacher_cpu_offload: bool = option(False, "keep the teacher's shards in host memory")
 
-    def __post_init__(self) -> None:
-        if self.teacher_mode not in TEACHER_MODES:
-            raise ValueError(
-                f"unknown teacher_mode {self.teacher_mode!r}: choose {', '.join(TEACHER_MODES)}"
-            )
-        if self.teacher_vt not in TEACHER_VTS:
-            raise ValueError(
-                f"unknown teacher_vt {self.teacher_vt!r}: choose {' or '.join(TEACHER_VTS)}"
-            )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
-
 
 @dataclass(frozen=True)
-class SampleSettings:
-    sample_max_new_tokens: int = option(1024, "budget of a completion, over all its rounds")
-    sample_temperature: float = option(1.0, "temperature of the policy")
-    sample_do_sample: bool = option(True, "False: greedy")
-    sample_max_image_skips: int = option(1, "rounds that may follow an <image_start>")
-    sample_batch_size: int = option(64, "rows decoded together (no effect on the result)")
-    max_forward_tokens: int = option(
-        10240, "rows of one sample's longer pack; a completion is cut to it"
+class SampleSettings(Settings):
+    sample_max_new_tokens: int = option(
+        1024, "budget of a completion, over all its rounds", **TOKENS
     )
-    pack_tokens: int = option(16384, "rows of a pack of several samples")
-
-    def __post_init__(self) -> None:
-        if self.sample_max_new_tokens < 1 or self.sample_batch_size < 1:
-            raise ValueError("sample_max_new_tokens and sample_batch_size must be at least 1")
-        if self.sample_temperature <= 0:
-            raise ValueError(
-                f"sample_temperature must be positive, got {self.sample_temperature}; for greedy "
-                "completions use --sample_do_sample False"
-            )
-        if self.sample_max_image_skips < 0 or self.max_forward_tokens < 1 or self.pack_tokens < 1:
-            raise ValueError("sample_max_image_skips, max_forward_tokens, pack_tokens: too small")
+    sample_temperature: float = option(
+        1.0, "temperature of the policy", **TEMPERATURES,
+        hint="for greedy completions use --sample_do_sample False",
+    )  # fmt: skip
+    sample_do_sample: bool = option(True, "False: greedy")
+    sample_max_image_skips: int = option(1, "rounds that may follow an <image_start>", **ROUNDS)
+    sample_batch_size: int = option(
+        64, "rows decoded together (no effect on the result)", **TOGETHER
+    )
+    max_forward_tokens: int = option(
+        10240, "rows of one sample's longer pack; a completion is cut to it", **PACKED
+    )
+    pack_tokens: int = option(16384, "rows of a pack of several samples", **PACKED)
 
     def sampler(self) -> SamplerSettings:
         return SamplerSettings(
@@ -173,12 +195,17 @@ class SampleSettings:
 
 
 @dataclass(frozen=True)
-class LossSettings:
-    jsd_weight: float = option(1.0, "weight of the divergence")
-    jsd_beta: float = option(0.5, "0: KL(teacher||student), 1: KL(student||teacher)")
-    jsd_temperature: float = option(1.0, "softens both distributions")
-    jsd_top_k: int | None = option(256, "teacher entries compared; none or 0: whole vocabulary")
-    jsd_token_clip: float | None = option(0.05, "upper bound of an entry's term; none: no bound")
+class LossSettings(Settings):
+    jsd_weight: float = option(1.0, "weight of the divergence", **WEIGHTS)
+    jsd_beta: float = option(0.5, "0: KL(teacher||student), 1: KL(student||teacher)", **SHARES)
+    jsd_temperature: float = option(1.0, "softens both distributions", **TEMPERATURES)
+    jsd_top_k: int | None = option(
+        256, "teacher entries compared; none or 0: whole vocabulary", at_least=0, at_most=2**24
+    )
+    jsd_token_clip: float | None = option(
+        0.05, "upper bound of an entry's term; none: no bound", at_least=1e-12, at_most=1e6,
+        hint="for no bound use --jsd_token_clip none",
+    )  # fmt: skip
     jsd_clip_scope: str = option(
         "entry", "what the clip bounds: an entry (the paper) or a token",
         choices=("entry", "token"),
@@ -187,18 +214,19 @@ class LossSettings:
     jsd_loss_kind: str = option(
         "jsd", "jsd, or tinker: sampled-token reverse KL", choices=("jsd", "tinker")
     )
-    ce_weight: float = option(0.0, "weight of the cross-entropy on the completion")
+    ce_weight: float = option(0.0, "weight of the cross-entropy on the completion", **WEIGHTS)
     loss_chunk_size: int = option(
-        512, "scored rows whose logits exist at once, both models' counted"
-    )
+        512, "scored rows whose logits exist at once, both models' counted",
+        at_least=1, at_most=2**20,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.loss_chunk_size < 1:
-            raise ValueError("loss_chunk_size must be at least 1")
-        if self.jsd_token_clip == 0:
+        super().__post_init__()
+        if self.jsd_top_k == 1 and self.jsd_loss_kind == "jsd" and not self.jsd_tail_bucket:
             raise ValueError(
-                "jsd_token_clip 0 would remove every positive term of the divergence; for no "
-                "bound use --jsd_token_clip none"
+                "--jsd_top_k must be 0 or at least 2, got 1: one entry, renormalised, is 1 for "
+                "teacher and student alike, so loss and gradient are 0; --jsd_tail_bucket True "
+                "compares it with the rest"
             )
 
     def build(self) -> LossConfig:
@@ -216,70 +244,94 @@ class LossSettings:
 
 
 @dataclass(frozen=True)
-class OptimSettings:
-    lr: float = option(1e-5, "peak learning rate")
-    min_lr: float = option(1e-7, "floor of the cosine")
-    warmup_steps: int = option(200, "linear warm-up; must be less than total_steps")
+class OptimSettings(Settings):
+    lr: float = option(1e-5, "peak learning rate", above=0, at_most=1e9)
+    min_lr: float = option(1e-7, "floor of the cosine", at_least=0, at_most=1e9)
+    warmup_steps: int = option(
+        200, "linear warm-up; must be less than total_steps", at_least=0, at_most=10**9
+    )
     lr_scheduler: str = option("cosine", "after the warm-up", choices=("cosine", "constant"))
-    beta1: float = option(0.9, "AdamW")
-    beta2: float = option(0.95, "AdamW")
-    eps: float = option(1e-15, "AdamW")
-    weight_decay: float = option(0.0, "AdamW")
-    max_grad_norm: float = option(1.0, "global norm the gradient is clipped to")
-    total_steps: int = option(1000, "optimiser steps")
-    gradient_accumulation_steps: int = option(2, "forwards a rank's share is split into at least")
-    max_nonfinite_steps: int = option(5, "skipped steps in a row after which training stops")
+    beta1: float = option(0.9, "AdamW", at_least=0, below=1)
+    beta2: float = option(0.95, "AdamW", at_least=0, below=1)
+    eps: float = option(1e-15, "AdamW", at_least=1e-30, at_most=1)
+    weight_decay: float = option(0.0, "AdamW", at_least=0, at_most=1000)
+    max_grad_norm: float = option(
+        1.0, "global norm the gradient is clipped to", at_least=1e-8, at_most=1e9
+    )
+    total_steps: int = option(1000, "optimiser steps", **ROWS)
+    gradient_accumulation_steps: int = option(
+        2, "forwards a rank's share is split into at least", at_least=1, at_most=2**20
+    )
+    max_nonfinite_steps: int = option(
+        5, "skipped steps in a row after which training stops", **ROWS
+    )
 
     def __post_init__(self) -> None:
-        if self.total_steps < 1 or self.gradient_accumulation_steps < 1:
-            raise ValueError("total_steps and gradient_accumulation_steps must be at least 1")
-        if not 0 <= self.warmup_steps < self.total_steps:
+        super().__post_init__()
+        if self.warmup_steps >= self.total_steps:
             raise ValueError(
-                f"warmup_steps ({self.warmup_steps}) must be less than total_steps "
-                f"({self.total_steps}): lower --warmup_steps for a short run"
+                f"--warmup_steps must be less than --total_steps ({self.total_steps}), got "
+                f"{self.warmup_steps}: lower it for a short run"
             )
-        if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"need 0 <= min_lr <= lr and lr > 0; got {self.min_lr} and {self.lr}")
-        if self.max_grad_norm <= 0:
-            raise ValueError("max_grad_norm must be positive")
+        if self.min_lr > self.lr:
+            raise ValueError(f"--min_lr must be at most --lr ({self.lr}), got {self.min_lr}")
 
 
 @dataclass(frozen=True)
-class RunSettings:
-    results_dir: str = option("results/visual-opsd", "metrics, samples and configuration")
-    checkpoint_dir: str | None = option(None, "checkpoints; default: RESULTS_DIR/checkpoints")
-    save_every: int = option(500, "steps between checkpoints (the last step is always saved)")
-    save_release: bool = option(True, "also write a release folder at each checkpoint")
-    keep_last: int = option(2, "training states kept (release folders are all kept)")
-    log_every: int = option(10, "steps between lines of metrics.jsonl")
-    samples_per_step: int = option(2, "completions of rank 0 written to samples.jsonl")
-    replay_samples: str | None = option(
-        None, "train on the completions of this samples.jsonl instead of sampling"
+class RunSettings(Settings):
+    results_dir: str = option(
+        "results/visual-opsd", "metrics, samples and configuration", path=True
     )
-    resume: str | None = option(None, "latest, a step number, or the folder of a training state")
+    checkpoint_dir: str | None = option(
+        None, "checkpoints; default: RESULTS_DIR/checkpoints", path=True
+    )
+    save_every: int = option(
+        500, "steps between checkpoints (the last step is always saved)", **ROWS
+    )
+    save_release: bool = option(True, "also write a release folder at each checkpoint")
+    keep_last: int = option(2, "training states kept (release folders are all kept)", **ROWS)
+    log_every: int = option(10, "steps between lines of metrics.jsonl", **ROWS)
+    samples_per_step: int = option(
+        2, "completions of rank 0 written to samples.jsonl", at_least=0, at_most=2**20
+    )
+    replay_samples: str | None = option(
+        None, "train on the completions of this samples.jsonl instead of sampling", path=True
+    )
+    resume: str | None = option(
+        None, "latest, a step number, or the folder of a training state", path=True
+    )
     auto_resume: bool = option(False, "the same as --resume latest")
     resume_from: str | None = option(
-        None, "the same as --resume PATH; with --auto_resume, only if there is no own state yet"
-    )
-    global_seed: int = option(4396, "random numbers of sampling and of the noise control")
+        None, "the same as --resume PATH; with --auto_resume, only if there is no own state yet",
+        path=True,
+    )  # fmt: skip
+    global_seed: int = option(4396, "random numbers of sampling and of the noise control", **SEEDS)
     device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     sharding_strategy: str = option(
         "HYBRID_SHARD", "HYBRID_SHARD or FULL_SHARD", choices=("HYBRID_SHARD", "FULL_SHARD")
     )
-    num_shard: int | None = option(None, "ranks that share one copy; default: GPUs per node")
-    num_replicate: int | None = option(None, "copies; default: ranks / num_shard")
+    num_shard: int | None = option(
+        None, "ranks that share one copy; default: GPUs per node", **TOGETHER
+    )
+    num_replicate: int | None = option(None, "copies; default: ranks / num_shard", **TOGETHER)
     cpu_offload: bool = option(False, "keep weights, gradients and optimiser in host memory")
-    timeout_s: float = option(1800.0, "seconds after which a stuck collective fails")
+    timeout_s: float = option(
+        1800.0, "seconds after which a stuck collective fails", **TIMEOUTS
+    )
     progress: bool = option(True, "draw a progress bar")
     wandb_project: str | None = option(None, "log to this wandb project too")
     wandb_name: str | None = option(None, "wandb run name")
     wandb_offline: bool = option(False, "wandb without network")
 
     def __post_init__(self) -> None:
-        if self.save_every < 1 or self.log_every < 1 or self.keep_last < 1:
-            raise ValueError("save_every, log_every and keep_last must be at least 1")
-        if self.samples_per_step < 0 or self.global_seed < 0:
-            raise ValueError("samples_per_step and global_seed must not be negative")
+        super().__post_init__()
+        for name in ("resume", "resume_from"):
+            spec = getattr(self, name)
+            if spec is not None and spec.isdigit() and not spec.isascii():
+                raise ValueError(
+                    f"--{name} must be latest, a step number in plain digits or a folder, got "
+                    f"{spec!r}"
+                )
         if self.resume is not None:
             others = (self.resume_from, "latest" if self.auto_resume else None)
             if any(other not in (None, self.resume) for other in others):
@@ -315,19 +367,17 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class FlowSettings:
+class FlowSettings(Settings):
     """What SFT learns besides text."""
 
     mode: str = option(
         "text", "text: the text-only baseline; interleaved: thoughts and drawings",
         choices=("text", "interleaved"),
     )  # fmt: skip
-    mse_weight: float = option(1.0, "interleaved: weight of the flow-matching loss")
-    timestep_shift: float = option(1.0, "interleaved: moves flow times towards the noise")
-
-    def __post_init__(self) -> None:
-        if self.mse_weight < 0 or self.timestep_shift <= 0:
-            raise ValueError("mse_weight must not be negative, timestep_shift must be positive")
+    mse_weight: float = option(1.0, "interleaved: weight of the flow-matching loss", **WEIGHTS)
+    timestep_shift: float = option(
+        1.0, "interleaved: moves flow times towards the noise", **SHIFTS
+    )
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,13 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from data.json_lines import read_log
 from data.sequence import Completion
 from scripts.visual_opsd.kl_statistics import COLUMNS, SampleDivergences
 from scripts.visual_opsd.row_windows import RowName
-from scripts.visual_opsd.run_store import differing, read_json, read_lines, stable_hash
+from scripts.visual_opsd.run_store import differing, read_json, stable_hash
 
+SUMMARY = "kl_diagnostic.json"
 _DIVERGENCES = "divergences.npz"
 _HINT = (
     "give the output folder of a finished diagnostic of the base (run it first with --model_path "
@@ -119,7 +121,7 @@ def read_baseline(folder: str | Path, wanted: Mapping[str, Any]) -> Baseline:
             changed since.
     """
     folder = Path(folder)
-    summary = read_json(folder / "kl_diagnostic.json", _HINT)
+    summary = read_json(folder / SUMMARY, _HINT)
     held = summary.get("identity") or {}
     different = differing(held, wanted)
     if different:
@@ -130,10 +132,10 @@ def read_baseline(folder: str | Path, wanted: Mapping[str, Any]) -> Baseline:
     path = folder / "completions.jsonl"
     if not path.is_file():
         raise ValueError(f"{path} does not exist; {_HINT}")
-    lines = read_lines(path)
+    lines = read_log(path)
     if completions_hash(lines) != summary["completions"]["hash"]:
         raise ValueError(
-            f"{path} is not the file that {folder / 'kl_diagnostic.json'} was made with (its "
+            f"{path} is not the file that {folder / SUMMARY} was made with (its "
             "token ids or rows differ): run the baseline again"
         )
     base = load_divergences(folder, "base")

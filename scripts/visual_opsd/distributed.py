@@ -38,11 +38,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from modeling import fast
 from modeling.bagel.projections import empty_adjoining
 from modeling.bagel.recorded_vision import forget
+from modeling.finite import check_finite
+from modeling.weight_files import StoredTensor
 from scripts.visual_opsd.processes import (
     DistEnv,
     agree,
     all_reduce_max_int,
     all_reduce_sums,
+    attempt,
     barrier,
     gather_objects,
     init_distributed,
@@ -57,6 +60,7 @@ __all__ = [
     "all_reduce_sums",
     "barrier",
     "check_precision",
+    "check_shards",
     "clip_grad_norm",
     "copy_shards",
     "copy_units",
@@ -113,6 +117,11 @@ def mesh_shape(
         return replicas, shards
     # A replica count alone determines the shard count; otherwise one node holds one copy.
     shards = num_shard or (world_size // num_replicate if num_replicate else local_world_size)
+    if num_shard and num_shard > world_size:
+        raise ValueError(
+            f"num_shard must be at most the number of processes, got {num_shard}, but there are "
+            f"{world_size} processes: choose a factor of that, or leave it out"
+        )
     replicas = num_replicate or world_size // max(shards, 1)
     if replicas * shards != world_size:
         raise ValueError(
@@ -292,6 +301,12 @@ def load_sharded(
     problems += [f"missing {key}" for key in sorted(missing)]
     if problems:
         raise ValueError(f"the weights do not fit {type(model).__name__}: " + "; ".join(problems))
+
+
+def check_shards(model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+    """`check_finite` of each rank's shards; its ValueError is raised on all ranks together."""
+    shards = {key: _local(tensor) for key, tensor in model.state_dict().items()}
+    attempt(lambda: check_finite(shards, stored))
 
 
 @torch.no_grad()

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from data.rejects import Reject, summarise
-from scripts.visual_opsd.scoring import PairedComparison, wilson_interval
+from scripts.visual_opsd.scoring import compare_runs, lenient_figures, wilson_interval
 
 
 def split_bad(
@@ -48,6 +50,7 @@ def _figures(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "correct": correct,
         "accuracy": share("correct"),
         "interval": list(wilson_interval(correct, n)),
+        **lenient_figures(sum(bool(line["lenient"]) for line in predictions), n),
         "mean_tokens": tokens / n,
         "cap_rate": share("capped"),
         "empty_rate": share("empty"),
@@ -57,26 +60,47 @@ def _figures(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def table(summary: Mapping[str, Any]) -> str:
     """The summary as text, one line a dataset and one for all."""
-    names = "".join(f"{name:>8}" for name in ("tokens", "capped", "empty"))
+    names = f"{'lenient':>10}{'95 % interval':>17}"
+    names += "".join(f"{name:>8}" for name in ("tokens", "capped", "empty"))
     lines = [f"{'':24}{'n':>7}{'accuracy':>10}{'95 % interval':>17}{names}"]
     tasks = summary["tasks"] if len(summary["tasks"]) > 1 else {}
     for name, figures in [*tasks.items(), ("all", summary)]:
-        low, high = figures["interval"]
         lines.append(
-            f"{name:24}{figures['n']:>7}{figures['accuracy']:>10.1%}"
-            f"{f'{low:.1%} - {high:.1%}':>17}{figures['mean_tokens']:>8.1f}"
-            f"{figures['cap_rate']:>8.1%}{figures['empty_rate']:>8.1%}"
+            f"{name:24}{figures['n']:>7}{share(figures)}{share(figures, 'lenient_')}"
+            f"{figures['mean_tokens']:>8.1f}{figures['cap_rate']:>8.1%}{figures['empty_rate']:>8.1%}"
         )
     if summary["bad_rows"]:
         lines.append(f"{summary['bad_rows']} rows left out: {summary['bad_summary']}")
     return "\n".join(lines)
 
 
-def comparison_line(comparison: PairedComparison, this: str, other: str) -> str:
-    """A paired comparison in one line."""
-    c = comparison
-    return (
-        f"{this} {c.accuracy_a:.1%} - {other} {c.accuracy_b:.1%} = {c.difference:+.1f} points "
-        f"(95 % {c.low:+.1f} .. {c.high:+.1f}; {c.only_a} rows only the former, {c.only_b} only "
-        f"the latter, McNemar p = {c.p_value:.2g}; n = {c.n})"
-    )
+def share(figures: Mapping[str, Any], prefix: str = "") -> str:
+    """Accuracy and interval as two columns of a table; `prefix` "lenient_": of that verdict."""
+    low, high = figures[f"{prefix}interval"]
+    return f"{figures[f'{prefix}accuracy']:>10.1%}{f'{low:.1%} - {high:.1%}':>17}"
+
+
+def comparison(folder: Path, other: str) -> dict[str, Any]:
+    """The paired figures of two runs, and under `lenient` those of their lenient verdicts.
+
+    Raises:
+        ValueError: as `compare_runs`.
+    """
+    return {
+        "other": other,
+        **asdict(compare_runs(folder, other)),
+        "lenient": asdict(compare_runs(folder, other, "lenient")),
+    }
+
+
+def comparison_lines(figures: Mapping[str, Any]) -> str:
+    """What `comparison` gave, a line for each verdict."""
+    lines = []
+    for label, c in (("", figures), ("lenient: ", figures["lenient"])):
+        lines.append(
+            f"{label}this {c['accuracy_a']:.1%} - {figures['other']} {c['accuracy_b']:.1%} = "
+            f"{c['difference']:+.1f} points (95 % {c['low']:+.1f} .. {c['high']:+.1f}; "
+            f"{c['only_a']} rows only the former, {c['only_b']} only the latter, McNemar p = "
+            f"{c['p_value']:.2g}; n = {c['n']})"
+        )
+    return "\n".join(lines)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data.packing import context_length
+from data.limits import ContextLimits
 from data.parquet import StepRows
 from data.sequence import ContextBuilder
 from data.thinkmorph import INTERLEAVED_ROWS, BadRow, Row, RowNeeds, parse_row
@@ -31,11 +31,11 @@ class PrepareInterleaved:
     """Row -> the whole interleaved sequence (as `student`), its pictures still in pixels.
 
     Rejected: "thoughts_do_not_fit" (not one thought more than drawings), and "too_long" beyond
-    `max_tokens`, because a sequence that ends in a picture or an answer cannot be cut.
+    the limits, because a sequence that ends in a picture or an answer cannot be cut.
     """
 
     builder: ContextBuilder
-    max_tokens: int
+    limits: ContextLimits
 
     def __call__(self, row: Row) -> TrainRow:
         sample = parse_row(row, INTERLEAVED_ROWS)
@@ -48,15 +48,7 @@ class PrepareInterleaved:
                 row=row.row,
             )
         context = self.builder.interleaved(sample)
-        length = context_length(context)
-        if length > self.max_tokens:
-            raise BadRow(
-                "too_long",
-                f"it takes {length} of max_forward_tokens {self.max_tokens}: raise the limit or "
-                "lower vae_max_size",
-                file=row.file,
-                row=row.row,
-            )
+        self.limits.check(row, context)
         name = f"{sample.dataset}/{sample.pid}"
         return TrainRow(name, row.position, sample.question, sample.answer, context)
 
@@ -81,7 +73,11 @@ class InterleavedTrainer(Trainer):
 
     def _prepare(self) -> Callable[[Row], TrainRow]:
         builder = make_builder(self.tokenizer, self.model_config, self.config.prompt)
-        return PrepareInterleaved(builder, self.config.sample.max_forward_tokens)
+        limits = ContextLimits(
+            self.model_config.llm.max_position_embeddings,
+            tokens=self.config.sample.max_forward_tokens,
+        )
+        return PrepareInterleaved(builder, limits.check_settings(builder))
 
     def _score(self, batch: StepRows[TrainRow]) -> list[ScoredRow]:
         """The rows with latents in the place of pixels."""

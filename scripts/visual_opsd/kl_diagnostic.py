@@ -28,12 +28,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.json_lines import write_lines
 from data.parquet import Reject
 from data.rejects import summarise
 from data.sequence import Completion, given_completion
 from modeling import BagelBundle, load_bagel
+from modeling.fingerprints import weights_fingerprint
 from scripts.visual_opsd.cli import flat, parse_config, run_main
 from scripts.visual_opsd.diagnostic_store import (
+    SUMMARY,
     Baseline,
     completion_line,
     completions_hash,
@@ -71,14 +74,14 @@ from scripts.visual_opsd.row_windows import (
     BadRows,
     RowPool,
     check_bad_rate,
+    memory_advice,
     open_config,
     open_data,
     progress_bar,
     prompt_identity,
     read_windows,
 )
-from scripts.visual_opsd.rows import make_builder
-from scripts.visual_opsd.run_store import weights_fingerprint, write_json, write_lines
+from scripts.visual_opsd.run_store import claim_output, write_json
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,6 @@ class Diagnosis:
         self.base = load_bagel(
             settings.base, visual_gen=settings.with_latents, device=env.device, dtype=dtype
         )
-        if settings.with_latents and self.base.vae is None:
-            raise ValueError(
-                f"--teacher_vt vae+vit: {settings.base} lacks ae.safetensors; copy it from the "
-                "release, or use --teacher_vt vit"
-            )
         self.student = self.base
         if not same_model:
             self.student = load_bagel(settings.model_path, device=env.device, dtype=dtype)
@@ -119,9 +117,6 @@ class Diagnosis:
                     "their distributions cannot be compared; give the base it was trained from"
                 )
         self.same_model = same_model
-        self.prepare = PrepareDiagnostic(
-            make_builder(self.base.tokenizer, self.base.config, config.prompt), settings
-        )
 
     def sample(
         self, bundle: BagelBundle, rows: Sequence[tuple[int, DiagnosticRow]]
@@ -226,8 +221,9 @@ def diagnose(config: DiagnosticConfig, env: DistEnv) -> dict[str, Any]:
     """Run the diagnostic on all ranks; returns what kl_diagnostic.json holds on rank 0, else {}.
 
     Raises:
-        ValueError: a missing or damaged checkpoint, dataset or baseline, a baseline of other
-            settings or rows, other tokenizers, or too many unusable rows.
+        ValueError: results in `output_dir` already, a missing or damaged checkpoint, dataset or
+            baseline, a baseline of other settings or rows, other tokenizers, or too many unusable
+            rows.
     """
     settings = config.diagnostic
     started = time.perf_counter()
@@ -242,6 +238,8 @@ def diagnose(config: DiagnosticConfig, env: DistEnv) -> dict[str, Any]:
     wanted = identity(config, pool, config.compute.dtype(env.device))
     same_model = wanted["base"] == weights_fingerprint(settings.model_path)
     baseline = read_baseline(settings.baseline, wanted) if settings.baseline else None
+    prepare = PrepareDiagnostic.of(config)
+    on_main(env, lambda: claim_output(settings.output_dir, SUMMARY, settings.overwrite))
     if baseline is not None:
         indices = baseline.indices
     else:
@@ -253,7 +251,7 @@ def diagnose(config: DiagnosticConfig, env: DistEnv) -> dict[str, Any]:
 
     def work() -> None:
         found, bad = _run_rank(config, env, pool, indices[env.rank :: env.world_size], baseline,
-                               same_model)  # fmt: skip
+                               same_model, prepare)  # fmt: skip
         mine.extend(found)
         rejects.extend(bad)
 
@@ -286,16 +284,22 @@ def _run_rank(
     indices: Sequence[int],
     baseline: Baseline | None,
     same_model: bool,
+    prepare: PrepareDiagnostic,
 ) -> tuple[list[Result], list[tuple[int, Reject]]]:
     if not indices:
         return [], []
     diagnosis = Diagnosis(config, env, baseline, same_model)
     bad = BadRows(config.diagnostic.max_bad_rate)
     results: list[Result] = []
+    sample = config.sample
+    advice = (
+        f"lower --sample_batch_size ({sample.sample_batch_size}), --pack_tokens "
+        f"({sample.pack_tokens}) or --sample_max_new_tokens ({sample.sample_max_new_tokens})"
+    )
     windows = read_windows(
         pool,
         indices,
-        diagnosis.prepare,
+        prepare,
         max_rows=4 * config.sample.sample_batch_size,
         max_tokens=8 * config.sample.pack_tokens,
     )
@@ -309,7 +313,8 @@ def _run_rank(
                 )
             bad.add(window)
             if window.rows:
-                results += diagnosis.window(window.rows)
+                with memory_advice([row.name for _, row in window.rows], advice):
+                    results += diagnosis.window(window.rows)
             bar.update(window.count)
     return results, bad.rejects
 
@@ -365,7 +370,6 @@ def write_outputs(
     settings: DiagnosticSettings,
 ) -> None:
     """Completions, divergences, figures and, last, kl_diagnostic.json."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_lines(folder / "completions.jsonl", [r.line for r in results])
     own = [r for r in results if r.own is not None and r.own_line is not None]
     if own:
@@ -376,7 +380,7 @@ def write_outputs(
     save_divergences(folder, blocks)
     if settings.figures:
         draw_figures(folder, results, settings)
-    write_json(folder / "kl_diagnostic.json", summary)
+    write_json(folder / SUMMARY, summary)
 
 
 def draw_figures(
@@ -423,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if env.is_main:
         print(table(result))
         folder = Path(config.diagnostic.output_dir)
-        print(f"{result['seconds']:.1f} s; {folder / 'kl_diagnostic.json'}")
+        print(f"{result['seconds']:.1f} s; {folder / SUMMARY}")
     return 0
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data.limits import NO_LIMITS, ContextLimits
 from data.packing import context_length, group_by_tokens, pack
 from data.sequence import Completion, Context, ContextBuilder
 from data.thinkmorph import Need, Row, RowNeeds, parse_row
@@ -18,7 +20,7 @@ from modeling.autoencoder import AutoEncoder
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
 from scripts.visual_opsd.chunked_loss import chunked_divergences
-from scripts.visual_opsd.cli import option
+from scripts.visual_opsd.cli import ROWS, SEEDS, SHARES, Settings, option
 from scripts.visual_opsd.config import TEACHER_VTS, PromptSettings, SampleSettings
 from scripts.visual_opsd.kl_statistics import COLUMNS, SampleDivergences, answer_mask
 from scripts.visual_opsd.latents import encode_pictures, row_generator
@@ -28,26 +30,40 @@ from scripts.visual_opsd.row_windows import (
     RowName,
     row_name,
 )
-from scripts.visual_opsd.rows import TrainRow, noise_generator
+from scripts.visual_opsd.rows import (
+    TrainRow,
+    given_positions,
+    noise_generator,
+    open_builder,
+    scoring_limits,
+)
 from scripts.visual_opsd.step import ScoredRow, check_same_labels, score_completion
 
 
 @dataclass(frozen=True)
-class DiagnosticSettings:
+class DiagnosticSettings(Settings):
     """What is compared with what, on which rows."""
 
-    model_path: str = option("models/ThinkMorph-7B", "student: release folder")
-    base_path: str | None = option(None, "teacher and reference student; default: model_path")
+    model_path: str = option("models/ThinkMorph-7B", "student: release folder", path=True)
+    base_path: str | None = option(
+        None, "teacher and reference student; default: model_path", path=True
+    )
     baseline: str | None = option(
-        None, "output folder of the base's own diagnostic, whose completions are reused"
+        None, "output folder of the base's own diagnostic, whose completions are reused",
+        path=True,
+    )  # fmt: skip
+    dataset_config_file: str = option(
+        "data/configs/opsd.yaml", "datasets and their weights", path=True
     )
-    dataset_config_file: str = option("data/configs/opsd.yaml", "datasets and their weights")
     data: str | None = option(
-        None, "instead: datasets below the data root, folders or parquet files, by commas"
-    )
+        None, "instead: datasets below the data root, folders or parquet files, by commas",
+        path="list",
+    )  # fmt: skip
     split: str = option("train", "with --data: files of a folder that are read")
-    data_root: str | None = option(None, "folder of the datasets, else VISUAL_OPSD_DATA_ROOT")
-    num_samples: int = option(1000, "rows to measure, drawn at random")
+    data_root: str | None = option(
+        None, "folder of the datasets, else VISUAL_OPSD_DATA_ROOT", path=True
+    )
+    num_samples: int = option(1000, "rows to measure, drawn at random", **ROWS)
     completions: str = option(
         "student", "student: the base's own samples; trace: the dataset's text traces",
         choices=("student", "trace"),
@@ -56,18 +72,27 @@ class DiagnosticSettings:
         "vit", "what the teacher reads of a visual thought; vae+vit: as at inference",
         choices=TEACHER_VTS,
     )  # fmt: skip
-    seed: int = option(42, "choice of rows, sampling and noise")
-    go_threshold: float = option(0.05, "GO needs an answer-span KL above this, in nats")
-    output_dir: str = option("results/visual_opsd_kl_diagnostic", "tables, figures, completions")
+    seed: int = option(42, "choice of rows, sampling and noise", **SEEDS)
+    go_threshold: float = option(
+        0.05, "GO needs an answer-span KL above this, in nats", at_least=0, at_most=1000
+    )
+    output_dir: str = option(
+        "results/visual_opsd_kl_diagnostic", "tables, figures, completions", path=True
+    )
+    overwrite: bool = option(False, "replace the results that output_dir holds")
     figures: bool = option(True, "draw kl_distribution.png and token_heatmap.png")
-    heatmap_samples: int = option(3, "completions in the token heat map")
-    max_bad_rate: float = option(0.01, "share of unusable rows beyond which the run fails")
+    heatmap_samples: int = option(
+        3, "completions in the token heat map", at_least=1, at_most=100
+    )
+    max_bad_rate: float = option(
+        0.01, "share of unusable rows beyond which the run fails", **SHARES
+    )
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1 or self.heatmap_samples < 1:
-            raise ValueError("num_samples and heatmap_samples must be at least 1")
-        if self.seed < 0:
-            raise ValueError("seed must not be negative")
+        super().__post_init__()
+        if self.baseline and Path(self.baseline).resolve() == Path(self.output_dir).resolve():
+            raise ValueError(f"--output_dir {self.output_dir} is the --baseline, which other "
+                             "runs need: choose another")  # fmt: skip
 
     @property
     def base(self) -> str:
@@ -140,21 +165,37 @@ class PrepareDiagnostic:
 
     builder: ContextBuilder
     settings: DiagnosticSettings
+    limits: ContextLimits = NO_LIMITS
+
+    @classmethod
+    def of(cls, config: DiagnosticConfig) -> PrepareDiagnostic:
+        """Raises ValueError: no row can fit the base's positions or max_forward_tokens."""
+        settings = config.diagnostic
+        builder, model = open_builder(
+            settings.base, config.prompt, visual_gen=settings.with_latents
+        )
+        limits = scoring_limits(model, config.sample)
+        if settings.completions == "trace":
+            limits = replace(limits, new_positions=0)
+        return cls(builder, settings, limits.check_settings(builder, teacher=True))
 
     def __call__(self, row: Row) -> DiagnosticRow:
         sample = parse_row(row, self.settings.needs)
         student = self.builder.student(sample)
         noise = noise_generator(self.settings.seed, row.position)
         latents = self.settings.with_latents
-        trace = None
+        teacher = self.builder.teacher(sample, student, with_latents=latents)
+        trace, new = None, None
         if self.settings.completions == "trace":
             trace = self.builder.sft_targets(sample)[0].ids
+            new = given_positions(trace, teacher, self.limits)
+        self.limits.check(row, teacher, new_positions=new)
         return DiagnosticRow(
             row_name(row, sample.pid, THOUGHT_IDENTITY_COLUMNS),
             sample.question,
             sample.answer,
             student,
-            self.builder.teacher(sample, student, with_latents=latents),
+            teacher,
             self.builder.teacher(sample, student, noise, with_latents=latents),
             trace,
         )

@@ -24,12 +24,20 @@ file among them that changes what the name of the results says, give that name y
 A relative MODEL_PATH is looked up where you stand, then, like every other relative path, at the
 root of the repository.
 
-Where it runs: one process per GPU of this machine, or one on the CPU. With ARNOLD_WORKER_NUM,
-ARNOLD_WORKER_GPU, ARNOLD_WORKER_0_HOST, ARNOLD_WORKER_0_PORT and ARNOLD_ID, or inside srun of a
-SLURM job with several nodes, it joins the other nodes; start it once on each.
+Where it runs: one process per GPU of this machine (CUDA or HIP), or one on the CPU. Start it once
+on each node; it joins the others
+
+  in a pod   by MASTER_ADDR, MASTER_PORT, WORLD_SIZE and RANK, which count nodes here (PyTorchJob),
+             or by torchrun's own PET_NNODES, PET_NODE_RANK, PET_NPROC_PER_NODE, PET_MASTER_ADDR,
+             PET_MASTER_PORT, PET_RDZV_BACKEND, PET_RDZV_ENDPOINT and PET_RDZV_ID;
+  in SLURM   inside srun, one task a node;
+  elsewhere  by ARNOLD_WORKER_NUM, ARNOLD_WORKER_GPU, ARNOLD_WORKER_0_HOST, ARNOLD_WORKER_0_PORT
+             and ARNOLD_ID, or by those above.
+
+Where two of them differ, or only a part is set, nothing starts and the message names them.
 
   NPROC_PER_NODE     processes on this machine, instead of one per GPU
-  MASTER_PORT        port of the first node (SLURM)
+  MASTER_PORT        port of the first node (default: in SLURM by the job's number, else 29500)
   SHUTDOWN_TIMEOUT   seconds that a stopped run has to save its state (default 600; torch >= 2.12,
                      earlier versions always give 30)
   PYTHON             interpreter (default: .venv/bin/python of the repository, else python3)
@@ -103,61 +111,165 @@ add_environment() {
 
 # Processes to start on this machine: one per visible GPU, one without any.
 local_processes() {
-    local count=0 device
-    if [[ -n ${NPROC_PER_NODE:-} ]]; then
-        count=$NPROC_PER_NODE
-    elif [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    local count='' seen name device
+    for name in CUDA_VISIBLE_DEVICES HIP_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES; do
+        [[ -n ${!name+set} ]] || continue
+        seen=0
         # CUDA ignores everything from the first invalid entry on; -1 hides all.
-        for device in ${CUDA_VISIBLE_DEVICES//,/ }; do
+        for device in ${!name//,/ }; do
             [[ $device == -* ]] && break
-            count=$((count + 1))
+            seen=$((seen + 1))
         done
-    elif command -v nvidia-smi >/dev/null; then
+        # Each of them can only hide devices from the others.
+        ((seen < ${count:-99999})) && count=$seen
+    done
+    if [[ -z $count ]]; then
         count=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+        # rocm-smi prints several lines for each GPU.
+        ((count > 0)) || count=$(rocm-smi --showid 2>/dev/null | grep -o '^GPU\[[0-9]*\]' | sort -u | grep -c . || true)
     fi
     echo $((count > 0 ? count : 1))
 }
 
-# Fills RENDEZVOUS with torchrun's options from ARNOLD_* or SLURM_* variables.
+# find_setting NAME...: fills FOUND and FOUND_NAME from the first that is set; the others must agree.
+find_setting() {
+    local name
+    FOUND='' FOUND_NAME=''
+    for name in "$@"; do
+        if [[ -z ${!name:-} ]]; then
+            continue
+        elif [[ -z $FOUND ]]; then
+            FOUND=${!name} FOUND_NAME=$name
+        elif [[ ${!name} != "$FOUND" ]]; then
+            fail "$FOUND_NAME=$FOUND contradicts $name=${!name}; unset what is left over."
+        fi
+    done
+}
+
+# check_number NAME VALUE LEAST MOST
+check_number() {
+    [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] && (($2 >= $3 && $2 <= $4)) ||
+        fail "$1=$2 is not a whole number from $3 to $4."
+}
+
+is_this_machine() {
+    [[ $1 == localhost || $1 == 127.* || $1 == ::1 || $1 == 0.0.0.0 ]]
+}
+
+# Fills RENDEZVOUS with torchrun's options from the variables of a cluster: ARNOLD_*; PET_*, which
+# torchrun would read by itself (passed on so that one command line shows all); MASTER_ADDR,
+# MASTER_PORT, WORLD_SIZE and RANK of a pod, which count nodes here; SLURM_*.
 find_cluster() {
-    local nodes rank address port processes nodelist
-    RENDEZVOUS=()
-    if [[ -n ${ARNOLD_WORKER_NUM:-}${ARNOLD_WORKER_0_HOST:-} ]]; then
-        nodes=${ARNOLD_WORKER_NUM:-1}
-        rank=${ARNOLD_ID:-0}
-        processes=${NPROC_PER_NODE:-${ARNOLD_WORKER_GPU:-$(local_processes)}}
-        address=${ARNOLD_WORKER_0_HOST:-}
-        port=${ARNOLD_WORKER_0_PORT:-29500}
-        port=${port%%,*}
-        if ((nodes > 1)); then
-            [[ -n $address ]] || fail "ARNOLD_WORKER_NUM=$nodes, but ARNOLD_WORKER_0_HOST (the first node's address) is not set."
-            [[ -n ${ARNOLD_ID:-} ]] || fail "ARNOLD_WORKER_NUM=$nodes, but ARNOLD_ID (this node's number from 0) is not set."
-        fi
-    else
-        # A step of srun may cover fewer nodes than the job.
-        nodes=${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}
-        nodelist=${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:-}}
-        rank=${SLURM_NODEID:-0}
-        processes=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$(local_processes)}}
-        [[ ${SLURM_LOCALID:-0} == 0 ]] || fail "several tasks on one node; start one a node, torchrun starts the processes: srun --ntasks-per-node=1"
-        address=""
-        if ((nodes > 1)); then
-            command -v scontrol >/dev/null || fail "a SLURM job on $nodes nodes, but scontrol (which names the first) is not on PATH."
-            address=$(scontrol show hostnames "$nodelist" | head -n 1)
-            [[ -n $address ]] || fail "scontrol names no host for the nodes '$nodelist'."
-            if [[ -z ${SLURM_STEP_ID:-} ]]; then
-                echo "warning: not inside srun; torchrun waits until all $nodes nodes have started this." >&2
-            fi
-        fi
-        # Jobs that share a node must not share a port.
-        port=${MASTER_PORT:-$((20000 + ${SLURM_JOB_ID:-0} % 10000))}
+    local name nodes from processes rank address
+    [[ -z ${LOCAL_RANK:-} ]] || fail "LOCAL_RANK=$LOCAL_RANK is set: started once a process (inside torchrun?); start it once a node, torchrun starts the processes (if it is left over, unset it)."
+    [[ ${SLURM_LOCALID:-0} == 0 ]] || fail "several tasks on one node; start one a node, torchrun starts the processes: srun --ntasks-per-node=1"
+
+    for name in NPROC_PER_NODE ARNOLD_WORKER_GPU PET_NPROC_PER_NODE SLURM_GPUS_ON_NODE; do
+        processes=${!name:-}
+        [[ -z $processes ]] || break
+    done
+    case $processes in
+        '' | 0 | auto) processes=$(local_processes) ;; # torchrun's auto: one per core without GPUs
+        gpu | cpu) ;;
+        *) check_number "$name" "$processes" 1 4096 ;;
+    esac
+
+    # A step of srun may cover fewer nodes than the job. (Local names: the program sees its own.)
+    local SLURM_NNODES=${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-}}
+    local PET_NNODES=${PET_NNODES:-} ARNOLD_WORKER_0_PORT=${ARNOLD_WORKER_0_PORT:-}
+    [[ ${PET_NNODES%:*} == "${PET_NNODES#*:}" ]] && PET_NNODES=${PET_NNODES%:*}
+    ARNOLD_WORKER_0_PORT=${ARNOLD_WORKER_0_PORT%%,*}
+    find_setting ARNOLD_WORKER_NUM PET_NNODES NNODES SLURM_NNODES
+    [[ -n $FOUND ]] || find_setting WORLD_SIZE
+    nodes=$FOUND from="$FOUND_NAME=$FOUND"
+    if [[ -z $nodes ]]; then
+        for name in ARNOLD_ID PET_NODE_RANK NODE_RANK RANK ARNOLD_WORKER_0_HOST PET_MASTER_ADDR \
+            PET_RDZV_ENDPOINT MASTER_ADDR; do
+            [[ -z ${!name:-} ]] || is_this_machine "${!name}" || fail "$name=${!name} is set, but nothing says how many nodes there are: set WORLD_SIZE (or PET_NNODES, ARNOLD_WORKER_NUM), or unset $name if it is left over."
+        done
+        nodes=1 from='one node'
     fi
+
+    if [[ $nodes == *:* ]]; then # an elastic job: whoever comes within the limits
+        [[ $nodes =~ ^[1-9][0-9]{0,4}:[1-9][0-9]{0,4}$ ]] && ((${nodes%:*} < ${nodes#*:})) ||
+            fail "$from is neither a number of nodes nor LEAST:MOST."
+        [[ -n ${PET_RDZV_ENDPOINT:-} && ${PET_RDZV_BACKEND:-static} != static ]] ||
+            fail "$from needs a meeting point: PET_RDZV_BACKEND=c10d and PET_RDZV_ENDPOINT=HOST:PORT."
+    else
+        check_number "${from%%=*}" "$nodes" 1 99999
+        check_world_size
+        find_setting ARNOLD_ID PET_NODE_RANK NODE_RANK RANK
+        if [[ $nodes == 1 ]]; then
+            [[ ${FOUND:-0} == 0 ]] || fail "$FOUND_NAME=$FOUND, but $from: nodes count from 0."
+            RENDEZVOUS=(--standalone --nproc_per_node="$processes")
+            return
+        fi
+    fi
+    if [[ ${PET_STANDALONE:-0} != 0 ]]; then
+        fail "PET_STANDALONE=$PET_STANDALONE contradicts $from: every node would train by itself."
+    fi
+    if [[ ${PET_RDZV_BACKEND:-static} != static ]]; then
+        find_meeting_point
+        RENDEZVOUS=(--nnodes="$nodes" --nproc_per_node="$processes" "${RENDEZVOUS[@]}")
+        return
+    fi
+    [[ -n $FOUND ]] || find_setting SLURM_NODEID
+    rank=$FOUND
+    [[ -n $rank ]] || fail "$from, but this node's number from 0 is not set: RANK (or PET_NODE_RANK, ARNOLD_ID). If $from is left over, unset it."
+    check_number "$FOUND_NAME" "$rank" 0 $((nodes - 1))
+    find_meeting_point
+    RENDEZVOUS=(--nnodes="$nodes" --node_rank="$rank" --nproc_per_node="$processes"
+        "${RENDEZVOUS[@]}")
+}
+
+# WORLD_SIZE counts nodes in some pods and processes in others. (For find_cluster only.)
+check_world_size() {
+    local size=${WORLD_SIZE:-}
+    [[ -n $size ]] || return 0
+    check_number WORLD_SIZE "$size" 1 9999999
+    if [[ $processes == [gc]pu ]]; then
+        ((size % nodes == 0)) && return
+    elif ((size == nodes || size == nodes * processes)); then
+        return
+    fi
+    fail "WORLD_SIZE=$size contradicts $from: it is neither the number of nodes nor that of processes ($processes a node)."
+}
+
+# Where the nodes meet. (For find_cluster only: nodes, rank, from.)
+find_meeting_point() {
+    local address=${PET_RDZV_ENDPOINT:-} nodelist=${SLURM_STEP_NODELIST:-${SLURM_JOB_NODELIST:-}}
+    if [[ -n ${PET_RDZV_BACKEND:-}${PET_RDZV_ENDPOINT:-} ]]; then
+        [[ -n $address ]] || fail "PET_RDZV_BACKEND=$PET_RDZV_BACKEND and $from, but PET_RDZV_ENDPOINT (HOST:PORT, where the nodes meet) is not set."
+        if is_this_machine "${address%:*}" && [[ ${rank:-other} != 0 ]]; then
+            fail "PET_RDZV_ENDPOINT=$address and $from: it must be an address that all nodes reach."
+        fi
+        RENDEZVOUS=(--rdzv_backend="${PET_RDZV_BACKEND:-static}" --rdzv_endpoint="$address")
+        [[ -z ${PET_RDZV_ID:-} ]] || RENDEZVOUS+=(--rdzv_id="$PET_RDZV_ID")
+        return
+    fi
+    # The first pod of a PyTorchJob may know itself as localhost.
+    local MASTER_ADDR=${MASTER_ADDR:-}
+    if is_this_machine "$MASTER_ADDR" && [[ -n ${ARNOLD_WORKER_0_HOST:-}${PET_MASTER_ADDR:-}$nodelist ]]; then
+        MASTER_ADDR=''
+    fi
+    find_setting ARNOLD_WORKER_0_HOST PET_MASTER_ADDR MASTER_ADDR
+    address=$FOUND
     if [[ -z $address ]]; then
-        RENDEZVOUS=(--standalone --nproc_per_node="$processes")
-    else
-        RENDEZVOUS=(--nnodes="$nodes" --node_rank="$rank" --nproc_per_node="$processes"
-            --master_addr="$address" --master_port="$port")
+        [[ -n $nodelist ]] || fail "$from, but the first node's address is not set: MASTER_ADDR (or PET_MASTER_ADDR, ARNOLD_WORKER_0_HOST). If $from is left over, unset it."
+        command -v scontrol >/dev/null || fail "a SLURM job on $nodes nodes, but scontrol (which names the first) is not on PATH."
+        address=$(scontrol show hostnames "$nodelist" | head -n 1)
+        [[ -n $address ]] || fail "scontrol names no host for the nodes '$nodelist'."
+        if [[ -z ${SLURM_STEP_ID:-} ]]; then
+            echo "warning: not inside srun; torchrun waits until all $nodes nodes have started this." >&2
+        fi
+    elif is_this_machine "$address" && ((rank > 0)); then
+        fail "$FOUND_NAME=$address on node $rank: it must be the first node's address as the others reach it."
     fi
+    find_setting ARNOLD_WORKER_0_PORT PET_MASTER_PORT MASTER_PORT
+    # Jobs that share a node must not share a port.
+    FOUND=${FOUND:-${SLURM_JOB_ID:+$((20000 + SLURM_JOB_ID % 10000))}}
+    check_number "${FOUND_NAME:-port}" "${FOUND:=29500}" 1 65535
+    RENDEZVOUS=(--master_addr="$address" --master_port="$FOUND")
 }
 
 launch() {

@@ -38,6 +38,9 @@ class RowStatistics(NamedTuple):
     entropy: Tensor  # at T, in nats
     unit_lse: Tensor | None  # log-sum-exp at T = 1; None where it was not computed
     tail_lse: Tensor | None = None  # that of logits / T outside the top-k, if there is a tail
+    # (c, 3), from the kernels alone, both log-sum-exps taken apart so that no digit is lost where
+    # logits are large: the largest logit, and the logs of the sums less it, at T and at T = 1
+    norm: Tensor | None = None
 
 
 def kernels_for(config: LossConfig, *heads: Tensor) -> ModuleType | None:
@@ -94,11 +97,11 @@ class Chunk:
             self.teacher = self._statistics(logits)
         self.topk_mass = torch.ones_like(self.weights)
         if k is not None:
-            values = values.to(self.weights.dtype) / config.temperature
-            self.topk_mass = (values.logsumexp(-1) - self.teacher.lse).exp()
+            values, lse = self._scaled(values, self.teacher)
+            self.topk_mass = (values.logsumexp(-1) - lse).exp()
             self.log_t = self._on_support(values, self.teacher)
         elif config.loss_kind == "tinker":
-            self.teacher_logprob = self._label_logit(logits) / config.temperature - self.teacher.lse
+            self.teacher_logprob = self._label_logprob(self._label_logit(logits), self.teacher)
 
     def read_student(self, logits: Tensor) -> Tensor:
         """The weighted loss of each row: (c, V) -> (c,)."""
@@ -107,7 +110,7 @@ class Chunk:
         unit_lse = self.student.unit_lse
         self.unit_lse = _row_statistics(logits, 1.0).lse if unit_lse is None else unit_lse
         label_logit = self._label_logit(logits)
-        self.label_logprob = label_logit / config.temperature - self.student.lse
+        self.label_logprob = self._label_logprob(label_logit, self.student)
         self.ce = self.unit_lse - label_logit
         self.divergence = torch.zeros_like(self.ce)
         self.forward_kl = torch.zeros_like(self.ce)
@@ -159,6 +162,17 @@ class Chunk:
     def _label_logit(self, logits: Tensor) -> Tensor:
         return logits.gather(-1, self.labels)[:, 0].to(self.weights.dtype)
 
+    def _scaled(self, logits: Tensor, model: RowStatistics) -> tuple[Tensor, Tensor]:
+        """Some logits of each row, (c, n), over T, and the log-sum-exp (c,) that goes with them."""
+        logits = logits.to(self.weights.dtype)
+        if model.norm is None:
+            return logits / self.config.temperature, model.lse
+        return (logits - model.norm[:, :1]) / self.config.temperature, model.norm[:, 1]
+
+    def _label_logprob(self, label_logit: Tensor, model: RowStatistics) -> Tensor:
+        scaled, lse = self._scaled(label_logit[:, None], model)
+        return scaled[:, 0] - lse
+
     def _statistics(self, logits: Tensor) -> RowStatistics:
         if self.kernels is None:
             return _row_statistics(logits, self.config.temperature, self.masked_index)
@@ -178,7 +192,7 @@ class Chunk:
         if self.kernels is not None:
             ce = None
             if config.ce_weight != 0.0:
-                ce = (self.labels[:, 0], self.unit_lse, config.ce_weight * self.weights)
+                ce = (self.labels[:, 0], self.student.norm, config.ce_weight * self.weights)
             self.divergence, self.forward_kl, self.inside = self.kernels.divergence_on_support(
                 logits, index, self.log_t, self._scale, config, ce
             )
@@ -198,7 +212,7 @@ class Chunk:
         if self.kernels is not None:  # the gradient takes a second pass there
             self.divergence, self.forward_kl, self.slope_sum, self.gate = (
                 self.kernels.full_divergence(
-                    logits, self.teacher_logits, self.student.lse, self.teacher.lse, self.config
+                    logits, self.teacher_logits, self.student.norm, self.teacher.norm, self.config
                 )
             )
             return
@@ -221,12 +235,11 @@ class Chunk:
         if config.ce_weight != 0.0:
             options["ce_weight"] = config.ce_weight * self.weights
         if self.advantage is not None:  # -A d log s(x) / d logits = A (s - one-hot) / T
-            options |= {"lse": self.student.lse, "pull": self._scale * self.advantage}
+            options["pull"] = self._scale * self.advantage
         elif self.teacher_logits is not None and self.index is None:
-            options |= {"lse": self.student.lse, "teacher_lse": self.teacher.lse}
-            options |= {"teacher": self.teacher_logits, "slope_sum": self.slope_sum}
-            options["pull"] = self._scale * self.gate
-        kernels.write_gradient(logits, config, self.labels[:, 0], self.unit_lse, **options)
+            options |= {"teacher": self.teacher_logits, "teacher_norm": self.teacher.norm}
+            options |= {"slope_sum": self.slope_sum, "pull": self._scale * self.gate}
+        kernels.write_gradient(logits, config, self.labels[:, 0], self.student.norm, **options)
         if self.index is not None:
             assert self.inside is not None
             logits.scatter_(-1, self.index, self.inside.to(logits.dtype))

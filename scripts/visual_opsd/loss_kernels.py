@@ -5,6 +5,9 @@ Logits are (c, V), contiguous, in any float dtype but fp64, and are read as ofte
 them and no more; everything computed from them is fp32. Rows are cut into segments, one program
 each, whose sums a second step adds up in a fixed order: no atomics, so results repeat bit by bit.
 
+A row's largest logit is subtracted before anything is scaled: a scaled logit of some hundreds less
+a scaled log-sum-exp would keep no more than four digits of what comes out of the exponential.
+
 The exact top-k reads the logits once, together with the log-sum-exp. That pass leaves the largest
 logit of every group of `GROUP` neighbours behind. The k groups with the largest of these hold a
 top-k of the row: every other group's entries are at most the smallest of the k maxima. Only they
@@ -102,8 +105,8 @@ def divergence_on_support(
         index: (c, k) int64, distinct in each row.
         log_t: (c, k) fp32, the teacher's log-probabilities on the support.
         scale: (c,) fp32, what d divergence / d log s is multiplied by to reach the logits.
-        cross_entropy: (labels (c,) int64, log-sum-exp (c,), weight (c,)): the gradient on the
-            support of weight * CE, which is added.
+        cross_entropy: (labels (c,) int64, the student's `norm` (c, 3), weight (c,)): the gradient
+            on the support of weight * CE, which is added.
 
     Returns:
         Divergence (c,) with clip and T^2, forward KL (c,), gradient (c, k), all fp32.
@@ -111,10 +114,10 @@ def divergence_on_support(
     rows, k = index.shape
     divergence, forward_kl = torch.empty_like(scale), torch.empty_like(scale)
     inside = torch.empty_like(log_t)
-    labels, unit_lse, weight = cross_entropy or (index, scale, scale)
+    labels, norm, weight = cross_entropy or (index, scale, scale)
     if rows:
         _support[(rows,)](
-            logits, index, log_t, scale, labels, unit_lse, weight, divergence, forward_kl, inside,
+            logits, index, log_t, scale, labels, norm, weight, divergence, forward_kl, inside,
             logits.shape[1], k, _rate(config.temperature), float(config.temperature) ** 2,
             float(config.beta), _bound(config), BLOCK=triton.next_power_of_2(k),
             KIND=_kind(config), CLIP=_clip(config), CE=cross_entropy is not None, num_warps=4,
@@ -123,15 +126,15 @@ def divergence_on_support(
 
 
 def full_divergence(
-    student: Tensor, teacher: Tensor, student_lse: Tensor, teacher_lse: Tensor, config: LossConfig
+    student: Tensor, teacher: Tensor, student_norm: Tensor, teacher_norm: Tensor, config: LossConfig
 ) -> FullDivergence:
-    """The divergence over all of V: logits (c, V) of both models and their log-sum-exps (c,)."""
+    """The divergence over all of V: logits (c, V) of both models and their `norm`s (c, 3)."""
     rows, vocab = student.shape
     segments = triton.cdiv(vocab, PAIR_BLOCK)
-    sums = student_lse.new_empty(3, rows, segments)
+    sums = student_norm.new_empty(3, rows, segments)
     if rows:
         _pair_sums[(rows * segments,)](
-            student, teacher, student_lse, teacher_lse, sums, vocab, segments, sums.stride(0),
+            student, teacher, student_norm, teacher_norm, sums, vocab, segments, sums.stride(0),
             _rate(config.temperature), float(config.beta), _bound(config), BLOCK=PAIR_BLOCK,
             KIND=_kind(config), CLIP=_clip(config), num_warps=PAIR_WARPS,
         )  # fmt: skip
@@ -147,25 +150,23 @@ def write_gradient(
     logits: Tensor,
     config: LossConfig,
     labels: Tensor,
-    unit_lse: Tensor,
+    norm: Tensor,
     *,
     ce_weight: Tensor | None = None,
-    lse: Tensor | None = None,
     pull: Tensor | None = None,
     teacher: Tensor | None = None,
-    teacher_lse: Tensor | None = None,
+    teacher_norm: Tensor | None = None,
     slope_sum: Tensor | None = None,
 ) -> None:
     """Overwrite the student's logits (c, V) by d loss / d logits.
 
     Args:
         labels: (c,) int64.
-        unit_lse: (c,) fp32, log-sum-exp at temperature 1, for the cross-entropy.
+        norm: (c, 3) fp32, the student's.
         ce_weight: (c,) fp32 weight of each row's cross-entropy, or None.
-        lse: (c,) fp32, the student's log-sum-exp at the temperature.
         pull: (c,) fp32. With a teacher: the factor of its divergence's slope at the temperature.
             Without: the factor of d CE / d (logits / T), as the policy-gradient form wants it.
-        teacher, teacher_lse, slope_sum: teacher's logits (c, V), their log-sum-exp and the sum
+        teacher, teacher_norm, slope_sum: teacher's logits (c, V), their norm (c, 3) and the sum
             that `full_divergence` gave.
     """
     rows, vocab = logits.shape
@@ -175,12 +176,12 @@ def write_gradient(
         kind = _LABEL if teacher is None else _kind(config)
 
     def given(tensor: Tensor | None) -> Tensor:  # a pointer that is not followed
-        return unit_lse if tensor is None else tensor
+        return norm if tensor is None else tensor
 
     if rows:
         _gradient[(rows * segments,)](
-            logits, logits if teacher is None else teacher, given(lse), given(teacher_lse),
-            given(slope_sum), given(pull), labels, unit_lse, given(ce_weight), vocab, segments,
+            logits, logits if teacher is None else teacher, norm, given(teacher_norm),
+            given(slope_sum), given(pull), labels, given(ce_weight), vocab, segments,
             _rate(config.temperature), float(config.beta), _bound(config), BLOCK=PAIR_BLOCK,
             KIND=kind, CLIP=_clip(config), CE=ce_weight is not None, num_warps=PAIR_WARPS,
         )  # fmt: skip
@@ -194,6 +195,7 @@ def _statistics(logits: Tensor, temperature: float, maxima: Tensor | None) -> Ro
     groups = triton.cdiv(vocab, GROUP)
     sums = torch.empty(4, rows, segments, dtype=torch.float32, device=logits.device)
     lse, entropy, unit_lse = sums.new_empty(3, rows)
+    norm = sums.new_empty(rows, 3)
     if rows:
         _segment_sums[(rows * segments,)](
             logits, sums, logits if maxima is None else maxima, vocab, groups, segments,
@@ -201,10 +203,10 @@ def _statistics(logits: Tensor, temperature: float, maxima: Tensor | None) -> Ro
             MAXIMA=maxima is not None, num_warps=READ_WARPS,
         )  # fmt: skip
         _combine[(rows,)](
-            sums, lse, entropy, unit_lse, segments, sums.stride(0), 1.0 / temperature,
+            sums, lse, entropy, unit_lse, norm, segments, sums.stride(0), 1.0 / temperature,
             _rate(temperature), BLOCK=triton.next_power_of_2(segments), UNIT=unit, num_warps=1,
         )  # fmt: skip
-    return RowStatistics(lse, entropy, lse if unit else unit_lse)
+    return RowStatistics(lse, entropy, lse if unit else unit_lse, norm=norm)
 
 
 def _rate(temperature: float) -> float:
@@ -256,7 +258,7 @@ def _segment_sums(
 
 @triton.jit
 def _combine(
-    sums, lse, entropy, unit_lse, segments, stride, inverse, rate,
+    sums, lse, entropy, unit_lse, norm, segments, stride, inverse, rate,
     BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One row's segments into its log-sum-exp and entropy."""
@@ -274,10 +276,14 @@ def _combine(
     mean = tl.sum(factor * (weighted + share * below * rate), axis=0) / total
     tl.store(lse + row, peak * inverse + tl.log(total))
     tl.store(entropy + row, tl.log(total) - mean * _LOG_2)
+    tl.store(norm + 3 * row, peak)
+    tl.store(norm + 3 * row + 1, tl.log(total))
     if not UNIT:
         unit = tl.load(where + 3 * stride, mask=valid, other=0.0)
         below = tl.where(unit > 0.0, peaks - peak, 0.0)
-        tl.store(unit_lse + row, peak + tl.log(tl.sum(tl.exp2(below * _LOG2_E) * unit, axis=0)))
+        total = tl.sum(tl.exp2(below * _LOG2_E) * unit, axis=0)
+        tl.store(unit_lse + row, peak + tl.log(total))
+    tl.store(norm + 3 * row + 2, tl.log(total))
 
 
 @triton.jit
@@ -381,7 +387,7 @@ def _entries(bits_s, bits_t, beta, bound, KIND: tl.constexpr, CLIP: tl.constexpr
 
 @triton.jit
 def _support(
-    logits, index, log_t, scale, labels, unit_lse, weight, divergence, forward_kl, inside,
+    logits, index, log_t, scale, labels, norm, weight, divergence, forward_kl, inside,
     vocab, k, rate, square, beta, bound,
     BLOCK: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr, CE: tl.constexpr,
 ):  # fmt: skip
@@ -391,8 +397,8 @@ def _support(
     valid = slot < k
     column = tl.load(index + row * k + slot, mask=valid, other=0)
     x = tl.load(logits + row.to(tl.int64) * vocab + column, mask=valid, other=0.0).to(tl.float32)
-    y = tl.where(valid, x * rate, float("-inf"))
-    y = y - tl.max(y, axis=0)
+    x = tl.where(valid, x, float("-inf"))
+    y = (x - tl.max(x, axis=0)) * rate
     # Beside the support both probabilities are 0, and their gap is 0.
     ours = tl.where(valid, y - tl.log(tl.sum(tl.exp2(y), axis=0)) * _LOG2_E, -1e30)
     theirs = tl.load(log_t + row * k + slot, mask=valid, other=0.0)
@@ -408,15 +414,19 @@ def _support(
     gradient = slope - s * tl.sum(slope, axis=0)
     if CE:
         hit = (column == tl.load(labels + row)).to(tl.float32)
-        excess = tl.exp2(_bits(x, tl.load(unit_lse + row), valid, _LOG2_E)) - hit
+        excess = tl.exp2(_bits(x, norm + 3 * row, 2, valid, _LOG2_E)) - hit
         gradient += tl.load(weight + row) * excess
     tl.store(inside + row * k + slot, gradient, mask=valid)
 
 
 @triton.jit
-def _bits(x, lse, valid, rate):
-    """log2 of the probabilities; of none, and of the same none, beside the row."""
-    return tl.where(valid, x.to(tl.float32) * rate - lse * _LOG2_E, -1e30)
+def _bits(x, norm, total: tl.constexpr, valid, rate):
+    """log2 of the probabilities; of none, and of the same none, beside the row.
+
+    norm: of this row; total: where the log of its sum at this rate stands there.
+    """
+    y = (x.to(tl.float32) - tl.load(norm)) * rate
+    return tl.where(valid, y - tl.load(norm + total) * _LOG2_E, -1e30)
 
 
 @triton.jit
@@ -429,7 +439,7 @@ def _segment(program, segments, vocab, BLOCK: tl.constexpr):
 
 @triton.jit
 def _pair_sums(
-    student, teacher, student_lse, teacher_lse, sums, vocab, segments, stride, rate, beta,
+    student, teacher, student_norm, teacher_norm, sums, vocab, segments, stride, rate, beta,
     bound, BLOCK: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
     """Of one segment of a row: the sums of the divergence's terms, slopes and of forward KL."""
@@ -437,8 +447,8 @@ def _pair_sums(
     row, column, valid, start = _segment(program, segments, vocab, BLOCK)
     ours = tl.load(student + start + column, mask=valid, other=0.0)
     theirs = tl.load(teacher + start + column, mask=valid, other=0.0)
-    bits_s = _bits(ours, tl.load(student_lse + row), valid, rate)
-    bits_t = _bits(theirs, tl.load(teacher_lse + row), valid, rate)
+    bits_s = _bits(ours, student_norm + 3 * row, 1, valid, rate)
+    bits_t = _bits(theirs, teacher_norm + 3 * row, 1, valid, rate)
     _, term, slope, forward = _entries(bits_s, bits_t, beta, bound, KIND, CLIP)
     tl.store(sums + program, tl.sum(term, axis=0))
     tl.store(sums + stride + program, tl.sum(slope, axis=0))
@@ -447,7 +457,7 @@ def _pair_sums(
 
 @triton.jit
 def _gradient(
-    student, teacher, student_lse, teacher_lse, slope_sum, pull, labels, unit_lse, weight,
+    student, teacher, norm, teacher_norm, slope_sum, pull, labels, weight,
     vocab, segments, rate, beta, bound,
     BLOCK: tl.constexpr, KIND: tl.constexpr, CLIP: tl.constexpr, CE: tl.constexpr,
 ):  # fmt: skip
@@ -458,16 +468,16 @@ def _gradient(
     hit = (column == tl.load(labels + row)).to(tl.float32)
     gradient = tl.zeros((BLOCK,), tl.float32)
     if KIND != 0:
-        bits_s = _bits(x, tl.load(student_lse + row), valid, rate)
+        bits_s = _bits(x, norm + 3 * row, 1, valid, rate)
         if KIND == 4:
             gradient = tl.exp2(bits_s) - hit
         else:
             theirs = tl.load(teacher + start + column, mask=valid, other=0.0)
-            bits_t = _bits(theirs, tl.load(teacher_lse + row), valid, rate)
+            bits_t = _bits(theirs, teacher_norm + 3 * row, 1, valid, rate)
             s, _, slope, _ = _entries(bits_s, bits_t, beta, bound, KIND, CLIP)
             gradient = slope - s * tl.load(slope_sum + row)
         gradient *= tl.load(pull + row)
     if CE:
-        excess = tl.exp2(_bits(x, tl.load(unit_lse + row), valid, _LOG2_E)) - hit
+        excess = tl.exp2(_bits(x, norm + 3 * row, 2, valid, _LOG2_E)) - hit
         gradient += tl.load(weight + row) * excess
     tl.store(student + start + column, gradient, mask=valid)

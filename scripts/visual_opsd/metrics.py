@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,43 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data.json_lines import append_records, read_log
 from scripts.visual_opsd.processes import DistEnv, all_reduce_sums
 
 Metric = float | int | str | bool | None | Tensor
 
 
+def _wandb_run_id() -> str:
+    return os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+
+
 @dataclass(frozen=True)
 class WandbSettings:
-    """`run_id` continues a run on wandb's side; leave it out for a new one."""
+    """`run_id` names the run on wandb's side; an id that exists there is continued."""
 
     project: str
     name: str | None = None
     offline: bool = False
-    run_id: str | None = None
+    run_id: str = field(default_factory=_wandb_run_id)
+
+    def continuing(self, saved_id: str | None) -> WandbSettings:
+        """The same for a resumed run (None: it had none); WANDB_RUN_ID comes first."""
+        return replace(self, run_id=os.environ.get("WANDB_RUN_ID") or saved_id or self.run_id)
+
+    def check(self) -> None:
+        """ValueError if wandb is not installed or has no key; long before it is needed."""
+        wandb = _import_wandb()
+        if self.offline:
+            return
+        try:
+            # Knows WANDB_MODE, WANDB_BASE_URL and where keys are; asks on a terminal only. Whether
+            # the service answers is seen later: a night's outage should not end a requeued run.
+            wandb.login(verify=False)
+        except Exception as error:
+            raise ValueError(
+                f"--wandb_project: W&B has no usable key ({_one_line(error)}). Run `wandb login` "
+                "or set WANDB_API_KEY, or log without network by --wandb_offline True"
+            ) from error
 
 
 def simple(value: Metric) -> float | int | str | None:
@@ -44,18 +69,11 @@ def simple(value: Metric) -> float | int | str | None:
     return value
 
 
-def json_line(record: Mapping[str, Metric]) -> str:
-    """One line of JSON, "step" first, the other names sorted."""
-    names = sorted(record, key=lambda name: (name != "step", name))
-    return json.dumps({n: simple(record[n]) for n in names}, allow_nan=False) + "\n"
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, with non-finite numbers as floats again."""
+    """The records of a metrics.jsonl, with non-finite numbers as floats again."""
     special = ("nan", "inf", "-inf")
     return [
-        {k: float(v) if v in special else v for k, v in json.loads(line).items()}
-        for line in path.read_text(encoding="utf-8").splitlines()
+        {k: float(v) if v in special else v for k, v in record.items()} for record in read_log(path)
     ]
 
 
@@ -63,8 +81,8 @@ class MetricLogger:
     """Writes on rank 0, does nothing elsewhere: callers need no rank checks.
 
     Args:
-        path: the metrics file; appended to, one flushed line a call, so that a kill loses at most
-            the line being written.
+        path: the metrics file; appended to, one line a call, so that a kill loses at most the
+            line being written.
         total_steps, start_step: for the progress bar (drawn on stderr).
         progress: False draws none.
         wandb: imported only when given.
@@ -85,7 +103,7 @@ class MetricLogger:
         wandb: WandbSettings | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        self._file = None
+        self._path: Path | None = None  # on rank 0, until closed
         self._wandb_run: Any = None
         self._bar: Any = None
         if not env.is_main:
@@ -93,7 +111,7 @@ class MetricLogger:
         if wandb is not None:
             self._wandb_run = _start_wandb(wandb, path.parent, config)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
         if progress:
             # A log file gets a line now and then, a terminal a moving bar.
             interval = 0.2 if sys.stderr.isatty() else 30.0
@@ -114,17 +132,20 @@ class MetricLogger:
             metrics: scalars; a tensor must hold one element (reading it synchronises its device).
             show: name -> format of the metrics the progress bar shows, e.g. {"loss": ".4f"}.
         """
-        if self._file is None:
+        if self._path is None:
             return
-        record = {name: simple(value) for name, value in metrics.items()}
-        self._file.write(json_line({**record, "step": step}))
-        self._file.flush()
+        record = {name: simple(metrics[name]) for name in sorted(metrics)}
+        append_records(self._path, [{"step": step, **record}])
         if self._bar is not None and show:
             shown = {k: format(record[k], f) for k, f in show.items() if _is_number(record.get(k))}
             self._bar.set_postfix(shown, refresh=False)
         if self._wandb_run is not None:
             numbers = {k: v for k, v in record.items() if _is_number(v)}
-            self._wandb_run.log(numbers, step=step)
+            try:
+                self._wandb_run.log(numbers, step=step)
+            except Exception as error:  # somebody else's service must not end a run
+                self.message(f"W&B gets nothing from here on ({_one_line(error)})")
+                self._wandb_run = None
 
     def advance(self, steps: int = 1) -> None:
         """Move the progress bar."""
@@ -133,20 +154,19 @@ class MetricLogger:
 
     def message(self, text: str) -> None:
         """Print a line on rank 0 without tearing the bar."""
-        if self._file is not None:
+        if self._path is not None:
             tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """Close file, bar and wandb run; may be called twice."""
+        """Close bar and wandb run; may be called twice."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
         if self._wandb_run is not None:
-            self._wandb_run.finish()
+            with suppress(Exception):  # what it could not send is on disk for `wandb sync`
+                self._wandb_run.finish()
             self._wandb_run = None
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._path = None
 
     def __enter__(self) -> MetricLogger:
         return self
@@ -159,7 +179,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float)
 
 
-def _start_wandb(settings: WandbSettings, folder: Path, config: Mapping[str, Any] | None) -> Any:
+def _import_wandb() -> Any:
+    # Without network at the end wandb would wait for hours, and the GPUs with it.
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "600")
     try:
         import wandb
     except ImportError as error:
@@ -167,16 +189,36 @@ def _start_wandb(settings: WandbSettings, folder: Path, config: Mapping[str, Any
             "--wandb_project needs wandb, which is not installed: pip install wandb, or leave "
             "the flag out (metrics.jsonl is always written)"
         ) from error
+    return wandb
+
+
+def _start_wandb(settings: WandbSettings, folder: Path, config: Mapping[str, Any] | None) -> Any:
+    """A run; offline when the service does not answer, None when nothing helps."""
+    wandb = _import_wandb()
     folder.mkdir(parents=True, exist_ok=True)
-    return wandb.init(
-        project=settings.project,
-        name=settings.name,
-        id=settings.run_id,
-        resume="allow" if settings.run_id else None,
-        mode="offline" if settings.offline else "online",
-        dir=str(folder),
-        config=dict(config or {}),
-    )
+    options = {
+        "project": settings.project,
+        "name": settings.name,
+        "id": settings.run_id,
+        "resume": "allow",
+        "dir": os.environ.get("WANDB_DIR") or str(folder),
+        "config": dict(config or {}),
+    }
+    try:
+        # None: WANDB_MODE decides.
+        return wandb.init(mode="offline" if settings.offline else None, **options)
+    except Exception as error:
+        print(f"W&B does not start ({_one_line(error)}); trying it offline", file=sys.stderr)
+    try:
+        wandb.teardown()  # it still holds the id
+        return wandb.init(mode="offline", **options)
+    except Exception as error:
+        print(f"W&B gets nothing of this run ({_one_line(error)})", file=sys.stderr)
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class PhaseTimer:

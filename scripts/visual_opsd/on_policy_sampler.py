@@ -70,14 +70,13 @@ def sample_completions(
     step: int,
     device: torch.device | str = "cpu",
     should_stop: Callable[[], bool] = lambda: False,
-    on_rows: Callable[[int], None] = lambda done: None,
 ) -> list[Completion]:
     """One completion for every context, in order.
 
     Args:
         model: a plain (unsharded) module on `device`.
         contexts: student contexts; row_ids: a number that names each row within the step.
-        should_stop: polled while decoding; on_rows: told how many rows are finished.
+        should_stop: polled while decoding.
 
     Raises:
         Interrupted: `should_stop` returned True.
@@ -89,7 +88,7 @@ def sample_completions(
             raise Interrupted
 
     completions: list[Completion] = []
-    for group in _groups(contexts, settings):
+    for group in decoding_groups(contexts, settings):
         uniforms = None
         if settings.do_sample:
             numbers = [
@@ -111,12 +110,11 @@ def sample_completions(
             on_check=poll,
         )
         completions.extend(to_completion(generation) for generation in generations)
-        on_rows(len(completions))
     return completions
 
 
-def _groups(contexts: Sequence[Context], settings: SamplerSettings) -> list[list[int]]:
-    """Runs of rows that fit both limits."""
+def decoding_groups(contexts: Sequence[Context], settings: SamplerSettings) -> list[list[int]]:
+    """Runs of rows that are decoded together: they fit both limits of the settings."""
     lengths = [context_length(context) for context in contexts]
     groups = []
     for run in group_by_tokens(lengths, settings.max_prefill_tokens):

@@ -7,13 +7,20 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from data.programs import leave as leave
+from scripts.visual_opsd.peers import Watch
+
+T = TypeVar("T")
+_watch: Watch | None = None  # of the group that this process is in
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,10 @@ class DistEnv:
         return self.rank == 0
 
 
+# A group forms when its last process starts; on busy clusters that takes minutes, never hours.
+JOIN_TIMEOUT_S = 300.0
+
+
 def init_distributed(device: str = "auto", timeout_s: float = 1800) -> DistEnv:
     """Join torchrun's group, or make a group of one when WORLD_SIZE is not set.
 
@@ -39,7 +50,8 @@ def init_distributed(device: str = "auto", timeout_s: float = 1800) -> DistEnv:
         timeout_s: after this many seconds a collective that some rank never joined fails.
 
     Raises:
-        ValueError: unknown device, "cuda" without a GPU, or more local ranks than GPUs.
+        ValueError: unknown device, "cuda" without a GPU, more local ranks than GPUs, variables of
+            a launcher that are incomplete, or processes that do not come.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"unknown device {device!r}: use auto, cpu or cuda")
@@ -49,11 +61,7 @@ def init_distributed(device: str = "auto", timeout_s: float = 1800) -> DistEnv:
             "CUDA_VISIBLE_DEVICES is empty): install a CUDA build or use --device cpu"
         )
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    launched = "WORLD_SIZE" in os.environ
-    rank = int(os.environ.get("RANK", 0)) if launched else 0
-    world_size = int(os.environ["WORLD_SIZE"]) if launched else 1
-    local_rank = int(os.environ.get("LOCAL_RANK", 0)) if launched else 0
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if launched else 1
+    rank, world_size, local_rank, local_world_size = _launched_as()
     if use_cuda:
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -64,32 +72,97 @@ def init_distributed(device: str = "auto", timeout_s: float = 1800) -> DistEnv:
     # gloo beside NCCL: flags, object gathers and checkpoint staging travel through host memory.
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    if launched:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        store = dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    global _watch
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if torchrun or world_size > 1:
+        _watch = Watch(launched=torchrun)
+    store = dist.HashStore() if world_size == 1 else _meet(rank, world_size, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if _watch is not None and world_size > 1:
+        _watch.join(rank, range(rank - local_rank, rank - local_rank + local_world_size))
     here = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     return DistEnv(rank, world_size, local_rank, local_world_size, here)
 
 
+def _launched_as() -> tuple[int, int, int, int]:
+    """Rank, world size, local rank and local world size, from the launcher's variables.
+
+    Variables that a shell or a pod holds for another program would make this one wait for
+    processes that never come. A launcher of processes sets LOCAL_RANK too; pods that count nodes
+    by WORLD_SIZE and RANK do not.
+    """
+    needed = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ[name] for name in needed if os.environ.get(name)}
+    numbers = {name: _whole(name, given[name]) for name in given if name != "MASTER_ADDR"}
+    world_size, rank = numbers.get("WORLD_SIZE", 1), numbers.get("RANK", 0)
+    local_rank = numbers.get("LOCAL_RANK", 0)
+    absent = [name for name in needed if name not in given]
+    # Alone, a rank other than 0 would believe that it is rank 0.
+    if absent and (world_size > 1 or rank > 0 or local_rank > 0):
+        found = ", ".join(f"{name}={text}" for name, text in given.items())
+        raise ValueError(
+            f"{found}, but {', '.join(absent)} not set: no launcher started this process. Unset "
+            "what another program left in the environment, or start several processes by torchrun "
+            "or the launchers in scripts/visual_opsd"
+        )
+    if not max(rank, local_rank) < world_size:
+        raise ValueError(
+            f"RANK={rank} and LOCAL_RANK={local_rank} must be less than WORLD_SIZE={world_size}"
+        )
+    local_world_size = _whole("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_WORLD_SIZE") or "0")
+    if numbers.get("MASTER_PORT", 0) > 65535:
+        raise ValueError(f"MASTER_PORT={given['MASTER_PORT']} is no port: they end at 65535")
+    return rank, world_size, local_rank, min(local_world_size or world_size, world_size)
+
+
+def _whole(name: str, text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise ValueError(f"{name}={text!r} in the environment is not a whole number from 0")
+    return int(text)
+
+
+def _meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """The store that the group's processes share, once all of them have come."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps the store
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    names = [f"came/{restart}/{other}" for other in range(world_size)]
+    join = min(timeout, timedelta(seconds=JOIN_TIMEOUT_S))
+    store: dist.Store | None = None
+    try:
+        store = dist.TCPStore(
+            address,
+            port,
+            world_size,
+            is_master=rank == 0 and not agents,
+            timeout=join,
+            wait_for_workers=False,
+        )
+        store.set(names[rank], "")
+        store.wait(names, join)
+    except (RuntimeError, ValueError) as error:
+        cause = str(error).split("\n")[0]
+        with suppress(RuntimeError):  # the store's owner may have given up too
+            missing = [str(r) for r, name in enumerate(names) if store and not store.check([name])]
+            cause = f"rank {', '.join(missing)} did not come" if missing else cause
+        raise ValueError(
+            f"rank {rank} of {world_size} cannot meet the others at {address}:{port}: {cause} "
+            f"(waited {join.total_seconds():g} s at most). Start all of them, let the port "
+            "through, or unset WORLD_SIZE for a single process"
+        ) from error
+    store.set_timeout(timeout)
+    return store
+
+
 def shutdown() -> None:
     """Leave the process group (no-op when there is none)."""
+    global _watch
+    if _watch is not None:
+        error = sys.exc_info()[1]  # what ends the caller's block, if anything does
+        _watch.leave(failed=error is not None and not isinstance(error, ValueError))
+        _watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def leave(code: int) -> NoReturn:
-    """End this process at once, with everything it printed written out.
-
-    After collectives the ordinary end of the interpreter is not safe: a gloo thread that is late
-    to release a tensor then asks for the interpreter, is refused, and aborts the process
-    ("terminate called without an active exception", in some per cent of the runs on a busy CPU).
-    What must be closed (files, wandb, data workers) is closed by its owner before.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def all_reduce_sums(values: Mapping[str, float | Tensor], env: DistEnv) -> dict[str, float]:
@@ -154,17 +227,22 @@ def raise_together(error: Exception | None) -> None:
             raise (ValueError if is_value_error else RuntimeError)(f"rank {rank}: {text}")
 
 
-def on_main(env: DistEnv, action: Callable[[], object]) -> None:
-    """Run on rank 0 while the others wait; its error is raised on all ranks."""
+def on_main(env: DistEnv, action: Callable[[], T]) -> T:
+    """Run on rank 0 while the others wait; its result (small: it is pickled) or error is theirs."""
     barrier(env)
-    attempt(action if env.is_main else lambda: None)
+    result: list[Any] = [attempt(lambda: action() if env.is_main else None)]
+    if env.world_size > 1:
+        dist.broadcast_object_list(result, src=0)
+    return cast(T, result[0])
 
 
-def attempt(action: Callable[[], object]) -> None:
-    """Run on every rank; an error on any is raised on all."""
+def attempt(action: Callable[[], T]) -> T:
+    """Run on every rank, each gets its own result; an error on any is raised on all."""
     error: Exception | None = None
+    result: Any = None
     try:
-        action()
+        result = action()
     except Exception as caught:
         error = caught
     raise_together(error)
+    return cast(T, result)

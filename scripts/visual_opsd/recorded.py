@@ -7,11 +7,13 @@ tokens: another device, another dtype, another implementation.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from data.json_lines import append_records, read_given
 from data.parquet import SlotItem
 from data.sequence import Completion
 from scripts.visual_opsd.rows import TrainRow
@@ -24,22 +26,23 @@ def write_samples(
     decode: Callable[[list[int]], str],
 ) -> None:
     """Append the completions of 0-based step `step`; the file counts steps from 1."""
-    with path.open("a", encoding="utf-8") as file:
-        for item, completion in pairs:
-            record = {
-                "step": step + 1,
-                "slot": item.slot,
-                "row": item.value.name,
-                "question": item.value.question,
-                "answer": item.value.answer,
-                "completion": decode(list(completion.ids)),
-                "tokens": len(completion.ids),
-                "capped": completion.capped,
-                "ids": completion.ids,
-                "scored": "".join("01"[scored] for scored in completion.scored),
-                "logprobs": [round(p, 7) for p in completion.logprobs],
-            }
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    records = [
+        {
+            "step": step + 1,
+            "slot": item.slot,
+            "row": item.value.name,
+            "question": item.value.question,
+            "answer": item.value.answer,
+            "completion": decode(list(completion.ids)),
+            "tokens": len(completion.ids),
+            "capped": completion.capped,
+            "ids": completion.ids,
+            "scored": "".join("01"[scored] for scored in completion.scored),
+            "logprobs": [round(p, 7) for p in completion.logprobs],
+        }
+        for item, completion in pairs
+    ]
+    append_records(path, records)
 
 
 @dataclass(frozen=True)
@@ -52,19 +55,12 @@ class RecordedCompletions:
     @classmethod
     def read(cls, path: str) -> RecordedCompletions:
         """Raises ValueError: no such file, or a line that is no completion."""
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise ValueError(f"--replay_samples {path}: no such file")
         found = {}
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        for number, record in read_given(path, "completion"):
             try:
-                record = json.loads(line)
-                completion = Completion(
-                    tuple(record["ids"]),
-                    tuple(flag == "1" for flag in record["scored"]),
-                    tuple(record["logprobs"]),
-                    record["capped"],
-                )
-                found[record["step"], record["slot"]] = (record["row"], completion)
+                found[record["step"], record["slot"]] = (record["row"], _completion(record))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} line {number} holds no completion: {error!r}") from error
         return cls(path, found)
@@ -87,3 +83,16 @@ class RecordedCompletions:
                 f"{item.value.name}; use the same data, seed and batch size"
             )
         return completion
+
+
+def _completion(record: dict[str, Any]) -> Completion:
+    """Raises ValueError, KeyError or TypeError: the record holds no completion."""
+    ids, scored, logprobs = tuple(record["ids"]), record["scored"], tuple(record["logprobs"])
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise ValueError("ids must be token ids")
+    if len(scored) != len(ids) + 1 or set(scored) - {"0", "1"}:
+        raise ValueError("scored must hold a 0 or 1 for each id and one for the end")
+    if not all(isinstance(logprob, int | float) for logprob in logprobs):
+        raise ValueError("logprobs must be numbers")
+    flags = tuple(flag == "1" for flag in scored)
+    return Completion(ids, flags, logprobs, bool(record["capped"]))

@@ -7,11 +7,13 @@ Unlike training, nothing is replaced: a row that cannot be used is left out, cou
 from __future__ import annotations
 
 import hashlib
+import os
 import queue
 import sys
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -25,7 +27,7 @@ from data.rejects import summarise
 from data.row_groups import RowSource
 from data.thinkmorph import EVALUATION_ROWS, IMAGE_COLUMNS, PROBLEM_IMAGE, Row, RowNeeds
 from data.tsv import TsvDataset
-from scripts.visual_opsd.cli import option
+from scripts.visual_opsd.cli import TIMEOUTS, Settings, option
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.schedule import compute_dtype
 
@@ -34,7 +36,7 @@ THOUGHT_IDENTITY_COLUMNS = (*IDENTITY_COLUMNS, *IMAGE_COLUMNS)
 
 
 @dataclass(frozen=True)
-class ComputeSettings:
+class ComputeSettings(Settings):
     """Where a run computes; shared by evaluation and the diagnostic."""
 
     device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
@@ -42,7 +44,7 @@ class ComputeSettings:
         "auto", "weights and compute; auto: bf16 on CUDA, fp32 on CPU",
         choices=("auto", "bf16", "fp32"),
     )  # fmt: skip
-    timeout_s: float = option(7200.0, "seconds a rank waits for the slowest one")
+    timeout_s: float = option(7200.0, "seconds a rank waits for the slowest one", **TIMEOUTS)
     progress: bool = option(True, "draw a progress bar")
 
     def dtype(self, device: torch.device) -> torch.dtype:
@@ -70,6 +72,39 @@ def progress_bar(total: int, shown: bool) -> Any:
     )
 
 
+# ------------------------------------------------------------------------------ memory
+
+_MEMORY = ("out of memory", "not enough memory", "allocate memory", "bad_alloc", "alloc_failed")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the machine has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _MEMORY)
+
+
+class OutOfMemory(ValueError):
+    """Some rows need more memory than there is."""
+
+
+@contextmanager
+def memory_advice(rows: Sequence[object], advice: str) -> Iterator[None]:
+    """Turn a lack of memory into `OutOfMemory` that names the rows under way, and what to do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        cause = (str(error) or type(error).__name__).splitlines()[0]
+        shown = ", ".join(map(str, rows[:3]))
+        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+        raise OutOfMemory(
+            f"not enough memory ({cause}) with {len(rows)} rows at once ({shown}{more}): {advice}"
+        ) from error
+
+
 # ------------------------------------------------------------------------------ which rows
 
 
@@ -93,11 +128,11 @@ def open_data(data: str, split: str, root: str | Path | None, needs: RowNeeds) -
                 )
             found.append(TsvDataset(path.stem, path))
             continue
-        if path.is_file():
-            files, place = [path], path.resolve().parent
-        elif path.is_dir() and is_dataset_folder(path):
+        if os.path.isfile(path) or (path.suffix == ".parquet" and not os.path.isdir(path)):
+            files, place = [path], Path(os.path.realpath(path)).parent
+        elif is_dataset_folder(path):
             files, place = split_files(path, split), path.resolve()
-        elif path.is_dir():
+        elif os.path.isdir(path):
             raise ValueError(
                 f"--data {entry}: the folder holds no parquet files, directly or in its data/; "
                 "name a dataset's folder, or give its parent as --data_root and the name as --data"
@@ -144,6 +179,11 @@ class RowPool:
         number = bisect_right(self.starts, index) - 1
         return self.datasets[number], index - self.starts[number]
 
+    def reject(self, index: int, reason: str, detail: str) -> Reject:
+        """A row that turned out to be unusable after it was prepared."""
+        dataset, row = self.locate(index)
+        return Reject(dataset.name, *dataset.locate(row), reason, detail)
+
     def signature(self) -> list[dict[str, Any]]:
         """What tells these files from others: names, sizes and row counts, no paths."""
         return [
@@ -166,6 +206,9 @@ class RowName:
     row: int
     pid: str
     digest: str
+
+    def __str__(self) -> str:
+        return f"{self.dataset}/{self.file} row {self.row}"
 
 
 def row_name(row: Row, pid: str, columns: Sequence[str]) -> RowName:
@@ -203,6 +246,11 @@ class Window(Generic[P]):
     @property
     def count(self) -> int:
         return len(self.rows) + len(self.rejects)
+
+    def reject(self, index: int, reject: Reject) -> None:
+        """Count a row as unusable after all."""
+        self.rows[:] = [row for row in self.rows if row[0] != index]
+        self.rejects.append((index, reject))
 
 
 def read_windows(
@@ -286,8 +334,6 @@ class BadRows:
     """Counts rows left out and refuses to go on above a rate."""
 
     def __init__(self, max_rate: float, *, check_from: int = 200) -> None:
-        if not 0 <= max_rate <= 1:
-            raise ValueError(f"max_bad_rate must lie in [0, 1], got {max_rate}")
         self.max_rate, self.check_from = max_rate, check_from
         self.read = 0
         self.rejects: list[tuple[int, Reject]] = []

@@ -3,17 +3,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.limits import NO_LIMITS, ContextLimits
 from data.packing import context_length
 from data.sequence import Context, ContextBuilder, TextSegment
-from data.thinkmorph import OPSD_ROWS, SFT_ROWS, BadRow, Row, Sample, parse_row
+from data.thinkmorph import OPSD_ROWS, SFT_ROWS, Row, Sample, parse_row
 from data.transforms import ImageTransform, image_path
+from modeling.autoencoder import AE_FILE
 from modeling.bagel.config import BagelConfig
-from scripts.visual_opsd.config import PromptSettings
+from modeling.checkpoint import locate_weights
+from modeling.tokenizer import load_tokenizer
+from scripts.visual_opsd.config import PromptSettings, SampleSettings
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,25 @@ def make_builder(tokenizer: Any, model: BagelConfig, settings: PromptSettings) -
         vae_transform=ImageTransform(**settings.vae_config()),
         latent_side=model.max_latent_size,
         latent_stride=8 * model.latent_patch_size,
+        max_text_tokens=model.llm.max_position_embeddings,
     )
+
+
+def open_builder(
+    path: str | Path, settings: PromptSettings, *, visual_gen: bool = False
+) -> tuple[ContextBuilder, BagelConfig]:
+    """The builder of a release folder and its sizes, before any weight is read.
+
+    Raises:
+        ValueError: files that are missing or do not fit; for visual_gen also the autoencoder.
+    """
+    if visual_gen and Path(path).is_dir() and not (Path(path) / AE_FILE).is_file():
+        raise ValueError(
+            f"{path} lacks {AE_FILE}, which reads and draws pictures: copy it from the release"
+        )
+    model, _ = locate_weights(path, visual_gen=visual_gen)
+    tokenizer, _ = load_tokenizer(path)
+    return make_builder(tokenizer, model, settings), model
 
 
 def noise_generator(seed: int, position: int) -> torch.Generator:
@@ -59,30 +83,34 @@ def _name(sample: Sample) -> str:
     return f"{sample.dataset}/{sample.pid}"
 
 
-def _check_length(row: Row, context: Context, limit: int | None) -> None:
-    """BadRow unless the context leaves room for a completion of one token."""
-    length = context_length(context)
-    if limit is not None and length + 3 > limit:  # the token between two markers
-        raise BadRow(
-            "too_long",
-            f"its context takes {length} of max_forward_tokens {limit}: raise the limit or lower "
-            "vit_max_pixels",
-            file=row.file,
-            row=row.row,
-        )
+def scoring_limits(model: BagelConfig, sample: SampleSettings) -> ContextLimits:
+    """Of contexts that a completion follows: it may be cut, but not to less than one token."""
+    return ContextLimits(
+        model.llm.max_position_embeddings,
+        sample.sample_max_new_tokens,
+        "sample_max_new_tokens",
+        sample.max_forward_tokens,
+        room=3,  # the token between two markers
+    )
+
+
+def given_positions(ids: Sequence[int], context: Context, limits: ContextLimits) -> int:
+    """Rope positions of given text behind a context, cut to what `limits.tokens` leaves."""
+    whole = len(ids) + 2
+    return whole if limits.tokens is None else min(whole, limits.tokens - context_length(context))
 
 
 @dataclass(frozen=True)
 class PrepareOPSD:
     """Row -> student and teacher context; with `noise_seed` the VTs become Gaussian noise.
 
-    A row whose contexts leave no room within `max_tokens` is rejected as "too_long".
+    A row whose contexts do not fit the limits is rejected as "too_long".
     with_latents: the teacher also reads the VTs' latents (still pixels here).
     """
 
     builder: ContextBuilder
     noise_seed: int | None = None
-    max_tokens: int | None = None
+    limits: ContextLimits = NO_LIMITS
     with_latents: bool = False
 
     def __call__(self, row: Row) -> TrainRow:
@@ -92,7 +120,7 @@ class PrepareOPSD:
         if self.noise_seed is not None:
             noise = noise_generator(self.noise_seed, row.position)
         teacher = self.builder.teacher(sample, student, noise, with_latents=self.with_latents)
-        _check_length(row, teacher, self.max_tokens)
+        self.limits.check(row, teacher)
         return TrainRow(
             _name(sample), row.position, sample.question, sample.answer, student, teacher
         )
@@ -104,13 +132,15 @@ class PrepareSFT:
 
     builder: ContextBuilder
     form: str = "single"
-    max_tokens: int | None = None
+    limits: ContextLimits = NO_LIMITS
 
     def __call__(self, row: Row) -> TrainRow:
         sample = parse_row(row, SFT_ROWS)
         student = self.builder.student(sample)
         targets = self.builder.sft_targets(sample, self.form)
-        _check_length(row, (*student, *targets[:-1]), self.max_tokens)
+        head = (*student, *targets[:-1])
+        new = given_positions(targets[-1].ids, head, self.limits)
+        self.limits.check(row, head, new_positions=new)
         return TrainRow(
             _name(sample), row.position, sample.question, sample.answer, student, targets=targets
         )

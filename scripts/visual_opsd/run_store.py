@@ -1,9 +1,9 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""Files of a run that only reads a model: JSON lines that survive a kill, settings, fingerprints.
+"""Files of a run that only reads a model: JSON lines that survive a kill, and settings.
 
 Rank k appends to NAME.rank_k.jsonl; at the end rank 0 merges these and an earlier NAME.jsonl, in
 row order, into NAME.jsonl. A killed run leaves rank files, from which the next one goes on with
-any number of ranks.
+any number of ranks; it gathers them before anybody appends, so that what it adds is newer.
 """
 
 from __future__ import annotations
@@ -15,46 +15,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from modeling.checkpoint import is_generation_key
-from modeling.weight_files import open_weights, read_file
+from data.json_lines import append_records, read_log, write_lines
+from data.programs import make_folder
+from modeling.text_files import read_json_object
 
 SETTINGS_FILE = "settings.json"
-# Weights up to this size are hashed as a whole, of larger ones three samples of each tensor.
-_WHOLE_BYTES = 1 << 26
-_SAMPLE_BYTES = 4096
-
-
-def weights_fingerprint(path: str | Path, *, drawing: bool = False) -> str:
-    """Digest that tells two checkpoints apart, whatever their folders are called.
-
-    Covers names, shapes and dtypes of the tensors that understanding uses, and their bytes (of
-    large files the first, middle and last 4 KiB of each tensor: a training step moves them all).
-
-    drawing: also those that drawing uses: the generation expert and the autoencoder.
-
-    Raises:
-        ValueError: as `modeling.weight_files.open_weights`.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    found = sorted(open_weights(path).items())
-    tensors = [t for k, t in found if drawing or not is_generation_key(k)]
-    autoencoder = Path(path) / "ae.safetensors"
-    if drawing and autoencoder.is_file():
-        tensors += [t for _, t in sorted(read_file(autoencoder).items())]
-    whole = sum(tensor.nbytes for tensor in tensors) <= _WHOLE_BYTES
-    for tensor in tensors:
-        digest.update(f"{tensor.key} {tensor.dtype} {tensor.shape}\n".encode())
-        if whole or tensor.nbytes <= 3 * _SAMPLE_BYTES:
-            spans = [(tensor.start, tensor.nbytes)]
-        else:
-            middle = tensor.start + tensor.nbytes // 2
-            starts = (tensor.start, middle, tensor.stop - _SAMPLE_BYTES)
-            spans = [(start, _SAMPLE_BYTES) for start in starts]
-        with tensor.file.open("rb") as stream:
-            for start, size in spans:
-                stream.seek(start)
-                digest.update(stream.read(size))
-    return digest.hexdigest()
 
 
 def stable_hash(value: Any) -> str:
@@ -71,46 +36,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object. Raises ValueError, calling it `what`, if it is absent or no object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: {what}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): {what}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object: {what}")
-    return value
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file; a last line without its end (a killed writer's) is left out.
-
-    Raises:
-        ValueError: another line is not JSON; names it.
-    """
-    records = []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(
-                f"{path} line {number} is not JSON ({error}); the file was edited or damaged: "
-                "delete that line, its row will be computed again"
-            ) from error
-    return records
-
-
-def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSON-lines file, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        for record in records:
-            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    """A JSON object. Raises ValueError, saying `what` it is for, if it is absent or no object."""
+    return read_json_object(path, "file of results", fix=what)
 
 
 class RankedLines:
@@ -119,14 +46,21 @@ class RankedLines:
     Args:
         folder: the run's; must exist. name: stem of the files.
         key: field that names a record (an integer); a record read twice counts once.
+        fields: what else a record must hold, unless it holds "bad"; others are left out, so that
+            their rows are computed again.
     """
 
-    def __init__(self, folder: Path, name: str, key: str = "index") -> None:
-        self.folder, self.name, self.key = folder, name, key
+    def __init__(
+        self, folder: Path, name: str, key: str = "index", fields: Iterable[str] = ()
+    ) -> None:
+        self.folder, self.name, self.key, self.fields = folder, name, key, tuple(fields)
         self.merged = folder / f"{name}.jsonl"
+        self.earlier = folder / f"{name}.rank_earlier.jsonl"
 
     def _rank_files(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{self.name}.rank_*.jsonl"))
+        """What was appended, that of earlier runs first."""
+        found = self.folder.glob(f"{self.name}.rank_*.jsonl")
+        return sorted(found, key=lambda file: (file != self.earlier, file))
 
     def exists(self) -> bool:
         """Whether any record file is there, be it of a finished or a killed run."""
@@ -138,25 +72,35 @@ class RankedLines:
             file.unlink(missing_ok=True)
 
     def read(self) -> dict[int, dict[str, Any]]:
-        """Every record there is, by key, in the order of the keys."""
+        """The newest record of every key, in the order of the keys (see `settle`)."""
         found: dict[int, dict[str, Any]] = {}
         merged = [self.merged] if self.merged.is_file() else []
         for file in [*merged, *self._rank_files()]:
-            for record in read_lines(file):
-                found[int(record[self.key])] = record
+            for record in read_log(file, self._is_ours):
+                found[record[self.key]] = record
         return dict(sorted(found.items()))
+
+    def _is_ours(self, record: dict[str, Any]) -> bool:
+        if type(record[self.key]) is not int:
+            raise TypeError(f"{self.key} is no integer")
+        missing = [name for name in self.fields if name not in record]
+        if missing and "bad" not in record:
+            raise KeyError(*missing)
+        return True
+
+    def settle(self) -> None:
+        """Gather what killed runs left, before anybody appends: it is then older than every line
+        to come, whichever rank writes that."""
+        left = self._rank_files()
+        if left:
+            write_lines(self.earlier, self.read().values())
+            for file in left:
+                if file != self.earlier:
+                    file.unlink()
 
     def append(self, rank: int, records: Iterable[Mapping[str, Any]]) -> None:
         """Add records to a rank's file; on the disk's side of a kill after this returns."""
-        path = self.folder / f"{self.name}.rank_{rank}.jsonl"
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        with path.open("ab+") as stream:
-            if stream.tell():
-                stream.seek(-1, os.SEEK_END)
-                if stream.read(1) != b"\n":  # drop the line a killed process was writing
-                    stream.seek(0)
-                    stream.truncate(stream.read().rfind(b"\n") + 1)
-            stream.write(text.encode("utf-8"))
+        append_records(self.folder / f"{self.name}.rank_{rank}.jsonl", records)
 
     def merge(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Write `records` (what `read` gave, or some of it) as the merged file, then remove the
@@ -164,6 +108,20 @@ class RankedLines:
         write_lines(self.merged, records)
         for file in self._rank_files():
             file.unlink()
+
+
+def claim_output(folder: str | Path, result: str, overwrite: bool) -> None:
+    """Make the folder of a run that writes everything at its end.
+
+    Raises:
+        ValueError: it cannot be written to, or holds the file `result` and is not to be replaced.
+    """
+    if (Path(folder) / result).exists() and not overwrite:
+        raise ValueError(
+            f"--output_dir {folder} holds results ({result}); choose another, or pass --overwrite "
+            "to replace them"
+        )
+    make_folder(folder, "--output_dir")
 
 
 def claim_folder(
@@ -186,7 +144,7 @@ def claim_folder(
             different = "; ".join(differing(held.get("settings", {}), settings))
             raise ValueError(f"{folder} holds results of other settings ({different}); {hint}")
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--output_dir")
     write_json(path, {"hash": stable_hash(settings), "settings": settings})
 
 

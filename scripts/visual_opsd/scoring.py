@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from scripts.visual_opsd.run_store import read_lines
+from data.json_lines import read_log
+from scripts.visual_opsd.run_store import SETTINGS_FILE, read_json
 
 CONFIDENCE = 0.95
 # The last complete pair of tags; an earlier, unclosed <answer> is no part of it.
@@ -20,6 +23,7 @@ _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?")
 _QUOTES = {'"': '"', "'": "'", "`": "`", "$": "$", "*": "*", "(": ")", "[": "]", "{": "}"}
 _QUOTES |= {"\u201c": "\u201d", "\u2018": "\u2019"}
+_STOPS = ".\u3002"
 
 ROW_KEY = ("dataset", "file", "row", "pid", "digest")
 
@@ -38,23 +42,38 @@ def extract_answer(text: str) -> str | None:
     return text[slice(*spans[-1])] if spans else None
 
 
+def plain_characters(text: str) -> str:
+    """Unicode NFKC without characters that nobody sees (zero-width ones), U+2212 as "-"."""
+    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-")
+    if text.isascii():
+        return text
+    return "".join(c for c in text if unicodedata.category(c) != "Cf")
+
+
+def bare(text: str) -> str:
+    """Without white space at the ends, final full stops and enclosing quotes and brackets."""
+    start, stop = 0, len(text)
+    while True:
+        while start < stop and text[start].isspace():
+            start += 1
+        while start < stop and (text[stop - 1].isspace() or text[stop - 1] in _STOPS):
+            stop -= 1
+        if stop - start < 2 or _QUOTES.get(text[start]) != text[stop - 1]:
+            return text[start:stop]
+        start, stop = start + 1, stop - 1
+
+
 def normalise_answer(answer: str) -> str:
     """The form in which answers are compared.
 
-    In this order: Unicode NFKC, lower case (casefold), white space at the ends and around commas
-    removed and elsewhere one space, final full stops removed, enclosing quotes, brackets, `*` and
-    `$` removed (so "(B)" is "b"), and a plain number without its thousands separators, plus sign
-    and superfluous zeros ("1,200.50" is "1200.5"). Units and percent signs are kept.
+    In this order: Unicode NFKC without zero-width characters and with U+2212 as "-", lower case
+    (casefold), white space at the ends and around commas removed and elsewhere one space, final
+    full stops (U+3002 too) removed, enclosing quotes, brackets, `*` and `$` removed (so "(B)" is
+    "b"), and a plain number without its thousands separators, plus sign and superfluous zeros
+    ("1,200.50" is "1200.5"). Units and percent signs are kept.
     """
-    text = unicodedata.normalize("NFKC", answer).casefold()
-    text = re.sub(r"\s*,\s*", ",", re.sub(r"\s+", " ", text.strip()))
-    while True:
-        shorter = text.rstrip(".").strip()
-        if len(shorter) > 1 and _QUOTES.get(shorter[0]) == shorter[-1]:
-            shorter = shorter[1:-1].strip()
-        if shorter == text:
-            break
-        text = shorter
+    text = plain_characters(answer).casefold()
+    text = bare(re.sub(r"\s*,\s*", ",", re.sub(r"\s+", " ", text.strip())))
     if _NUMBER.fullmatch(text):
         whole, _, part = text.replace(",", "").lstrip("+").partition(".")
         sign = "-" if whole.startswith("-") else ""
@@ -99,6 +118,15 @@ def wilson_interval(
     low = 0.0 if correct == 0 else max(0.0, centre - spread)
     high = 1.0 if correct == total else min(1.0, centre + spread)
     return low, high
+
+
+def lenient_figures(correct: int, n: int) -> dict[str, Any]:
+    """Figures of the lenient verdict, to stand beside the strict ones of the same names."""
+    return {
+        "lenient_correct": correct,
+        "lenient_accuracy": correct / n,
+        "lenient_interval": list(wilson_interval(correct, n)),
+    }
 
 
 def mcnemar_exact(only_a: int, only_b: int) -> float:
@@ -157,29 +185,67 @@ def compare_paired(a: Sequence[bool], b: Sequence[bool]) -> PairedComparison:
 # ---------------------------------------------------------------------------------- runs
 
 
-def _verdicts(folder: str | Path) -> dict[tuple[Any, ...], bool]:
+def read_verdicts(
+    folder: str | Path, verdict: str = "correct"
+) -> dict[tuple[Any, ...], bool]:
+    """A verdict ("correct" or "lenient") on each row of a finished evaluation, by `ROW_KEY`.
+
+    Raises:
+        ValueError: no predictions there, or without such verdicts.
+    """
     path = Path(folder) / "predictions.jsonl"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(
             f"{path} does not exist: give the output folder of a finished evaluation (python -m "
             "scripts.visual_opsd.evaluate --output_dir DIR; the same command resumes a killed one)"
         )
-    return {tuple(line[k] for k in ROW_KEY): bool(line["correct"]) for line in read_lines(path)}
+    held = itemgetter(*ROW_KEY)
+    lines = read_log(path, lambda line: bool(held(line)))
+    if any(verdict not in line for line in lines):
+        raise ValueError(
+            f"{path} has lines without {verdict!r}: an earlier version of this program wrote them; "
+            "evaluate that model again (--overwrite)"
+        )
+    return {tuple(line[k] for k in ROW_KEY): bool(line[verdict]) for line in lines}
+
+
+def _scoring_version(folder: str | Path) -> str | None:
+    """The rules a run was judged by; None if it has no settings to say so."""
+    path = Path(folder) / SETTINGS_FILE
+    if not path.is_file():
+        return None
+    held = read_json(path, "it says what the results beside it were made with").get("settings")
+    return str(held.get("scoring_version", "of an earlier version")) if held else None
+
+
+def check_same_rules(run_a: str | Path, run_b: str | Path) -> None:
+    """Raises ValueError if two evaluations were judged by rules of different versions."""
+    a, b = _scoring_version(run_a), _scoring_version(run_b)
+    if a is not None and b is not None and a != b:
+        raise ValueError(
+            f"{run_a} was judged by the rules {a}, {run_b} by those {b}: such verdicts cannot be "
+            "compared; evaluate the older run again (--overwrite)"
+        )
 
 
 def _first_missing(a: Mapping[Any, bool], b: Mapping[Any, bool]) -> tuple[Any, ...] | None:
     return next((key for key in a if key not in b), None)
 
 
-def compare_runs(run_a: str | Path, run_b: str | Path) -> PairedComparison:
+def compare_runs(
+    run_a: str | Path, run_b: str | Path, verdict: str = "correct"
+) -> PairedComparison:
     """Compare two finished evaluations on their common rows, which must be all their rows.
 
-    A row is known by dataset, file name, place, pid and a digest of its content.
+    A row is known by dataset, file name, place, pid and a digest of its content. `verdict`:
+    "correct", the strict one, or "lenient".
 
     Raises:
-        ValueError: a folder without predictions, or runs of different rows (names the first).
+        ValueError: a folder without predictions or such verdicts, runs judged by rules of
+            different versions, or runs of different rows (names the first).
     """
-    a, b = _verdicts(run_a), _verdicts(run_b)
+    a, b = read_verdicts(run_a, verdict), read_verdicts(run_b, verdict)
+    check_same_rules(run_a, run_b)
     for (here, first), (there, second) in (((run_a, a), (run_b, b)), ((run_b, b), (run_a, a))):
         key = _first_missing(first, second)
         if key is not None:

@@ -239,17 +239,23 @@ def run_pack(
     return PackResult(loss_sum.detach(), stats, logprobs, tuple(rows))
 
 
-def sampler_gap(results: Sequence[PackResult]) -> tuple[float, float]:
-    """(sum, maximum) of |log-probability recomputed - log-probability of the sampler|."""
-    total, worst = 0.0, 0.0
+def sampler_gap(results: Sequence[PackResult]) -> tuple[float, int, float]:
+    """(sum, number, maximum) of |log-probability recomputed - log-probability of the sampler|.
+
+    Over the labels of completions whose log-probabilities the sampler recorded.
+    """
+    total, count, worst = 0.0, 0, 0.0
     for result in results:
         completions = [row.completion for row in result.rows if row.completion is not None]
-        recorded = [p for c in completions for p in c.logprobs]
-        if len(recorded) != len(result.label_logprobs) or not recorded:
+        known = [len(c.logprobs) == c.count for c in completions for _ in range(c.count)]
+        recorded = [p for c in completions if len(c.logprobs) == c.count for p in c.logprobs]
+        if not recorded or len(known) != len(result.label_logprobs):
             continue
-        gap = (result.label_logprobs.float().cpu() - torch.tensor(recorded)).abs()
+        ours = result.label_logprobs.float().cpu()[torch.tensor(known)]
+        gap = (ours - torch.tensor(recorded)).abs()
         total, worst = total + float(gap.sum()), max(worst, float(gap.max()))
-    return total, worst
+        count += len(recorded)
+    return total, count, worst
 
 
 def completion_counts(rows: Sequence[ScoredRow], eos: int) -> dict[str, float]:
@@ -288,8 +294,8 @@ def summarise(sums: dict[str, float], loss: LossConfig, with_completions: bool) 
         figures["completion_length"] = mean_of(sums, "completion_tokens", "completions")
         for name in ("capped", "ended", "empty", "image_skips", "truncated"):
             figures[_RATES[name]] = mean_of(sums, name, "completions")
-        if "gap" in sums:
-            figures["sampler_gap"] = mean_of(sums, "gap", "rows")
+        if sums.get("gap_rows"):
+            figures["sampler_gap"] = sums["gap"] / sums["gap_rows"]
     else:
         figures["truncated_rate"] = mean_of(sums, "truncated", "sequences")
     return figures

@@ -3,32 +3,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
-
-class BatchClock:
-    """Measures batches that are decoded one after the other.
-
-    Hand `finished` to whoever decodes; it is called with the number of rows done so far.
-    """
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-        self._done = 0
-        self.batches: list[tuple[int, float]] = []  # rows, seconds
-
-    def finished(self, done: int) -> None:
-        now = time.perf_counter()
-        self.batches.append((done - self._done, now - self._last))
-        self._last, self._done = now, done
-
-    def of_rows(self) -> list[tuple[int, float]]:
-        """For every row, in order: the rows of its batch and the seconds that took."""
-        return [batch for batch in self.batches for _ in range(batch[0])]
 
 
 def timing_line(

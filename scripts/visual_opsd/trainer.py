@@ -11,15 +11,13 @@ another number of workers see the same batches and the same completions.
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -33,11 +31,12 @@ from modeling.bagel.bagel import Bagel
 from modeling.checkpoint import is_generation_key, iter_weights, locate_weights, save_bagel
 from modeling.tokenizer import load_tokenizer
 from modeling.weight_files import FLOAT_DTYPES, open_weights
-from scripts.visual_opsd.checkpoint_folders import check_folders
+from scripts.visual_opsd.checkpoint_folders import check_folders, restart_logs
 from scripts.visual_opsd.cli import flat
 from scripts.visual_opsd.config import TrainConfig
 from scripts.visual_opsd.distributed import (
     check_precision,
+    check_shards,
     clip_grad_norm,
     copy_shards,
     iter_full_state,
@@ -55,12 +54,20 @@ from scripts.visual_opsd.processes import (
     agree,
     all_reduce_max_int,
     all_reduce_sums,
+    attempt,
     gather_objects,
     on_main,
     raise_together,
 )
 from scripts.visual_opsd.recorded import RecordedCompletions, write_samples
-from scripts.visual_opsd.rows import PrepareOPSD, PrepareSFT, TrainRow, make_builder
+from scripts.visual_opsd.rows import (
+    PrepareOPSD,
+    PrepareSFT,
+    TrainRow,
+    make_builder,
+    scoring_limits,
+)
+from scripts.visual_opsd.run_contents import run_contents
 from scripts.visual_opsd.schedule import compute_dtype, learning_rate_factor
 from scripts.visual_opsd.step import (
     PackResult,
@@ -74,18 +81,18 @@ from scripts.visual_opsd.step import (
     score_targets,
     summarise,
 )
+from scripts.visual_opsd.stopping import StopRequest, exit_code
 from scripts.visual_opsd.teacher import Teacher
 from scripts.visual_opsd.training_state import (
     TrainingState,
+    check_resumable,
+    choose_checkpoint,
     claim_checkpoint_dir,
-    find_checkpoint,
     load_checkpoint,
     release_folder,
     save_checkpoint,
-    truncate_jsonl,
 )
 
-TERMINATED = 143  # 128 + SIGTERM, what a shell reports for a terminated process
 _SHOWN = {"loss": ".4f", "grad_norm": ".3f", "completion_length": ".1f"}
 _FINE, _STOP, _FAILED = 0, 1, 2
 T = TypeVar("T")
@@ -134,13 +141,17 @@ class Trainer:
         )
         replay = config.run.replay_samples
         self.recorded = RecordedCompletions.read(replay) if replay and not sft else None
-        self.checkpoint: Path | None = None
-        for spec in config.run.resume_specs:
-            self.checkpoint = self.checkpoint or find_checkpoint(config.run.checkpoints, spec)
-        folders = (self.results, config.run.checkpoints, self.checkpoint)
-        on_main(env, lambda: check_folders(*folders))  # before minutes of loading
+        run = config.run
+        self.wandb: WandbSettings | None = None
+        if run.wandb_project:
+            self.wandb = WandbSettings(run.wandb_project, run.wandb_name, run.wandb_offline)
+            on_main(env, self.wandb.check)
+        # What forbids a resume is said before minutes of loading.
+        self.contents = on_main(env, lambda: run_contents(config, self.sampler))
+        self.checkpoint = choose_checkpoint(config.run.checkpoints, config.run.resume_specs, env)
+        on_main(env, self._check_resume)
         self._build_models()
-        self.stopping = False
+        self.stop = StopRequest()
         self.step = 0  # completed optimiser steps
         self.saved_step = 0  # the last one whose state is on disk
         self.bad_steps = 0
@@ -163,11 +174,13 @@ class Trainer:
     def _prepare(self) -> Callable[[Row], TrainRow]:
         config = self.config
         builder = make_builder(self.tokenizer, self.model_config, config.prompt)
-        limit = config.sample.max_forward_tokens
+        limits = scoring_limits(self.model_config, config.sample)
         if self.sft:
-            return PrepareSFT(builder, config.data.sft_format, max_tokens=limit)
+            limits = replace(limits, new_positions=0).check_settings(builder)
+            return PrepareSFT(builder, config.data.sft_format, limits)
+        limits.check_settings(builder, teacher=True)
         noise_seed = config.run.global_seed if config.teacher.noise_vt else None
-        return PrepareOPSD(builder, noise_seed, limit, self.teacher_latents)
+        return PrepareOPSD(builder, noise_seed, limits, self.teacher_latents)
 
     def _sharded(
         self,
@@ -201,7 +214,9 @@ class Trainer:
         if source is not None and source.config == model.config:
             copy_shards(model, source)  # the same weights: no need to read them again
         else:
-            load_sharded(model, iter_weights(config.model.model_path, visual_gen=visual_gen))
+            path = config.model.model_path
+            load_sharded(model, iter_weights(path, visual_gen=visual_gen))
+            check_shards(model, open_weights(path))
         return model
 
     def _freeze(self, model: Bagel) -> bool:
@@ -265,36 +280,35 @@ class Trainer:
         return TrainingState(self.student, self.optimizer, self.scheduler, self.ema)
 
     def _saved_config(self) -> dict[str, Any]:
-        """Settings stored with checkpoints, and what the order of the rows depends on."""
-        return {**asdict(self.config), "rows": self.sampler.signature(), "sft": self.sft}
+        """What is stored with checkpoints and must be the same on a resume."""
+        return {"config": {**asdict(self.config), "sft": self.sft}, "contents": self.contents}
+
+    def _check_resume(self) -> None:
+        check_folders(self.results, self.config.run.checkpoints, self.checkpoint)
+        if self.checkpoint is not None:
+            check_resumable(self.checkpoint, **self._saved_config())
 
     def _restore(self) -> None:
         run = self.config.run
         rejects: dict[str, Any] = {"rows_read": 0, "reasons": {}}
         if self.checkpoint is not None:
-            resumed = load_checkpoint(
-                self.checkpoint, self.state, env=self.env, config=self._saved_config()
+            resumed = load_checkpoint(  # whose digests were checked when it was chosen
+                self.checkpoint, self.state, env=self.env, digests=False, **self._saved_config()
             )
             self.step = self.saved_step = resumed.step
             self.bad_steps = int(resumed.extra["bad_steps"])
             rejects = resumed.extra["rejects"]
+            if self.wandb is not None:
+                self.wandb = self.wandb.continuing(resumed.extra.get("wandb_id"))
         claim_checkpoint_dir(run.checkpoints, self.checkpoint, self.env)
-        self.ledger.resume(rejects, self.step)
-        if self.env.is_main:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                truncate_jsonl(self.results / name, self.step)
-            (self.results / "config.yaml").write_text(
-                yaml.safe_dump(flat(self.config), sort_keys=False)
-            )
+        attempt(lambda: self.ledger.resume(rejects, self.step))
+        on_main(self.env, lambda: restart_logs(self.results, self.step, flat(self.config)))
 
     # ------------------------------------------------------------------------------- training
 
     def train(self) -> int:
-        """Run to `total_steps`; returns the exit code (0, or 143 after SIGTERM)."""
+        """Run to `total_steps`; returns the exit code (0, or 128 + the signal that stopped it)."""
         config, run = self.config, self.config.run
-        wandb = None
-        if run.wandb_project:
-            wandb = WandbSettings(run.wandb_project, run.wandb_name, run.wandb_offline)
         self.timer = PhaseTimer(self.env.device, synchronize=True)
         logger = MetricLogger(
             self.results / "metrics.jsonl",
@@ -302,17 +316,15 @@ class Trainer:
             total_steps=config.optim.total_steps,
             start_step=self.step,
             progress=run.progress,
-            wandb=wandb,
+            wandb=self.wandb,
             config=flat(config),
         )
-        with self._noting_sigterm(), logger as self.log, closing(iter(self._loader())) as rows:
+        with self.stop, logger as self.log, closing(iter(self._loader())) as rows:
             self._begin()
             while self.step < config.optim.total_steps:
                 if not self._one_step(rows):
-                    self._save_state()
-                    kept = f"state of step {self.step} saved; --resume it"
-                    self.log.message(f"terminated: {kept if self.step else 'nothing to save yet'}")
-                    return TERMINATED
+                    self.log.message(f"terminated: {self._keep()}")
+                    return exit_code(all_reduce_max_int(self.stop.number, self.env))
                 if self._saves():
                     self._save_state()
                     self._save_release()
@@ -331,7 +343,8 @@ class Trainer:
                 self.log.message(f"no checkpoint in {run.checkpoints} yet: starting at step 0")
             return
         self.log.message(f"resumed from {self.checkpoint}")
-        owed = self._saves() and not release_folder(run.checkpoints, self.step).exists()
+        own = self.checkpoint.resolve().parent == run.checkpoints.resolve()
+        owed = own and self._saves() and not release_folder(run.checkpoints, self.step).exists()
         if agree(owed, self.env):
             self._save_release()
 
@@ -346,18 +359,8 @@ class Trainer:
             total_steps=config.optim.total_steps,
             num_workers=config.data.num_workers,
             prefetch_factor=config.data.prefetch_factor,
+            stuck_after_s=config.run.timeout_s,
         )
-
-    @contextmanager
-    def _noting_sigterm(self) -> Iterator[None]:
-        def stop(*_: object) -> None:
-            self.stopping = True
-
-        before = signal.signal(signal.SIGTERM, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
 
     def _together(self, action: Callable[[], T]) -> T | None:
         """Run on every rank: None on all when one was told to stop, one's error raised on all.
@@ -368,7 +371,7 @@ class Trainer:
         status, failure, result = _FINE, None, None
         try:
             result = action()
-            status = _STOP if self.stopping else _FINE
+            status = _STOP if self.stop.number else _FINE
         except Interrupted:
             status = _STOP
         except Exception as error:
@@ -381,7 +384,11 @@ class Trainer:
     def _one_step(self, loader: Iterator[StepRows[TrainRow]]) -> bool:
         """One optimiser step; False when the run was told to stop (nothing of the step counts)."""
         with self.timer("data"):
-            batch = self._together(lambda: next(loader))
+            try:
+                batch = self._together(lambda: next(loader))
+            except ValueError as error:  # no rows, on any rank: what was trained is kept
+                error.add_note(self._keep())
+                raise
         if batch is None:
             return False
         scored = self._together(lambda: self._score(batch))
@@ -398,7 +405,7 @@ class Trainer:
         )
         self._record_rejects(batch, sums)
         self._update(scored, sums)
-        return not agree(self.stopping, self.env)
+        return not agree(bool(self.stop.number), self.env)
 
     def _score(self, batch: StepRows[TrainRow]) -> list[ScoredRow]:
         """Rows with labels: completions of the student's current weights, or the SFT targets."""
@@ -430,7 +437,7 @@ class Trainer:
                 seed=self.config.run.global_seed,
                 step=batch.step,
                 device=self.env.device,
-                should_stop=lambda: self.stopping,
+                should_stop=lambda: bool(self.stop.number),
             )
         self.timer.add_tokens("sample", sum(len(c.ids) for c in completions))
         return completions
@@ -520,7 +527,7 @@ class Trainer:
         if with_completions:
             sums |= completion_counts(scored, self.special.eos)
             if self.config.loss.jsd_temperature == self.config.sample.sample_temperature:
-                sums["gap"], _ = sampler_gap(results)
+                sums["gap"], sums["gap_rows"], _ = sampler_gap(results)
         else:
             sums |= {"sequences": len(scored), "truncated": sum(r.truncated for r in scored)}
         return summarise(all_reduce_sums(sums, self.env), self.loss, with_completions)
@@ -554,6 +561,12 @@ class Trainer:
 
     # --------------------------------------------------------------------------------- saving
 
+    def _keep(self) -> str:
+        """Save the state of the last completed step before the run ends; says what is kept."""
+        self._save_state()
+        kept = f"state of step {self.step} saved; --resume it"
+        return kept if self.step else "nothing to save yet"
+
     def _save_state(self) -> None:
         run = self.config.run
         if self.step == self.saved_step:
@@ -563,8 +576,12 @@ class Trainer:
             self.step,
             self.state,
             env=self.env,
-            config=self._saved_config(),
-            extra={"rejects": self.ledger.state_dict(), "bad_steps": self.bad_steps},
+            **self._saved_config(),
+            extra={
+                "rejects": self.ledger.state_dict(),
+                "bad_steps": self.bad_steps,
+                "wandb_id": None if self.wandb is None else self.wandb.run_id,
+            },
             keep_last=run.keep_last,
         )
         self.saved_step = self.step
@@ -578,11 +595,13 @@ class Trainer:
         stored = open_weights(self.config.model.model_path)
         dtypes = {key: FLOAT_DTYPES[tensor.dtype] for key, tensor in stored.items()}
         tensors = iter_full_state(self.student, trained, dtypes.get)
-        save_bagel(
-            tensors,
-            release_folder(run.checkpoints, self.step) if self.env.is_main else None,
-            base=self.config.model.model_path,
-            step=self.step,
-            run_config=flat(self.config),
-            overwrite=True,
+        attempt(
+            lambda: save_bagel(
+                tensors,
+                release_folder(run.checkpoints, self.step) if self.env.is_main else None,
+                base=self.config.model.model_path,
+                step=self.step,
+                run_config=flat(self.config),
+                overwrite=True,
+            )
         )

@@ -14,13 +14,29 @@ from PIL import Image
 
 from data.contexts import CachedContext
 from data.interleave import IMAGE_MARKER, InterleaveEngine, InterleaveOptions
+from data.limits import NO_LIMITS, ContextLimits
 from data.packing import context_length
 from data.sequence import ContextBuilder, ImageSegment, Segment, TextSegment
 from data.thinkmorph import EVALUATION_ROWS, Row, RowNeeds, parse_row
 from data.transforms import ImageTransform
 from data.worlds import get_scorer
 from modeling.bagel.flow import Guidance, flow_schedule, initial_noise
-from scripts.visual_opsd.cli import option
+from scripts.visual_opsd.benchmark_scoring import Verdict, exact_verdict, world_verdict
+from scripts.visual_opsd.cli import (
+    ROUNDS,
+    ROWS,
+    SCALES,
+    SEEDS,
+    SHARES,
+    SHIFTS,
+    SIDES,
+    TIMESTEPS,
+    TOGETHER,
+    TOKENS,
+    Settings,
+    option,
+)
+from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.latents import row_generator
 from scripts.visual_opsd.row_windows import (
     IDENTITY_COLUMNS,
@@ -28,9 +44,7 @@ from scripts.visual_opsd.row_windows import (
     RowName,
     row_name,
 )
-from scripts.visual_opsd.scoring import (
-    exact_match,
-)
+from scripts.visual_opsd.rows import open_builder
 
 ARMS = ("kept", "removed", "noise", "other", "truth")
 # The contexts of interleaved inference, not those of training.
@@ -44,31 +58,38 @@ _OPTIONS = InterleaveOptions()
 
 
 @dataclass(frozen=True)
-class InterventionSettings:
+class InterventionSettings(Settings):
     """What is answered, and what it is shown."""
 
-    model_path: str = option("models/ThinkMorph-7B", "release folder with its drawing branch")
-    data: str = option(
-        "Spatial_Navigation", "datasets below the data root, folders or parquet files, by commas"
+    model_path: str = option(
+        "models/ThinkMorph-7B", "release folder with its drawing branch", path=True
     )
+    data: str = option(
+        "Spatial_Navigation", "datasets below the data root, folders or parquet files, by commas",
+        path="list",
+    )  # fmt: skip
     split: str = option("heldout", "files of a folder that are read (SPLIT-*.parquet)")
-    data_root: str | None = option(None, "folder of the datasets, else VISUAL_OPSD_DATA_ROOT")
-    limit: int | None = option(None, "only the first rows of all")
+    data_root: str | None = option(
+        None, "folder of the datasets, else VISUAL_OPSD_DATA_ROOT", path=True
+    )
+    limit: int | None = option(None, "only the first rows of all", **ROWS)
     arms: str = option(",".join(ARMS), "arms by commas; kept is always among them")
-    output_dir: str = option("results/vt_intervention", "drawings, outputs, summary and figure")
+    output_dir: str = option(
+        "results/vt_intervention", "drawings, outputs, summary and figure", path=True
+    )
     overwrite: bool = option(False, "throw away what output_dir holds of other settings")
-    batch_size: int = option(8, "rows that draw and answer together")
-    max_new_tokens: int = option(1024, "budget of each written part")
-    image_skips: int = option(1, "how often an answer that asks for another picture goes on")
-    seed: int = option(0, "random numbers of drawings and of the noise arm")
-    max_bad_rate: float = option(0.01, "share of unusable rows beyond which the run fails")
+    batch_size: int = option(8, "rows that draw and answer together", **TOGETHER)
+    max_new_tokens: int = option(1024, "budget of each written part", **TOKENS)
+    image_skips: int = option(
+        1, "how often an answer that asks for another picture goes on", **ROUNDS
+    )
+    seed: int = option(0, "random numbers of drawings and of the noise arm", **SEEDS)
+    max_bad_rate: float = option(
+        0.01, "share of unusable rows beyond which the run fails", **SHARES
+    )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.image_skips < 0 or (self.limit is not None and self.limit < 1):
-            raise ValueError("image_skips must not be negative, limit at least 1")
+        super().__post_init__()
         unknown = sorted({a.strip() for a in self.arms.split(",") if a.strip()} - set(ARMS))
         if unknown:
             raise ValueError(f"unknown arms {', '.join(unknown)}: choose from {', '.join(ARMS)}")
@@ -88,23 +109,44 @@ class InterventionSettings:
 
 
 @dataclass(frozen=True)
-class DrawingSettings:
+class DrawingSettings(Settings):
     """How the VT is drawn; defaults are those of `InterleaveOptions`."""
 
-    num_timesteps: int = option(_OPTIONS.num_timesteps, "Euler steps of a drawing, plus one")
-    timestep_shift: float = option(_OPTIONS.timestep_shift, "moves the steps towards the noise")
-    cfg_text_scale: float = option(_OPTIONS.cfg_text_scale, "guidance by the text; 1: none")
-    cfg_img_scale: float = option(_OPTIONS.cfg_img_scale, "guidance by the problem image; 1: none")
-    cfg_from: float = option(_OPTIONS.cfg_interval[0], "flow time above which guidance applies")
-    cfg_to: float = option(_OPTIONS.cfg_interval[1], "flow time up to which guidance applies")
+    num_timesteps: int = option(
+        _OPTIONS.num_timesteps, "Euler steps of a drawing, plus one", **TIMESTEPS
+    )
+    timestep_shift: float = option(
+        _OPTIONS.timestep_shift, "moves the steps towards the noise", **SHIFTS
+    )
+    cfg_text_scale: float = option(
+        _OPTIONS.cfg_text_scale, "guidance by the text; 1: none", **SCALES
+    )
+    cfg_img_scale: float = option(
+        _OPTIONS.cfg_img_scale, "guidance by the problem image; 1: none", **SCALES
+    )
+    cfg_from: float = option(
+        _OPTIONS.cfg_interval[0], "flow time above which guidance applies", **SHARES
+    )
+    cfg_to: float = option(
+        _OPTIONS.cfg_interval[1], "flow time up to which guidance applies", **SHARES
+    )
     cfg_renorm_type: str = option(
         _OPTIONS.cfg_renorm_type, "norm that guidance keeps",
         choices=("global", "channel", "text_channel"),
     )  # fmt: skip
-    cfg_renorm_min: float = option(_OPTIONS.cfg_renorm_min, "least factor of that renorm")
-    image_size: int | None = option(
-        None, "sides of the drawing in pixels; by default those of the problem for the VAE"
+    cfg_renorm_min: float = option(
+        _OPTIONS.cfg_renorm_min, "least factor of that renorm", **SHARES
     )
+    image_size: int | None = option(
+        None, "sides of the drawing in pixels; by default those of the problem for the VAE",
+        **SIDES,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cfg_from > self.cfg_to:
+            raise ValueError(f"--cfg_from must be at most --cfg_to ({self.cfg_to}), got "
+                             f"{self.cfg_from}")  # fmt: skip
 
     def guidance(self) -> Guidance:
         return Guidance(
@@ -123,7 +165,7 @@ class DrawingSettings:
 class Problem:
     """One row: what the model reads, what it might be shown, and what judges its answer.
 
-    picture: the problem at the autoencoder's size. judge: whole output -> is it right.
+    picture: the problem at the autoencoder's size. judge: whole output -> both verdicts.
     """
 
     name: RowName
@@ -134,7 +176,7 @@ class Problem:
     seen: ImageSegment
     asked: TextSegment
     truth: Image.Image | None
-    judge: Callable[[str], bool]
+    judge: Callable[[str], Verdict]
 
     @property
     def length(self) -> int:
@@ -146,14 +188,29 @@ class PrepareProblem:
     builder: ContextBuilder
     vae_transform: ImageTransform
     needs: RowNeeds
+    limits: ContextLimits = NO_LIMITS
+
+    @classmethod
+    def of(cls, settings: InterventionSettings, prompt: PromptSettings) -> PrepareProblem:
+        """Raises ValueError: no row can fit the model's positions."""
+        builder, model = open_builder(settings.model_path, prompt, visual_gen=True)
+        limits = ContextLimits(
+            model.llm.max_position_embeddings,
+            # The problem's latents, a text and its end, the VT's latents and image, another text.
+            1 + (settings.max_new_tokens + 1) + 2 + settings.max_new_tokens,
+        ).check_settings(builder)
+        return cls(builder, ImageTransform(**prompt.vae_config()), settings.needs, limits)
 
     def __call__(self, row: Row) -> Problem:
         sample = parse_row(row, self.needs)
-        *system, seen, asked = self.builder.student(sample)
+        context = self.builder.student(sample)
+        self.limits.check(row, context)
+        *system, seen, asked = context
         assert isinstance(seen, ImageSegment) and isinstance(asked, TextSegment)
-        judge = partial(exact_match, sample.answer)
+        judge = partial(exact_verdict, answer=sample.answer)
         if sample.world is not None:
-            judge = partial(get_scorer(sample.world), {"world_state": sample.world_state})
+            scorer = get_scorer(sample.world)
+            judge = partial(world_verdict, scorer=scorer, state=sample.world_state)
         with_thought = self.needs.visual_thoughts == "required"
         columns = THOUGHT_IDENTITY_COLUMNS if with_thought else IDENTITY_COLUMNS
         return Problem(

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,17 @@ import torch
 from PIL import Image
 
 from data.interleave import IMAGE_MARKER, InterleaveEngine
+from data.json_lines import write_lines
 from data.parquet import Reject
 from data.rejects import summarise
 from data.sequence import TextSegment
-from data.transforms import ImageTransform, decode_image
+from data.transforms import decode_image
 from modeling import load_bagel
+from modeling.fingerprints import weights_fingerprint
+from scripts.visual_opsd.benchmark_scoring import SCORING_VERSION
 from scripts.visual_opsd.cli import flat, parse_config, run_main
 from scripts.visual_opsd.config import PromptSettings
-from scripts.visual_opsd.evaluation_summary import split_bad
+from scripts.visual_opsd.evaluation_summary import share, split_bad
 from scripts.visual_opsd.processes import (
     DistEnv,
     attempt,
@@ -52,23 +56,22 @@ from scripts.visual_opsd.row_windows import (
     RowPool,
     Window,
     check_bad_rate,
+    memory_advice,
     open_data,
     progress_bar,
     prompt_identity,
     read_windows,
 )
-from scripts.visual_opsd.rows import make_builder
 from scripts.visual_opsd.run_store import (
     RankedLines,
     claim_folder,
     stable_hash,
-    weights_fingerprint,
     write_json,
-    write_lines,
 )
 from scripts.visual_opsd.scoring import (
     compare_paired,
     extract_answer,
+    lenient_figures,
     normal_quantile,
     wilson_interval,
 )
@@ -134,14 +137,17 @@ def result_settings(
         "precision": str(dtype).removeprefix("torch."),
         "vae": config.prompt.vae_config(),
         **prompt_identity(config.prompt),
+        "scoring_version": SCORING_VERSION,
     }
 
 
 class Runner:
     """One rank's part of a run."""
 
-    def __init__(self, config: InterventionConfig, env: DistEnv, pool: RowPool) -> None:
-        self.config, self.env, self.pool = config, env, pool
+    def __init__(
+        self, config: InterventionConfig, env: DistEnv, pool: RowPool, prepare: PrepareProblem
+    ) -> None:
+        self.config, self.env, self.pool, self.prepare = config, env, pool, prepare
         self.settings = settings = config.intervention
         bundle = load_bagel(
             settings.model_path,
@@ -149,17 +155,15 @@ class Runner:
             device=env.device,
             dtype=config.compute.dtype(env.device),
         )
-        builder = make_builder(bundle.tokenizer, bundle.config, config.prompt)
-        vae_transform = ImageTransform(**config.prompt.vae_config())
+        builder = prepare.builder
         engine = InterleaveEngine(
             bundle.model,
             bundle.vae,
             bundle.tokenizer,
-            vae_transform,
+            prepare.vae_transform,
             builder.vit_transform,
             bundle.special_tokens,
         )
-        self.prepare = PrepareProblem(builder, vae_transform, settings.needs)
         self.model = Interventions(engine, builder, settings, config.drawing)
 
     def _windows(self, indices: Sequence[int], title: str) -> Iterator[Window[Problem]]:
@@ -179,7 +183,8 @@ class Runner:
         """First texts and drawings of these rows."""
         for window in self._windows(indices, "drawing"):
             lines = [{"index": i, "bad": asdict(reject)} for i, reject in window.rejects]
-            replies = self.model.draw(window.rows) if window.rows else []
+            with self._memory_advice(window.rows):
+                replies = self.model.draw(window.rows) if window.rows else []
             for (index, problem), (text, segment, picture) in zip(
                 window.rows, replies, strict=True
             ):
@@ -192,7 +197,7 @@ class Runner:
                         "text": text,
                         "ids": list(segment.ids),
                         "drawn": picture is not None,
-                        "correct": problem.judge(text),
+                        **_verdicts(problem, text),
                     }
                 )
             stores.drawings.append(self.env.rank, sorted(lines, key=lambda line: line["index"]))
@@ -210,18 +215,19 @@ class Runner:
             if window.rejects:
                 index, reject = window.rejects[0]
                 raise ValueError(f"row {index} could be read before, and now not: {reject.detail}")
-            starts = self.model.after_text(
-                rows, [TextSegment(tuple(drawn[index]["ids"])) for index, _ in rows]
-            )
+            first = [TextSegment(tuple(drawn[index]["ids"])) for index, _ in rows]
+            with self._memory_advice(rows):
+                starts = self.model.after_text(rows, first)
             answers: list[dict[str, Any]] = [{} for _ in rows]
             for arm in self.settings.chosen:
                 pictures = [self._picture(arm, i, p, donor_of, stores) for i, p in rows]
-                texts = self.model.answer(starts, pictures)
+                with self._memory_advice(rows):
+                    texts = self.model.answer(starts, pictures)
                 for found, (index, problem), text in zip(answers, rows, texts, strict=True):
                     whole = drawn[index]["text"] + "\n" + text
                     found[arm] = {
                         "text": text,
-                        "correct": problem.judge(whole),
+                        **_verdicts(problem, whole),
                         "answered": extract_answer(whole) is not None,
                     }
             lines = [
@@ -238,6 +244,15 @@ class Runner:
             ]
             stores.outputs.append(self.env.rank, sorted(lines, key=lambda line: line["index"]))
 
+    def _memory_advice(self, rows: Sequence[tuple[int, Problem]]) -> AbstractContextManager[None]:
+        settings = self.settings
+        return memory_advice(
+            [problem.name for _, problem in rows],
+            f"lower --batch_size ({settings.batch_size}) or --max_new_tokens "
+            f"({settings.max_new_tokens}); what was drawn and answered is kept, and the same "
+            "command goes on from there",
+        )
+
     def _picture(
         self, arm: str, index: int, problem: Problem, donor_of: Mapping[int, int], stores: Stores
     ) -> Image.Image | None:
@@ -247,6 +262,11 @@ class Runner:
             return problem.truth
         own = decode_image(stores.picture(donor_of[index] if arm == "other" else index))
         return noise_picture(own.size, self.settings.seed, index) if arm == "noise" else own
+
+
+def _verdicts(problem: Problem, text: str) -> dict[str, bool]:
+    verdict = problem.judge(text)
+    return {"correct": verdict.correct, "lenient": verdict.lenient}
 
 
 def run(config: InterventionConfig, env: DistEnv) -> dict[str, Any]:
@@ -260,6 +280,7 @@ def run(config: InterventionConfig, env: DistEnv) -> dict[str, Any]:
     stores = Stores.of(Path(settings.output_dir))
     pool = RowPool(open_data(settings.data, settings.split, settings.data_root, settings.needs))
     wanted = result_settings(config, pool, config.compute.dtype(env.device))
+    prepare = PrepareProblem.of(settings, config.prompt)
     on_main(env, lambda: _prepare_folder(stores, wanted, settings))
     started = time.perf_counter()
     total = min(len(pool), settings.limit or len(pool))
@@ -267,7 +288,7 @@ def run(config: InterventionConfig, env: DistEnv) -> dict[str, Any]:
 
     def worker() -> Runner:
         if not runner:
-            runner.append(Runner(config, env, pool))
+            runner.append(Runner(config, env, pool, prepare))
         return runner[0]
 
     held = {i for i, line in stores.drawings.read().items() if "bad" not in line}
@@ -302,7 +323,11 @@ def run(config: InterventionConfig, env: DistEnv) -> dict[str, Any]:
         without = [line for line in good if not line["drawn"]]
         summary.update(
             rows=len(good),
-            not_drawn={"n": len(without), "correct": sum(bool(x["correct"]) for x in without)},
+            not_drawn={
+                "n": len(without),
+                "correct": sum(bool(x["correct"]) for x in without),
+                "lenient_correct": sum(bool(x["lenient"]) for x in without),
+            },
             bad_rows=len(rejects),
             seconds=time.perf_counter() - started,
             resumed_drawings=len(held),
@@ -331,6 +356,8 @@ def _prepare_folder(
         has_results=stores.drawings.exists(),
         hint="choose another --output_dir, or pass --overwrite to throw them away",
     )
+    for lines in (stores.drawings, stores.outputs):
+        lines.settle()
     (stores.folder / "drawings").mkdir(exist_ok=True)
 
 
@@ -366,13 +393,17 @@ def summarise_arms(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> d
 
 def _figures(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> dict[str, Any]:
     n = len(lines)
-    right = {arm: [bool(line["arms"][arm]["correct"]) for line in lines] for arm in arms}
+    right, lenient = (
+        {arm: [bool(line["arms"][arm][name]) for line in lines] for arm in arms}
+        for name in ("correct", "lenient")
+    )
     figures = {
         arm: {
             "n": n,
             "correct": sum(right[arm]),
             "accuracy": sum(right[arm]) / n,
             "interval": list(wilson_interval(sum(right[arm]), n)),
+            **lenient_figures(sum(lenient[arm]), n),
             "answered_rate": sum(bool(line["arms"][arm]["answered"]) for line in lines) / n,
             "same_text_as_kept": sum(
                 line["arms"][arm]["text"] == line["arms"]["kept"]["text"] for line in lines
@@ -381,36 +412,43 @@ def _figures(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> dict[st
         }
         for arm in arms
     }
-    # Arms of a row are no independent trials: the mean's spread is that of the rows' means.
-    means = np.array([[right[arm][i] for arm in arms] for i in range(n)], dtype=float).mean(1)
-    mean, spread = float(means.mean()), float(means.std(ddof=1)) if n > 1 else 0.0
+    return {
+        "n": n,
+        "arms": figures,
+        "mean": {**_mean(right), **{f"lenient_{k}": v for k, v in _mean(lenient).items()}},
+        "differences_to_kept": _differences(right),
+        "lenient_differences_to_kept": _differences(lenient),
+    }
+
+
+def _mean(right: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
+    """Arms of a row are no independent trials: the mean's spread is that of the rows' means."""
+    means = np.array(list(right.values()), dtype=float).T.mean(1)
+    n, mean = len(means), float(means.mean())
+    spread = float(means.std(ddof=1)) if n > 1 else 0.0
     half = normal_quantile() * spread / n**0.5
     interval = [max(0.0, mean - half), min(1.0, mean + half)]
     if spread == 0:  # says nothing about rows not seen
         interval = list(wilson_interval(round(mean * n), n))
-    paired = {a: asdict(compare_paired(right[a], right["kept"])) for a in arms if a != "kept"}
-    return {
-        "n": n,
-        "arms": figures,
-        "mean": {"accuracy": mean, "interval": interval},
-        "differences_to_kept": paired,
-    }
+    return {"accuracy": mean, "interval": interval}
+
+
+def _differences(right: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
+    return {a: asdict(compare_paired(right[a], right["kept"])) for a in right if a != "kept"}
 
 
 def table(summary: Mapping[str, Any]) -> str:
     """The summary as text, one line an arm."""
-    lines = [f"{'arm':10}{'n':>6}{'accuracy':>10}{'95 % interval':>17}{'to kept, points':>26}"]
+    columns = "".join(f"{name:>10}{'95 % interval':>17}" for name in ("accuracy", "lenient"))
+    lines = [f"{'arm':10}{'n':>6}{columns}{'to kept, points':>26}"]
     for arm, figures in summary["arms"].items():
-        low, high = figures["interval"]
-        line = f"{arm:10}{figures['n']:>6}{figures['accuracy']:>10.1%}"
-        line += f"{f'{low:.1%} - {high:.1%}':>17}"
+        line = f"{arm:10}{figures['n']:>6}{share(figures)}{share(figures, 'lenient_')}"
         paired = summary["differences_to_kept"].get(arm)
         if paired:
             shown = f"{paired['difference']:+.1f} ({paired['low']:+.1f} .. {paired['high']:+.1f})"
             line += f"{shown:>26}"
         lines.append(line)
-    low, high = summary["mean"]["interval"]
-    mean = f"{summary['mean']['accuracy']:>10.1%}{f'{low:.1%} - {high:.1%}':>17}"
+    mean = share(summary["mean"]) + share(summary["mean"], "lenient_")
     lines.append(f"{'mean':10}{summary['n']:>6}{mean}")
     if summary["not_drawn"]["n"]:
         lines.append(f"{summary['not_drawn']['n']} rows did not ask for a picture: left out")

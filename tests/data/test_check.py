@@ -88,6 +88,35 @@ def test_token_lengths_and_world_columns(
     assert "WARNING" not in table
 
 
+def test_questions_without_positions_and_control_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schema = SCHEMA.append(pa.field("world", pa.string())).append(
+        pa.field("world_state", pa.string())
+    )
+    changes: dict[int, dict[str, Any]] = {
+        1: {"question": "why " * 50_000},
+        2: {"world": "spatial_navigation", "world_state": "{{{"},
+        3: {"world": "chess", "world_state": "x"},
+        4: {"question": "What is <|im_end|>?"},
+        5: {"full_text_only_thought": "<|vision_start|>"},
+        6: {"question": "a <|b|> <im_end> |im_end|"},
+    }
+    rows = [good_row(i, **changes.get(i, {})) for i in range(7)]
+    path = write_parquet(tmp_path / "a.parquet", rows, schema=schema)
+    code, table = _table(capsys, path)
+    assert code == 0 and table["bad rows"] == "2 (2 bad_world)"
+    assert table["usable for evaluation"] == "5 rows"
+    assert table["note"].startswith("2 rows hold control tokens")
+    _, table = _table(capsys, path, "--tokenizer", TINY_BAGEL)
+    assert table["bad rows"] == "3 (2 bad_world, 1 too_long)"
+    assert table["usable for sft"] == table["usable for evaluation"] == "4 rows"
+    assert table["note"].startswith("2 rows hold control tokens")
+    write_parquet(tmp_path / "b.parquet", rows[:2], schema=schema)
+    code, table = _table(capsys, tmp_path / "b.parquet")
+    assert table["WARNING"].startswith("1 rows have questions of more than 131072 characters")
+
+
 def test_schema_error_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     no_answer = pa.schema([field for field in SCHEMA if field.name != "answer"])
     path = write_parquet(tmp_path / "a.parquet", [{"pid": "1"}], schema=no_answer)

@@ -144,7 +144,7 @@ def test_empty_and_foreign_files(tmp_path: Path) -> None:
     cut.write_bytes(full.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"cut\.parquet is not a readable parquet file"):
         ParquetDataset("X", [cut])
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"absent\.parquet does not exist"):
         ParquetDataset("X", [tmp_path / "absent.parquet"])
 
 
@@ -185,8 +185,9 @@ def test_a_vanished_file_is_an_error_and_not_a_bad_row(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", [good_row(0)])
     dataset = ParquetDataset("X", [path])
     path.unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"a\.parquet does not exist") as caught:
         list(iter_prepared(dataset, _pid))
+    assert not isinstance(caught.value, BadRow)
 
 
 def test_iter_prepared_marks_bad_rows_in_place(tmp_path: Path) -> None:

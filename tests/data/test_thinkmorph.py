@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from data.thinkmorph import (
     EVALUATION_ROWS,
@@ -26,6 +28,12 @@ from tests.data.synthetic import IMAGE, SCHEMA, good_row, image_cell, png, trunc
 
 def _row(**changes: Any) -> Row:
     return Row("Jigsaw_Assembly", "some/train-0.parquet", 7, good_row(7, **changes))
+
+
+def _float_tiff(value: float) -> bytes:
+    stream = io.BytesIO()
+    Image.new("F", (2, 2), value).save(stream, "TIFF")
+    return stream.getvalue()
 
 
 def test_row_becomes_sample() -> None:
@@ -81,6 +89,9 @@ def test_world_columns_and_absent_pid() -> None:
     sample = parse_row(_row(pid=None, world="spatial_navigation", world_state="SF/FG", answer=3))
     assert sample.pid == "train-0:7" and sample.answer == "3"
     assert (sample.world, sample.world_state) == ("spatial_navigation", "SF/FG")
+    # Columns that are there and empty, or of a data set that only calls one of them so.
+    assert parse_row(_row(world="", world_state="")).world is None
+    assert parse_row(_row(world=None, world_state="anything")).world is None
 
 
 @pytest.mark.parametrize(
@@ -89,14 +100,32 @@ def test_world_columns_and_absent_pid() -> None:
         ({"question": ""}, "missing_question"),
         ({"question": None}, "missing_question"),
         ({"answer": "  \n"}, "missing_answer"),
+        ({"answer": float("nan")}, "missing_answer"),
+        ({"answer": b"L"}, "wrong_type"),
+        ({"answer": ["L"]}, "wrong_type"),
+        ({"answer": True}, "wrong_type"),
+        ({"pid": {"a": 1}}, "wrong_type"),
         ({"problem_image_0": None}, "missing_image"),
         ({"problem_image_0": image_cell(b"")}, "missing_image"),
         ({"problem_image_0": {"bytes": None, "path": "a.png"}}, "missing_image"),
         ({"reasoning_image_0": {"bytes": None, "path": "a.png"}}, "missing_image"),
         ({"problem_image_0": image_cell(truncated_png())}, "broken_image"),
         ({"problem_image_0": image_cell(b"no image")}, "broken_image"),
+        ({"problem_image_0": image_cell(_float_tiff(float("nan")))}, "broken_image"),
+        ({"reasoning_image_1": image_cell(b"%!PS-Adobe-3.0 EPSF-3.0\n")}, "broken_image"),
         ({"reasoning_image_0": image_cell(truncated_png())}, "broken_image"),
         ({"reasoning_image_0": image_cell(None)}, "no_visual_thought"),
+        ({"world": "chess", "world_state": "SF/FG"}, "bad_world"),
+        ({"world": "", "world_state": "SF/FG"}, "bad_world"),
+        ({"world": "spatial_navigation"}, "bad_world"),
+        ({"world": "spatial_navigation", "world_state": ""}, "bad_world"),
+        ({"world": "spatial_navigation", "world_state": "{{{"}, "bad_world"),
+        ({"world": "spatial_navigation", "world_state": "SF/F"}, "bad_world"),
+        ({"world": "spatial_navigation", "world_state": "SFG"}, "bad_world"),
+        ({"world": "spatial_navigation", "world_state": "SS/FG"}, "bad_world"),
+        ({"world": "spatial_navigation", "world_state": "SF/FF"}, "bad_world"),
+        ({"world": "spatial_navigation", "world_state": "SH/HG"}, "bad_world"),  # no way out
+        ({"world": "spatial_navigation", "world_state": "/" * 100_000}, "bad_world"),
     ],
 )
 def test_reasons_of_bad_rows(changes: dict[str, Any], reason: str) -> None:

@@ -7,15 +7,20 @@ import hashlib
 import io
 import json
 import pickle
+import struct
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from data import transforms
 from data.transforms import (
+    FORMATS,
     PRESETS,
     ImageTransform,
     InferencerPath,
@@ -146,18 +151,265 @@ def test_white_compositing_of_every_kind_of_transparency() -> None:
     assert decode_image(stream.getvalue()).getpixel((0, 0)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV", "I", "F"])
-def test_other_modes_become_rgb(mode: str) -> None:
-    image = Image.new("RGB", (3, 2), (200, 200, 200)).convert("L").convert("RGB")
-    converted = to_rgb(image.convert("L").convert(mode) if mode in "IF" else image.convert(mode))
-    assert converted.mode == "RGB" and converted.size == (3, 2)
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV", "I", "F", "RGBX", "LAB"])
+def test_other_modes_keep_their_pixels(mode: str) -> None:
+    shades = [0, 255, 255] if mode == "1" else [10, 120, 200]
+    image = Image.fromarray(np.array([shades], dtype=np.uint8)).convert("RGB")
+    if mode == "LAB":
+        to_lab = ImageCms.buildTransform(
+            ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
+        )
+        given = ImageCms.applyTransform(image, to_lab)
+        assert given is not None
+    else:
+        given = (image.convert("L") if mode in "IF1P" else image).convert(mode)
+    assert given.mode == mode
+    converted = to_rgb(given)
+    assert converted.mode == "RGB" and converted.size == (3, 1)
+    assert np.asarray(converted) == pytest.approx(np.asarray(image), abs=3)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "La", "PA", "P"])
+def test_modes_with_alpha(mode: str) -> None:
+    """Grey 40 at half cover becomes 147 on white; without cover, white."""
+    image = Image.new("RGBA", (2, 1), (40, 40, 40, 128))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    steps = {"RGBa": ["RGBa"], "LA": ["LA"], "La": ["LA", "La"], "PA": ["PA"]}.get(mode, [])
+    if mode == "PA":
+        image = Image.fromarray(np.array([[[0, 128], [1, 0]]], np.uint8), "PA")
+        image.putpalette([40, 40, 40, 0, 0, 0])
+    elif mode == "P":
+        image = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+        image.putpalette([40, 40, 40, 128, 0, 0, 0, 0], "RGBA")
+    else:
+        for step in steps:
+            image = image.convert(step)
+    assert image.mode == mode
+    assert np.asarray(to_rgb(image))[0, :, 0].tolist() == pytest.approx([147, 255], abs=1)
+
+
+def _tiff(values: np.ndarray, **tags: Any) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(values).save(stream, "TIFF", **tags)
+    return stream.getvalue()
+
+
+def _shades(source: Image.Image | bytes) -> list[int]:
+    rgb = decode_image(source) if isinstance(source, bytes) else to_rgb(source)
+    pixels = np.asarray(rgb)
+    assert (pixels == pixels[..., :1]).all()
+    return pixels[0, :, 0].tolist()
 
 
 def test_16_bit_grey_keeps_its_shades() -> None:
+    values = np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16)
     stream = io.BytesIO()
-    Image.fromarray(np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16)).save(stream, "PNG")
-    shades = [decode_image(stream.getvalue()).getpixel((x, 0)) for x in range(3)]
-    assert shades == [(0, 0, 0), (128, 128, 128), (255, 255, 255)]
+    Image.fromarray(values).save(stream, "PNG")
+    assert _shades(stream.getvalue()) == _shades(_tiff(values)) == [0, 128, 255]
+    assert _shades(_tiff(values.astype(">u2"))) == [0, 128, 255]
+    # A transparent value no pixel has; one that is there.
+    for key, middle in ((5, 128), (0x8000, 255)):
+        stream = io.BytesIO()
+        Image.fromarray(values).save(stream, "PNG", transparency=key)
+        assert _shades(stream.getvalue()) == [0, middle, 255]
+    for mode in ("I;16", "I;16L", "I;16B", "I;16N"):
+        assert _shades(Image.new(mode, (1, 1), 0x4000)) == [64]
+    image = Image.open(io.BytesIO(_tiff(np.array([[0, 0x800, 0xFFF]], dtype=np.uint16))))
+    image.tag_v2[258] = (12,)  # type: ignore[attr-defined]
+    assert _shades(image) == [0, 128, 255]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_tiff_whose_zero_is_white(kind: Any) -> None:
+    full = {np.uint8: 255, np.uint16: 65535}.get(kind, 1)
+    tiff = _tiff(np.array([[0, full]], dtype=kind))
+    tag = struct.pack("<HHI", 262, 3, 1)  # PhotometricInterpretation: 1 says that black is zero
+    assert tiff.count(tag + b"\1") == 1
+    assert _shades(tiff) == [0, 255]
+    assert _shades(tiff.replace(tag + b"\1", tag + b"\0")) == [255, 0]
+
+
+@pytest.mark.parametrize(
+    ("values", "shades"),
+    [
+        (np.array([[0, 100, 255]], np.int32), [0, 100, 255]),
+        (np.array([[0, 512, 1023]], np.int32), [0, 128, 255]),
+        (np.array([[0, 32768, 65535]], np.int32), [0, 128, 255]),
+        (np.array([[0, 2**30, 2**31 - 1]], np.int32), [0, 64, 128]),
+        (np.array([[0, 0.5, 1]], np.float32), [0, 128, 255]),
+        (np.array([[-1e-4, 0.5, 1.0005]], np.float32), [0, 128, 255]),
+        (np.array([[0, 100, 255]], np.float32), [0, 100, 255]),
+        (np.array([[0, 32768, 65535]], np.float32), [0, 128, 255]),
+        (np.array([[0.25, 0.25]], np.float32), [64, 64]),
+        (np.zeros((1, 2), np.int32), [0, 0]),
+    ],
+)
+def test_grey_without_a_stated_range(values: np.ndarray, shades: list[int]) -> None:
+    assert _shades(Image.fromarray(values)) == _shades(_tiff(values)) == shades
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([[-5, 300]], np.int32),
+        np.array([[0, np.nan]], np.float32),
+        np.array([[0, np.inf]], np.float32),
+        np.array([[-np.inf, 1]], np.float32),
+        np.array([[-1, 1]], np.float32),  # which is grey: 0 or the middle?
+        np.array([[0, 1.5]], np.float32),  # of 1, of 2 or of 255?
+        np.array([[0, 1e30]], np.float32),
+    ],
+)
+def test_grey_of_no_known_range_is_refused(values: np.ndarray) -> None:
+    mode = "I" if values.dtype == np.int32 else "F"
+    for read in (lambda: decode_image(_tiff(values)), lambda: to_rgb(Image.fromarray(values))):
+        with pytest.raises(ValueError, match=f"of mode {mode} with values from .* save it as"):
+            read()
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def _raw_png(depth: int, colour: int, rows: bytes, key: bytes, size: tuple[int, int]) -> bytes:
+    head = struct.pack(">IIBBBBB", *size, depth, colour, 0, 0, 0)
+    chunks = (b"IHDR", head), (b"tRNS", key), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*chunk) for chunk in chunks)
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "row", "key", "pixels"),
+    [
+        (1, 0, "40", "0000", [255, 255]),
+        (2, 0, "70", "0001", [255, 255]),
+        (2, 0, "70", "0000", [85, 255]),
+        (4, 0, "2a", "0002", [255, 170]),
+        (8, 0, "0780", "0007", [255, 128]),
+        (16, 0, "12348000", "1234", [255, 128]),
+        (16, 2, "123412341234 800080008000", "123412341234", [255, 128]),
+        (16, 2, "000000000000 800080008000", "010001000100", [0, 128]),
+    ],
+)
+def test_transparent_colours_of_any_depth(
+    depth: int, colour: int, row: str, key: str, pixels: list[int]
+) -> None:
+    """Pillow compares samples that it brought to 8 bits with the colour as it is stored."""
+    png = _raw_png(depth, colour, b"\0" + bytes.fromhex(row), bytes.fromhex(key), (2, 1))
+    assert _shades(png) == _shades(Image.open(io.BytesIO(png))) == pixels
+
+
+# -- orientation ------------------------------------------------------------------------------
+
+_AS_STORED = Image.new("RGB", (24, 16), "white")
+_AS_STORED.paste((255, 0, 0), (0, 0, 12, 8))
+_AS_STORED.paste((0, 0, 255), (12, 8, 24, 16))
+# Orientation -> numpy's turns to the left, and whether the stored columns are reversed first.
+_UPRIGHT = {1: (0, 0), 2: (0, 1), 3: (2, 0), 4: (2, 1), 5: (1, 1), 6: (3, 0), 7: (3, 1), 8: (1, 0)}
+
+
+def _upright(orientation: int) -> np.ndarray:
+    turns, mirrored = _UPRIGHT[orientation]
+    pixels = np.asarray(_AS_STORED, int)
+    return np.rot90(pixels[:, ::-1] if mirrored else pixels, turns)
+
+
+def _exif(orientation: Any) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+def _saved(format_: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    _AS_STORED.save(stream, format_, **options)
+    return stream.getvalue()
+
+
+def _text(name: str, value: str) -> PngInfo:
+    info = PngInfo()
+    if name.startswith("XML"):
+        info.add_itxt(name, value)
+    else:
+        info.add_text(name, f"\nprofile\n{len(value.encode()):8}\n{value.encode().hex()}\n")
+    return info
+
+
+def _turned(kind: str, orientation: int) -> bytes:
+    xmp = f'<rdf:Description tiff:Orientation="{orientation}"/>'
+    if kind.endswith("XMP text"):
+        return _saved("PNG", pnginfo=_text("XML:com.adobe.xmp", xmp))
+    if kind.endswith("profile"):
+        return _saved("PNG", pnginfo=_text("Raw profile type xmp", xmp))
+    name, how = kind.split()
+    options: dict[str, Any] = {"quality": 95} if name in ("JPEG", "MPO") else {}
+    if name == "WEBP":
+        options["lossless"] = True
+    if name == "MPO":
+        options.update(save_all=True, append_images=[_AS_STORED])
+    if how == "EXIF":
+        return _saved(name, exif=_exif(orientation), **options)
+    return _saved(name, xmp=xmp.encode(), **options)
+
+
+_KINDS = [
+    "JPEG EXIF", "JPEG XMP", "PNG EXIF", "PNG XMP text", "PNG raw profile", "WEBP EXIF",
+    "WEBP XMP", "MPO EXIF", "TIFF EXIF",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_pictures_are_turned_upright(kind: str) -> None:
+    for orientation in range(1, 9):
+        data = _turned(kind, orientation)
+        found = decode_image(data)
+        want = _upright(orientation)
+        assert found.size == (want.shape[1], want.shape[0]), orientation
+        assert np.abs(np.asarray(found, int) - want).mean() < 12, orientation
+        assert to_rgb(found).tobytes() == found.tobytes()  # once is enough
+        with Image.open(io.BytesIO(data)) as opened:
+            assert to_rgb(opened).tobytes() == found.tobytes()
+            assert PRESETS["vae"].resize(opened).tobytes() == PRESETS["vae"].resize(found).tobytes()
+        stored = decode_image(data, upright=False)
+        if not kind.startswith("TIFF"):  # Pillow turns these, so the authors' code does
+            assert np.abs(np.asarray(stored, int) - _upright(1)).mean() < 12
+        assert to_rgb(stored).tobytes() == stored.tobytes()
+
+
+@pytest.mark.parametrize(
+    "xmp",
+    [
+        "<tiff:Orientation>6</tiff:Orientation>",
+        "<x tiff:Orientation='6'/>",
+        '<x tiff:Orientation = "6"/>',
+        "<tiff:Orientation> 6 </tiff:Orientation>",
+    ],
+)
+def test_spellings_of_xmp(xmp: str) -> None:
+    for written in (xmp.encode(), xmp.encode("utf-16-le")):
+        assert decode_image(_saved("JPEG", xmp=written)).size == (16, 24)
+    # EXIF goes first.
+    assert decode_image(_saved("JPEG", xmp=xmp.encode(), exif=_exif(1))).size == (24, 16)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0MM", b"\xff" * 40, _exif(9), _exif(0)])
+def test_broken_orientation_leaves_the_picture(exif: Any) -> None:
+    for format_ in ("JPEG", "PNG", "WEBP"):
+        assert decode_image(_saved(format_, exif=exif)).size == (24, 16)
+
+
+def test_metadata_of_exiftool_and_other_number_types() -> None:
+    exif = _exif(6).tobytes()
+    info = PngInfo()
+    info.add_text("Raw profile type APP1", f"\ngeneric\n{len(exif):8}\n{exif.hex()}\n")
+    assert decode_image(_saved("PNG", pnginfo=info)).size == (16, 24)
+    # One BYTE and one LONG instead of a SHORT.
+    for kind, value in ((1, b"\x06\0\0\0"), (4, b"\x06\0\0\0")):
+        entry = struct.pack("<HHI", 274, kind, 1) + value
+        data = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
+        assert decode_image(_saved("JPEG", exif=data)).size == (16, 24), kind
+
+
+# -- what is no picture -----------------------------------------------------------------------
 
 
 def _png(size: tuple[int, int]) -> bytes:
@@ -172,8 +424,42 @@ def test_undecodable_bytes_are_one_value_error() -> None:
     for broken in (whole[: len(whole) // 2], whole[:20], b"", b"not an image", whole[8:]):
         with pytest.raises(ValueError, match="cannot decode the image"):
             decode_image(broken)
+    with (
+        Image.open(io.BytesIO(whole[: len(whole) // 2])) as opened,
+        pytest.raises(ValueError, match=r"cannot decode the image \(opened by the caller\)"),
+    ):
+        to_rgb(opened)
+    with pytest.raises(ValueError, match="has no pixels: it is 0 x 3"):
+        to_rgb(Image.new("RGB", (0, 3)))
     with pytest.raises(FileNotFoundError):
         decode_image(Path("no/such/file.png"))
+
+
+def test_no_other_program_sees_an_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def started(*_: Any, **__: Any) -> None:
+        raise AssertionError("another program was started")
+
+    monkeypatch.setattr("subprocess.Popen", started)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    (tmp_path / "picture.png").write_bytes(postscript)  # whatever its name says
+    for source in (postscript, tmp_path / "picture.png"):
+        with pytest.raises(ValueError, match="in none of the formats PNG, JPEG"):
+            decode_image(source)
+    with (
+        Image.open(io.BytesIO(postscript)) as opened,
+        pytest.raises(ValueError, match="EPS is a program"),
+    ):
+        to_rgb(opened)
+
+
+@pytest.mark.parametrize("format_", [*FORMATS, "MPO"])
+def test_every_format_is_read(format_: str) -> None:
+    data = _saved(format_)
+    assert decode_image(data).size == (24, 16)
+    for broken in (data[:30], data[: len(data) // 2]):
+        with pytest.raises(ValueError, match="cannot decode the image"):
+            decode_image(broken)
 
 
 def test_pixel_limit_names_the_size(monkeypatch: pytest.MonkeyPatch) -> None:

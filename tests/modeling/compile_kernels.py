@@ -125,7 +125,7 @@ def losses(_: int) -> None:
     """Every form of the loss, whose kernels are specialised on it."""
     count = 4
     logits, labels = empty(count, VOCAB), torch.zeros(count, dtype=torch.int64)
-    numbers = empty(count, dtype=torch.float32)
+    numbers, norm = empty(count, dtype=torch.float32), empty(count, 3, dtype=torch.float32)
     for temperature in (1.0, 2.0):
         loss_kernels.row_statistics(logits, temperature)
         loss_kernels.statistics_and_top_k(logits, temperature, 256)
@@ -136,13 +136,13 @@ def losses(_: int) -> None:
         for clip in clips:
             config = LossConfig(beta=beta, **clip)
             loss_kernels.divergence_on_support(logits, index, log_t.contiguous(), numbers, config)
-            loss_kernels.full_divergence(logits, logits, numbers, numbers, config)
+            loss_kernels.full_divergence(logits, logits, norm, norm, config)
             loss_kernels.write_gradient(
-                logits, config, labels, numbers, ce_weight=numbers, lse=numbers, pull=numbers,
-                teacher=logits, teacher_lse=numbers, slope_sum=numbers,
+                logits, config, labels, norm, ce_weight=numbers, pull=numbers,
+                teacher=logits, teacher_norm=norm, slope_sum=numbers,
             )  # fmt: skip
-    loss_kernels.write_gradient(logits, LossConfig(), labels, numbers, lse=numbers, pull=numbers)
-    loss_kernels.write_gradient(logits, LossConfig(), labels, numbers, ce_weight=numbers)
+    loss_kernels.write_gradient(logits, LossConfig(), labels, norm, pull=numbers)
+    loss_kernels.write_gradient(logits, LossConfig(), labels, norm, ce_weight=numbers)
     hidden, values = empty(count, HIDDEN), empty(count, 256, dtype=torch.float32)
     loss_products.sparse_times_head(values, index, empty(VOCAB, HIDDEN), hidden)
     loss_products.sparse_times_hidden(values, index, hidden, VOCAB)

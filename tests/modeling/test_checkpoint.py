@@ -139,6 +139,18 @@ def test_index(tiny: Tensors, make_base: Callable[..., Path]) -> None:
         saved = save_bagel([], base.with_name("out"), base=base)
     assert saved is not None and not (saved / "model.safetensors.index.json").exists()
     assert_same(load_file(saved / "model.safetensors"), tiny)
+    outside = base.with_name("outside.safetensors")
+    save_file(tiny, outside)
+    for name in ("../outside.safetensors", str(outside), "a/../../outside.safetensors", 7, None):
+        weight_map = json.dumps({"weight_map": {"a": name}})
+        (base / "model.safetensors.index.json").write_text(weight_map)
+        with pytest.raises(ValueError, match="which is no file of the folder"):
+            load_bagel(base)
+    for name in ("", "x" * 4000, "a\0b"):
+        weight_map = json.dumps({"weight_map": {"a": name}})
+        (base / "model.safetensors.index.json").write_text(weight_map)
+        with pytest.raises(ValueError, match="the download is incomplete"):
+            load_bagel(base)
     (base / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a safetensors index"):
         load_bagel(base)
@@ -198,6 +210,7 @@ def test_likely_causes(tiny: Tensors, make_base: Callable[..., Path]) -> None:
 
     understanding = {k: v for k, v in tiny.items() if not is_generation_key(k)}
     fails(understanding, "saved without the drawing branch", visual_gen=True)
+    fails({k: v for k, v in tiny.items() if k != HEAD}, "its head is tied to the embedding")
     shallow = {k: v for k, v in tiny.items() if "language_model.model.layers.2." not in k}
     fails(shallow, "num_hidden_layers in a configuration is too large")
     extra = {k.replace("layers.2.", "layers.3."): v.clone() for k, v in tiny.items()}
@@ -446,7 +459,7 @@ def test_errors_before_writing(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with (
         pytest.warns(UserWarning),
-        pytest.raises(ValueError, match=r"needs 0.0 GB but .* has 0.0 GB free"),
+        pytest.raises(ValueError, match=r"needs \d+\.\d MB but .* has 1\.0 MB free"),
     ):
         save_bagel([], out, base=base)
     (base / "vit_config.json").unlink()

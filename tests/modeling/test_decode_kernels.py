@@ -151,6 +151,25 @@ def test_choice_of_tokens(vocab: int, temperature: float) -> None:
         torch.testing.assert_close(logprob, wanted_logprob, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("offset", [500.0, -3000.0])
+def test_large_logits_lose_no_digits_of_the_choice(offset: float) -> None:
+    """Against fp64: the logarithm keeps what the logits themselves have."""
+    torch.manual_seed(1)
+    logits = drawn(5, 9000) * 3 + offset
+    uniforms = torch.tensor([0.0, 0.3, 0.999999, 0.7, 0.75], dtype=torch.float64, device=DEVICE)
+    for numbers in (uniforms, None):
+        token, logprob = sampling.choose_token(logits, 0.3, numbers)
+        exact = (logits.double() / 0.3).log_softmax(-1)
+        wanted = exact.gather(1, token[:, None])[:, 0]
+        torch.testing.assert_close(logprob.double(), wanted, atol=1e-5, rtol=1e-6)
+        if numbers is None:
+            assert torch.equal(token, logits.argmax(-1))
+        else:
+            below = exact.exp().cumsum(-1).gather(1, token[:, None])[:, 0]
+            assert (below + 1e-6 > numbers).all()
+            assert (below - wanted.exp() - 1e-6 < numbers).all()
+
+
 SPECIAL = SpecialTokens(1, 2, 3, 4)
 
 

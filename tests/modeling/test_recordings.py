@@ -172,7 +172,7 @@ def test_a_shard_is_never_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorded_vision, "may_be_recorded", lambda _: True)
     monkeypatch.setattr(fast, "is_on", lambda _: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    here = torch.device(DEVICE)
+    here = torch.zeros(0, device=DEVICE).device  # with its number, as tensors name it
 
     class Patches:
         is_cuda, device = True, here

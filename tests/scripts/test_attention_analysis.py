@@ -211,7 +211,9 @@ def test_end_to_end(context: str, tmp_path: Path) -> None:
     assert all(share > 0 for share in summary["after"]["shares"]["vt"])
     assert (out / "attention.png").stat().st_size > 5000
     if context == "vit":  # how rows are packed together does not matter
-        alone = run("--max_forward_tokens=1")
+        with pytest.raises(ValueError, match=r"holds results \(attention\.json\); .*--overwrite"):
+            run("--max_forward_tokens=1")
+        alone = run("--max_forward_tokens=1", "--overwrite")
         for part in PARTS:
             np.testing.assert_allclose(
                 alone["after"]["shares"][part], summary["after"]["shares"][part], atol=1e-5

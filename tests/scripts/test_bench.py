@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from scripts.bench import all as bench
-from scripts.bench import decode, gather, load
+from scripts.bench import decode, gather, load, paper_shape
 from scripts.visual_opsd.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +111,47 @@ def test_gathering(tmp_path: Path) -> None:
     assert report == json.loads(done.stdout) and report["tiny"]
     for way in ("bound", "copied", "refreshed"):
         assert report[way]["median_s"] > 0
+
+
+def test_the_paper_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process through the launcher, ended as soon as it has shown two steps."""
+    monkeypatch.setattr(paper_shape, "WARM_UP", 1)
+    out = tmp_path / "out"
+    words = ["1", "--tiny", "--device", "cpu", "--only", "speed", "--steps", "1", "--out", str(out)]
+    assert paper_shape.main(words) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["run"]["how"]["command"] == " ".join(["scripts/bench/paper_shape.sh", *words])
+    found = report["speed"]["1x1"]
+    assert found["mesh"] == [1, 1] and 0 < found["completion_length"]["median"] <= 24
+    assert found["step_s"]["median"] > found["seconds/train"]["median"] > 0
+    assert found["rank0/host_gb"] > found["rank0/host_own_gb"] > 0
+    lines = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
+    assert [line["part"] for line in lines] == ["run", "bases", "speed"]
+    assert "run_visual_opsd.sh" in (out / "log.txt").read_text()
+    with pytest.raises(ValueError, match="holds an earlier run"):
+        paper_shape.main(words)
+    for wrong, message in (
+        (["3", "--tiny", "--device", "cpu"], "1, 2, 4 or 8"),
+        (["2", "--device", "cpu"], "the true size needs GPUs"),
+        (["2", "--only", "speed,all"], "--only all: choose among speed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            paper_shape.main([*wrong, "--out", str(tmp_path / "other")])
+
+
+def test_waiting_is_what_no_phase_holds() -> None:
+    shared = {"completion_length": 5, "scored_tokens": 9, "loss": 1.0, "grad_norm": 1.0}
+    shared |= {"peak_memory_gb": 2.0, "tokens_per_s/sample": 7.0}
+    lines = [{**shared, "seconds/sample": s, "seconds/train": 1.0} for s in (9.0, 2.0, 3.0)]
+    run = paper_shape.Run(lines, [10.0, 14.0, 18.5], {}, "", None, 20.0)
+    found = run.figures(skip=1)
+    assert found["step_s"] == {"median": 4.25, "spread": 0.5}
+    assert found["waiting_s"] == {"median": 0.75, "spread": 0.5}
+    config = load.BagelConfig(paper_shape.TINY.llm, paper_shape.TINY.vision)
+    one, shards, both = (paper_shape.traffic_gb(config, *m) for m in ((1, 1), (1, 2), (2, 1)))
+    assert one["gathered_pack_gb"] == one["reduced_pack_gb"] == both["gathered_pack_gb"] == 0
+    assert shards["gathered_pack_gb"] == pytest.approx(3 * shards["gathered_rollout_gb"], abs=2e-3)
+    assert both["reduced_pack_gb"] == pytest.approx(2 * shards["reduced_pack_gb"], abs=2e-3)
 
 
 # ---------------------------------------------------------------------------- what is committed

@@ -55,7 +55,7 @@ def test_a_file_is_read_as_its_writer_meant_it(tmp_path: Path) -> None:
         {"index": "7", "question": 'two\nlines,\ta tab and "quotes"', "answer": "A", "A": "5 inch",
          "image": base64_png(first)},
         {"index": "8", "question": "plain", "answer": "B", "A": "", "image": "7"},
-        {"index": "9", "question": "two", "answer": "A", "A": "nan",
+        {"index": "9", "question": "two", "answer": "A", "A": " ",
          "image": str([base64_png(second), base64_png(first)])},
     ]  # fmt: skip
     path = write_tsv(tmp_path / "Own.tsv", rows)
@@ -205,6 +205,10 @@ OPTIONS = {"A": "the left one", "B": "the right one", "C": "7", "D": "None"}
         ("The right one.", "B"), ("7", "C"), ("7.0", "C"), ("none", "D"),
         ("B. the left one", None), ("E", None), ("A left one", None), ("the one", None),
         ("A or B", None), ("", None), ("Both", None),
+        ("$\\boxed{B}$", "B"), ("\\boxed{B}.", "B"), ("B\u3002", "B"), ("\u200bB", "B"),
+        ("\\boxed{\\text{B}}", None), ("\\(B\\)", None), ("B;", None), ("B, the right one", None),
+        ("(A)(B)", None), ("(A) or (B)", None), ("A. x B. y", None), ("B: not (A)", None),
+        ("B. 7 (see c1)", "B"),
     ],
 )  # fmt: skip
 def test_the_option_an_answer_names(given: str, letter: str | None) -> None:
@@ -232,6 +236,10 @@ def test_only_the_last_answer_in_tags_counts() -> None:
         ("0.01", "0", False), ("12%", "12", True), ("12", "12 %", True), ("0.12", "12%", False),
         ("$1,200", "1200", True), ("-$5", "-5", True), ("Yes", "yes", True), ("no", "yes", False),
         ("12 points", "12", False), ("3 or 4", "3", False), ("2012", "['2011', 'x']", True),
+        ("5\u20ac", "5", True), ("5 \u20ac", "5", True), ("-5$", "-5", True), ("$-5", "-5", True),
+        ("5\u20b9", "5", True), ("\u22125", "-5", True), ("$\\boxed{5}$", "5", True),
+        ("5 USD", "5", False), ("1 234", "1234", False), ("4,5", "4.5", False),
+        ("5\\%", "5", False), ("0.05", "5%", False), ("~5", "5", False),
         ("X", "['2011', 'x']", True), ("\\boxed{3.5}", "3.5", True), ("1e2", "100", True),
     ],
 )  # fmt: skip
@@ -259,6 +267,11 @@ def test_plans_are_walked() -> None:
         "<answer>R,R,D</answer>": False,
         "<answer>R,R,D,D,U</answer>": False,
         "<answer>go R,R,D,D</answer>": False,
+        "<answer>R\uff0cR\uff0cD\uff0cD</answer>": True,
+        "<answer>\uff32\uff32\uff24\uff24</answer>": True,
+        "<answer>**RRDD**.</answer>": True,
+        "<answer>R|R|D|D</answer>": False,
+        "<answer>2 right, 2 down</answer>": False,
         "R,R,D,D": False,
     }.items():
         assert maze_verdict(text, maze).correct == right, text
@@ -327,7 +340,8 @@ def test_circular_questions_need_every_order_right(tmp_path: Path) -> None:
     lines = []
     for number, correct in enumerate([True, True, True, False, True]):
         parsed = parse_row(BENCHMARKS["SAT_circular"], dataset.read_row(number))
-        lines.append({"group": parsed.group, "correct": correct, "answered": True})
+        lines.append({"group": parsed.group, "correct": correct, "lenient": number != 3 or correct,
+                      "answered": True})  # fmt: skip
     assert [line["group"] for line in lines] == ["3", "3", "4", "4", "4"]
     figures = benchmark_table.benchmark_figures(dataset, lines, 0)
     assert (figures["n"], figures["correct"], figures["row_accuracy"]) == (2, 1, 0.8)
@@ -335,6 +349,34 @@ def test_circular_questions_need_every_order_right(tmp_path: Path) -> None:
     named = [{**row, "g_index": "5.0"} for row in rows]
     dataset = TsvDataset("SAT_circular", write_tsv(tmp_path / "SAT_circular.tsv", named))
     assert parse_row(BENCHMARKS["SAT_circular"], dataset.read_row(4)).group == "5"
+
+
+def test_pairs_of_mmvp(tmp_path: Path) -> None:
+    """Both rows of consecutive indices, wherever counting begins and however rows are ordered."""
+    dataset = TsvDataset("MMVP", write_tsv(tmp_path / "MMVP.tsv", choice_rows(6)))
+
+    def figures(right: dict[int, bool], rows: dict[int, int] | None = None) -> dict[str, Any]:
+        lines = [{"group": str(i), "row": (rows or {}).get(i, 99), "correct": yes,
+                  "lenient": yes or i == 4, "answered": True}
+                 for i, yes in right.items()]  # fmt: skip
+        return benchmark_table.benchmark_figures(dataset, lines, 0)
+
+    from_one = {1: True, 2: True, 3: True, 4: False, 5: False, 6: False}
+    found = figures(from_one)
+    assert (found["pairs"], found["pair_accuracy"], found["accuracy"]) == (3, 1 / 3, 0.5)
+    assert found["pair_interval"] == list(wilson_interval(1, 3))
+    assert found["lenient_pair_accuracy"] == 2 / 3 and found["lenient_correct"] == 4
+    backwards = dict(reversed(from_one.items()))
+    assert figures(backwards)["pair_accuracy"] == 1 / 3
+    assert figures({0: True, 1: True, 2: False, 3: True})["pair_accuracy"] == 0.5
+    # A row that was not answered takes its pair along.
+    assert figures({1: True, 2: True, 4: True})["pairs"] == 1
+    assert figures({1: True, 2: True, 3: True}, {1: 1, 2: 2, 3: 3})["pairs"] == 1
+    assert "pairs" not in figures({1: True})
+    shown = benchmark_table.describe({"MMVP": found})
+    assert "MMVP, pairs" in shown and "33.3%" in shown and "lenient" in shown
+    table = benchmark_table.markdown_table({"Base": {"MMVP": found}})
+    assert "| Base | 33.33 (" in table and "| lenient | VSP |" in table
 
 
 # ---------------------------------------------------------------------------------- end to end
@@ -410,12 +452,16 @@ def test_the_nine_benchmarks_from_evaluation_to_the_table(
     runs = f"Whole={tmp_path / 'all'},Part={tmp_path / 'one'}"
     target = tmp_path / "table.json"
     assert benchmark_table.main(["--runs", runs, "--json", str(target)]) == 0
+    with pytest.raises(ValueError, match=r"table\.json exists; .*--overwrite"):
+        benchmark_table.main(["--runs", runs, "--json", str(target)])
     shown = capsys.readouterr().out
     assert "our rule" in shown and PROMPT_VERSION in shown
     table = json.loads(target.read_text())["rows"]
     right = figures["benchmarks"]["MMVP"]["correct"]
     assert table["Part"]["MMVP"]["value"] == table["Whole"]["MMVP"]["value"] == right / 3
     assert table["Part"]["mean"] is None
+    lenient = json.loads(target.read_text())["lenient_rows"]
+    assert lenient["Part"]["MMVP"]["value"] >= table["Part"]["MMVP"]["value"]
     assert f"| {100 * table['Whole']['mean']['value']:.2f} (" in shown
     with pytest.raises(ValueError, match="MMVP stands in an earlier folder"):
         benchmark_table.main(["--runs", f"Twice={tmp_path / 'all'}+{tmp_path / 'one'}"])

@@ -66,6 +66,7 @@ def test_mesh_shape(world: int, local: int, options: dict[str, Any], expected: A
         (8, 8, {"num_shard": 3}, r"= 6, but there are 8 processes"),
         (8, 8, {"num_shard": 4, "num_replicate": 4}, r"= 16, but there are 8"),
         (4, 8, {}, r"\(8\) = 0, but there are 4"),
+        (2, 2, {"num_shard": 3}, "at most the number of processes, got 3, but there are 2"),
         (8, 8, {"num_replicate": 3}, r"\(3\) x num_shard \(2\) = 6"),
         (8, 8, {"sharding_strategy": "FULL_SHARD", "num_shard": 4}, "FULL_SHARD shards over all"),
         (8, 8, {"sharding_strategy": "SHARD_GRAD_OP"}, "HYBRID_SHARD or FULL_SHARD"),

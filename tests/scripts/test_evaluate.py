@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.evaluate import main
 from scripts.visual_opsd.rows import make_builder, noise_generator
-from scripts.visual_opsd.run_store import RankedLines, weights_fingerprint
+from scripts.visual_opsd.run_store import RankedLines, stable_hash
 from scripts.visual_opsd.scoring import extract_answer, wilson_interval
 from tests.conftest import TINY_BAGEL
 from tests.data.synthetic import image_cell, truncated_png, write_dataset
@@ -90,6 +91,10 @@ def test_summary_counts_what_the_predictions_say(text_run: Path, world: Path) ->
     assert summary["correct"] == sum(line["correct"] for line in lines)
     assert summary["accuracy"] == summary["correct"] / ROWS
     assert summary["interval"] == list(wilson_interval(summary["correct"], ROWS))
+    assert summary["lenient_correct"] == sum(line["lenient"] for line in lines)
+    assert summary["lenient_accuracy"] >= summary["accuracy"]
+    for name in ("accuracy", "interval"):
+        assert f"lenient_{name}" in summary["tasks"]["Spatial_Navigation"]
     assert summary["mean_tokens"] == sum(line["output_tokens"] for line in lines) / ROWS > 1
     assert summary["cap_rate"] == sum(line["capped"] for line in lines) / ROWS
     assert summary["bad_rows"] == summary["resumed_rows"] == 0
@@ -153,6 +158,15 @@ def test_resume_after_a_torn_line(
     assert (tmp_path / "run" / "predictions.jsonl").read_bytes() == whole
     assert not list((tmp_path / "run").glob("*.rank_*"))
 
+    # Damaged by a disk: the rows of lines that are no predictions are answered again.
+    count_rows.clear()
+    lines = whole.splitlines(keepends=True)
+    lines[2:5] = [b"\xff\xfe\x00\n", lines[3][:30] + b"\n", b'{"index": 4}\n']
+    (tmp_path / "run" / "predictions.jsonl").write_bytes(b"".join(lines))
+    assert run(world, tmp_path / "run")["resumed_rows"] == ROWS - 3
+    assert sum(count_rows) == 3
+    assert (tmp_path / "run" / "predictions.jsonl").read_bytes() == whole
+
     # Truncated by hand after the end; then nothing left to do.
     count_rows.clear()
     (tmp_path / "run" / "predictions.jsonl").write_bytes(whole[:cut])
@@ -190,11 +204,28 @@ def test_compare_runs_from_the_command_line(
     expected = 100 * (len(right) - 3) / ROWS
     assert comparison["difference"] == pytest.approx(expected)
     assert comparison["only_b"] == len({0, 1, 2} - right)
+    assert comparison["lenient"]["n"] == ROWS
     assert comparison["low"] <= expected <= comparison["high"]
     assert f"{expected:+.1f} points" in capsys.readouterr().out
     run(world, tmp_path / "short", "--limit", "2")
     with pytest.raises(ValueError, match="row 2 of Spatial_Navigation/heldout"):
         run(world, out, "--compare", str(tmp_path / "short"))
+    assert "comparison" not in json.loads((out / "summary.json").read_text())  # but all the rest
+
+
+def test_results_of_earlier_rules_are_refused(text_run: Path, world: Path, tmp_path: Path) -> None:
+    """A folder whose rows were judged by other rules is neither resumed nor compared with."""
+    old = tmp_path / "old"
+    shutil.copytree(text_run, old)
+    settings = json.loads((old / "settings.json").read_text())["settings"]
+    del settings["scoring_version"]
+    (old / "settings.json").write_text(
+        json.dumps({"hash": stable_hash(settings), "settings": settings})
+    )
+    with pytest.raises(ValueError, match=r"scoring_version: null, now .*exact.*--overwrite"):
+        run(world, old)
+    with pytest.raises(ValueError, match=r"judged by the rules .*evaluate the older run again"):
+        run(world, tmp_path / "new", "--compare", str(old))
 
 
 def test_exact_match_where_there_is_no_world(tmp_path: Path) -> None:
@@ -244,6 +275,23 @@ def test_bad_rows_are_counted_and_listed(
         run(tmp_path, tmp_path / "blank", "--max_bad_rate", "1", data="Blank")
 
 
+def test_what_is_needed_at_the_end_is_looked_at_first(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "load_bagel", lambda *_, **__: pytest.fail("the model was read"))
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "predictions.jsonl").write_text('{"index": 0}\n')
+    for flags, message in (
+        (("--compare", str(tmp_path / "none")), r"predictions\.jsonl does not exist: give"),
+        (("--compare", str(tmp_path / "odd")), r"holds a line that is no prediction"),
+        (("--compare", str(tmp_path / "out")), "is --output_dir itself"),
+        (("--output_dir", str(tmp_path / "file" / "x")), "--output_dir .*file/x: cannot write"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(world, tmp_path / "out", *flags)
+
+
 def test_user_mistakes(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def expect(message: str, *flags: str, data: str = "Spatial_Navigation") -> None:
         with pytest.raises(ValueError, match=message):
@@ -254,8 +302,8 @@ def test_user_mistakes(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     expect("each name once", data="Spatial_Navigation,Spatial_Navigation")
     expect("no parquet files, directly or in its data/", data=str(world))
     expect("no file of split 'test'", "--split", "test")
-    expect("limit at least 1", "--limit", "0")
-    expect("max_bad_rate must lie", "--max_bad_rate", "2", "--limit", "1")
+    expect("--limit must be at least 1 and at most 1000000000, got 0", "--limit", "0")
+    expect("--max_bad_rate must be at least 0 and at most 1, got 2", "--max_bad_rate", "2")
     expect("precision bf16 needs a GPU", "--precision", "bf16", "--device", "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     expect("torch sees no GPU", "--device", "cuda")
@@ -274,22 +322,16 @@ def test_a_mistake_is_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.startswith("error: --data ")
 
 
-def test_fingerprint_tells_weights_apart(tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    data = bytearray((TINY_BAGEL / "model.safetensors").read_bytes())
-    (copy / "model.safetensors").write_bytes(data)
-    assert weights_fingerprint(copy) == weights_fingerprint(TINY_BAGEL)
-    data[-3] ^= 1
-    (copy / "model.safetensors").write_bytes(data)
-    assert weights_fingerprint(copy) != weights_fingerprint(TINY_BAGEL)
-
-
-def test_damaged_lines_are_named(tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").write_text('{"index": 0}\nbroken\n{"index": 2}\n')
+def test_damaged_lines_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = ['{"index": 0, "x": 1}', "broken", '{"x": 1}', '{"index": "4", "x": 1}', '{"index": 5}',
+             '{"index": 6, "bad": {}}', '{"index": true, "x": 1}']  # fmt: skip
+    (tmp_path / "p.jsonl").write_text("\n".join(lines) + "\n")
+    # Their rows are computed again.
+    assert list(RankedLines(tmp_path, "p", fields=("x",)).read()) == [0, 6]
+    assert "p.jsonl: left out: line 2 is not JSON" in caplog.text
+    assert "line 3 is no record of this file: KeyError('index')" in caplog.text
+    assert "and 2 more" in caplog.text
     store = RankedLines(tmp_path, "p")
-    with pytest.raises(ValueError, match=r"p\.jsonl line 2 is not JSON"):
-        store.read()
     (tmp_path / "p.jsonl").write_text('{"index": 3}\n{"index": 1')
     store.append(0, [{"index": 1}])
     (tmp_path / "p.rank_0.jsonl").write_text('{"index": 1}\n{"ind')

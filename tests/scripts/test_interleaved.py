@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data.limits import ContextLimits
 from data.packing import context_length, pack
 from data.parquet import ParquetDataset
 from data.sequence import Context, ImageSegment, LatentSegment, PixelSegment, TextSegment
@@ -57,7 +58,8 @@ def dataset(world: Path) -> ParquetDataset:
 
 
 def prepare(bundle: Any, limit: int = 4096) -> PrepareInterleaved:
-    return PrepareInterleaved(make_builder(bundle.tokenizer, bundle.config, PROMPT), limit)
+    builder = make_builder(bundle.tokenizer, bundle.config, PROMPT)
+    return PrepareInterleaved(builder, ContextLimits(tokens=limit))
 
 
 def kinds(context: Context) -> list[list[Any]]:
@@ -212,7 +214,7 @@ def test_defaults_follow_the_mode(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("mode: interleaved\nvit_max_size: 700\n")
     assert read_config(["--config", str(own)]).prompt.vit_max_size == 700
-    with pytest.raises(ValueError, match="mse_weight must not be negative"):
+    with pytest.raises(ValueError, match="--mse_weight must be at least 0 and at most"):
         read_config(["--mse_weight", "-1"])
 
 

@@ -26,6 +26,7 @@ from data.sequence import Completion, TextSegment, given_completion
 from data.thinkmorph import parse_row
 from data.worlds.writer import write_spatial_navigation
 from modeling import load_bagel, save_bagel
+from scripts.visual_opsd import kl_diagnostic as module
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.diagnostic_store import load_divergences, read_baseline
 from scripts.visual_opsd.figures import pick_rows
@@ -310,6 +311,7 @@ def test_a_baseline_must_fit(
     expect("vit: .*14.*28", "--vit_min_size", "28")
     expect("base: ", model=trained)  # without --base_path the trained student is its own teacher
     expect("finished diagnostic", folder=tmp_path / "none")
+    expect("is the --baseline, which other runs need", folder=tmp_path / "out")
 
     edited = tmp_path / "edited"
     shutil.copytree(baseline, edited)
@@ -330,6 +332,20 @@ def test_a_baseline_must_fit(
         found.completion(found.indices[0], name)
 
 
+def test_results_are_claimed_before_the_model_is_read(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "load_bagel", lambda *_, **__: pytest.fail("the model was read"))
+    (tmp_path / "out").mkdir()
+    earlier = tmp_path / "out" / "kl_diagnostic.json"
+    earlier.write_text("{}")
+    with pytest.raises(ValueError, match=r"holds results \(kl_diagnostic\.json\); .*--overwrite"):
+        run(world, tmp_path / "out")
+    assert earlier.read_text() == "{}"
+    with pytest.raises(ValueError, match=r"--output_dir .*\.json/x: cannot write there"):
+        run(world, earlier / "x")
+
+
 def test_user_mistakes(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def expect(message: str, *flags: str, model: Path = TINY_BAGEL) -> None:
         with pytest.raises(ValueError, match=message):
@@ -340,7 +356,7 @@ def test_user_mistakes(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     expect("unknown dataset 'Nothing'", "--data", "Nothing")
     expect("dataset config .*absent.yaml does not exist", "--data", "none",
            "--dataset_config_file", "absent.yaml")  # fmt: skip
-    expect("num_samples and heatmap_samples", "--num_samples", "0")
+    expect("--num_samples must be at least 1 and at most 1000000000, got 0", "--num_samples", "0")
     expect("leaves no room|max_forward_tokens", "--max_forward_tokens", "20")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     expect("torch sees no GPU", "--device", "cuda")

@@ -111,7 +111,7 @@ def test_statistics_of_infinite_and_undefined_logits() -> None:
     logits = random_logits(4, VOCAB)
     logits[0, :270] = -math.inf
     logits[1, 77], logits[2, 280] = math.nan, math.inf
-    lse, entropy, unit_lse, _ = loss_kernels.row_statistics(logits, 1.5)
+    lse, entropy, unit_lse, *_ = loss_kernels.row_statistics(logits, 1.5)
     log_p = (logits[[0, 3]].double() / 1.5).log_softmax(-1)
     expected = -(log_p.exp() * log_p).nan_to_num(0.0).sum(-1)
     close(lse[[0, 3]], (logits[[0, 3]].double() / 1.5).logsumexp(-1))
@@ -341,6 +341,40 @@ def test_peaked_to_the_limit_stays_finite(
     oracle = recomputed_opsd_loss(student, eye, teacher, eye.detach(), labels, None, config)
     close(loss, oracle)
     close(grads, torch.autograd.grad(oracle, (student, eye)))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("offset", [500.0, -3000.0])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LossConfig(top_k=4, token_clip=None),
+        LossConfig(top_k=4, token_clip=None, ce_weight=0.3),
+        *(LossConfig(beta=beta, top_k=None, token_clip=None) for beta in (0.0, 0.3, 1.0)),
+        LossConfig(loss_kind="tinker", ce_weight=0.3),
+    ],
+    ids=["top_k", "top_k_ce", "forward", "mixture", "reverse", "tinker"],
+)
+def test_large_logits_lose_no_digits(
+    config: LossConfig, offset: float, temperature: float, use_kernels: Callable[[bool], None]
+) -> None:
+    """A constant added to all of a row's logits leaves the loss of what they round to then."""
+    use_kernels(True)
+    config = dataclasses.replace(config, temperature=temperature)
+    student, teacher = random_logits(4, 130) + offset, random_logits(4, 130).flip(0) - offset
+    eye = torch.eye(130, device=DEVICE)
+    labels, weights = torch.tensor([0, 5, 129, 64], device=DEVICE), torch.ones(4, device=DEVICE)
+    results = []
+    for dtype, form in ((torch.float32, chunked_opsd_loss), (torch.float64, recomputed_opsd_loss)):
+        hidden = student.to(dtype).requires_grad_()
+        others = (eye.to(dtype), teacher.to(dtype), eye.to(dtype))
+        loss = form(hidden, *others, labels, weights, config)
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        results.append((loss, torch.autograd.grad(loss, hidden)[0]))
+    (loss, grad), (exact_loss, exact_grad) = results
+    # A cross-entropy is the difference of two numbers as large as the logits.
+    close(loss, exact_loss, atol=4 * abs(offset) * 2**-24 if config.ce_weight else 5e-6)
+    close(grad, exact_grad)
 
 
 @pytest.mark.parametrize("name", ["paper", "full", "topk_ce"])

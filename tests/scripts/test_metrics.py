@@ -111,6 +111,127 @@ def test_wandb_only_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         pass  # other ranks never import it
 
 
+class FakeWandb(types.ModuleType):
+    """A service with what the methods in `broken` cannot do."""
+
+    def __init__(self, *broken: str) -> None:
+        super().__init__("wandb")
+        self.broken = broken
+        self.started: list[dict[str, Any]] = []
+        self.logged: list[int] = []
+
+    def _try(self, name: str) -> None:
+        if name in self.broken:
+            raise RuntimeError(f"no\n{name}")
+
+    def login(self, *, verify: bool) -> bool:
+        assert not verify  # no network
+        self._try("login")
+        return True
+
+    def init(self, **options: Any) -> FakeWandb:
+        self.started.append(options)
+        self._try(f"init {options['mode']}")
+        return self
+
+    def teardown(self) -> None:
+        pass
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        self.logged.append(step)
+        self._try("log")
+
+    def finish(self) -> None:
+        self._try("finish")
+
+
+@pytest.fixture
+def wandb_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_RUN_ID", "WANDB_DIR", "WANDB_MODE", "WANDB_FINISH_TIMEOUT"):
+        monkeypatch.setenv(name, "")  # restored afterwards, whatever the code under test sets
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("wandb_environment")
+@pytest.mark.parametrize(
+    ("broken", "modes", "logged", "said"),
+    [
+        ((), [None], [1, 2], ""),
+        (("init None",), [None, "offline"], [1, 2], "does not start (no init None); trying it off"),
+        (("init None", "init offline"), [None, "offline"], [], "gets nothing of this run (no init"),
+        (("log",), [None], [1], "gets nothing from here on (no log)"),
+        (("finish",), [None], [1, 2], ""),
+    ],
+)
+def test_a_failing_service_ends_no_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    broken: tuple[str, ...],
+    modes: list[str | None],
+    logged: list[int],
+    said: str,
+) -> None:
+    fake = FakeWandb(*broken)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    path = tmp_path / "m.jsonl"
+    with M.MetricLogger(
+        path, env_of(), total_steps=2, progress=False, wandb=M.WandbSettings("p", run_id="one")
+    ) as log:
+        log.log(1, {"loss": 1.0})
+        log.log(2, {"loss": 2.0})
+    assert [options["mode"] for options in fake.started] == modes
+    assert {(o["id"], o["resume"], o["dir"]) for o in fake.started} == {
+        ("one", "allow", str(tmp_path))
+    }
+    assert fake.logged == logged
+    assert [line["step"] for line in M.read_metrics(path)] == [1, 2]
+    output = capsys.readouterr().err
+    assert said in output and output.count("W&B") == len([b for b in broken if b != "finish"])
+
+
+@pytest.mark.usefixtures("wandb_environment")
+def test_wandb_is_checked_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb("login"))
+    with pytest.raises(ValueError, match=r"no usable key \(no login\).*WANDB_API_KEY"):
+        M.WandbSettings("p").check()
+    M.WandbSettings("p", offline=True).check()
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if not installed
+    with pytest.raises(ValueError, match="pip install wandb"):
+        M.WandbSettings("p", offline=True).check()
+
+    one, two = M.WandbSettings("p"), M.WandbSettings("p")
+    assert one.run_id != two.run_id
+    assert one.continuing("saved").run_id == "saved"
+    assert one.continuing(None) == one  # states of earlier versions hold none
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "there"))
+    assert M.WandbSettings("p").run_id == one.continuing("saved").run_id == "mine"
+    M.MetricLogger(tmp_path / "m.jsonl", env_of(), total_steps=1, progress=False, wandb=one).close()
+    assert fake.started[0]["dir"] == str(tmp_path / "there")
+
+
+@pytest.mark.usefixtures("wandb_environment")
+def test_the_real_wandb_finds_a_missing_key_without_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    for name in ("HOME", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.chdir(tmp_path)
+    wandb.teardown()
+    with pytest.raises(ValueError, match="--wandb_project: W&B has no usable key"):
+        M.WandbSettings("p").check()
+    wandb.teardown()  # what it remembers of the environment
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    M.WandbSettings("p").check()
+    wandb.teardown()
+
+
 def test_phase_timer() -> None:
     timer = M.PhaseTimer(CPU)
     with timer("sample") as count:

@@ -24,7 +24,7 @@ from data.worlds.tiles import MOVES
 from data.worlds.writer import write_spatial_navigation
 from modeling import load_bagel
 from modeling.tokenizer import load_tokenizer
-from scripts.miniworld import pretrain
+from scripts.miniworld import demo, pretrain
 from scripts.miniworld.base import SIDE, write_skeleton
 from scripts.miniworld.batches import (
     STUDENT,
@@ -364,4 +364,23 @@ def test_command_trains_and_writes_a_release_folder(
     bad = ["--table", npz, "--out", str(tmp_path / "x"), "--text-share", "0"]
     assert pretrain.main(bad) == 2 and "--text-share" in capsys.readouterr().err
     assert pretrain.main(["--out", npz, "--export-table", npz]) == 2
+    capsys.readouterr()
+    for words in (["--export-table", npz], ["--out", str(tmp_path / "x"), "--log", npz]):
+        assert pretrain.main(words) == 2  # neither replaces what is there
+        assert "exists; choose another, or pass --overwrite" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_the_demo_replaces_only_what_a_demo_made(tmp_path: Path) -> None:
+    results = tmp_path / "eval" / "base" / "summary.json"  # of an ordinary evaluation
+    results.parent.mkdir(parents=True)
+    results.write_text("{}")
+    with pytest.raises(ValueError, match=r"--out .* holds eval, which no demo seems to have made"):
+        demo.clear(tmp_path)
+    assert results.exists()
+    demo.clear(tmp_path / "out")
+    (tmp_path / "out" / "eval").mkdir()
+    demo.clear(tmp_path / "out")
+    assert not (tmp_path / "out" / "eval").exists()
+    with pytest.raises(ValueError, match="cannot write there"):
+        demo.clear(results / "x")

@@ -222,5 +222,8 @@ def test_bad_settings_are_errors(bundle: Any) -> None:
         generate(bundle.model, prompt, special, max_new_tokens=0)
     with pytest.raises(ValueError, match="temperature"):
         generate(bundle.model, prompt, special, max_new_tokens=4, temperature=0.0)
+    for temperature in (float("nan"), float("inf"), 1e-45):
+        with pytest.raises(ValueError, match=r"temperature must be at least 0\.0001 and at most"):
+            generate(bundle.model, prompt, special, max_new_tokens=4, temperature=temperature)
     with pytest.raises(ValueError, match="one number a position"):
         generate(bundle.model, prompt, special, max_new_tokens=4, uniforms=torch.zeros(1, 4))

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts.visual_opsd.checkpoint_folders import step_folder
+from scripts.visual_opsd.state_files import read_marker
 from tests.scripts.runs import (
     figures,
     full_state,
@@ -40,6 +42,19 @@ def assert_same_run(left: Path, right: Path, step: int, scratch: Path) -> None:
     assert {key.split("/")[1] for key in ours} == {"model", "ema", "optimizer"}
     different = [key for key in ours if not torch.equal(ours[key], theirs[key])]
     assert not different, different[:5]
+    assert digests(left, step) == digests(right, step)
+
+
+def digests(results: Path, step: int) -> dict[str, str]:
+    """Digests of the files of a training state: all shards (student, EMA, optimiser), counters.
+
+    Not of .metadata, which names the folder, nor of the process's own generators, which nothing
+    seeds and no step draws from.
+    """
+    found = read_marker(step_folder(results / "checkpoints", step))["digests"]
+    kept = {k: v for k, v in found.items() if k.endswith(".distcp") or k == "trainer.pt"}
+    assert len(kept) >= 2
+    return kept
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from scripts.visual_opsd.benchmark_scoring import SCORING_VERSION
 from scripts.visual_opsd.scoring import (
     compare_paired,
     compare_runs,
@@ -58,6 +59,10 @@ def test_last_complete_answer(text: str, answer: str | None) -> None:
         ("(a) and (b)", "a) and (b"),  # only ever applied to both sides alike
         (".", ""),
         ("", ""),
+        ("B\u3002", "b"),  # the CJK full stop is one by name
+        ("\u200bB\ufeff", "b"),  # nothing that a reader sees
+        ("\u22125", "-5"),
+        ("(" * 3000 + "x" + ")" * 3000, "x"),
     ],
 )
 def test_normal_form(given: str, normal: str) -> None:
@@ -132,6 +137,29 @@ def test_compare_runs_pairs_rows_not_lines(tmp_path: Path) -> None:
     b = write_run(tmp_path / "b", {2: True, 1: True, 0: False})
     result = compare_runs(a, b)
     assert (result.only_a, result.only_b, result.difference) == (1, 1, 0.0)
+
+
+def test_runs_of_different_rules_are_not_compared(tmp_path: Path) -> None:
+    """Folders written before the rules had a version, by an earlier one, and by this one."""
+
+    def judged(name: str, settings: dict[str, str], **changes: Any) -> Path:
+        folder = write_run(tmp_path / name, {0: True, 1: False}, **changes)
+        (folder / "settings.json").write_text(json.dumps({"hash": "", "settings": settings}))
+        return folder
+
+    plain = judged("plain", {"model": "x"})
+    first = judged("first", {"scoring_version": "visual-opsd-exact-1"})
+    now = judged("now", {"scoring_version": SCORING_VERSION}, lenient=True)
+    for old, said in ((plain, "of an earlier version"), (first, "visual-opsd-exact-1")):
+        for pair in ((now, old), (old, now)):
+            with pytest.raises(ValueError, match=rf"rules.* {said}.*\(--overwrite\)") as caught:
+                compare_runs(*pair)
+            assert "\n" not in str(caught.value)
+    assert compare_runs(first, first).only_a == 0
+    with pytest.raises(ValueError, match=r"first/predictions\.jsonl has lines without 'lenient'"):
+        compare_runs(first, first, "lenient")
+    strict, lenient = compare_runs(now, now), compare_runs(now, now, "lenient")
+    assert (strict.accuracy_a, lenient.accuracy_a) == (0.5, 1.0)
 
 
 def test_compare_runs_needs_the_same_rows(tmp_path: Path) -> None:

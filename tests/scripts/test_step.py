@@ -32,13 +32,17 @@ from scripts.visual_opsd.processes import DistEnv, init_distributed, shutdown
 from scripts.visual_opsd.rows import TrainRow
 from scripts.visual_opsd.schedule import learning_rate_factor
 from scripts.visual_opsd.step import (
+    PackResult,
     ScoredRow,
     check_same_labels,
+    completion_counts,
     empty_row,
     plan_packs,
     run_pack,
+    sampler_gap,
     score_completion,
     score_targets,
+    summarise,
 )
 from scripts.visual_opsd.teacher import Teacher
 from tests.conftest import assert_golden, load_golden
@@ -276,6 +280,28 @@ def test_sft_targets_are_cut_too() -> None:
     assert (cut.truncated, cut.scored, cut.length) == (True, 2, 8)
     with pytest.raises(ValueError, match="do not fit"):
         score_targets(row, 6)
+
+
+def test_sampler_gap_is_over_the_labels_that_were_compared() -> None:
+    """Rows without recorded log-probabilities count in neither sum nor number."""
+
+    def row(*logprobs: float) -> ScoredRow:
+        completion = Completion((7,), (True, True), logprobs)
+        return ScoredRow("r", text_context(1), None, completion)
+
+    ours = torch.tensor([-1.0, -2.0, -3.0, -4.0])
+    both = PackResult(torch.zeros(()), {}, ours, (row(-1.5, -2.5), row(-3.0, -5.0)))
+    one = PackResult(torch.zeros(()), {}, ours, (row(), row(-3.25, -4.0)))
+    none = PackResult(torch.zeros(()), {}, ours, (row(), row()))
+    assert sampler_gap([both]) == (2.0, 4, 1.0)
+    assert sampler_gap([one]) == (0.25, 2, 0.25)
+    assert sampler_gap([both, none, one]) == (2.25, 6, 1.0)
+    assert sampler_gap([none]) == (0.0, 0, 0.0)
+    loss = LossSettings().build()
+    sums = {"loss": 0.0, "rows": 9.0, "gap": 2.25, "gap_rows": 6.0}
+    sums |= completion_counts([row()], 9)
+    assert summarise(sums, loss, True)["sampler_gap"] == 0.375
+    assert "sampler_gap" not in summarise({**sums, "gap_rows": 0.0}, loss, True)
 
 
 def test_packs_cover_every_row_once() -> None:

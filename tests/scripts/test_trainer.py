@@ -465,3 +465,25 @@ def test_wandb_offline(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert calls["config"] == flat(trainer.config)
     assert calls["steps"] == [1, 2] and calls["finished"]
     assert calls["numbers"]["loss"] == metrics(tmp_path)[-1]["loss"]
+    # A resumed run, moved or not, goes on in the same run there.
+    first = calls["id"]
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    train(world, moved, total_steps=2, resume="latest", wandb_project="p", wandb_offline=True)
+    assert (calls["id"], calls["resume"]) == (first, "allow")
+
+
+def test_wandb_is_looked_at_before_anything_is_built(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def login(**options: bool) -> None:
+        raise RuntimeError("api_key not configured")
+
+    fake = types.ModuleType("wandb")
+    fake.login = login  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        "scripts.visual_opsd.trainer.Trainer._build_models", lambda self: pytest.fail("built")
+    )
+    for module, message in ((fake, "api_key not configured"), (None, "pip install wandb")):
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        with pytest.raises(ValueError, match=message):
+            train(world, tmp_path, wandb_project="p")

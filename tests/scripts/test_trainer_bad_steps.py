@@ -279,7 +279,7 @@ def test_sigterm_in_this_process(
     try:
         with one_process() as env:
             trainer = build(world, tmp_path, env, total_steps=3)
-            trainer.stopping = True
+            trainer.stop.number = signal.SIGTERM
             assert trainer.train() == 143
         assert "terminated: nothing to save yet" in capsys.readouterr().err
         assert not list((tmp_path / "checkpoints").iterdir())

@@ -6,7 +6,7 @@ Bad input of the issue's acceptance list, and where else it is tested (message a
     missing column        test_mistakes_in_data; data/test_parquet.py, data/test_check.py
     truncated PNG         test_trainer_bad_steps.py; data/test_thinkmorph.py
     empty parquet         test_mistakes_in_data; data/test_parquet.py
-    unknown teacher mode  test_mistakes_in_settings[unknown teacher mode]
+    unknown teacher mode  test_unknown_flags_are_exit_code_2; test_settings.py
     absent checkpoint     test_mistakes_in_settings[absent checkpoint]; modeling/test_checkpoint.py
     wrong vocabulary      test_wrong_vocabulary; modeling/test_checkpoint.py
     all rows bad          test_all_rows_bad; data/test_parquet.py
@@ -82,31 +82,30 @@ def run_program(
 # --------------------------------------------------------------------- mistakes, named at once
 
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown teacher mode": ({"teacher_mode": "emma"}, r"'emma': choose ema, fixed, self"),
     "absent checkpoint": (
         {"model_path": "models/absent"}, r"models/absent does not exist; .* download_model\.py",
     ),
     "warm-up": (
         {"warmup_steps": 5, "total_steps": 5},
-        r"warmup_steps \(5\) must be less than total_steps \(5\): lower --warmup_steps",
+        r"--warmup_steps must be less than --total_steps \(5\), got 5: lower it",
     ),
     "bf16 on a CPU": ({"precision": "bf16"}, r"needs a GPU; on a CPU use --precision fp32"),
     "nothing trains": ({f"freeze_{p}": True for p in ("llm", "vit", "und")}, "leave nothing to"),
     "no loss": ({"jsd_weight": 0}, "jsd_weight and ce_weight are both 0"),
-    "beta": ({"jsd_beta": 1.5}, r"beta is 1\.5: it must lie in \[0, 1\]"),
+    "beta": ({"jsd_beta": 1.5}, r"--jsd_beta must be at least 0 and at most 1, got 1\.5"),
     "clip of 0": ({"jsd_token_clip": 0}, r"use --jsd_token_clip none"),
     "chunks": ({"loss_chunk_size": 0}, "loss_chunk_size must be at least 1"),
-    "seed": ({"global_seed": -1}, "global_seed must not be negative"),
+    "seed": ({"global_seed": -1}, r"--global_seed must be at least 0 and .* 9223372036854775807"),
     "temperature": ({"sample_temperature": 0}, r"greedy .* use --sample_do_sample False"),
     "stride": ({"vit_stride": 7}, "vit_stride 7 must be a multiple of the ViT's patch size 14"),
-    "sides": ({"vit_min_size": 200}, "min_size 200 is larger than max_size 56"),
+    "sides": ({"vit_min_size": 200}, r"must be at most --vit_max_size \(56\), got 200"),
     "prompts": ({"prompts": "absent.yaml"}, r"prompts file absent\.yaml does not exist"),
     "data set": ({"data_root": "absent"}, r"not at absent/Spatial_Navigation\. Download"),
     "dataset config": ({"dataset_config_file": "absent.yaml"}, r"absent\.yaml does not exist"),
     "mesh": ({"num_shard": 3}, "there are 1 processes"),
     "replay": ({"replay_samples": "absent.jsonl"}, r"--replay_samples absent\.jsonl: no such"),
     "drawing": ({"visual_gen": True}, "--visual_gen True"),
-    "bad rate": ({"max_bad_rate": 2}, r"must lie in \[0, 1\], found 2"),
+    "bad rate": ({"max_bad_rate": 2}, "--max_bad_rate must be at least 0 and at most 1, got 2"),
     "rows": ({"global_batch_size": 0}, "global_batch_size must be at least 1"),
 }  # fmt: skip
 
@@ -141,6 +140,7 @@ def test_unknown_flags_are_exit_code_2(capsys: pytest.CaptureFixture[str]) -> No
         (["--jsd-beta=1"], "--jsd-beta=1 (did you mean --jsd_beta"),
         (["--noise_vt", "maybe"], "argument --noise_vt: expected True or False, got 'maybe'"),
         (["--precision", "fp16"], "argument --precision: invalid choice: 'fp16'"),
+        (["--teacher_mode", "emma"], "argument --teacher_mode: invalid choice: 'emma'"),
         (["--total_steps", "1e3"], "argument --total_steps: invalid int value: '1e3'"),
     ):
         with pytest.raises(SystemExit) as ended:
@@ -250,8 +250,10 @@ def test_all_rows_bad(tmp_path: Path, workers: int) -> None:
 
 
 def test_no_row_fits(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"leave no room for a row: .*tokens 30: raise the lim"):
+        run_program(world, tmp_path, max_forward_tokens=30)  # not even one without a question
     with pytest.raises(ValueError, match=r"none of 16 candidate .* 16 too_long .*raise the limit"):
-        run_program(world, tmp_path, max_forward_tokens=30)
+        run_program(world, tmp_path, max_forward_tokens=110)
 
 
 def test_wrong_vocabulary(world: Path, tmp_path: Path) -> None:
@@ -265,6 +267,16 @@ def test_wrong_vocabulary(world: Path, tmp_path: Path) -> None:
         tensors[key] = tensors[key][:1300].clone()
     save_file(tensors, model / "model.safetensors")
     with pytest.raises(ValueError, match=r"tokenizer has 1318 tokens, .* 1300 rows; use the rel"):
+        run_program(world, tmp_path / "r", model_path=model)
+
+
+def test_a_weight_that_is_no_number(world: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(TINY_BAGEL, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["connector.fc1.bias"][3] = torch.nan
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: 1 of \d+ .*: connector.fc1.bias;"):
         run_program(world, tmp_path / "r", model_path=model)
 
 

@@ -200,16 +200,13 @@ def test_claiming_another_runs_folder(run: ToyRun, tmp_path: Path) -> None:
     assert list((tmp_path / "fresh").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("target", "name", "error"), [(torch, "save", RuntimeError), (T, "_save_synced", OSError)]
-)
+@pytest.mark.parametrize(("target", "name"), [(torch, "save"), (T, "_save_synced")])
 def test_a_failed_save_leaves_no_checkpoint(
     run: ToyRun,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     target: Any,
     name: str,
-    error: type[Exception],
 ) -> None:
     """Inside the sharded writer and in our own files."""
 
@@ -218,9 +215,9 @@ def test_a_failed_save_leaves_no_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(target, name, full_disk)
-        with pytest.raises(error, match="No space left"):
+        with pytest.raises(ValueError, match="No space left"):
             save(run, tmp_path, 1)
-    assert [p.name for p in tmp_path.iterdir()] == ["step_0000001.tmp"]
+    assert not list(tmp_path.iterdir())  # nothing keeps the disk full
     assert T.find_checkpoint(tmp_path, "latest") is None
     save(run, tmp_path, 1)  # the same step may be tried again
     assert list(T.complete_steps(tmp_path)) == [1]

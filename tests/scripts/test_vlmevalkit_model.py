@@ -169,6 +169,30 @@ def test_sampling_is_the_questions_own(dataset: Dataset) -> None:
     assert together != sampled.generate_inner_batch(messages)
 
 
+@pytest.mark.parametrize("upright", [True, False])
+def test_pictures_are_turned_unless_told_otherwise(
+    upright: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[Any] = []
+
+    def recorded(builder: Any, parts: Any) -> Any:
+        seen.extend(part["value"] for part in parts if part["type"] == "image")
+        return build(builder, parts)
+
+    build = module.build_context
+    monkeypatch.setattr(module, "build_context", recorded)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    stored = Image.new("RGB", (30, 20), "white")
+    stored.save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as opened:
+        values: list[Any] = [str(tmp_path / "turned.png"), opened]
+        message = [{"type": "image", "value": value} for value in values]
+        model = make_model(upright=upright, max_think_token_n=1)
+        model.generate_inner([*message, {"type": "text", "value": "Which?"}])
+    assert [image.size for image in seen] == [(20, 30) if upright else (30, 20)] * 2
+
+
 @pytest.fixture(scope="module")
 def drawing(tmp_path_factory: pytest.TempPathFactory) -> VisualOPSD:
     return make_model(

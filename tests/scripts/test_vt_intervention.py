@@ -24,7 +24,7 @@ from modeling import load_bagel
 from scripts.visual_opsd.latents import row_generator
 from scripts.visual_opsd.scoring import compare_paired, wilson_interval
 from scripts.visual_opsd.vt_arms import ARMS, Interventions, donors, noise_picture
-from scripts.visual_opsd.vt_intervention import main, summarise_arms
+from scripts.visual_opsd.vt_intervention import main, summarise_arms, table
 from tests.conftest import TINY_BAGEL
 
 ROWS = 5
@@ -241,7 +241,8 @@ def test_figures_of_the_arms() -> None:
     verdicts = {"kept": [1, 1, 1, 0], "removed": [1, 0, 0, 0]}
     lines = [
         {"dataset": "a" if i < 3 else "b",
-         "arms": {arm: {"text": f"{arm if i else ''}", "correct": bool(v[i]), "answered": i != 2}
+         "arms": {arm: {"text": f"{arm if i else ''}", "correct": bool(v[i]), "answered": i != 2,
+                        "lenient": bool(v[i]) or i == 3}
                   for arm, v in verdicts.items()}}
         for i in range(4)
     ]  # fmt: skip
@@ -257,6 +258,10 @@ def test_figures_of_the_arms() -> None:
     half = 1.959964 * np.std([1, 0.5, 0.5, 0], ddof=1) / 2
     assert found["mean"]["interval"] == pytest.approx([0.5 - half, 0.5 + half], abs=1e-6)
     assert found["tasks"]["b"]["mean"]["interval"] == list(wilson_interval(0, 1))
+    assert found["arms"]["kept"]["lenient_accuracy"] == 1
+    assert found["mean"]["lenient_accuracy"] == 0.75
+    assert found["lenient_differences_to_kept"]["removed"]["difference"] == -50.0
+    assert " 75.0%" in table({**found, "not_drawn": {"n": 0}}).splitlines()[-1]
 
 
 def test_mistakes(world: Path, tmp_path: Path) -> None:

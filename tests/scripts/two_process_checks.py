@@ -9,16 +9,23 @@ Prints `ok NAME` for each check on rank 0; any failure ends the program with its
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from modeling.weight_files import read_file
+from scripts.visual_opsd import checkpoint_folders
 from scripts.visual_opsd import distributed as D
 from scripts.visual_opsd import training_state as T
 from scripts.visual_opsd.processes import leave, on_main
+from scripts.visual_opsd.state_files import write_marker
 from tests.scripts.toy_distributed_model import (
     TOY_BLOCKS,
     ToyModel,
@@ -161,6 +168,14 @@ def check_loading(env: D.DistEnv, work: Path) -> None:
         assert all(torch.equal(t, source[k]) for k, t in D.iter_full_state(twin))
         local = [p.to_local().numel() for p in model.parameters()]
         assert sum(local) * shape[1] <= 1.3 * sum(p.numel() for p in model.parameters())
+        file = work / f"toy_{env.rank}_{shape[1]}.safetensors"
+        save_file(source, file)
+        D.check_shards(model, read_file(file))
+        spoilt = {**source, "head.weight": source["head.weight"].clone()}
+        spoilt["head.weight"][-1, -1] = float("nan")  # the last rank's, and an error on both
+        D.load_sharded(model, spoilt.items())
+        stored = read_file(file)
+        expect_error(ValueError, "hold NaN or inf", partial(D.check_shards, model, stored))
 
 
 def check_odd_ranks(env: D.DistEnv, work: Path) -> None:
@@ -176,6 +191,37 @@ def check_odd_ranks(env: D.DistEnv, work: Path) -> None:
     assert abs(norm - float(reference)) < 1e-4 * norm
     _, norm = run.train_step(1, weights=(1.0, float("nan")))
     assert norm != norm, "a NaN of rank 1 must reach rank 0"
+
+
+def check_choice(env: D.DistEnv, folder: Path, state: Path) -> None:
+    """Rank 0 chooses; a flipped byte in a file that rank 1 checks is known to both."""
+    older, newer = folder / "step_0000003", folder / "step_0000007"
+
+    def prepare() -> None:
+        for target in (older, newer):
+            shutil.copytree(state, target)
+        marker = json.loads((newer / T.MARKER).read_text())
+        (newer / T.MARKER).unlink()
+        files = {n: (size, marker["digests"][n]) for n, size in marker["files"].items()}
+        kept = {k: v for k, v in marker.items() if k not in ("files", "digests", "digest")}
+        write_marker(newer, kept | {"step": 7}, files)
+
+    on_main(env, prepare)
+    find = checkpoint_folders.find_checkpoint
+    if env.rank == 1:  # a file system that lags
+        checkpoint_folders.find_checkpoint = lambda *_: None
+    assert T.choose_checkpoint(folder, ("latest",), env) == newer
+    shard = newer / "state" / "__1_0.distcp"
+
+    def flip() -> None:
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+
+    on_main(env, flip)
+    assert T.choose_checkpoint(folder, ("latest",), env) == older
+    expect_error(ValueError, f"--resume {older}", lambda: T.choose_checkpoint(folder, ("7",), env))
+    checkpoint_folders.find_checkpoint = find
 
 
 def check_checkpoints(env: D.DistEnv, work: Path) -> None:
@@ -239,6 +285,8 @@ def check_checkpoints(env: D.DistEnv, work: Path) -> None:
             found, again.state, env=env, config=config | {"loss": {"beta": 0.4}}
         ),
     )
+
+    check_choice(env, work / "choice", folder / "superseded" / "step_0000003")
 
     final = folder / "superseded" / "step_0000004"
     other_mesh = ToyRun(env, (2, 1), seed=98)

@@ -1,0 +1,49 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Room on a disk, and what a disk refused: one line each."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def size_text(size: float) -> str:
+    """ "512 bytes", "3.1 kB", "2.0 MB", "128.0 GB"."""
+    if size < 1000:
+        return f"{size:.0f} bytes"
+    for unit in ("kB", "MB"):
+        size /= 1000
+        if size < 1000:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1000:.1f} GB"
+
+
+def check_room(folder: Path, needed: float, what: str) -> None:
+    """Raises ValueError, saying how much is needed and there, if a disk has too little room."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"{what} needs {size_text(needed)} but {folder} has {size_text(free)} free; make room "
+            "or choose another disk"
+        )
+
+
+@contextmanager
+def disk_errors(
+    doing: str, folder: Path, advice: str = "make room or choose another disk"
+) -> Iterator[None]:
+    """What the system refuses under `folder` (full, quota, read-only, gone) as a ValueError."""
+    try:
+        yield
+    except (ConnectionError, TimeoutError):
+        raise  # OSErrors too, but of no disk
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        try:
+            room = f"{folder} has {size_text(shutil.disk_usage(folder).free)} free"
+        except OSError:
+            room = f"{folder} cannot be reached"
+        reason = error.strerror or error
+        raise ValueError(f"{doing} failed: {reason}{where}; {room}; {advice}") from error
