@@ -266,17 +266,17 @@ class Look:
 # How much a figure may grow over the run, after the warm-up: share of its level, and beside that
 # an amount of its own unit.
 MARGINS = {
-    "memory": (0.02, 8.0), "handles": (0.0, 0.5), "threads": (0.0, 0.5),
+    "memory": (0.0, 8.0), "handles": (0.0, 0.5), "threads": (0.0, 0.5),
     "seconds": (0.10, 0.002), "logged": (0.10, 0.0),
 }  # fmt: skip
 LOOK_EVERY = 100
 
 
-def look(process: subprocess.Popen[str], results: Path) -> dict[str, float]:
-    """Sums over the process and those below it, as they are now."""
+def look(pid: int, results: Path) -> dict[str, float]:
+    """Sums over a process and those below it, as they are now."""
     found = dict.fromkeys(("memory", "handles", "threads", "cpu", "logs"), 0.0)
-    for pid in descendants(process.pid):
-        place = Path(f"/proc/{pid}")
+    for each in descendants(pid):
+        place = Path(f"/proc/{each}")
         status = dict(line.split(":", 1) for line in (place / "status").read_text().splitlines())
         stat = (place / "stat").read_text().rpartition(")")[2].split()
         found["memory"] += int(status["RssAnon"].split()[0]) / 1024
@@ -308,7 +308,7 @@ def looks(process: subprocess.Popen[str], results: Path, count: int) -> Iterator
                 return
             time.sleep(0.01)
         with contextlib.suppress(FileNotFoundError):  # it just ended
-            now, at = look(process, results), last_step(results)
+            now, at = look(process.pid, results), last_step(results)
             if before:
                 seconds, logged = ((now[k] - before[k]) / (at - step) for k in ("cpu", "logs"))
                 yield Look(at, now["memory"], now["handles"], now["threads"], seconds, logged)
