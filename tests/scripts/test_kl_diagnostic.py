@@ -42,7 +42,7 @@ from scripts.visual_opsd.kl_statistics import (
 )
 from scripts.visual_opsd.row_windows import RowName
 from scripts.visual_opsd.rows import make_builder, noise_generator
-from tests.conftest import TINY_BAGEL
+from tests.conftest import TINY_BAGEL, needs_gpu
 from tests.data.synthetic import write_dataset
 
 ROWS = 6
@@ -51,7 +51,7 @@ SETTINGS = PromptSettings(vit_max_size=112, vit_min_size=14)
 SMALL = [f"--{name}={value}" for name, value in
          {"vit_max_size": 112, "vit_min_size": 14, "num_samples": ROWS, "seed": SEED,
           "sample_max_new_tokens": 40, "sample_batch_size": 4, "pack_tokens": 700,
-          "progress": False, "figures": False}.items()]  # fmt: skip
+          "device": "cpu", "progress": False, "figures": False}.items()]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -245,18 +245,10 @@ def test_tasks_from_a_dataset_config(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_two_processes_agree_with_one(baseline: Path, world: Path, tmp_path: Path) -> None:
-    """Both tools, one launch of two ranks as torchrun would start them."""
-    from scripts.visual_opsd import evaluate
-
-    questions = ["--model_path", str(TINY_BAGEL), "--data", "Spatial_Navigation", "--split",
-                 "train", "--data_root", str(world), "--max_new_tokens", "40", "--vit_max_size",
-                 "112", "--vit_min_size", "14", "--progress", "False"]  # fmt: skip
-    assert evaluate.main([*questions, "--output_dir", str(tmp_path / "one")]) == 0
-    calls = {
-        "evaluate": [*questions, "--output_dir", str(tmp_path / "two")],
-        "kl_diagnostic": ["--model_path", str(TINY_BAGEL), *arguments(world, tmp_path / "kl")],
-    }
+def two_ranks(
+    calls: dict[str, list[str]], local_ranks: tuple[int, int] = (0, 1), **environment: str
+) -> tuple[list[int], list[str]]:
+    """One launch of two ranks as torchrun would start them: their exit codes and outputs."""
     program = "import importlib, json, sys\n" + (
         "for name, flags in json.loads(sys.argv[1]).items():\n"
         "    importlib.import_module('scripts.visual_opsd.' + name).main(flags)\n"
@@ -265,18 +257,39 @@ def test_two_processes_agree_with_one(baseline: Path, world: Path, tmp_path: Pat
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+              "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", **environment}  # fmt: skip
     started = [
         subprocess.Popen(
             [sys.executable, "-c", program, json.dumps(calls)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(local_rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        for rank in range(2)
+        for rank, local_rank in enumerate(local_ranks)
     ]
-    outputs = [process.communicate(timeout=240)[0].decode() for process in started]
-    assert [process.returncode for process in started] == [0, 0], outputs
+    try:
+        outputs = [process.communicate(timeout=150)[0].decode() for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [process.returncode for process in started], outputs
+
+
+def test_two_processes_agree_with_one(baseline: Path, world: Path, tmp_path: Path) -> None:
+    """Both tools, one launch of two ranks as torchrun would start them."""
+    from scripts.visual_opsd import evaluate
+
+    questions = ["--model_path", str(TINY_BAGEL), "--data", "Spatial_Navigation", "--split",
+                 "train", "--data_root", str(world), "--max_new_tokens", "40", "--vit_max_size",
+                 "112", "--vit_min_size", "14", "--device", "cpu",
+                 "--progress", "False"]  # fmt: skip
+    assert evaluate.main([*questions, "--output_dir", str(tmp_path / "one")]) == 0
+    calls = {
+        "evaluate": [*questions, "--output_dir", str(tmp_path / "two")],
+        "kl_diagnostic": ["--model_path", str(TINY_BAGEL), *arguments(world, tmp_path / "kl")],
+    }
+    codes, outputs = two_ranks(calls)
+    assert codes == [0, 0], outputs
     assert "all" in outputs[0] and "all" not in outputs[1]  # rank 0 alone prints
 
     def lines(folder: str) -> bytes:
@@ -291,6 +304,47 @@ def test_two_processes_agree_with_one(baseline: Path, world: Path, tmp_path: Pat
     ):
         for name in COLUMNS:
             np.testing.assert_allclose(a.columns[name], b.columns[name], atol=1e-5)
+
+
+# --------------------------------------------------------------------------------- on a GPU
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("precision", "atol", "rtol"), [("fp32", 1e-4, 1e-3), ("auto", 0.2, 0.3)]
+)
+def test_a_gpu_measures_alike(
+    world: Path, tmp_path: Path, precision: str, atol: float, rtol: float
+) -> None:
+    """Given texts, so that all score the same tokens; auto is bf16 there."""
+    given = ("--completions", "trace")
+    run(world, tmp_path / "cpu", *given)
+    gpu = run(world, tmp_path / "gpu", *given, "--device", "cuda", "--precision", precision)
+    assert gpu["device"] == "cuda"
+    sides = (load_divergences(tmp_path / side, "base") for side in ("gpu", "cpu"))
+    for ours, theirs in zip(*sides, strict=True):
+        for name in COLUMNS:
+            np.testing.assert_allclose(
+                ours.columns[name], theirs.columns[name], atol=atol, rtol=rtol
+            )
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("local_ranks", "message"),
+    [((0, 1), "rank 1 has no GPU"), ((0, 0), "ranks 0 and 1 share one GPU")],
+)
+def test_two_ranks_on_one_gpu_are_refused(
+    world: Path, tmp_path: Path, local_ranks: tuple[int, int], message: str
+) -> None:
+    """Both at once: neither waits for the other."""
+    flags = ["--model_path", str(TINY_BAGEL), *arguments(world, tmp_path / "out")]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    codes, outputs = two_ranks(
+        {"kl_diagnostic": [*flags, "--device", "cuda"]}, local_ranks, CUDA_VISIBLE_DEVICES=first
+    )
+    assert codes == [1, 1], outputs
+    assert all(message in output for output in outputs), outputs
 
 
 # ---------------------------------------------------------------------------------- errors
