@@ -22,7 +22,7 @@ unexport PYTHON TORCH_INDEX
 help:
 	@echo "make demo [SEED=n]    train and evaluate the miniature of the paper on this machine"
 	@echo "make test [ARGS=...]  run the test suite (WORKERS=n processes, default 2)"
-	@echo "make soak [ARGS=...]  hours: hostile inputs, random kills, thousands of steps"
+	@echo "make soak [ARGS=...]  an hour or so: hostile inputs, random kills, thousands of steps"
 	@echo "make lint             ruff, mypy and shellcheck"
 	@echo "make bench-cpu        every benchmark with a tiny model, on this machine's CPU"
 	@echo "make venv             only set up .venv"

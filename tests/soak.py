@@ -32,7 +32,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from scripts.visual_opsd.checkpoint_folders import step_folder
+from scripts.visual_opsd.checkpoint_folders import complete_steps, step_folder
 from tests.data.synthetic import image_cell, truncated_png, write_dataset
 from tests.scripts.runs import (
     ROOT,
@@ -66,7 +66,9 @@ GONE_WITHIN_S = 20.0
 
 def kill_world(folder: Path) -> Path:
     """Rows of which some are bad, so that their list is resumed, too."""
-    bad = {3: {"problem_image_0": image_cell(truncated_png())}, 11: {"answer": None}}
+    bad: dict[int, dict[str, Any]] = {
+        3: {"problem_image_0": image_cell(truncated_png())}, 11: {"answer": None},
+    }  # fmt: skip
     write_dataset(folder, rows=24, change=lambda row: bad.get(row, {}))
     (folder / "datasets.yaml").write_text("datasets:\n  - {name: Jigsaw_Assembly}\n")
     return folder
@@ -115,7 +117,12 @@ class Kills:
 
     done: Counter[str] = field(default_factory=Counter)
     runs: int = 0
+    half_written: int = 0  # kills that left a .tmp
     faults: list[str] = field(default_factory=list)
+
+    def fault(self, text: str) -> None:
+        tqdm.write(f"FAULT: {text}")
+        self.faults.append(text)
 
 
 class RunKiller:
@@ -153,6 +160,7 @@ class RunKiller:
                 break
             self._kill(process, victim)
             self.found.done[f"{moment}, {victim}"] += 1
+            self.found.half_written += any(self.results.rglob("*.tmp"))
             history.append(f"{moment} at step {max(logged_steps(self.results), default=0)}")
             bar.update()
         else:
@@ -160,7 +168,7 @@ class RunKiller:
         output = self._to_the_end(process)
         where = f"run {number} ({shape[0]} ranks, {shape[1]} workers; killed {history})"
         if process.returncode != 0:
-            self.found.faults.append(f"{where} ended with {process.returncode}:\n{output[-3000:]}")
+            self.found.fault(f"{where} ended with {process.returncode}:\n{output[-3000:]}")
         else:
             self._compare(where, expected)
         self.found.runs += 1
@@ -181,24 +189,38 @@ class RunKiller:
         if moment == "anywhere":
             until = time.monotonic() + self.random.uniform(0, seconds)
             return _until(lambda: time.monotonic() > until, process)
-        before = len(logged_steps(self.results))
         if moment == "step":
-            after = self.random.randint(1, max(1, STEPS - before - 1))
             pause = self.random.uniform(0, 0.3)
-            reached = _until(lambda: max(logged_steps(self.results), default=0) >= after, process)
+            reached = _until(self._steps_later(), process)
         else:
             skip, pause = self.random.randint(0, 3), self.random.uniform(0, 0.15)
             seen: set[str] = set()
+            started = time.time()
 
             def saving() -> bool:
-                with contextlib.suppress(FileNotFoundError):
-                    names = os.listdir(self.results / "checkpoints")
-                    seen.update(name for name in names if name.endswith(".tmp"))
+                with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+                    for path in (self.results / "checkpoints").glob("*.tmp"):
+                        if path.stat().st_mtime > started:  # not what a killed run left
+                            seen.add(path.name)
                 return len(seen) > skip
 
             reached = _until(saving, process)
         time.sleep(pause)
         return reached and process.poll() is None
+
+    def _steps_later(self) -> Callable[[], bool]:
+        """Whether the process that was just started has made some steps of those that are left."""
+        log = self.results / "metrics.jsonl"
+        stale = log.stat().st_mtime_ns if log.exists() else 0
+        saved = max(complete_steps(self.results / "checkpoints"), default=0)
+        wanted = self.random.randint(min(saved + 1, STEPS), STEPS)
+
+        def reached() -> bool:
+            # Lines of steps after the state are those of the killed run, until they are cut.
+            fresh = log.exists() and log.stat().st_mtime_ns > stale
+            return fresh and max(logged_steps(self.results), default=0) >= wanted
+
+        return reached
 
     def _kill(self, process: subprocess.Popen[str], victim: str) -> None:
         """SIGKILL to all processes of a run at once, or to one: what it leaves must end alone."""
@@ -207,17 +229,21 @@ class RunKiller:
             ranks = list(ranks_of(process).values())
             os.kill(self.random.choice([process.pid, *ranks]), signal.SIGKILL)
             if not all_gone(pids, GONE_WITHIN_S):
-                self.found.faults.append(f"processes outlive their run: {pids}")
+                self.found.fault(f"processes outlive their run: {pids}")
         kill_tree(process)
 
     def _compare(self, where: str, expected: dict[str, str]) -> None:
-        ours = fingerprint(self.results, STEPS, self.scratch)
+        try:
+            ours = fingerprint(self.results, STEPS, self.scratch)
+        except Exception as error:
+            self.found.fault(f"{where} cannot be read: {error!r}")
+            return
         names = sorted(n for n in ours.keys() | expected.keys() if ours.get(n) != expected.get(n))
         if names:
-            self.found.faults.append(f"{where} differs in {len(names)} things: {names[:8]}")
+            self.found.fault(f"{where} differs in {len(names)} things: {names[:8]}")
         left = [str(p) for p in self.results.rglob("*.tmp")]
         if left:
-            self.found.faults.append(f"{where} left {left}")
+            self.found.fault(f"{where} left {left}")
 
 
 def _until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> bool:
@@ -239,10 +265,13 @@ def kills(count: int, seed: int) -> list[str]:
             killer.run(runs, min(KILLS_A_RUN, count - int(bar.n)), bar)
             runs += 1
             if runs > 4 * count + 8:
-                killer.found.faults.append("the runs end before they can be killed")
+                killer.found.fault("the runs end before they can be killed")
                 break
     found = killer.found
-    print(f"kills: {sum(found.done.values())} in {found.runs} runs of {STEPS} steps (seed {seed})")
+    print(
+        f"kills: {sum(found.done.values())} in {found.runs} runs of {STEPS} steps (seed {seed}), "
+        f"{found.half_written} of them left something half-written"
+    )
     for kind, number in sorted(found.done.items()):
         print(f"    {number:4d} {kind}")
     return found.faults
