@@ -13,7 +13,7 @@ from tests.hostile.programs import ROOT
 from tests.hostile.runner import Case
 
 BASE = str(ROOT / "tests" / "tiny-bagel")
-NO_NUMBERS = ("nan", "inf", "-inf", "1e400", "", "x", "1,5", "٣²", "0x10", "None.", "1_0", "--")
+NO_NUMBERS = ("nan", "inf", "-inf", "1e400", "", "x", "1,5", "٣²", "0x10", "None.", "--")
 FLOATS = {
     "train": ("lr", "min_lr", "beta1", "eps", "weight_decay", "max_grad_norm", "ema_decay",
               "sample_temperature", "jsd_beta", "jsd_temperature", "jsd_weight", "timeout_s",
@@ -35,6 +35,7 @@ PATHS = {
 }  # fmt: skip
 COUNTS = ("total_steps", "save_every", "pack_tokens", "prefill_tokens", "keep_last",
           "batch_size", "global_batch_size")  # fmt: skip
+OPTIONAL = ("prompts", "replay_samples", "resume_from", "compare")
 NO_PATHS = ("", "x" * 5000, "a\0b", "/dev/null/x", "no/such/place", "caf\udce9/x")
 
 
@@ -63,19 +64,20 @@ def cases() -> Iterator[Case]:
     for program, flags in FLOATS.items():
         for flag in flags:
             for value in NO_NUMBERS:
-                # Infinity has a meaning where a limit may be none.
                 yield _case(program, flag, value, "refuse")
     for program, flags in INTEGERS.items():
         for flag in flags:
             for value in (*NO_NUMBERS[:6], "-1", "1.5", "1" + "0" * 12, "1" + "0" * 30):
-                if flag == "limit" and value.startswith("10"):
-                    continue  # more than there are: all
+                if flag == "limit" and (value.startswith("10") or not value):
+                    continue  # all of them
                 if flag in COUNTS and value == "1" + "0" * 12:
                     continue  # large, but a number of something that exists
                 yield _case(program, flag, value, "refuse")
     for program, flags in PATHS.items():
         for flag in flags:
             for value in NO_PATHS:
+                if not value and flag in OPTIONAL:
+                    continue  # none is given
                 if flag in ("results_dir", "output_dir") and value in NO_PATHS[4:]:
                     continue  # a name like any other: made where the command stands
                 yield _case(program, flag, value, "refuse")

@@ -268,6 +268,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_second_start_leaves_the_first_run_unharmed(world: Path, tmp_path: Path) -> None:
     """Started together and a little later, with --resume latest; then killed and started again."""
     changes = {"resume": "latest", "sample_max_new_tokens": 4, "save_every": 1, "num_workers": 2}
