@@ -4,7 +4,7 @@
 SEED ?= 0
 # Two processes: the size of the smallest CI machine.
 WORKERS ?= 2
-# Further arguments for the program behind `make demo` and `make test`.
+# Further arguments for the program behind `make demo`, `make test` and `make soak`.
 ARGS ?=
 PYTHON ?=
 TORCH_INDEX ?=
@@ -16,12 +16,13 @@ BIN := $(VENV)/bin
 # read PYTHON too, as the interpreter to train with).
 unexport PYTHON TORCH_INDEX
 
-.PHONY: help demo test lint bench-cpu venv clean FORCE
+.PHONY: help demo test soak lint bench-cpu venv clean FORCE
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo [SEED=n]    train and evaluate the miniature of the paper on this machine"
 	@echo "make test [ARGS=...]  run the test suite (WORKERS=n processes, default 2)"
+	@echo "make soak [ARGS=...]  an hour or so: hostile inputs, random kills, thousands of steps"
 	@echo "make lint             ruff, mypy and shellcheck"
 	@echo "make bench-cpu        every benchmark with a tiny model, on this machine's CPU"
 	@echo "make venv             only set up .venv"
@@ -34,6 +35,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+soak: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

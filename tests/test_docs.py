@@ -9,7 +9,7 @@ import re
 import shlex
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from statistics import fmean
@@ -35,6 +35,7 @@ from scripts.visual_opsd.kl_measurement import DiagnosticConfig, DiagnosticSetti
 from scripts.visual_opsd.row_windows import ComputeSettings
 from scripts.visual_opsd.training_state import FREE_FIELDS
 from tests.documented_commands import CONFIGS, ROOT, bash_environment, block_problems, blocks
+from tests.hostile.__main__ import all_cases
 from tests.scripts.runs import make_world, train_arguments
 
 TINY_BAGEL = ROOT / "tests" / "tiny-bagel"
@@ -43,7 +44,7 @@ DEMO_RUNS = ROOT / "docs" / "benchmarks" / "demo.json"
 NAMES = (
     "README.md", "TRAIN.md", "EVAL.md", "INSTALL.md", "CONTRIBUTING.md", "CHANGELOG.md",
     "scripts/visual_opsd/README.md", "docs/paper_map.md", "docs/log.md",
-    "docs/benchmarks/README.md", "docs/scaling.md",
+    "docs/benchmarks/README.md", "docs/scaling.md", "docs/reliability.md",
 )  # fmt: skip
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 
@@ -504,3 +505,49 @@ def test_readme_is_short_and_names_both_commands() -> None:
     text = DOCUMENTS["README.md"]
     assert len(text.splitlines()) <= 150
     assert {"make demo", "make test"} <= set(blocks(text, "bash")[0].splitlines())
+
+
+# ---------------------------------------------------------------------------- reliability
+
+
+def fault_rows() -> list[list[str]]:
+    """Rows of all tables of faults: what happens, what is printed, code, what is kept, test."""
+    text = DOCUMENTS["docs/reliability.md"]
+    parts = re.findall(r"<!-- faults -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    return [row for part in parts for row in table_rows(part)]
+
+
+def fault_problems(cells: Iterable[str]) -> list[str]:
+    """Tests named as `file::function` that do not exist."""
+    problems = []
+    for file, name in (span.split("::") for cell in cells for span in spans(cell)):
+        path = ROOT / file
+        found = path.is_file() and re.search(rf"^def {name}\(", path.read_text(), re.MULTILINE)
+        if not found:
+            problems.append(f"{file}::{name}")
+    return problems
+
+
+def test_every_fault_names_a_test_that_exists() -> None:
+    rows = fault_rows()
+    assert len(rows) > 40 and all(len(row) == 5 and "::" in row[4] for row in rows)
+    assert fault_problems(row[4] for row in rows) == []
+    wrong = ["`tests/test_docs.py::test_nothing`", "`tests/test_nothing.py::test_docs`"]
+    assert len(fault_problems(wrong)) == 2
+
+
+def test_what_faults_print_is_what_the_code_says() -> None:
+    printed = [span for row in fault_rows() for span in spans(row[1])]
+    assert len(printed) > 40
+    table = "\n".join(f"| `{span}` | |" for span in printed if not span.startswith("--"))
+    assert message_problems(f"| a | b |\n|---|---|\n{table}") == []
+
+
+def test_totals_of_hostile_inputs() -> None:
+    """No fault among them; `python -m tests.hostile --write docs/reliability.md` renews them."""
+    rows = table_rows(region(DOCUMENTS["docs/reliability.md"], "hostile totals"))
+    counts = {row[0].strip("*"): [int(cell.strip("*")) for cell in row[1:5]] for row in rows}
+    assert set(counts) == {case.kind for case in all_cases()} | {"all"}
+    assert counts["all"][0] >= 600
+    for tried, right, refused, faults in counts.values():
+        assert tried == right + refused and not faults

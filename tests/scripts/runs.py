@@ -116,6 +116,35 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
+    """Rank -> process, of those that torchrun started."""
+    found = {}
+    for pid in descendants(process.pid)[1:]:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        rank = next((v for v in variables if v.startswith(b"RANK=")), None)
+        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        if rank is not None and int(parent) == process.pid:
+            found[int(rank.removeprefix(b"RANK="))] = pid
+    return found
+
+
+def all_gone(pids: list[int], within: float) -> bool:
+    """Whether none of the processes lives (or only as a zombie), waiting a while for it."""
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        states = []
+        for pid in pids:
+            try:
+                text = Path(f"/proc/{pid}/stat").read_text()
+                states.append(text.rpartition(")")[2].split()[0])
+            except OSError:
+                continue
+        if all(state in "ZX" for state in states):
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def kill_tree(process: subprocess.Popen[str]) -> None:
     """SIGKILL to the launcher and all its workers at once."""
     for pid in descendants(process.pid):

@@ -17,12 +17,14 @@ import pytest
 
 from scripts.visual_opsd.stopping import StopRequest, exit_code
 from tests.scripts.runs import (
+    all_gone,
     descendants,
     environment,
     hear_ctrl_c,
     kill_tree,
     logged_steps,
     make_world,
+    ranks_of,
     start,
     train_arguments,
     wait_for,
@@ -51,23 +53,6 @@ def running(
     finally:
         if process.poll() is None:
             kill_tree(process)
-
-
-def all_gone(pids: list[int], within: float) -> bool:
-    """Whether none of the processes lives (or only as a zombie), waiting a while for it."""
-    deadline = time.monotonic() + within
-    while time.monotonic() < deadline:
-        states = []
-        for pid in pids:
-            try:
-                text = Path(f"/proc/{pid}/stat").read_text()
-                states.append(text.rpartition(")")[2].split()[0])
-            except OSError:
-                continue
-        if all(state in "ZX" for state in states):
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def saved_steps(results: Path) -> list[int]:
@@ -181,18 +166,6 @@ def test_a_stuck_worker_is_not_waited_for_for_ever(world: Path, tmp_path: Path) 
 
 
 # ------------------------------------------------------------------------------------- ranks
-
-
-def ranks_of(process: subprocess.Popen[str]) -> dict[int, int]:
-    """Rank -> process, of those that torchrun started."""
-    found = {}
-    for pid in descendants(process.pid)[1:]:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        rank = next((v for v in variables if v.startswith(b"RANK=")), None)
-        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-        if rank is not None and int(parent) == process.pid:
-            found[int(rank.removeprefix(b"RANK="))] = pid
-    return found
 
 
 @pytest.mark.slow
