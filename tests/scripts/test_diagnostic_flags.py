@@ -25,6 +25,7 @@ from scripts.visual_opsd.latents import row_generator
 from scripts.visual_opsd.step import score_completion
 from tests.arrivals import ABSENT, PROMPTS, Arrival, check_arrival, check_complete, given_in_run
 from tests.arrivals import words as command_words
+from tests.data.synthetic import write_dataset
 from tests.scripts.evaluation_flags import (
     RowsRun,
     check_device,
@@ -127,8 +128,10 @@ def rows(places: Mapping[str, Path]) -> dict[str, Arrival]:
         "dataset_config_file": Arrival(
             [places["train"], places["heldout"]], files, expected_files
         ),
-        "data": Arrival(["Spatial_Navigation", ABSENT, "Spatial_Navigation", file],
-                        files, expected_files),
+        "data": Arrival(  # run a: a row's place in its file is not its index
+            ["Jigsaw_Assembly,Spatial_Navigation", ABSENT, "Spatial_Navigation", file],
+            files, expected_files,
+        ),
         "split": Arrival(["heldout", "train", "train", "heldout"], files, expected_files),
         "data_root": Arrival([places["one"], places["two"], places["two"], places["one"]],
                              files, expected_files),
@@ -192,7 +195,9 @@ TABLE = rows(dict.fromkeys(NAMES, Path("places")))  # for the names of its rows
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Arrival]:
-    return rows(make_places(tmp_path_factory.mktemp("flags")))
+    places = make_places(tmp_path_factory.mktemp("flags"))
+    write_dataset(places["one"], rows=4, split="heldout")
+    return rows(places)
 
 
 @pytest.fixture(scope="module")
