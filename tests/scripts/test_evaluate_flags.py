@@ -156,6 +156,11 @@ def test_every_setting_arrives(table: dict[str, Any], runs: list[Evaluation], na
     check_arrival(name, table[name], runs)
 
 
+def test_answers_are_greedy(runs: list[Evaluation]) -> None:
+    for run in runs:
+        assert all(numbers is None for numbers in run.all("generate", "uniforms"))
+
+
 # ------------------------------------------------------------------------------- one by one
 
 
