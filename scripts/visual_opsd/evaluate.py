@@ -34,6 +34,7 @@ from data.tsv import TsvDataset
 from data.worlds import get_scorer
 from modeling import BagelBundle, load_bagel
 from modeling.fingerprints import weights_fingerprint
+from modeling.memory import OutOfMemory
 from scripts.visual_opsd import benchmarks
 from scripts.visual_opsd.benchmark_scoring import (
     SCORING_VERSION,
@@ -86,7 +87,6 @@ from scripts.visual_opsd.row_windows import (
     IDENTITY_COLUMNS,
     BadRows,
     ComputeSettings,
-    OutOfMemory,
     RowName,
     RowPool,
     check_bad_rate,
