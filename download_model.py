@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +32,8 @@ from huggingface_hub.errors import (
 )
 
 from data.dataset_info import DATA_ROOT_VARIABLE, DATASETS, DEFAULT_DATA_ROOT, data_root
+from data.programs import expand_path, run_main
+from modeling.disk import check_room
 
 DEFAULT_REPO = "ThinkMorph/ThinkMorph-7B"
 INTERRUPTED = "download_model: interrupted; the same command continues with what is not complete"
@@ -117,12 +118,8 @@ def fetch(
     }
     (check_release_list if is_model else check_parquet_list)(repo_id, list(sizes))
     present = sum((folder / name).stat().st_size for name in sizes if (folder / name).is_file())
-    total, free = sum(size or 0 for size in sizes.values()), shutil.disk_usage(disk).free
-    if total - present > free:
-        raise ValueError(
-            f"{folder} needs {(total - present) / 1e9:.1f} GB more but its disk has "
-            f"{free / 1e9:.1f} GB free; make room or choose another place (--save-dir, --data-root)"
-        )
+    total = sum(size or 0 for size in sizes.values())
+    check_room(disk, total - present, f"what {folder} still lacks")
     with _explained(repo_id, folder, revision):
         snapshot_download(
             repo_id,
@@ -241,12 +238,14 @@ def fetch_datasets(args: argparse.Namespace, repos: Mapping[str, str], root: Pat
 
 def _place(flag: str, text: str | None) -> Path | None:
     """The folder a flag names; None if it was not given."""
-    if text is not None and not text.strip():
+    if text is None:
+        return None
+    if not text.strip():
         raise ValueError(f"{flag} is empty: name a folder, or leave it out")
     try:
-        return None if text is None else Path(text).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"{flag} {text}: {error}") from error
+        return Path(expand_path(text))
+    except ValueError as error:
+        raise ValueError(f"{flag} {text}: {error}") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -314,4 +313,4 @@ def _leave(*_: object) -> NoReturn:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, _leave)
-    sys.exit(main())
+    run_main(main)

@@ -379,7 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         length, unit, positions = _length_function(options.tokenizer)
-        datasets = find_datasets(Path(options.path).expanduser(), options.split)
+        datasets = find_datasets(Path(options.path), options.split)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -192,21 +192,6 @@ def _grey(image: Image.Image) -> Image.Image:
     if isinstance(key := image.info.get("transparency"), int):
         grey[values == key] = 255
     return Image.fromarray(grey)
-
-
-@runtime_checkable
-class ImagePath(Protocol):
-    """What turns an image into the pixels of one encoder: `ImageTransform`, `InferencerPath`."""
-
-    @property
-    def stride(self) -> int: ...
-
-    @property
-    def max_size(self) -> int: ...
-
-    def resize(self, image: Image.Image, img_num: int = 1) -> Image.Image: ...
-
-    def __call__(self, image: Image.Image, img_num: int = 1) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ from modeling.autoencoder import AE_FILE, AutoEncoderConfig
 from modeling.bagel.config import BagelConfig
 from modeling.bagel.generate import generate, marker_check
 from modeling.checkpoint import is_generation_key, locate_weights
+from modeling.memory import memory_errors
 from modeling.spread import (
     Place,
     free_memory,
@@ -83,7 +84,6 @@ from scripts.visual_opsd.cli import (
 )
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.on_policy_sampler import IMAGE_MARKER, position_uniforms, to_completion
-from scripts.visual_opsd.row_windows import is_out_of_memory
 from scripts.visual_opsd.rows import make_builder
 from scripts.visual_opsd.scoring import extract_answer
 
@@ -562,15 +562,11 @@ def parse(argv: Sequence[str] | None) -> DemoConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse(argv)
     try:
-        return run(config)
+        with memory_errors("for the answer", _advice(config)):
+            return run(config)
     except KeyboardInterrupt:
         print()
         return 130
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        cause = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"not enough memory ({cause}). {_advice(config)}") from error
 
 
 if __name__ == "__main__":

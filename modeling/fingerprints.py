@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from modeling.autoencoder import AE_FILE
 from modeling.checkpoint import is_generation_key
 from modeling.weight_files import open_weights, read_file
 
@@ -47,7 +48,7 @@ def weights_fingerprint(path: str | Path, *, drawing: bool = False) -> str:
     digest = hashlib.blake2b(digest_size=16)
     found = sorted(open_weights(path).items())
     tensors = [t for k, t in found if drawing or not is_generation_key(k)]
-    autoencoder = Path(path) / "ae.safetensors"
+    autoencoder = Path(path) / AE_FILE
     if drawing and autoencoder.is_file():
         tensors += [t for _, t in sorted(read_file(autoencoder).items())]
     whole = sum(tensor.nbytes for tensor in tensors) <= _WHOLE_BYTES

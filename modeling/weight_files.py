@@ -32,22 +32,10 @@ FLOAT_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # the format's own limit
 _CHUNK_BYTES = 16 * 2**20
 
 WhichWeights = Literal["auto", "model", "ema"]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The format's name of a floating dtype ("F32", "BF16", ...).
-
-    Raises:
-        ValueError: not one of float64, float32, float16, bfloat16.
-    """
-    if dtype not in _DTYPE_NAMES:
-        raise ValueError(f"weights are stored in {sorted(FLOAT_DTYPES)}, not in {dtype}")
-    return _DTYPE_NAMES[dtype]
 
 
 class LazyReader:

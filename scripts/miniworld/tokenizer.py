@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,13 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="YAML of the demo's prompts",
     )
     args = parser.parse_args(argv)
-    try:
-        prompts = Prompts.from_yaml(args.prompts)
-        make_folder(args.out, "--out")
-        count = write_tokenizer(args.out, demo_strings(prompts))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    prompts = Prompts.from_yaml(args.prompts)
+    make_folder(args.out, "--out")
+    count = write_tokenizer(args.out, demo_strings(prompts))
     print(f"wrote {count} tokens to {args.out}")
     return 0
 

@@ -156,16 +156,16 @@ def _without_currency(text: str) -> str:
     return text[start:stop].strip()
 
 
-def _within(a: float, b: float, tolerance: float = CHART_TOLERANCE) -> bool:
+def _within(a: float, b: float, tolerance: float) -> bool:
     return abs(a - b) <= tolerance * abs(b) * (1 + 1e-9)
 
 
-def close_enough(given: str, wanted: str, tolerance: float = CHART_TOLERANCE) -> bool:
-    """Numbers within `tolerance` of the wanted one; other texts equal after normalisation."""
+def close_enough(given: str, wanted: str) -> bool:
+    """Numbers within 5 % of the wanted one; other texts equal after normalisation."""
     a, b = number(given), number(wanted)
     if a is None or b is None:
         return normalise_answer(given) == normalise_answer(wanted)
-    return _within(a, b, tolerance)
+    return _within(a, b, CHART_TOLERANCE)
 
 
 def chart_verdict(text: str, wanted: Sequence[str]) -> Verdict:

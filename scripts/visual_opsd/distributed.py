@@ -305,7 +305,7 @@ def load_sharded(
 
 def check_shards(model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
     """`check_finite` of each rank's shards; its ValueError is raised on all ranks together."""
-    shards = {key: _local(tensor) for key, tensor in model.state_dict().items()}
+    shards = {key: local_part(tensor) for key, tensor in model.state_dict().items()}
     attempt(lambda: check_finite(shards, stored))
 
 
@@ -313,7 +313,7 @@ def check_shards(model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
 def copy_shards(target: nn.Module, source: nn.Module) -> None:
     """Copy parameters and buffers between two equally sharded models, without communication."""
     for (_, into), (_, out) in _paired(target.state_dict(), source.state_dict()):
-        _local(into).copy_(_local(out))
+        local_part(into).copy_(local_part(out))
 
 
 @contextmanager
@@ -488,8 +488,8 @@ def ema_update(ema_model: nn.Module, model: nn.Module, decay: float) -> None:
     for (name, average), (_, current) in _paired(common, of_model):
         if current.requires_grad:
             assert average.dtype == current.dtype == torch.float32, f"{name} is not fp32"
-            averages.append(_local(average))
-            currents.append(_local(current))
+            averages.append(local_part(average))
+            currents.append(local_part(current))
     # swa_utils' own multi-tensor update; it does not use the count of updates so far.
     make_update: Callable[[float], Any] = get_ema_multi_avg_fn
     make_update(decay)(averages, currents, torch.tensor(1))
@@ -504,7 +504,8 @@ def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, or a whole one."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
@@ -514,5 +515,6 @@ def _paired(
     """Both models' tensors side by side, with the checks that make local arithmetic valid."""
     assert left.keys() == right.keys(), f"keys differ: {sorted(left.keys() ^ right.keys())[:3]}"
     for name, tensor in left.items():
-        assert _local(tensor).shape == _local(right[name]).shape, f"{name} is sharded differently"
+        same = local_part(tensor).shape == local_part(right[name]).shape
+        assert same, f"{name} is sharded differently"
         yield (name, tensor), (name, right[name])

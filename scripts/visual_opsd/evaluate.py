@@ -34,6 +34,7 @@ from data.tsv import TsvDataset
 from data.worlds import get_scorer
 from modeling import BagelBundle, load_bagel
 from modeling.fingerprints import weights_fingerprint
+from modeling.memory import OutOfMemory
 from scripts.visual_opsd import benchmarks
 from scripts.visual_opsd.benchmark_scoring import (
     SCORING_VERSION,
@@ -77,7 +78,6 @@ from scripts.visual_opsd.on_policy_sampler import (
 from scripts.visual_opsd.processes import (
     DistEnv,
     attempt,
-    barrier,
     init_distributed,
     on_main,
     shutdown,
@@ -86,7 +86,6 @@ from scripts.visual_opsd.row_windows import (
     IDENTITY_COLUMNS,
     BadRows,
     ComputeSettings,
-    OutOfMemory,
     RowName,
     RowPool,
     check_bad_rate,
@@ -460,10 +459,10 @@ def evaluate(config: EvaluateConfig, env: DistEnv) -> dict[str, Any]:
     on_main(env, lambda: _prepare_folder(stores, wanted, settings))
     on_main(env, lambda: _check_comparison(settings))
     # Unusable rows are tried again: what kept them from being read may be gone.
-    done = {index for index, record in store.read().items() if "bad" not in record}
+    held = attempt(store.read)  # nobody appends before everybody has read
+    done = {index for index, record in held.items() if "bad" not in record}
     total = min(len(pool), settings.limit or len(pool))
     todo = [index for index in range(total) if index not in done]
-    barrier(env)  # nobody appends before everybody has read
 
     started = time.perf_counter()
     mine = todo[env.rank :: env.world_size]

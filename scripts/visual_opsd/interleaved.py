@@ -18,12 +18,13 @@ from data.limits import ContextLimits
 from data.parquet import StepRows
 from data.sequence import ContextBuilder
 from data.thinkmorph import INTERLEAVED_ROWS, BadRow, Row, RowNeeds, parse_row
+from modeling.memory import memory_errors
 from scripts.visual_opsd.config import SFTConfig
 from scripts.visual_opsd.latents import encode_pictures, row_generator
 from scripts.visual_opsd.processes import DistEnv
 from scripts.visual_opsd.rows import TrainRow, make_builder
 from scripts.visual_opsd.step import PackResult, ScoredRow
-from scripts.visual_opsd.trainer import Trainer
+from scripts.visual_opsd.trainer import ENCODING, Trainer
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class InterleavedTrainer(Trainer):
         assert self.vae is not None
         seed, shift = self.config.run.global_seed, self.config.flow.timestep_shift
         scored = []
-        with self.timer("encode"):
+        with self.timer("encode"), memory_errors(*ENCODING):
             for row in batch.values:
                 generator = row_generator("interleaved", seed, row.position)
                 context = encode_pictures(row.student, self.vae, generator, time_shift=shift)

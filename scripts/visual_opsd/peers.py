@@ -76,8 +76,7 @@ class Watch:
         self._me = Peer.here(0)
         self._store: dist.TCPStore | None = None
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="peer watch", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, name="peer watch", daemon=True).start()
 
     def join(self, rank: int, local_ranks: range) -> None:
         """Begin to watch the other ranks: a collective, after the group is there.

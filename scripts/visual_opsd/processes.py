@@ -21,6 +21,12 @@ from scripts.visual_opsd.folder_lock import release_folders
 from scripts.visual_opsd.peers import Watch
 
 T = TypeVar("T")
+
+
+class FailedAlone(ValueError):
+    """What the user can mend, found by one rank where the others do not ask: `shutdown` tells."""
+
+
 _watch: Watch | None = None  # of the group that this process is in
 
 
@@ -188,7 +194,8 @@ def shutdown() -> None:
     global _watch
     if _watch is not None:
         error = sys.exc_info()[1]  # what ends the caller's block, if anything does
-        _watch.leave(failed=error is not None and not isinstance(error, ValueError))
+        together = isinstance(error, ValueError) and not isinstance(error, FailedAlone)
+        _watch.leave(failed=error is not None and not together)
         _watch = None
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -13,7 +13,7 @@ import sys
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -27,6 +27,7 @@ from data.rejects import summarise
 from data.row_groups import RowSource
 from data.thinkmorph import EVALUATION_ROWS, IMAGE_COLUMNS, PROBLEM_IMAGE, Row, RowNeeds
 from data.tsv import TsvDataset
+from modeling.memory import memory_errors
 from scripts.visual_opsd.cli import TIMEOUTS, Settings, option
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.schedule import compute_dtype
@@ -72,37 +73,11 @@ def progress_bar(total: int, shown: bool) -> Any:
     )
 
 
-# ------------------------------------------------------------------------------ memory
-
-_MEMORY = ("out of memory", "not enough memory", "allocate memory", "bad_alloc", "alloc_failed")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device or the machine has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in text for words in _MEMORY)
-
-
-class OutOfMemory(ValueError):
-    """Some rows need more memory than there is."""
-
-
-@contextmanager
-def memory_advice(rows: Sequence[object], advice: str) -> Iterator[None]:
+def memory_advice(rows: Sequence[object], advice: str) -> AbstractContextManager[None]:
     """Turn a lack of memory into `OutOfMemory` that names the rows under way, and what to do."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        cause = (str(error) or type(error).__name__).splitlines()[0]
-        shown = ", ".join(map(str, rows[:3]))
-        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-        raise OutOfMemory(
-            f"not enough memory ({cause}) with {len(rows)} rows at once ({shown}{more}): {advice}"
-        ) from error
+    shown = ", ".join(map(str, rows[:3]))
+    more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+    return memory_errors(f"with {len(rows)} rows at once ({shown}{more})", advice)
 
 
 # ------------------------------------------------------------------------------ which rows

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from data.json_lines import write_lines
+from modeling.finite import find_nonfinite
 from scripts.visual_opsd.checkpoint_folders import (
     NOT_GOOD,
     delete_old_states,
@@ -25,6 +25,7 @@ from scripts.visual_opsd.checkpoint_folders import (
     supersede,
 )
 from scripts.visual_opsd.config import RunSettings
+from scripts.visual_opsd.distributed import local_part
 from scripts.visual_opsd.processes import DistEnv, agree, gather_objects, on_main
 from scripts.visual_opsd.step import PackResult
 from scripts.visual_opsd.training_state import Resumed, TrainingState, save_checkpoint
@@ -52,15 +53,8 @@ def is_finite(state: TrainingState, env: DistEnv) -> bool:
         for value in moments.values()
         if isinstance(value, Tensor)
     ]
-    return not agree(not all(_finite(tensor) for tensor in tensors), env)
-
-
-@torch.no_grad()
-def _finite(tensor: Tensor) -> bool:
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    if not local.numel() or not local.is_floating_point():
-        return True
-    return bool(torch.stack(torch.aminmax(local)).isfinite().all())  # both are NaN if any is
+    shards = {str(number): local_part(tensor) for number, tensor in enumerate(tensors)}
+    return not agree(bool(find_nonfinite(shards)), env)
 
 
 class StateKeeper:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ from data.thinkmorph import OPSD_ROWS, SFT_ROWS, Row, RowNeeds
 from modeling.autoencoder import load_autoencoder
 from modeling.bagel.bagel import Bagel
 from modeling.checkpoint import is_generation_key, iter_weights, locate_weights, save_bagel
+from modeling.memory import memory_errors
 from modeling.tokenizer import load_tokenizer
 from modeling.weight_files import FLOAT_DTYPES, open_weights
 from scripts.visual_opsd.checkpoint_folders import NOT_GOOD, check_folders, restart_logs
@@ -52,6 +53,7 @@ from scripts.visual_opsd.metrics import MetricLogger, PhaseTimer, WandbSettings,
 from scripts.visual_opsd.on_policy_sampler import Interrupted, sample_completions
 from scripts.visual_opsd.processes import (
     DistEnv,
+    FailedAlone,
     agree,
     all_reduce_max_int,
     all_reduce_sums,
@@ -96,6 +98,11 @@ from scripts.visual_opsd.training_state import (
 
 _SHOWN = {"loss": ".4f", "grad_norm": ".3f", "completion_length": ".1f"}
 _FINE, _STOP, _FAILED = 0, 1, 2
+# What to do about a lack of memory.
+ENCODING = "while images are encoded", "in a new run lower --vae_max_size"
+_OFFLOAD = "use more GPUs, or --cpu_offload True and --teacher_cpu_offload True"
+_ROLLOUT = "lower --sample_batch_size or, in a new run, --sample_max_new_tokens"
+_UPDATE = "lower --pack_tokens, --loss_chunk_size or, in a new run, --max_forward_tokens"
 T = TypeVar("T")
 
 
@@ -383,7 +390,7 @@ class Trainer:
         Before the error of a user, the state of the last completed step is saved.
 
         Between two of these calls every rank joins the same collectives, so a rank that failed
-        (bad rows, out of memory in a rollout) is never waited for.
+        (bad rows, out of memory in a rollout) is never waited for. `FailedAlone` passes.
         """
         status, failure, result = _FINE, None, None
         try:
@@ -391,6 +398,8 @@ class Trainer:
             status = _STOP if self.stop.number else _FINE
         except Interrupted:
             status = _STOP
+        except FailedAlone:
+            raise
         except Exception as error:
             status, failure = _FAILED, error
         worst = all_reduce_max_int(status, self.env)
@@ -421,7 +430,8 @@ class Trainer:
             self.env,
         )
         self._record_rejects(batch, sums)
-        self._update(scored, sums)
+        with memory_errors(f"in the update of step {batch.step + 1}", _UPDATE, FailedAlone):
+            self._update(scored, sums)
         return not agree(bool(self.stop.number), self.env)
 
     def _score(self, batch: StepRows[TrainRow]) -> list[ScoredRow]:
@@ -430,7 +440,7 @@ class Trainer:
         rows: Sequence[TrainRow] = batch.values
         if self.teacher_latents:
             assert self.vae is not None
-            with self.timer("encode"):
+            with self.timer("encode"), memory_errors(*ENCODING):
                 rows = encode_teachers(rows, self.vae, self.config.run.global_seed)
         if self.sft:
             return [score_targets(row, limit) for row in rows]
@@ -442,20 +452,25 @@ class Trainer:
         """One completion for each row, from the student's current weights."""
         if self.recorded is not None:
             return [self.recorded.take(batch.step, item) for item in batch.items]
-        with self.timer("sample"), summon_full_params(self.student) as plain:
+        doing = f"in the rollout of step {batch.step + 1}"
+        with self.timer("sample"), ExitStack() as stack:
+            # A collective: the others may wait in it for this rank.
+            with memory_errors(f"gathering weights {doing}", _OFFLOAD, FailedAlone):
+                plain = stack.enter_context(summon_full_params(self.student))
             assert isinstance(plain, Bagel)
-            completions = sample_completions(
-                plain,
-                [row.student for row in batch.values],
-                [item.slot for item in batch.items],
-                tokenizer=self.tokenizer,
-                special=self.special,
-                settings=self.settings,
-                seed=self.config.run.global_seed,
-                step=batch.step,
-                device=self.env.device,
-                should_stop=lambda: bool(self.stop.number),
-            )
+            with memory_errors(doing, _ROLLOUT):
+                completions = sample_completions(
+                    plain,
+                    [row.student for row in batch.values],
+                    [item.slot for item in batch.items],
+                    tokenizer=self.tokenizer,
+                    special=self.special,
+                    settings=self.settings,
+                    seed=self.config.run.global_seed,
+                    step=batch.step,
+                    device=self.env.device,
+                    should_stop=lambda: bool(self.stop.number),
+                )
         self.timer.add_tokens("sample", sum(len(c.ids) for c in completions))
         return completions
 

@@ -46,7 +46,6 @@ from scripts.visual_opsd.evaluation_summary import share, split_bad
 from scripts.visual_opsd.processes import (
     DistEnv,
     attempt,
-    barrier,
     init_distributed,
     on_main,
     shutdown,
@@ -294,13 +293,12 @@ def run(config: InterventionConfig, env: DistEnv) -> dict[str, Any]:
             runner.append(Runner(config, env, pool, prepare))
         return runner[0]
 
-    held = {i for i, line in stores.drawings.read().items() if "bad" not in line}
+    # After each `attempt` everybody has read: only then may somebody append or merge.
+    held = {i for i, line in attempt(stores.drawings.read).items() if "bad" not in line}
     todo = [i for i in range(total) if i not in held]
-    barrier(env)  # nobody appends before everybody has read
     mine = todo[env.rank :: env.world_size]
     attempt(lambda: worker().draw(mine, stores) if mine else None)
-    good, rejects = split_bad(stores.drawings.read())
-    barrier(env)  # nobody merges before everybody has read
+    good, rejects = split_bad(attempt(stores.drawings.read))
     on_main(env, lambda: _merge_drawings(stores, good, rejects, total, settings))
 
     drawn = {int(line["index"]): line for line in good if line["drawn"]}
@@ -310,10 +308,9 @@ def run(config: InterventionConfig, env: DistEnv) -> dict[str, Any]:
     # A row that could be read only now may have become another row's donor.
     finished = {
         index: line
-        for index, line in stores.outputs.read().items()
+        for index, line in attempt(stores.outputs.read).items()
         if index in drawn and line["donor"] == donor_of.get(index)
     }
-    barrier(env)
     answering = [i for i in drawn if i not in finished]
     own = answering[env.rank :: env.world_size]
     attempt(lambda: worker().answer(own, drawn, donor_of, stores) if own else None)

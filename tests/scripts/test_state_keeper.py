@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data.json_lines import append_records
+from scripts.visual_opsd import processes, trainer
 from scripts.visual_opsd import step as step_module
 from scripts.visual_opsd.checkpoint_folders import NOT_GOOD, complete_steps, find_checkpoint
 from scripts.visual_opsd.run_store import RankedLines, write_json
@@ -70,6 +71,75 @@ def states(results: Path) -> list[int]:
 
 def releases(results: Path) -> list[str]:
     return sorted(p.name for p in (results / "checkpoints").glob("[0-9]*"))
+
+
+# ------------------------------------------------------------------------------------ memory
+
+
+def lack_memory(monkeypatch: pytest.MonkeyPatch, name: str, at: int) -> None:
+    """A function that the trainer calls once a step finds no memory in step `at`."""
+    plain, calls = getattr(trainer, name), iter(range(1, 100))
+
+    def fails(*args: Any, **options: Any) -> Any:
+        if next(calls) == at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+        return plain(*args, **options)
+
+    monkeypatch.setattr(trainer, name, fails)
+
+
+def test_no_memory_in_a_rollout_keeps_the_last_completed_step(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"total_steps": 4, "save_every": 100}
+    with monkeypatch.context() as patch:
+        lack_memory(patch, "sample_completions", 3)
+        _, error = run(world, tmp_path, **settings)
+    assert error == (
+        "not enough memory (CUDA out of memory. Tried to allocate) in the rollout of step 3: lower "
+        "--sample_batch_size or, in a new run, --sample_max_new_tokens; state of step 2 saved; "
+        "--resume it"
+    )
+    assert states(tmp_path) == [2]
+    _, error = run(world, tmp_path, **settings, sample_batch_size=1, **GO_ON)
+    assert not error and states(tmp_path) == [2, 4]
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("run_pack", "in the update of step 3: lower --pack_tokens, --loss_chunk_size or, in a"),
+        ("clip_grad_norm", "in the update of step 3: lower --pack_tokens"),
+        ("summon_full_params", "gathering weights in the rollout of step 3: use more GPUs"),
+    ],
+)
+def test_no_memory_where_the_other_ranks_do_not_ask(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
+    """They are told, and nothing is saved, for which they would all be needed."""
+    lack_memory(monkeypatch, name, 3)
+    left = []
+
+    class Watch:
+        def leave(self, failed: bool) -> None:
+            left.append(failed)
+
+    with pytest.raises(processes.FailedAlone) as raised, one_process() as env:
+        monkeypatch.setattr(processes, "_watch", Watch())
+        build(world, tmp_path, env, **SHORT | {"save_every": 100}, total_steps=4).train()
+    text = "; ".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
+    assert text.startswith(f"not enough memory (CUDA out of memory. Tried to allocate) {said}")
+    assert left == [True] and "\n" not in text and not states(tmp_path)
+
+
+def test_no_memory_while_images_are_encoded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lack_memory(monkeypatch, "encode_teachers", 2)
+    _, error = run(world, tmp_path, teacher_vt="vae+vit", total_steps=3, save_every=100)
+    assert "while images are encoded: in a new run lower --vae_max_size" in error
+    assert error.endswith("state of step 1 saved; --resume it")
 
 
 # -------------------------------------------------------------------------------- divergence

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from scripts.visual_opsd.stopping import StopRequest, exit_code
+from tests.scripts.launching import program_environment
 from tests.scripts.runs import (
     all_gone,
     descendants,
@@ -184,6 +185,36 @@ def test_a_dead_rank_is_named_and_the_others_end(
     assert process.returncode != 0
     (line,) = [line for line in output.splitlines() if line.startswith("error:")]
     assert f"rank 1 (process {victim} on " in line and line.endswith("rank 0 ends too")
+
+
+@pytest.mark.slow
+def test_a_rank_without_memory_ends_all(world: Path, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import os, torch
+from scripts.visual_opsd import train_visual_opsd, trainer
+from scripts.visual_opsd.cli import run_main
+plain = trainer.run_pack
+def run_pack(*args, **options):
+    if os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return plain(*args, **options)
+trainer.run_pack = run_pack
+run_main(train_visual_opsd.main)
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    ended = subprocess.run(
+        [*command, str(program), *train_arguments(world, tmp_path / "r", **LONG)],
+        env=program_environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    errors = sorted(x for x in ended.stderr.splitlines() if x.startswith("error:"))
+    assert len(errors) == 2, ended.stderr
+    own, other = errors
+    assert own.startswith("error: not enough memory (CUDA out of memory) in the update of step 1:")
+    assert other.startswith("error: rank 1 on ") and other.endswith("rank 0 ends too")
+    assert ended.returncode == 1 and "Traceback (most" not in ended.stderr.split("error:")[0]
 
 
 @pytest.mark.slow
