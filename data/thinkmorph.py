@@ -10,6 +10,7 @@ how the files spell it; `reasoning_thought_i` is accepted too), `reasoning_image
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -102,6 +103,7 @@ class BadRow(ValueError):
     """
 
     def __init__(self, reason: str, detail: str, *, file: str = "", row: int = -1) -> None:
+        detail = " ".join(detail.split())  # the libraries' errors may have lines
         super().__init__(f"{file}:{row}: {reason}: {detail}" if file else detail)
         self.reason, self.detail, self.file, self.row = reason, detail, file, row
 
@@ -201,6 +203,11 @@ def check_schema(schema: pa.Schema, needs: RowNeeds = OPSD_ROWS, *, where: str) 
     return report.used
 
 
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: blanks, zero-width and control characters."""
+    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
+
+
 def _text(row: Row, column: str) -> str:
     """Text or number of a cell as text, "" if it is empty or no finite number. Raises BadRow."""
     value = row.values.get(column)
@@ -250,7 +257,7 @@ def parse_row(row: Row, needs: RowNeeds = OPSD_ROWS) -> Sample:
 
     texts = {name: _text(row, name) for name in ("question", "answer")}
     for name, text in texts.items():
-        if not text.strip():
+        if is_blank(text):
             raise bad(f"missing_{name}", f"column {name} is empty")
     problem = row_image(row, PROBLEM_IMAGE)
     if problem is None:

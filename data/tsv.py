@@ -26,7 +26,7 @@ from urllib.parse import unquote
 from PIL import Image
 
 from data.dataset_info import check_file
-from data.thinkmorph import BadRow, Row
+from data.thinkmorph import BadRow, Row, is_blank
 from data.transforms import decode_image
 
 # A shorter `image` is the index of another row (VLMEvalKit's own rule).
@@ -311,7 +311,7 @@ class TsvDataset:
 
 def _is_absent(column: str, text: str) -> bool:
     text = text.strip()
-    return not text or (text == "nan" and column not in _TEXTS)
+    return is_blank(text) or (text == "nan" and column not in _TEXTS)
 
 
 def plain_index(text: str) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -282,3 +283,13 @@ def test_make_help_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text()
     shown = set(re.findall(r'echo "make ([a-z-]+)', makefile))
     assert make_targets() - {"help"} == shown
+
+
+def test_ctrl_c_while_a_program_imports_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")  # found before the real one
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.visual_opsd.train_visual_opsd"],
+        cwd=ROOT, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "interrupted\n")

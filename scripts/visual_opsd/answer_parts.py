@@ -41,6 +41,8 @@ _TEX = [
         (r"\\f?box(?:ed)?\s?\{", "\\\\boxed{"),
         (r"\\(?!boxed)[a-zA-Z]{1,20}\*?\s?\{([^{}]{0,400})\}", r" \1 "),
         (r"\\(?!boxed)[a-zA-Z]{1,20}\*?\s?\{([^{}]{0,400})\}", r" \1 "),  # one in another
+        # Boxes with no word of their own between them are one statement ("\boxed{A} or \boxed{B}").
+        (r"\}([\s,;/&$]{0,6}(?:(?:or|and)[\s$]{1,6})?)\\boxed\{", r" \1 "),
         (r"\\boxed\{([^{}]{0,4000})\}", r"\nanswer: \1\n"),
         (r"\\boxed\{", r"\nanswer: "),
         (r"\\(?:displaystyle|textstyle|qquad|quad|bf|rm|it|approx|sim)(?![a-z])", " "),
@@ -50,7 +52,7 @@ _TEX = [
 _MARKDOWN = [
     (re.compile(rule, re.MULTILINE), by)
     for rule, by in (
-        (r"~~[^~\n]{0,400}~~", " "),  # struck out
+        (r"~~[^~\n]{0,400}~~|<(del|strike)>[^<\n]{0,400}</\1>", " "),  # struck out
         (r"</?(?:[a-z]|[A-Za-z][^<>\n]{1,60})>", " "),
         (r"^ {0,3}(?:#{1,6}|>) (?=[\w*(\\$])", ""),
         (r"\*{2,}|(?<![A-Za-z0-9])\*|\*(?![A-Za-z0-9])|`", " "),
@@ -71,7 +73,8 @@ def readable(text: str) -> str:
     """Without TeX and Markdown; the content of a \\boxed{} becomes a line "answer: ..."."""
     for pattern, by in [*_TEX, *_MARKDOWN] if "\\" in text or "{" in text else _MARKDOWN:
         text = pattern.sub(by, text)
-    return text
+    # The blanks that this left; between digits they may separate numbers.
+    return re.sub(r"(?<!\d) {2,8}| {2,8}(?!\d)", " ", text)
 
 
 # ------------------------------------------------------------------------- where the answer stands
@@ -138,12 +141,21 @@ CUE = re.compile(
     re.I,
 )
 _SENTENCE_END = re.compile(r"[.!?;](?=\s|$)|\n")
+# What begins a sentence that asks or supposes instead of stating.
+_ASKS = re.compile(
+    r"(?:^|[.!?;:,]\s|\n)\W{0,4}(?:(?:(?:but|and|so)\s)?(?P<if>if|suppose|assuming|unless|whether)"
+    r"|(?:is|was|are|can|could|would|should|might|does))\s[^.!?;\n]{0,60}$",
+    re.I,
+)
 
 
 def said(text: str, cue: re.Pattern[str] = CUE) -> Iterator[tuple[int, int]]:
     """Where what is given as the answer begins and its sentence ends, the last one first."""
     for found in reversed(list(cue.finditer(text))[-_CUES:]):
         end = _SENTENCE_END.search(text, found.end())
+        asks = _ASKS.search(text[max(0, found.start() - 80) : found.start()])
+        if asks and (asks["if"] or (end and end[0] == "?")):
+            continue
         yield found.end(), end.start() if end else len(text)
 
 
@@ -152,9 +164,11 @@ def is_short(text: str, words: int = 4) -> bool:
 
 
 NOT = re.compile(
-    r"(?:\bnot|n't|\bcannot|\bneither|\bnor|\bnever|\bexcept|\bexcluding|\brather than|"
-    r"\binstead of|\bother than|\bunlike|\b(?:anything|everything|all) but|"
-    r"\u4e0d\u662f|\u5e76\u975e|\u4e0d\u9009)"
+    r"(?:\bnot|n't|\bcannot|\bneither|\bnor|\bnever|\bexcept|\bexclud(?:e|ed|es|ing)|\brather than|"
+    r"\binstead of|\bother than|\bunlike(?:ly)?|\b(?:anything|everything|all) but|\bno|\bnon-|"
+    r"\b(?:rul(?:e|ed|es|ing) out|(?:eliminat|discard)(?:e|ed|es|ing)|reject(?:ed|s|ing)?|doubt|"
+    r"hardly|opposite of|wrong:|incorrect:|nicht|kein|pas)|[\u00ac\u2260]|!=|(?:^|\s)!|"
+    r"\u4e0d\u662f|\u5e76\u975e|\u4e0d\u9009|\u6392\u9664|\u975e)"
     r"(?:\s(?:think|believe|say|choose|select|pick|it|it's|that|is|be|the|answer|option|choice|"
     r"letter|correct|right|a|an|to|go|with|necessarily|likely|for)){0,6}[\s(\[\"':]{0,3}$",
     re.I,

@@ -173,7 +173,7 @@ def chart_verdict(text: str, wanted: Sequence[str]) -> Verdict:
     given = extract_answer(text)
     if given is not None:
         given = _unboxed(given).strip()
-        if any(close_enough(given, answer) for answer in wanted):
+        if plain_characters(given).strip() and any(close_enough(given, a) for a in wanted):
             return Verdict(True, given, True)
     read = lenient_number(text)
     return Verdict(False, given, any(_leniently_close(text, read, answer) for answer in wanted))

@@ -45,11 +45,15 @@ def release_folder(checkpoint_dir: Path, step: int) -> Path:
 
 
 def _folders(checkpoint_dir: Path, name: re.Pattern[str] = STEP_NAME) -> dict[int, Path]:
-    """Step -> folder of everything that carries a step's name, complete or not."""
+    """Step -> folder of everything that carries a step's name, complete or not.
+
+    Of several ("step_4" beside "step_0000004", a copy) the one that we named.
+    """
     if not checkpoint_dir.is_dir():
         return {}
     found = [(name.fullmatch(p.name), p) for p in checkpoint_dir.iterdir() if p.is_dir()]
-    return dict(sorted((int(m[1]), p) for m, p in found if m))
+    steps = ((int(m[1]), len(p.name), p) for m, p in found if m)
+    return {step: path for step, _, path in sorted(steps)}  # ours is the longer name
 
 
 def _sort_out(

@@ -10,6 +10,7 @@ lock must be taken over by hand once it has fallen silent. A holder whose lock w
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -67,11 +68,13 @@ def _machine() -> str:
 
 
 def _read(path: Path) -> Holder | None:
-    """None: there is no lock, or nobody has written into it yet."""
+    """None: there is no lock, or nobody has written into it yet (a stranger's text is no name)."""
     try:
-        return Holder(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        found = Holder(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
+    kinds = {name: int if name == "pid" else str for name in asdict(found)}
+    return found if all(type(getattr(found, n)) is kind for n, kind in kinds.items()) else None
 
 
 class _Lock:
@@ -173,9 +176,12 @@ def _acquire(path: Path, flag: str, take_over: bool | None) -> _Lock:
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """(descriptor, whether the file is new)."""
+    """(descriptor, whether the file is new). Raises OSError, for what is no file of ours too."""
     flags = os.O_RDWR | os.O_CLOEXEC
     while True:
+        if (os.path.lexists(path) and not path.is_file()) or path.is_symlink():
+            raise FileExistsError(errno.EEXIST, "is no file, but stands where the lock belongs: "
+                                  "remove it", str(path))  # fmt: skip
         with contextlib.suppress(FileExistsError):
             return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644), True
         with contextlib.suppress(FileNotFoundError):

@@ -217,6 +217,9 @@ find_cluster() {
     rank=$FOUND
     [[ -n $rank ]] || fail "$from, but this node's number from 0 is not set: RANK (or PET_NODE_RANK, ARNOLD_ID). If $from is left over, unset it."
     check_number "$FOUND_NAME" "$rank" 0 $((nodes - 1))
+    if [[ -n $SLURM_NNODES && -n ${SLURM_STEP_ID:-} && $rank != "${SLURM_NODEID:-$rank}" ]]; then
+        fail "$FOUND_NAME=$rank contradicts SLURM_NODEID=$SLURM_NODEID; unset what is left over."
+    fi
     find_meeting_point
     RENDEZVOUS=(--nnodes="$nodes" --node_rank="$rank" --nproc_per_node="$processes"
         "${RENDEZVOUS[@]}")
@@ -265,6 +268,9 @@ find_meeting_point() {
     elif is_this_machine "$address" && ((rank > 0)); then
         fail "$FOUND_NAME=$address on node $rank: it must be the first node's address as the others reach it."
     fi
+    # Else torchrun looks for such a host until its time is up. (An IPv6 address has more colons.)
+    [[ $address != *[[:space:]/]* && ! $address =~ ^[^:]*:[0-9]*$ ]] ||
+        fail "$FOUND_NAME=$address is no host name or address; a port belongs into MASTER_PORT."
     find_setting ARNOLD_WORKER_0_PORT PET_MASTER_PORT MASTER_PORT
     # Jobs that share a node must not share a port.
     FOUND=${FOUND:-${SLURM_JOB_ID:+$((20000 + SLURM_JOB_ID % 10000))}}

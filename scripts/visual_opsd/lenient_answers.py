@@ -9,6 +9,7 @@ answer. EVAL.md lists what is read.
 
 from __future__ import annotations
 
+import math
 import re
 import string
 import unicodedata
@@ -41,16 +42,23 @@ _SMALL = re.compile(  # a lower-case letter that begins a statement
     re.I,
 )
 _NOT_AFTER = re.compile(
-    rf"{_CLOSE}?\s(?:(?:is|was|does|do|can|could|would|should|must|has|are)\s?(?:not\b|n't)|can't|"
-    r"cannot\b|(?:(?:is|was|must be|would be|seems)\s)?(?:\w+ly\s)?"
-    r"(?:wrong|incorrect|false|impossible|ruled out|eliminated|excluded)\b)",
+    rf"{_CLOSE}?(?:[.):]?\s?[\ue000-\uf8ff])?(?:\?\s?(?:no|nope|not)\b|"
+    r"\s?[\u2716-\u2718\u274c\u274e]|\s?(?:!=|\u2260)|\s(?:"
+    r"(?:is|was|does|do|can|could|would|should|must|has|are)\s?(?:not\b|n't)|can't|won't|"
+    r"cannot\b|fails?\b|is out\b|(?:(?:is|was|must be|would be|seems)\s)?(?:\w+ly\s)?"
+    r"(?:wrong|incorrect|false|impossible|unlikely|ruled out|eliminated|excluded)\b))",
     re.I,
 )
 # Words after a lone "A" that make it a letter; before any other word it is an article.
 _LETTER_GOES_ON = re.compile(
     r"(?:is|was|are|because|since|as|and|or|but|for|which|that|due|seems|appears|looks|would|"
-    r"should|must|has|can|cannot|isn't|matches|shows|with|if|so)$"
+    r"should|must|has|can|cannot|isn't|matches|shows|with|if|so|vs|versus|to|through|then|oder|ou)$"
 )
+_GLUED = re.compile(
+    r"(?<![A-Za-z0-9])(?!(?:option|choice|answer|letter)[-&/])[A-Za-z0-9]+[-&/]$", re.I
+)
+_GLUED_TO = re.compile(r"[-&/](?!(?:option|choice|answer|letter)\b)[A-Za-z0-9]", re.I)
+_DOUBTED = re.compile(r"[\ue000-\uf8ff]\?\s?(?:no|nope|not)\b", re.I)
 _RIGHTLY = re.compile(  # "B is correct": a statement by itself
     r"(?<![A-Za-z])(?=[(\[\"']?[A-Z][)\]\"']?\s(?:is|seems|must be|would be)\s(?:the\s)?(?:most\s)?"
     r"(?:correct|best|answer|likely|right(?!\s(?:of|to|side|above|below)))\b)"
@@ -66,7 +74,7 @@ _LABEL_AND_TEXT = re.compile(r"\W{0,4}[A-Z][.):]\s{0,3}[\ue000-\uf8ff]")
 _HEAD = re.compile(
     r"(?:(?:the|a|an|it's|its|it|is|i|think|believe|say|that's|that|this|option|choice|letter|"
     r"answer|correct|would|be|must|should|so|thus|therefore|hence|on|to|in|at|of|they|are|we|"
-    r"probably|likely|clearly|definitely|[A-Z])\b[\s:]{0,3})*",
+    r"probably|likely|clearly|definitely|first|then|between|either|both|[A-Z])\b[\s:]{0,3})*",
     re.I,
 )
 _TAIL = re.compile(
@@ -148,6 +156,8 @@ def _letters(text: str, begin: int, end: int, known: frozenset[str]) -> set[str]
         joined = denied >= 0 and re.fullmatch(
             r"\W{0,3}(?:or|nor|and)\W{1,3}(?:option\s)?", text[denied:start], re.I
         )
+        if _GLUED.search(before) or _GLUED_TO.match(text, stop):
+            continue  # "N/A", "B-52", "A/B": a name, or two
         if joined or NOT.search(before) or _NOT_AFTER.match(text, stop, end):
             denied = stop
         elif not _is_word(text, letter, stop):
@@ -179,6 +189,7 @@ def _labelled(text: str, options: _Options) -> set[str]:
     other line begins with another."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     labels = [_LABEL_LINE.fullmatch(line) for line in lines]
+    labels = [x if x and not _NOT_AFTER.match(x[0], x.end(1)) else None for x in labels]
     letters = {label[1] for label in labels if label} & options.letters
     ends = [label for label in (*labels[:1], *labels[-1:]) if label]
     if ends and len(letters) == 1:
@@ -189,7 +200,7 @@ def _labelled(text: str, options: _Options) -> set[str]:
 
 
 def _part_option(part: Part, options: _Options) -> set[str]:
-    text = options.mask(part.text.replace("$", " "))
+    text = _DOUBTED.sub(" ", options.mask(re.sub(r" ?\$ ?", " ", part.text)))
     places = [*said(text), *said(text, _RIGHTLY), *said(text, _WEAKLY)]
     for begin, end in sorted(places, reverse=True):
         label = _LABEL_AND_TEXT.match(text, begin)
@@ -336,11 +347,17 @@ def lenient_number(text: str) -> Number | None:
 
 
 def _only(found: set[Number | None]) -> Number | None:
-    """One number, written once or several times, with or without its percent sign."""
+    """One number, written once or several times, as a percentage, a share or without its sign."""
     numbers = [number for number in found if number is not None]
-    if len(numbers) < len(found) or len({number.value for number in numbers}) != 1:
+    if len(numbers) < len(found) or not numbers:
         return None
-    return max(numbers, key=lambda number: number.percent)
+    first = max(numbers, key=lambda number: number.percent)
+    same = (first.value, first.value / 100) if first.percent else (first.value,)
+    agreed = all(
+        any(math.isclose(n.value, value) for value in same[: 1 if n.percent else 2])
+        for n in numbers
+    )
+    return first if agreed else None
 
 
 def plain_number(text: str) -> Number | None:

@@ -34,7 +34,20 @@ _MARKS = re.compile(r"[\s\[\](){}<>\"'/_&+:=!-]+")
 _LISTED = re.compile(r"(?:\b(?:step|move)\s?)(\d{1,3})\s?[.):-]?\s?(?=[A-Za-z])|"
                      r"(?<![A-Za-z0-9])\(?(\d{1,3})(?:[.):]\s?|-\s)(?=[A-Za-z])", re.I)  # fmt: skip
 _REMARK = re.compile(
-    r"\bto \(?[a-h]\d{1,2}\b\)?|\((?:in )?(?:total:? )?\d{1,3} moves[^()]{0,20}\)", re.I
+    r"\bto \(?[a-h]\d{1,2}\b\)?|\((?:in )?(?:total:? )?\d{1,3} (?:moves|steps)[^()]{0,20}\)", re.I
+)
+# A plan that is denied: "not RRDD", "RRDD is wrong".
+_DENIED = re.compile(
+    r"(?:\b(?:not|cannot|never|neither|nor|except|avoid|wrong|incorrect|instead of|rather than|"
+    r"tried)|n't)"
+    r"(?:\s(?:go|move|take|do|be|is|the|a|to|with|plan|path|answer|moves)){0,6}[\s:(\[\"']{0,4}"
+    r"(?:[udlr]+\b|(?:up|down|left|right)\b|\u2192)"
+    r"|(?:\b[udlr]+|\b(?:up|down|left|right)s?|\u2192)[\s)\]\"'.,]{0,3}(?:"
+    r"(?:is|was|are)(?:\snot|n't)\s(?:it|the|a|an|correct|right|valid|possible|allowed)\b|"
+    r"(?:is|was|are|seems)\s(?:wrong|incorrect|invalid|blocked|impossible)\b|"
+    r"(?:does|do|will|would|can)(?:\s?not|n't)\s(?:work|reach|lead|get|end|succeed|solve|go)|"
+    r"(?:won't|can't)\b|fails?\b|falls?\b)",
+    re.I,
 )
 _NUMBERED = re.compile(r"(?<![A-Za-z0-9])(\d{1,3})\s?(?=[A-Za-z])")
 _TOKEN = re.compile(
@@ -138,6 +151,8 @@ def _plan(text: str) -> set[str]:
         return set()
     worded = "".join("\u2192" if ord(c) in _ARROW_MOVES else c for c in text)
     runs, foreign = _plan_runs(worded)
+    if foreign and _DENIED.search(worded):
+        return set()
     plans = {run for run in runs if len(run) > (1 if foreign else 0)}
     if not plans and arrows:
         counted = "".join(_ARROW_MOVES.get(ord(c), c) for c in text)

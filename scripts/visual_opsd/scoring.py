@@ -87,8 +87,8 @@ def exact_match(answer: str, text: str) -> bool:
     Both are normalised by `normalise_answer`. A text without a complete pair is wrong.
     """
     given = extract_answer(text)
-    if given is None:
-        return False
+    if given is None or not plain_characters(given).strip():
+        return False  # even where the answer is nothing but punctuation, and so "" in normal form
     wanted = extract_answer(answer)
     return normalise_answer(given) == normalise_answer(answer if wanted is None else wanted)
 

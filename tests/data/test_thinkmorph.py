@@ -100,6 +100,8 @@ def test_world_columns_and_absent_pid() -> None:
         ({"question": ""}, "missing_question"),
         ({"question": None}, "missing_question"),
         ({"answer": "  \n"}, "missing_answer"),
+        ({"answer": "\u200b\ufeff \x00"}, "missing_answer"),
+        ({"question": "\u2060\t"}, "missing_question"),
         ({"answer": float("nan")}, "missing_answer"),
         ({"answer": b"L"}, "wrong_type"),
         ({"answer": ["L"]}, "wrong_type"),
@@ -153,6 +155,12 @@ def test_what_a_use_requires() -> None:
         parse_row(no_text, RowNeeds(thoughts="required"))
     sample = parse_row(no_image, WHOLE_ROWS)
     assert sample.thought_images == () and sample.thoughts == ("before 7", "after 7")
+
+
+def test_what_a_bad_row_says_is_one_line() -> None:
+    bad = BadRow("unreadable_row", "Couldn't deserialize:\ndon't know\r\n it", file="f", row=1)
+    assert bad.detail == "Couldn't deserialize: don't know it"
+    assert str(bad) == f"f:1: unreadable_row: {bad.detail}"
 
 
 def test_bad_row_survives_pickling() -> None:

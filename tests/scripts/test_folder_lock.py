@@ -134,7 +134,31 @@ def test_children_do_not_keep_the_lock(tmp_path: Path) -> None:
         os.waitpid(child, 0)
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"host": 1}', "[]"])
+@pytest.mark.parametrize("kind", ["dangling link", "link", "folder", "pipe"])
+def test_what_is_no_lock_file_is_named(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / LOCK_FILE
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "somewhere")
+        if kind == "link":
+            (tmp_path / "somewhere").write_text("precious")
+    with pytest.raises(ValueError, match=r"cannot write to .*is no file, but .*\.lock'; choose"):
+        hold_folder(tmp_path, "x")
+    if kind == "link":
+        assert (tmp_path / "somewhere").read_text() == "precious"
+
+
+@pytest.mark.parametrize("changes", [{"pid": "7"}, {"token": []}, {"host": None}, {"started": 1}])
+def test_a_lock_of_other_types_blocks_nobody(tmp_path: Path, changes: dict[str, Any]) -> None:
+    content = asdict(elsewhere()) | changes
+    (tmp_path / LOCK_FILE).write_text(json.dumps(content))
+    hold_folder(tmp_path, "x")
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"host": 1}', "[]", "[" * 100_000, "\0" * 4096])
 def test_a_lock_without_a_name_blocks_nobody(tmp_path: Path, content: str) -> None:
     (tmp_path / LOCK_FILE).write_text(content)
     hold_folder(tmp_path, "x")

@@ -48,6 +48,8 @@ B_TO_A_READER = [
     "I'm between A and C, but the answer is B", "\u9009B", "\u7b54\u6848\u662fB",
     "\u7b54\u6848\uff1aB", "B\u3001right", "\u24b7", "\U0001d401", "B\u00a0",
     "The correct option is B",
+    "A no, B yes", "A \u274c B \u2705", "Option-B", "A? No, B", "exclude A; B",
+    "$\\textbf{B}$ not $\\textbf{A}$",
     "Final answer: B", "B (the arrow points right)", "I choose option (B).", "B.\n\nThe arrow.",
 ]  # fmt: skip
 
@@ -74,6 +76,14 @@ def test_an_option_to_a_reader(text: str) -> None:
         "A left one", "U.S.B", "the dog is right of the cat, left of it", "A. left\nB. right",
         "A. left B. right C. a cat D. none", "\u4e0d\u662fB", "unclear", "None of A, B, C",
         "The answer is B. left", "The answer is B. No, A.", "not left, not right",
+        "A vs B", "A versus B", "first A then B", "A to D", "A through D", "A oder B", "non-B",
+        "no B", "B? No.", "right? no", "B won't work", "B fails", "B is out", "exclude B",
+        "rule out B",
+        "I doubt B", "unlikely B", "B is unlikely", "wrong: B", "B \u2717", "B \u274c", "\u00acB",
+        "\u2260 B", "B != answer", "B-52", "B&W", "B/W photo", "N/A", "left, then right",
+        "<del>B</del>", "between left and right", r"\boxed{A}\boxed{B}",
+        r"$\boxed{A}$ or $\boxed{B}$",
+        r"not $\textbf{B}$", "$B$ is wrong", "\u6392\u9664B", "\u975eB", "option A/option B",
     ],
 )  # fmt: skip
 def test_no_option_to_a_reader(text: str) -> None:
@@ -154,6 +164,9 @@ def test_texts_of_options_are_no_traps(
         ("There is a dog. A dog is right of B in here.", None), ("The answer is not B.", None),
         ("The answer is unclear.", None), ("", None), ("I cannot tell from this picture.", None),
         ("The answer is A. The answer is not B.", "A"), ("A is right of B in this picture.", None),
+        ("Is the answer A? No.", None), ("If the answer is A, the arrow lies.", None),
+        ("Is the answer A? No. The answer is B.", "B"),
+        ("A. left is wrong. B. right is wrong.", None),
         ("\u7b54\u6848\u662f B\u3002", "B"), ("What is the answer? It depends on B here", None),
     ],
 )  # fmt: skip
@@ -210,6 +223,11 @@ def test_tags_to_a_reader(text: str, letter: str | None) -> None:
         ("45 kilograms", "45", False, True), ("45 Mbit", "45", False, True),
         ("45 m", "45", False, True),
         ("4500000", "4.5 million", False, True), ("4.5 million", "4.5", False, False),
+        (r"\boxed{45 \text{ million}}", "45000000", False, True),
+        (r"45\ \text{million}", "45", False, False),
+        ("0.45 (45%)", "45", False, True), ("45%, i.e. 0.45", "0.45", False, True),
+        ("45% (0.46)", "45", False, False), (r"\boxed{3} or \boxed{4}", "4", False, False),
+        ("10  000", "10000", False, False),
         ("1,234", "1234", True, True), ("1,234", "1.234", False, False),
         ("1.234", "1234", False, False),
         ("1,5", "1.5", False, True), ("4,5", "4.5", False, True), ("0,45", "0.45", False, True),
@@ -321,7 +339,7 @@ MAZE = parse_maze("SFF/FHF/FFG")
         "\u53f3\uff0c\u53f3\uff0c\u4e0b\uff0c\u4e0b",
         "east, east, south, south", "The plan is R,R,D,D", "Plan: RRDD", "Answer: R, R, D, D",
         "R,R,D,D reaches the goal", "rrdd!", "RIGHT, RIGHT, DOWN, DOWN",
-        "R,R,L,R,D,D because of the hole",
+        "R,R,L,R,D,D because of the hole", "R, R, D, D (4 steps)", "R,R,D,D, not through the hole",
         "1 right, 1 right, 1 down, 1 down", "R1 R1 D1 D1", "R\u200b,R\u200b,D,D",
     ],
 )  # fmt: skip
@@ -339,6 +357,8 @@ def test_plans_to_a_reader(text: str) -> None:
         "R 2 D", "R2D", "2 R 2", "up", "", " ", "the right path", "I cannot tell", "2", "R x",
         "\u2197\u2198", "\u2192\u2193", "R99999999999D", "R x999999999, D x999999999",
         "\u2191\u2191",
+        "not RRDD", "never RRDD", "don't go R, R, D, D", "RRDD is wrong", "R,R,D,D fails",
+        "I tried RRDD but it falls into the hole", "instead of right, right, down, down",
         "3. R 1. R 2. D", "right R", "right right down", "1 R 2 R 3 D 4 D", "\u2193\u2193\u2192",
     ],
 )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scripts.visual_opsd.benchmark_scoring import SCORING_VERSION
+from scripts.visual_opsd.benchmark_scoring import SCORING_VERSION, chart_verdict
 from scripts.visual_opsd.scoring import (
     compare_paired,
     compare_runs,
@@ -68,6 +68,14 @@ def test_last_complete_answer(text: str, answer: str | None) -> None:
 def test_normal_form(given: str, normal: str) -> None:
     assert normalise_answer(given) == normal
     assert normalise_answer(normal) == normal
+
+
+def test_nothing_is_no_answer() -> None:
+    """Not even where the right answer is punctuation, of which the normal form leaves nothing."""
+    for empty in ("", " ", "\u200b", "\n"):
+        assert not exact_match(".", f"<answer>{empty}</answer>")
+        assert not chart_verdict(f"<answer>{empty}</answer>", ["()", "."]).correct
+    assert exact_match(".", "<answer>.</answer>")
 
 
 def test_exact_match() -> None:

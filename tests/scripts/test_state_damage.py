@@ -230,6 +230,16 @@ def test_two_damaged_then_a_good_one(
     ]
 
 
+def test_a_copy_under_another_name_of_the_step(states: Path) -> None:
+    """Half of step 3 as "step_3", or a damaged one: the folder that we named is looked at."""
+    copy = Path(shutil.copytree(states / "step_0000003", states / "step_3"))
+    (copy / T.MARKER).unlink()
+    for step in (1, 2):
+        shutil.rmtree(states / f"step_000000{step}")
+    assert T.find_checkpoint(states, "latest") == states / "step_0000003"
+    assert T.find_checkpoint(states, 3) == states / "step_0000003"
+
+
 def test_an_unknown_format_is_not_passed_over(run: ToyRun, states: Path) -> None:
     marker = states / "step_0000003" / T.MARKER
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format_version": 3}))
