@@ -118,10 +118,11 @@ CASES = {
 }  # fmt: skip
 # name: recipe, and how two ranks share the model.
 TWO_RANKS: dict[str, tuple[Recipe, dict[str, Any]]] = {
-    "ema, sharded": (
-        Recipe(gradient_accumulation_steps=3), {"sharding_strategy": "FULL_SHARD"}
+    "ema, sharded": (Recipe(), {"sharding_strategy": "FULL_SHARD"}),
+    "fixed, replicated, one row": (
+        replace(CASES["fixed, tail bucket, another head"], global_batch_size=1),
+        {"num_replicate": 2},
     ),
-    "fixed, replicated": (CASES["fixed, tail bucket, another head"], {"num_replicate": 2}),
     "interleaved SFT": (CASES["interleaved SFT"], {}),
 }  # fmt: skip
 
