@@ -133,8 +133,8 @@ class StepOracle:
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
         assert norm > 2 * recipe.max_grad_norm, "the clip must bind, or nothing is seen of it"
         gap = self._gap(logits.detach(), labels, completions) if completions else 0.0
-        ours, ce, apart, mse = (float(value.detach()) for value in (loss, ce, apart, mse))
-        figures = Figures(ours, norm, self._rate(), gap, ce, apart, mse)
+        whole, *parts = (float(value.detach()) for value in (loss, ce, apart, mse))
+        figures = Figures(whole, norm, self._rate(), gap, *parts)
         self.steps += 1
         if self.steps - 1 == recipe.skipped:  # the schedule goes on, nothing else does
             return replace(figures, loss=math.nan)
@@ -147,7 +147,8 @@ class StepOracle:
         """Logits (S, V), labels (S,), and the squared error of each noised latent, of all rows."""
         found = [self._logits(self.student, context) for context in contexts]
         errors = [error for _, _, error in found if error is not None]
-        logits, labels = (torch.cat([row[i] for row in found]) for i in (0, 1))  # type: ignore[misc]
+        logits = torch.cat([row[0] for row in found])
+        labels = torch.cat([row[1] for row in found])
         return logits, labels, torch.cat(errors) if errors else None
 
     def _logits(self, model: Bagel, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -41,8 +41,9 @@ def counted_measure(teacher: Any, students: Any, scored: Sequence[Any], **option
 
 if __name__ == "__main__":
     RankedLines.append = counted_append  # type: ignore[method-assign]
-    kl_diagnostic.sample_completions = counted_sample
-    kl_diagnostic.measure = counted_measure
+    diagnostic: Any = kl_diagnostic
+    diagnostic.sample_completions = counted_sample
+    diagnostic.measure = counted_measure
     for module, flags in json.loads(sys.argv[1]).items():
         importlib.import_module(f"scripts.visual_opsd.{module}").main(flags)
     Path(sys.argv[2]).write_text(json.dumps(done))
