@@ -43,7 +43,8 @@ from scripts.visual_opsd.kl_statistics import (
 from scripts.visual_opsd.row_windows import RowName
 from scripts.visual_opsd.rows import make_builder, noise_generator
 from tests.conftest import TINY_BAGEL, needs_gpu
-from tests.data.synthetic import write_dataset
+from tests.data.synthetic import split_file, write_dataset
+from tests.scripts.launching import HERE, program_environment
 
 ROWS = 6
 SEED = 5
@@ -57,7 +58,10 @@ SMALL = [f"--{name}={value}" for name, value in
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("world")
-    write_spatial_navigation(root, rows=9, heldout_rows=0, seed=3, sizes=(3, 4), style="full")
+    folder = write_spatial_navigation(
+        root, rows=9, heldout_rows=0, seed=3, sizes=(3, 4), style="full"
+    )
+    split_file(folder, "train", 1)
     return root
 
 
@@ -246,22 +250,25 @@ def test_tasks_from_a_dataset_config(tmp_path: Path) -> None:
 
 
 def two_ranks(
-    calls: dict[str, list[str]], local_ranks: tuple[int, int] = (0, 1), **environment: str
+    calls: dict[str, list[str]],
+    done: Path,
+    local_ranks: tuple[int, int] = (0, 1),
+    **environment: str,
 ) -> tuple[list[int], list[str]]:
-    """One launch of two ranks as torchrun would start them: their exit codes and outputs."""
-    program = "import importlib, json, sys\n" + (
-        "for name, flags in json.loads(sys.argv[1]).items():\n"
-        "    importlib.import_module('scripts.visual_opsd.' + name).main(flags)\n"
-    )
+    """One launch of two ranks as torchrun would start them: their exit codes and outputs.
+
+    done: stem of the files in which they say which rows they did.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", **environment}  # fmt: skip
+    common = {**program_environment(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}  # fmt: skip
+    program = HERE / "two_rank_tools.py"
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", program, json.dumps(calls)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(local_rank)},
+            [sys.executable, program, json.dumps(calls), f"{done}-{rank}"],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(local_rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
@@ -276,21 +283,32 @@ def two_ranks(
 
 
 def test_two_processes_agree_with_one(baseline: Path, world: Path, tmp_path: Path) -> None:
-    """Both tools, one launch of two ranks as torchrun would start them."""
+    """Three tools, one launch; each row is done once."""
     from scripts.visual_opsd import evaluate
 
     questions = ["--model_path", str(TINY_BAGEL), "--data", "Spatial_Navigation", "--split",
                  "train", "--data_root", str(world), "--max_new_tokens", "40", "--vit_max_size",
                  "112", "--vit_min_size", "14", "--device", "cpu",
                  "--progress", "False"]  # fmt: skip
+    drawings = ["--prompt_style", "packer", "--arms", "removed", "--num_timesteps", "2",
+                "--vae_max_size", "64", "--vae_min_size", "32", "--limit", "3"]  # fmt: skip
     assert evaluate.main([*questions, "--output_dir", str(tmp_path / "one")]) == 0
     calls = {
         "evaluate": [*questions, "--output_dir", str(tmp_path / "two")],
         "kl_diagnostic": ["--model_path", str(TINY_BAGEL), *arguments(world, tmp_path / "kl")],
+        "vt_intervention": [*questions, *drawings, "--output_dir", str(tmp_path / "vt")],
     }
-    codes, outputs = two_ranks(calls)
+    codes, outputs = two_ranks(calls, tmp_path / "done")
     assert codes == [0, 0], outputs
     assert "all" in outputs[0] and "all" not in outputs[1]  # rank 0 alone prints
+    chosen = choose_rows([9], [9.0], ROWS, SEED)
+    rows = {"predictions": range(9), "timing": range(9), "sampled": chosen, "measured": chosen,
+            "drawings": range(3), "outputs": range(3)}  # fmt: skip
+    ours, theirs = (json.loads((tmp_path / f"done-{rank}").read_text()) for rank in range(2))
+    assert ours.keys() == theirs.keys() == rows.keys()
+    for name, expected in rows.items():
+        assert sorted(ours[name] + theirs[name]) == list(expected), name
+        assert abs(len(ours[name]) - len(theirs[name])) <= 1, name
 
     def lines(folder: str) -> bytes:
         return (tmp_path / folder / "predictions.jsonl").read_bytes()
@@ -341,7 +359,10 @@ def test_two_ranks_on_one_gpu_are_refused(
     flags = ["--model_path", str(TINY_BAGEL), *arguments(world, tmp_path / "out")]
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     codes, outputs = two_ranks(
-        {"kl_diagnostic": [*flags, "--device", "cuda"]}, local_ranks, CUDA_VISIBLE_DEVICES=first
+        {"kl_diagnostic": [*flags, "--device", "cuda"]},
+        tmp_path / "done",
+        local_ranks,
+        CUDA_VISIBLE_DEVICES=first,
     )
     assert codes == [1, 1], outputs
     assert all(message in output for output in outputs), outputs
