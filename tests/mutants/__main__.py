@@ -148,8 +148,11 @@ def report(outcomes: Sequence[Outcome], seconds: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutants",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--only", help=f"an area ({', '.join(AREAS)}), or a part of a file's path")
     parser.add_argument("--jobs", type=int, default=1, help="faults tried at the same time")
     args = parser.parse_args(argv)

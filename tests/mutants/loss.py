@@ -32,23 +32,23 @@ FAULTS = [
          "logits.dtype"),
     ]),
     *faults("scripts/visual_opsd/chunked_loss.py", "scripts/test_chunked_loss.py", [
-        ("only the last chunk teaches the head", "beta = 1.0 if part.start else 0.0",
-         "beta = 0.0"),
+        ("only the last chunk teaches the head", "beta = 1.0 if part.start else 0.0", "beta = 0.0"),
         ("ignored labels count as rows", "counted = labels != IGNORE_LABEL",
          "counted = torch.ones_like(labels, dtype=torch.bool)"),
-        ("row weights are ignored",
-         "torch.where(counted, row_weights.detach().to(kind), weights)", "weights"),
+        ("row weights are ignored", "torch.where(counted, row_weights.detach().to(kind), weights)",
+         "weights"),
         ("the gradient is not multiplied by what arrives",
-         "[None if g is None else ctx.scale(g, grad_loss) for g in gradients]",
-         "list(gradients)"),
+         "[None if g is None else ctx.scale(g, grad_loss) for g in gradients]", "list(gradients)"),
         ("the teacher's head is the student's", "torch.mm(teacher[0][part], teacher[1].t(), out=",
          "torch.mm(teacher[0][part], head.t(), out="),
         ("the diagnostic's figures are the top-k's", "LossConfig(top_k=None, token_clip=None)",
-         "LossConfig(token_clip=None)", "scripts/test_chunked_loss.py scripts/test_kl_diagnostic.py"
-         "::test_baseline_matches_dense_arithmetic"),
+         "LossConfig(token_clip=None)",
+         "scripts/test_chunked_loss.py "
+         "scripts/test_kl_diagnostic.py::test_baseline_matches_dense_arithmetic"),
         ("the diagnostic's JSD is clipped", "LossConfig(top_k=None, token_clip=None)",
-         "LossConfig(top_k=None)", "scripts/test_chunked_loss.py scripts/test_kl_diagnostic.py"
-         "::test_baseline_matches_dense_arithmetic"),
+         "LossConfig(top_k=None)",
+         "scripts/test_chunked_loss.py "
+         "scripts/test_kl_diagnostic.py::test_baseline_matches_dense_arithmetic"),
     ]),
     *faults("scripts/visual_opsd/loss_chunk.py", "scripts/test_chunked_loss.py", [
         ("the cross-entropy is at T", "self.ce = self.unit_lse - label_logit",
@@ -63,8 +63,7 @@ FAULTS = [
          "        slope = slope.masked_fill_((rows > clip)[:, None], 0.0)\n", ""),
         ("the gradient lacks 1 / T", "(self.config.jsd_weight / self.config.temperature)",
          "self.config.jsd_weight"),
-        ("the tail is not shared out", "grad.mul_(self.slope_tail[part, None])",
-         "grad.mul_(0.0)"),
+        ("the tail is not shared out", "grad.mul_(self.slope_tail[part, None])", "grad.mul_(0.0)"),
         ("entropy is at T = 1 only", "return RowStatistics(lse, entropy, lse if temperature",
          "return RowStatistics(lse, entropy * temperature, lse if temperature"),
     ]),
@@ -74,22 +73,24 @@ FAULTS = [
         ("the floor is not reached", "optim.total_steps - 1 - optim.warmup_steps",
          "optim.total_steps - optim.warmup_steps"),
         ("the floor is added", "return floor + (1 - floor) * 0.5", "return floor + 0.5"),
-        ("constant is a cosine", "if optim.lr_scheduler == \"constant\":", "if False:"),
+        ("constant is a cosine", 'if optim.lr_scheduler == "constant":', "if False:"),
     ]),
     *faults("scripts/visual_opsd/teacher.py", "scripts/test_step.py scripts/test_trainer.py", [
         ("the teacher is the student", "self.model if self.model is not None else self.student",
          "self.student"),
-        ("the fixed teacher follows", "if self.mode == \"ema\":", "if self.model is not None:"),
-        ("the teacher's head is the student's", "        if self.model is None:\n            return None",
+        ("the fixed teacher follows", 'if self.mode == "ema":', "if self.model is not None:"),
+        ("the teacher's head is the student's",
+         "        if self.model is None:\n            return None",
          "        if True:\n            return None"),
     ]),
-    *faults("scripts/visual_opsd/distributed.py", "scripts/test_step.py scripts/test_distributed.py", [
+    *faults("scripts/visual_opsd/distributed.py",
+            "scripts/test_step.py scripts/test_distributed.py", [
         ("the EMA keeps what it should give", "make_update(decay)(", "make_update(1 - decay)("),
         ("what is frozen follows too", "        if current.requires_grad:\n", "        if True:\n"),
         ("the norm after clipping is told",
          "norm = torch.nn.utils.clip_grad_norm_(params, max_norm)",
-         "torch.nn.utils.clip_grad_norm_(params := list(params), max_norm)\n"
-         "    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])",
+         "torch.nn.utils.clip_grad_norm_(params := list(params), max_norm)\n    norm = "
+         "torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])",
          "scripts/test_trainer.py"),
     ]),
 ]  # fmt: skip

@@ -60,7 +60,6 @@ from tests.scripts.runs import train_arguments
 from tests.scripts.trainers import build, one_process
 
 PROMPT = PromptSettings(vit_max_size=56, vit_min_size=14, vae_max_size=32, vae_min_size=16)
-SAME = {"change": lambda index: good_row(0)}
 
 
 def latest(context: Context | None, kind: type) -> Any:
@@ -102,9 +101,11 @@ def drawings(trainer: Any, batch: StepRows[Any]) -> list[Any]:
     """Latents, flow time and noise of the drawing that is learnt."""
     found = []
     for row in trainer._score(batch):
-        (noised,) = [s for s in row.student if isinstance(s, LatentSegment) and s.noise is not None]
-        found.append(torch.cat([noised.latents.flatten(), noised.noise.flatten(),
-                                torch.tensor([noised.time])]))  # fmt: skip
+        segments = [s for s in row.student if isinstance(s, LatentSegment)]
+        (learnt,) = [s for s in segments if s.time is not None]
+        assert learnt.noise is not None
+        time = torch.tensor([learnt.time])
+        found.append(torch.cat([learnt.latents.flatten(), learnt.noise.flatten(), time]))
     return found
 
 
@@ -180,7 +181,7 @@ def test_the_order_of_the_rows(tmp_path: Path, env: DistEnv) -> None:
     write_dataset(tmp_path, rows=30)
     (tmp_path / "datasets.yaml").write_text("datasets:\n  - {name: Jigsaw_Assembly}\n")
 
-    def order(**seeds: int) -> list[int]:
+    def order(**seeds: Any) -> list[int]:
         sampler = build(
             tmp_path, tmp_path / "out", env, global_batch_size=5, teacher_mode="self", **seeds
         ).sampler
@@ -209,7 +210,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> RowPool:
     """Two data sets of two files of two rows, all alike."""
     folder = tmp_path_factory.mktemp("rows")
     for name in ("first", "second"):
-        write_dataset(folder, name, rows=4, files=2, **SAME)
+        write_dataset(folder, name, rows=4, files=2, change=lambda index: good_row(0))
     needs = DiagnosticSettings().needs
     return RowPool(open_data("first,second", "train", folder, needs))
 
@@ -257,7 +258,7 @@ def test_latents_of_the_diagnostic(pool: RowPool, bundle: Any) -> None:
     dataset, place = pool.locate(0)
     row = PrepareDiagnostic(builder, settings)(dataset.read_row(place))
     row = replace(row, noise=row.teacher)
-    found = {}
+    found: dict[tuple[int, int, str], Tensor] = {}
     for seed in (1, 2):
         for index in (0, 1):
             for made in (encode_row(row, bundle.vae, seed, index) for _ in range(2)):

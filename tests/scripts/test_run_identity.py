@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from data.parquet import Reject
+from data.dataset_info import load_dataset_config
+from data.parquet import Reject, StepSampler, open_sources
 from data.row_groups import ParquetDataset
 from data.thinkmorph import Row
 from scripts.visual_opsd.config import PromptSettings
@@ -27,12 +28,14 @@ from scripts.visual_opsd.row_windows import (
     check_bad_rate,
     row_name,
 )
+from scripts.visual_opsd.run_contents import ROW_ORDER, run_contents
 from scripts.visual_opsd.run_store import stable_hash
 from scripts.visual_opsd.vt_arms import InterventionSettings
 from scripts.visual_opsd.vt_intervention import InterventionConfig
 from scripts.visual_opsd.vt_intervention import result_settings as intervention_settings
 from tests.conftest import TINY_BAGEL
 from tests.data.synthetic import write_dataset
+from tests.scripts.trainers import make_config
 
 # Of each group: another value of each setting that the results depend on, and the settings they
 # do not depend on. The base path stands for the contents of its files.
@@ -203,3 +206,58 @@ def test_figures_of_each_data_set() -> None:
     ):
         found = [figures[name] for name in ("n", "correct", "accuracy", "mean_tokens")]
         assert found == pytest.approx(list(expected))
+
+
+def flip(file: Path) -> None:
+    """Change the last byte but two: no size, no header."""
+    data = file.read_bytes()
+    file.write_bytes(data[:-3] + bytes([data[-3] ^ 1]) + data[-2:])
+
+
+# What changes -> the flag under which a training state keeps it, "" for one it does not depend on.
+CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a weight": (lambda at: flip(at / "base" / "model.safetensors"), "model_path"),
+    "the autoencoder": (lambda at: flip(at / "base" / "ae.safetensors"), "model_path"),
+    "the tokenizer": (lambda at: flip(at / "base" / "merges.txt"), "model_path"),
+    "the README": (lambda at: (at / "base" / "README.md").write_text("x"), ""),
+    "a prompt": (lambda at: (at / "prompts.yaml").write_text("intro: other"), "prompts"),
+    "words of the prompts file": (lambda at: (at / "prompts.yaml").write_text("{intro: in}"), ""),
+    "a row": (
+        lambda at: write_dataset(at, rows=3, change=lambda i: {"answer": f"ANSWER {i}"}),
+        "data_root",
+    ),
+    "a completion": (lambda at: (at / "samples.jsonl").write_text("{ }"), "replay_samples"),
+    "a weight of a data set": (
+        lambda at: (at / "datasets.yaml").write_text(DATASETS.replace("}", ", weight: 2}")),
+        "dataset_config_file",
+    ),
+}  # fmt: skip
+DATASETS = "datasets:\n  - {name: Jigsaw_Assembly}\n"
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_training_run_is_made_of(change: str, tmp_path: Path) -> None:
+    shutil.copytree(TINY_BAGEL, tmp_path / "base")
+    write_dataset(tmp_path, rows=3)
+    (tmp_path / "datasets.yaml").write_text(DATASETS)
+    (tmp_path / "prompts.yaml").write_text("intro: in")
+    (tmp_path / "samples.jsonl").write_text("{}")
+    config = make_config(
+        tmp_path, tmp_path / "out", model_path=tmp_path / "base",
+        prompts=tmp_path / "prompts.yaml", replay_samples=tmp_path / "samples.jsonl",
+    )  # fmt: skip
+    sources = open_sources(load_dataset_config(config.data.dataset_config_file), root=tmp_path)
+
+    def contents() -> dict[str, Any]:
+        chosen = open_sources(load_dataset_config(config.data.dataset_config_file), root=tmp_path)
+        # The order's own key is tested below: it follows the others.
+        return run_contents(config, StepSampler(chosen, 1, 2))
+
+    before = contents()
+    assert before[ROW_ORDER] == StepSampler(sources, 1, 2).signature()
+    assert before == contents()
+    spoil, flag = CHANGES[change]
+    spoil(tmp_path)
+    after = contents()
+    differing = {key for key in before if before[key] != after[key]}
+    assert differing - {ROW_ORDER} == ({flag} if flag else set())
