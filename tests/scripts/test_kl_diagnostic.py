@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import socket
 import subprocess
@@ -44,6 +43,7 @@ from scripts.visual_opsd.row_windows import RowName
 from scripts.visual_opsd.rows import make_builder, noise_generator
 from tests.conftest import TINY_BAGEL
 from tests.data.synthetic import write_dataset
+from tests.scripts.launching import HERE, program_environment
 
 ROWS = 6
 SEED = 5
@@ -246,30 +246,30 @@ def test_tasks_from_a_dataset_config(tmp_path: Path) -> None:
 
 
 def test_two_processes_agree_with_one(baseline: Path, world: Path, tmp_path: Path) -> None:
-    """Both tools, one launch of two ranks as torchrun would start them."""
+    """Three tools, one launch of two ranks as torchrun would start them; each row is done once."""
     from scripts.visual_opsd import evaluate
 
     questions = ["--model_path", str(TINY_BAGEL), "--data", "Spatial_Navigation", "--split",
                  "train", "--data_root", str(world), "--max_new_tokens", "40", "--vit_max_size",
                  "112", "--vit_min_size", "14", "--progress", "False"]  # fmt: skip
+    drawings = ["--prompt_style", "packer", "--arms", "removed", "--num_timesteps", "2",
+                "--vae_max_size", "64", "--vae_min_size", "32", "--limit", "3"]  # fmt: skip
     assert evaluate.main([*questions, "--output_dir", str(tmp_path / "one")]) == 0
     calls = {
         "evaluate": [*questions, "--output_dir", str(tmp_path / "two")],
         "kl_diagnostic": ["--model_path", str(TINY_BAGEL), *arguments(world, tmp_path / "kl")],
+        "vt_intervention": [*questions, *drawings, "--output_dir", str(tmp_path / "vt")],
     }
-    program = "import importlib, json, sys\n" + (
-        "for name, flags in json.loads(sys.argv[1]).items():\n"
-        "    importlib.import_module('scripts.visual_opsd.' + name).main(flags)\n"
-    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    common = {**program_environment(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    program = HERE / "two_rank_tools.py"
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", program, json.dumps(calls)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            [sys.executable, program, json.dumps(calls), tmp_path / f"done-{rank}"],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
@@ -278,6 +278,14 @@ def test_two_processes_agree_with_one(baseline: Path, world: Path, tmp_path: Pat
     outputs = [process.communicate(timeout=240)[0].decode() for process in started]
     assert [process.returncode for process in started] == [0, 0], outputs
     assert "all" in outputs[0] and "all" not in outputs[1]  # rank 0 alone prints
+    chosen = choose_rows([9], [9.0], ROWS, SEED)
+    rows = {"predictions": range(9), "timing": range(9), "sampled": chosen, "measured": chosen,
+            "drawings": range(3), "outputs": range(3)}  # fmt: skip
+    ours, theirs = (json.loads((tmp_path / f"done-{rank}").read_text()) for rank in range(2))
+    assert ours.keys() == theirs.keys() == rows.keys()
+    for name, expected in rows.items():
+        assert sorted(ours[name] + theirs[name]) == list(expected), name
+        assert abs(len(ours[name]) - len(theirs[name])) <= 1, name
 
     def lines(folder: str) -> bytes:
         return (tmp_path / folder / "predictions.jsonl").read_bytes()

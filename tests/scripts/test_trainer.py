@@ -23,7 +23,6 @@ from modeling import load_bagel
 from scripts.visual_opsd.cli import flat, parse_config
 from scripts.visual_opsd.config import TrainConfig
 from tests.data.synthetic import write_dataset
-from tests.scripts.launching import HERE, launch
 from tests.scripts.runs import TINY_BAGEL, make_world
 from tests.scripts.trainers import (
     Oracle,
@@ -355,32 +354,6 @@ def assert_same_steps(ours: Path, theirs: Path) -> None:
             other = first[mine["slot"]]
             assert mine.pop("logprobs") == pytest.approx(other["logprobs"], abs=1e-5)
             assert mine == {name: other[name] for name in mine}
-
-
-@pytest.mark.slow
-def test_two_ranks_equal_one(world: Path, tmp_path: Path) -> None:
-    """One launch of two processes: a shared batch, a rank without rows, a rank that fails."""
-    for size in (4, 1):
-        train(
-            world, tmp_path / f"one-{size}", total_steps=2, global_batch_size=size,
-            samples_per_step=size,
-        )  # fmt: skip
-    launch(2, str(HERE / "two_rank_training.py"), str(world), str(tmp_path), timeout=120)
-    for size in (4, 1):
-        ours, theirs = tmp_path / f"two-{size}", tmp_path / f"one-{size}"
-        assert_same_steps(ours, theirs)
-        # Rank 0's part is written; of one row, rank 0 has none.
-        there = (ours / "samples.jsonl").exists()
-        written = [line["slot"] for line in samples(ours)] if there else []
-        assert written == ([0, 1, 0, 1] if size > 1 else [])
-        left = torch.load(tmp_path / f"two-{size}.pt", weights_only=True)
-        with one_process() as env:
-            right = build(
-                world, tmp_path / f"again-{size}", env, total_steps=2, global_batch_size=size,
-                resume_from=theirs / "checkpoints" / "step_0000002",
-            )  # fmt: skip
-        for name, value in weights(right.student).items():
-            torch.testing.assert_close(left[name], value, atol=2e-5, rtol=1e-3)
 
 
 # -------------------------------------------------------------------------------------- replay
