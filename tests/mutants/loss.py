@@ -75,9 +75,10 @@ FAULTS = [
         ("the floor is added", "return floor + (1 - floor) * 0.5", "return floor + 0.5"),
         ("constant is a cosine", 'if optim.lr_scheduler == "constant":', "if False:"),
     ]),
-    *faults("scripts/visual_opsd/teacher.py", "scripts/test_step.py scripts/test_trainer.py", [
+    *faults("scripts/visual_opsd/teacher.py",
+            "scripts/test_step_oracle.py::test_a_run_recomputed", [
         ("the teacher is the student", "self.model if self.model is not None else self.student",
-         "self.student"),
+         "self.student", "scripts/test_step.py"),
         ("the fixed teacher follows", 'if self.mode == "ema":', "if self.model is not None:"),
         ("the teacher's head is the student's",
          "        if self.model is None:\n            return None",
@@ -91,6 +92,6 @@ FAULTS = [
          "norm = torch.nn.utils.clip_grad_norm_(params, max_norm)",
          "torch.nn.utils.clip_grad_norm_(params := list(params), max_norm)\n    norm = "
          "torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])",
-         "scripts/test_trainer.py"),
+         "scripts/test_step_oracle.py::test_a_run_recomputed"),
     ]),
 ]  # fmt: skip
