@@ -4,15 +4,21 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from data.packing import pack
+from data.sequence import ImageSegment, TextSegment
+from modeling import load_bagel
 from modeling.bagel.config import VisionConfig
 from modeling.bagel.decoder import RMSNorm
 from modeling.bagel.embeddings import Connector, sincos_table, timestep_frequencies
 from modeling.bagel.vision import VisionMLP
+from tests.conftest import TINY_BAGEL
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -78,3 +84,28 @@ def test_gelu_is_the_tanh_form() -> None:
             layer.weight.fill_(1.0)
             layer.bias.zero_()
         torch.testing.assert_close(module(x), tanh_gelu(x), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("on", "layers"), [(False, None), (True, None), (True, 1)])
+def test_checkpointed_blocks_run_again_in_the_backward_pass(on: bool, layers: int | None) -> None:
+    bundle = load_bagel(TINY_BAGEL)
+    model = bundle.model
+    model.set_gradient_checkpointing(on, layers)
+    runs: Counter[str] = Counter()
+
+    def count(name: str) -> Any:
+        return lambda *_: runs.update([name])
+
+    parts: dict[str, Any] = {"connector": model.connector.fc1}
+    for number, layer in enumerate(model.vit_model.vision_model.encoder.layers):
+        parts[f"vision {number}"] = layer.mlp
+    for number, layer in enumerate(model.language_model.model.layers):
+        parts[f"decoder {number}"] = layer.mlp
+    for name, part in parts.items():
+        part.register_forward_pre_hook(count(name))
+    image = ImageSegment(torch.rand(4, 588), torch.arange(4))
+    batch = pack([(image, TextSegment((5, 6)))], bundle.special_tokens)
+    model(batch).sum().backward()
+    for name in parts:
+        again = on and (layers is None or not name.startswith("decoder") or name == "decoder 0")
+        assert runs[name] == 1 + again, name

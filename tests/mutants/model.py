@@ -19,8 +19,7 @@ FAULTS = [
          "modeling/test_goldens.py"),
         ("every layer stops at its keys", "keys_only and index == last)", "keys_only)",
          "scripts/test_on_policy_sampler.py"),
-        ("activations are never recomputed", "if self.checkpointing and any(", "if False and any(",
-         "scripts/test_step.py"),
+        ("activations are never recomputed", "if self.checkpointing and any(", "if False and any("),
     ]),
     *faults("modeling/bagel/generate.py", "scripts/test_on_policy_sampler.py", [
         ("a round begins with one token left", "or remaining <= 1:", "or remaining < 1:",
