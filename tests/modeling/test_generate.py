@@ -87,3 +87,10 @@ def test_the_sum_of_a_large_vocabulary_loses_no_token() -> None:
     uniforms = (wanted.double() + 0.5) / size
     found, _ = choose(torch.zeros(1, size).expand(len(wanted), -1), 1.0, uniforms)
     assert torch.equal(found, wanted)
+
+
+def test_a_tail_below_fp32s_resolution_can_be_drawn() -> None:
+    logits = torch.tensor([[0.0, -18.5]])  # the second token's probability is 9e-9
+    for uniform, token in ((1 - 1e-8, 0), (1 - 1e-9, 1)):
+        found, _ = choose(logits, 1.0, torch.tensor([uniform], dtype=torch.float64))
+        assert found.tolist() == [token]

@@ -69,7 +69,7 @@ def run_tests(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         return NOTICED[0], f"no end within {TIMEOUT_S:.0f} s"
-    failed = [x for x in said.splitlines() if x.startswith(("FAILED ", "ERROR "))]
+    failed = [x for x in said.splitlines() if x.startswith(("FAILED tests/", "ERROR tests/"))]
     return process.returncode, failed[0] if failed else said[-2000:]
 
 
