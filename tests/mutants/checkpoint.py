@@ -16,8 +16,8 @@ FAULTS = [
         ("the marker comes after the name",
          '        write_marker(tmp, marker, files)\n        _fsync(tmp / "state")\n        '
          "_fsync(tmp)\n        os.replace(tmp, final)\n",
-         '        _fsync(tmp / "state")\n        _fsync(tmp)\n        os.replace(tmp, final)\n  '
-         "      write_marker(final, marker, files)\n"),
+         '        _fsync(tmp / "state")\n        _fsync(tmp)\n        os.replace(tmp, final)\n '
+         "       write_marker(final, marker, files)\n"),
         ("a checkpoint is written over", "        if final.exists():\n", "        if False:\n"),
         ("a failed save leaves its folder", "            remove(tmp)  # or the disk stays full\n",
          "            pass\n"),
@@ -45,14 +45,15 @@ FAULTS = [
          'f"{marker[\'config_hash\']}:{marker[\'step\']}"', "scripts/test_distributed.py"),
     ]),
     *faults("scripts/visual_opsd/state_files.py",
-            "scripts/test_training_state.py "
-            "scripts/test_state_damage.py::test_a_damaged_state_is_named_and_the_next_older_one_used", [
+            "scripts/test_training_state.py scripts/test_state_damage.py::"
+            "test_a_damaged_state_is_named_and_the_next_older_one_used", [
         ("a file's size may differ", "        if found != size:\n", "        if found < size:\n"),
         ("the marker may be changed", 'if sealed and marker.get("digest") != _seal(marker):',
          'if sealed and "digest" not in marker:',
          "scripts/test_state_damage.py::test_no_byte_of_the_marker_can_change_unnoticed"),
         ("a file's bytes may be changed", "        if found != digest:\n", "        if False:\n",
-         "scripts/test_state_damage.py::test_a_damaged_state_is_named_and_the_next_older_one_used"),
+         "scripts/test_state_damage.py::"
+         "test_a_damaged_state_is_named_and_the_next_older_one_used"),
         ("only the first block is hashed",
          "starts = range(0, os.fstat(descriptor).st_size, _BLOCK_BYTES)",
          "starts = range(0, 1, _BLOCK_BYTES)",
@@ -66,8 +67,8 @@ FAULTS = [
         ("a state of a later version is damaged",
          '        raise ValueError(\n            f"{path} has checkpoint format',
          '        raise DamagedState(\n            f"{path} has checkpoint format',
-         "scripts/test_training_state.py "
-         "scripts/test_state_damage.py::test_an_unknown_format_is_not_passed_over"),
+         "scripts/test_training_state.py scripts/test_state_damage.py::"
+         "test_an_unknown_format_is_not_passed_over"),
     ]),
     *faults("scripts/visual_opsd/checkpoint_folders.py", "scripts/test_training_state.py", [
         ("the resumed step is superseded too", "if step > resumed_step:",
@@ -83,12 +84,13 @@ FAULTS = [
         ("a superseded folder is written over", "    while target.exists():\n",
          "    while False:\n"),
         ("a stale folder stays", "if _STALE_NAME.fullmatch(stale.name):", "if False:",
-         "scripts/test_training_state.py "
-         "scripts/test_state_damage.py::test_leftovers_that_are_files"),
+         "scripts/test_training_state.py scripts/test_state_damage.py::"
+         "test_leftovers_that_are_files"),
         ("another run's folder is taken", "    if states:\n", "    if False:\n"),
         ("a damaged state is resumed", "            rejected[path] = error\n            continue\n",
          "            return path\n",
-         "scripts/test_state_damage.py::test_a_damaged_state_is_named_and_the_next_older_one_used"),
+         "scripts/test_state_damage.py::"
+         "test_a_damaged_state_is_named_and_the_next_older_one_used"),
         ("the oldest states are kept", "complete_steps(checkpoint_dir).values())[:-keep_last]",
          "complete_steps(checkpoint_dir).values())[keep_last:]"),
         ("samples.jsonl is not cut back", 'for name in ("metrics.jsonl", "samples.jsonl"):',

@@ -32,8 +32,8 @@ FAULTS = [
          "patches = replace(patches, patches=torch.randn(shape))", "scripts/test_randomness.py"),
         ("with latents and noise the ViT image stays real",
          "            if noise is not None:\n                shape = patches",
-         "            if noise is not None and not with_latents:\n                shape = patches",
-         "scripts/test_randomness.py"),
+         "            if noise is not None and not with_latents:\n                shape = "
+         "patches", "scripts/test_randomness.py"),
         ("with noise the latents stay real",
          "                if noise is not None:\n                    shape = picture",
          "                if False:\n                    shape = picture",

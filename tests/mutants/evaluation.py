@@ -33,7 +33,9 @@ FAULTS = [
          "            noise = noise_generator(0, 0)\n            if self"),
         ("bad rows are not tried again",
          '{index for index, record in store.read().items() if "bad" not in record}',
-         "set(store.read())", "scripts/test_evaluate.py scripts/test_unusable_rows.py"),
+         "set(store.read())",
+         "scripts/test_evaluate.py::test_bad_rows_are_counted_and_listed "
+         "scripts/test_unusable_rows.py::test_a_stale_bad_row_of_a_higher_rank_is_answered"),
         ("every rank answers every row", "mine = todo[env.rank :: env.world_size]", "mine = todo",
          "scripts/test_kl_diagnostic.py::test_two_processes_agree_with_one"),
         ("answers are sampled", "        do_sample=False,\n", "        do_sample=True,\n"),
@@ -55,8 +57,8 @@ FAULTS = [
         ("other settings are taken", 'if held.get("hash") != stable_hash(settings):',
          'if "hash" not in held:'),
         ("merged files keep the rank files",
-         "        write_lines(self.merged, records)\n        for file in self._rank_files():\n   "
-         "         file.unlink()\n", "        write_lines(self.merged, records)\n"),
+         "        write_lines(self.merged, records)\n        for file in self._rank_files():\n  "
+         "          file.unlink()\n", "        write_lines(self.merged, records)\n"),
         ("the order of keys matters", "json.dumps(value, sort_keys=True, ensure_ascii=False)",
          "json.dumps(value, ensure_ascii=False)", "scripts/test_run_identity.py"),
         ("a record may lack what figures need", 'if missing and "bad" not in record:', "if False:"),
@@ -120,8 +122,8 @@ FAULTS = [
     ]),
     *faults("scripts/visual_opsd/lenient_answers.py", "scripts/test_lenient_answers.py", [
         ("two candidates are the first",
-         "            return found.pop() if len(found) == 1 else None\n    return None\n\n\n# ---",
-         "            return found.pop()\n    return None\n\n\n# ---"),
+         "            return found.pop() if len(found) == 1 else None\n    return None\n\n\n# "
+         "---", "            return found.pop()\n    return None\n\n\n# ---"),
         ("the article is an answer", "elif not _is_word(text, letter, stop):", "else:"),
         ("a negated letter is an answer",
          "if joined or NOT.search(before) or _NOT_AFTER.match(text, stop, end):", "if joined:"),

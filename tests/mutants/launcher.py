@@ -38,7 +38,7 @@ FAULTS = [
         ("a command's own defaults are lost", "{**(defaults or {}), **values, **given}",
          "{**values, **given}", "scripts/test_interleaved.py::test_defaults_follow_the_mode"),
         ("yes is no", 'if lowered in ("true", "1", "yes", "on"):', 'if lowered in ("true", "1"):',
-         "scripts/test_settings.py"),
+         "scripts/test_settings.py::test_words_for_yes_and_no"),
         ("true is a number", "or (isinstance(value, bool) and base is not bool)", ""),
     ]),
 ]  # fmt: skip

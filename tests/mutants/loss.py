@@ -43,12 +43,12 @@ FAULTS = [
          "torch.mm(teacher[0][part], head.t(), out="),
         ("the diagnostic's figures are the top-k's", "LossConfig(top_k=None, token_clip=None)",
          "LossConfig(token_clip=None)",
-         "scripts/test_chunked_loss.py "
-         "scripts/test_kl_diagnostic.py::test_baseline_matches_dense_arithmetic"),
+         "scripts/test_chunked_loss.py scripts/test_kl_diagnostic.py::"
+         "test_baseline_matches_dense_arithmetic"),
         ("the diagnostic's JSD is clipped", "LossConfig(top_k=None, token_clip=None)",
          "LossConfig(top_k=None)",
-         "scripts/test_chunked_loss.py "
-         "scripts/test_kl_diagnostic.py::test_baseline_matches_dense_arithmetic"),
+         "scripts/test_chunked_loss.py scripts/test_kl_diagnostic.py::"
+         "test_baseline_matches_dense_arithmetic"),
     ]),
     *faults("scripts/visual_opsd/loss_chunk.py", "scripts/test_chunked_loss.py", [
         ("the cross-entropy is at T", "self.ce = self.unit_lse - label_logit",

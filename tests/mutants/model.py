@@ -117,8 +117,8 @@ FAULTS = [
         ("an existing folder is replaced", "if out_dir.exists() and not overwrite:", "if False:"),
         ("trained tensors are copied from the base",
          "        writer.write(key, tensor)\n        del",
-         "        (writer.copy(stored[key]) if key in stored else writer.write(key, tensor))\n  "
-         "      del"),
+         "        (writer.copy(stored[key]) if key in stored else writer.write(key, tensor))\n "
+         "       del"),
         ("weights may be NaN", "        check_finite(state, stored)\n", "",
          "modeling/test_finite.py"),
     ]),

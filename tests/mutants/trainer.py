@@ -21,10 +21,10 @@ FAULTS = [
          "                if self.teacher is not None:\n                    self.teacher.update("
          ")\n", ""),
         ("the EMA moves before the weights do",
-         "                self.optimizer.step()\n                if self.teacher is not None:\n  "
-         "                  self.teacher.update()\n",
-         "                if self.teacher is not None:\n                    self.teacher.update("
-         ")\n                self.optimizer.step()\n"),
+         "                self.optimizer.step()\n                if self.teacher is not None:\n "
+         "                   self.teacher.update()\n",
+         "                if self.teacher is not None:\n                    "
+         "self.teacher.update()\n                self.optimizer.step()\n"),
         ("a non-finite step is taken", "            if finite:\n                self.optimizer",
          "            if True:\n                self.optimizer"),
         ("the schedule stands still on a skipped step", "            self.scheduler.step()\n",
@@ -56,7 +56,7 @@ FAULTS = [
         ("the order has the global seed",
          "return StepSampler(sources, config.data.data_seed, config",
          "return StepSampler(sources, config.run.global_seed, config",
-         "scripts/test_randomness.py"),
+         "scripts/test_randomness.py::test_the_order_of_the_rows"),
         ("a resumed loader begins again", "start_step=self.step,\n            total",
          "start_step=0,\n            total", "scripts/test_restore.py"),
         ("other ranks' rejects are lost",
@@ -65,7 +65,7 @@ FAULTS = [
          "scripts/test_step_oracle.py::test_two_ranks_recomputed"),
         ("the gap to the sampler at another temperature",
          "if self.config.loss.jsd_temperature == self.config.sample.sample_temperature:",
-         "if True:", "scripts/test_trainer.py"),
+         "if True:"),
         ("bad steps are never forgiven", "self.bad_steps = 0 if finite else self.bad_steps + 1",
          "self.bad_steps += not finite", "scripts/test_trainer_bad_steps.py"),
         ("bad steps are not restored",
@@ -87,12 +87,14 @@ FAULTS = [
          "                offload = run.cpu_offload\n", "scripts/test_trainer.py"),
         ("frozen parts train", "part.requires_grad_(not frozen)", "part.requires_grad_(True)"),
         ("the last step is not saved", "return last or self.step %", "return self.step %",
-         "scripts/test_trainer.py"),
+         "scripts/test_trainer.py::test_what_a_run_leaves_behind"),
         ("the logged rate is the next step's",
          "        learning_rate = self.scheduler.get_last_lr()[0]\n        with",
-         "        learning_rate = 0.0\n        with", "scripts/test_trainer.py"),
+         "        learning_rate = 0.0\n        with",
+         "scripts/test_trainer.py::test_what_a_run_leaves_behind"),
         ("the last step is not logged", "% self.config.run.log_every == 0 or last or not finite",
-         "% self.config.run.log_every == 0 or not finite", "scripts/test_trainer.py"),
+         "% self.config.run.log_every == 0 or not finite",
+         "scripts/test_trainer.py::test_what_a_run_leaves_behind"),
     ]),
     *faults("scripts/visual_opsd/config.py", "scripts/test_step_oracle.py::test_a_run_recomputed", [
         ("temperature never reaches the sampler",
@@ -131,7 +133,7 @@ FAULTS = [
          "bounds = [0, count]"),
         ("the loss is not scaled", "(loss_sum * scale).backward()", "loss_sum.backward()"),
         ("capped completions count as ended", '"ended": sum(not c.capped for c in completions)',
-         '"ended": len(completions)', "scripts/test_trainer.py"),
+         '"ended": len(completions)', "scripts/test_trainer.py::test_what_a_run_leaves_behind"),
         ("lent images are the first of the pack", "images += range(first, first + ours)",
          "images += range(ours)"),
         ("a pack of nothing sees no image of the teacher's own",
@@ -139,7 +141,7 @@ FAULTS = [
          "teacher = context if with_teacher"),
         ("figures are means over completions", 'name: mean_of(sums, name, "rows")',
          'name: mean_of(sums, name, "completions" if with_completions else "rows")',
-         "scripts/test_trainer.py"),
+         "scripts/test_trainer.py::test_every_loss_trains_as_the_plain_model_says"),
     ]),
     *faults("scripts/visual_opsd/rows.py", "scripts/test_randomness.py", [
         ("noise is the same in all rows", "manual_seed((seed * 1_000_003 + position) % 2**63)",
@@ -150,7 +152,8 @@ FAULTS = [
          "noise = noise_generator(self.noise_seed, row.position)\n        teacher",
          "noise = noise_generator(self.noise_seed, row.row)\n        teacher"),
         ("the teacher's context is not measured", "        self.limits.check(row, teacher)\n", "",
-         "scripts/test_unusable_rows.py scripts/test_trainer_bad_steps.py"),
+         "scripts/test_unusable_rows.py::test_training scripts/test_trainer_bad_steps.py::"
+         "test_contexts_without_room_are_bad_rows"),
         ("the teacher never reads latents", "noise, with_latents=self.with_latents)", "noise)",
          "scripts/test_teacher_latents.py::test_contexts_of_the_teacher"),
     ]),
@@ -206,11 +209,12 @@ FAULTS = [
         ("a stop is not polled", "            on_check=poll,\n", ""),
     ]),
     *faults("scripts/visual_opsd/recorded.py",
-            "scripts/test_trainer.py scripts/test_trainer_errors.py", [
+            "scripts/test_trainer_errors.py::test_a_replay_must_fit", [
         ("replayed rows are not compared", "        if name != item.value.name:\n",
          "        if not name:\n"),
         ("every label of a replay is scored", 'tuple(flag == "1" for flag in scored)',
-         "(True,) * len(scored)"),
+         "(True,) * len(scored)",
+         "scripts/test_trainer.py::test_replayed_completions_give_the_same_run"),
     ]),
     *faults("scripts/visual_opsd/run_contents.py", "scripts/test_run_identity.py", [
         ("the order of the rows is not saved", "ROW_ORDER: sampler.signature()", "ROW_ORDER: None"),
@@ -228,20 +232,22 @@ FAULTS = [
          "self._seconds[phase] = self._now() - start"),
     ]),
     *faults("scripts/visual_opsd/stopping.py",
-            "scripts/test_stopping.py scripts/test_trainer_bad_steps.py", [
+            "scripts/test_stopping.py::"
+            "test_what_was_ignored_stays_ignored_and_handlers_come_back", [
         ("exit code of another signal", "return 128 + number", "return number"),
-        ("a second SIGTERM cuts a save short", "elif number != signal.SIGTERM and now", "elif now"),
+        ("a second SIGTERM cuts a save short", "elif number != signal.SIGTERM and now", "elif now",
+         "scripts/test_stopping.py::test_the_same_request_twice_does_not"),
         ("what was ignored is not any more",
          "number is not None and signal.getsignal(number) is not signal.SIG_IGN",
          "number is not None"),
-        ("the same request twice ends at once", "_SAME_REQUEST_S = 1.0", "_SAME_REQUEST_S = 0.0"),
+        ("the same request twice ends at once", "_SAME_REQUEST_S = 1.0", "_SAME_REQUEST_S = 0.0",
+         "scripts/test_stopping.py::test_the_same_request_twice_does_not"),
         ("handlers are not put back",
-         "        for number, handler in self._before.items():\n            signal.signal(number,"
-         " handler)\n", ""),
+         "        for number, handler in self._before.items():\n            signal.signal("
+         "number, handler)\n", ""),
     ]),
     *faults("scripts/visual_opsd/peers.py", "scripts/test_peers.py", [
-        ("a zombie lives", 'if fields[0] in "ZX"', 'if fields[0] in "X"',
-         "scripts/test_stopping.py"),
+        ("a zombie lives", 'if fields[0] in "ZX"', 'if fields[0] in "X"'),
         ("a number that was given again is the old process",
          "return _start_time(self.pid) == self.started", "return True"),
         ("a rank that left in peace was killed", "if not self._left(peer):", "if True:"),
