@@ -40,7 +40,7 @@ from tests.scripts.trainers import make_config
 # Of each group: another value of each setting that the results depend on, and the settings they
 # do not depend on. The base path stands for the contents of its files.
 EVALUATE: tuple[dict[str, Any], str] = (
-    {"context": "noise", "limit": 3, "max_new_tokens": 9, "image_skips": 0},
+    {"context": "vt", "limit": 3, "max_new_tokens": 9, "image_skips": 0},
     # The files themselves count, by `data.signature`.
     "model_path data split data_root output_dir overwrite batch_size prefill_tokens noise_seed "
     "max_bad_rate compare",
