@@ -56,13 +56,14 @@ class Recipe:
     jsd_tail_bucket: bool = False
     jsd_loss_kind: str = "jsd"
     ce_weight: float = 0.2
+    sft_format: str = "reference"
     mse_weight: float = 0.6
     timestep_shift: float = 2.0
     lr: float = 4e-3
     min_lr: float = 1e-3
     lr_scheduler: str = "cosine"
     warmup_steps: int = 1
-    total_steps: int = 4
+    total_steps: int = 3
     beta1: float = 0.7
     beta2: float = 0.8
     eps: float = 1e-4
@@ -78,8 +79,12 @@ class Recipe:
         return self.kind == "interleaved"
 
     @property
-    def with_teacher(self) -> bool:
+    def samples(self) -> bool:
         return self.kind == "opsd"
+
+    @property
+    def with_teacher(self) -> bool:
+        return self.samples and self.jsd_weight > 0
 
     @property
     def reads_latents(self) -> bool:
@@ -89,7 +94,7 @@ class Recipe:
         said = asdict(self)
         for name in ("kind", "other_head", "skipped"):
             del said[name]
-        if self.with_teacher:
+        if self.samples:
             del said["mse_weight"], said["timestep_shift"]
         else:
             said["jsd_weight"] = 0
@@ -100,25 +105,32 @@ class Recipe:
 
 
 CASES = {
-    "ema, a clip of each entry": Recipe(),
+    "ema, a clip of each entry": Recipe(total_steps=4),
     "fixed, tail bucket, another head": Recipe(
         teacher_mode="fixed", other_head=True, jsd_tail_bucket=True, gradient_accumulation_steps=3
     ),
     "self, whole vocabulary, constant rate": Recipe(
         teacher_mode="self", jsd_top_k=0, jsd_token_clip=None, ce_weight=0.0, jsd_beta=0.0,
-        lr_scheduler="constant", warmup_steps=3,
+        lr_scheduler="constant", warmup_steps=2,
     ),
     "noise, a clip of each token, a step skipped": Recipe(
         noise_vt=True, jsd_clip_scope="token", jsd_token_clip=0.4, freeze_vit=True, skipped=1
     ),
-    "latents and noise, reverse KL": Recipe(teacher_vt="vae+vit", noise_vt=True, jsd_beta=1.0),
+    "latents and noise, reverse KL": Recipe(
+        teacher_vt="vae+vit", noise_vt=True, jsd_beta=1.0, jsd_token_clip=None
+    ),
     "tinker, another head": Recipe(jsd_loss_kind="tinker", other_head=True),
+    "the paper's loss": Recipe(
+        sample_temperature=1.0, jsd_weight=1.0, jsd_beta=0.5, jsd_temperature=1.0, jsd_top_k=256,
+        jsd_token_clip=0.05, ce_weight=0.0, gradient_accumulation_steps=2,
+    ),
+    "cross-entropy on own samples": Recipe(jsd_weight=0.0, jsd_temperature=0.8),
     "SFT": Recipe(kind="sft", gradient_accumulation_steps=3),
     "interleaved SFT": Recipe(kind="interleaved", gradient_accumulation_steps=3),
 }  # fmt: skip
 # name: recipe, and how two ranks share the model.
 TWO_RANKS: dict[str, tuple[Recipe, dict[str, Any]]] = {
-    "ema, sharded": (Recipe(), {"sharding_strategy": "FULL_SHARD"}),
+    "ema, sharded": (CASES["ema, a clip of each entry"], {"sharding_strategy": "FULL_SHARD"}),
     "fixed, replicated, one row": (
         replace(CASES["fixed, tail bucket, another head"], global_batch_size=1),
         {"num_replicate": 2},
@@ -146,7 +158,7 @@ def make_trainer(
     world: Path, results: Path, env: DistEnv, recipe: Recipe, **changes: Any
 ) -> Trainer:
     flags = {**recipe.flags(), **changes}
-    if recipe.with_teacher:
+    if recipe.samples:
         trainer = Trainer(make_config(world, results, **flags), env)
     else:
         arguments = train_arguments(world, results, **flags)

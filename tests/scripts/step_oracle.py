@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from data.packing import pack
 from data.sequence import Completion, Context, ImageSegment, PixelSegment
 from modeling import load_bagel
-from modeling.autoencoder import AutoEncoder
+from modeling.autoencoder import AutoEncoder, load_autoencoder
 from modeling.bagel.bagel import Bagel
 from scripts.visual_opsd.latents import encode_pictures, row_generator
 from scripts.visual_opsd.rows import TrainRow
@@ -32,12 +32,15 @@ DRAWING = ("_moe_gen", "vae2llm", "llm2vae", "time_embedder", "latent_pos_embed"
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one step; logprob_gap: mean distance from the sampler's log-probabilities."""
+    """Of one step; sampler_gap: mean distance from the sampler's log-probabilities."""
 
     loss: float
     grad_norm: float
     lr: float
-    logprob_gap: float
+    sampler_gap: float
+    ce: float
+    divergence: float
+    mse: float
 
 
 class StepOracle:
@@ -50,7 +53,7 @@ class StepOracle:
         self.teacher: Bagel | None = None
         self.vae: AutoEncoder | None = None
         if recipe.reads_latents:
-            self.vae = load_bagel(TINY_BAGEL, visual_gen=True).vae
+            self.vae = load_autoencoder(TINY_BAGEL)
         if recipe.with_teacher:
             self.teacher = self.student
             if recipe.teacher_mode != "self":
@@ -110,14 +113,16 @@ class StepOracle:
         students = [self._student_context(row, completion) for row, completion in pairs]
         completions = [completion for completion in taken if completion is not None]
         logits, labels, errors = self._forward(students)
-        loss = recipe.ce_weight * -logits.log_softmax(-1)[torch.arange(len(labels)), labels].mean()
+        ce = -logits.log_softmax(-1)[torch.arange(len(labels)), labels].mean()
+        mse = apart = logits.new_zeros(())
         if errors is not None:
-            loss = loss + recipe.mse_weight * errors.mean()
+            mse = errors.mean()
         if self.teacher is not None:
             with torch.no_grad():
                 teachers = [self._teacher_context(row, c) for row, c in pairs if c is not None]
                 theirs = torch.cat([self._logits(self.teacher, context)[0] for context in teachers])
-            loss = loss + recipe.jsd_weight * divergence(logits, theirs, labels, recipe).mean()
+            apart = divergence(logits, theirs, labels, recipe).mean()
+        loss = recipe.ce_weight * ce + recipe.mse_weight * mse + recipe.jsd_weight * apart
         grads = dict(
             zip(
                 self.trained,
@@ -128,7 +133,8 @@ class StepOracle:
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
         assert norm > 2 * recipe.max_grad_norm, "the clip must bind, or nothing is seen of it"
         gap = self._gap(logits.detach(), labels, completions) if completions else 0.0
-        figures = Figures(float(loss.detach()), norm, self._rate(), gap)
+        ours, ce, apart, mse = (float(value.detach()) for value in (loss, ce, apart, mse))
+        figures = Figures(ours, norm, self._rate(), gap, ce, apart, mse)
         self.steps += 1
         if self.steps - 1 == recipe.skipped:  # the schedule goes on, nothing else does
             return replace(figures, loss=math.nan)

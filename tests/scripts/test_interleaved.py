@@ -32,7 +32,7 @@ from scripts.visual_opsd.rows import make_builder
 from scripts.visual_opsd.train_sft import main, read_config
 from tests.conftest import TINY_BAGEL, assert_generation_pack, load_golden
 from tests.modeling.test_generation_packing import GOLDEN_06, golden_contexts
-from tests.scripts.runs import figures, full_state, make_world, run, train_arguments
+from tests.scripts.runs import figures, full_state, make_world, train_arguments
 
 SMALL = {"mode": "interleaved", "vae_max_size": 64, "vae_min_size": 16}
 PROMPT = PromptSettings(
@@ -327,16 +327,3 @@ def test_a_step_by_hand(bundle: Any, world: Path, trained: Path) -> None:
     assert first["mse"] == pytest.approx(mse, rel=1e-5)
     noisy = [s for c in contexts for s in c if isinstance(s, LatentSegment) and s.noise is not None]
     assert first["noised_tokens"] == sum(len(s.latents) for s in noisy)
-
-
-@pytest.mark.slow
-def test_two_ranks_take_the_same_first_step(world: Path, trained: Path, tmp_path: Path) -> None:
-    """One row and two rows a rank: one of them joins a pack without rows."""
-    two = tmp_path / "two"
-    module = "scripts.visual_opsd.train_sft"
-    run(module, three_rows(world, two, total_steps=2, warmup_steps=1), ranks=2)
-    steps = figures(two)
-    assert len(steps) == 2
-    for ours, theirs in zip(steps, figures(trained)[:2], strict=True):
-        for name in ("loss", "ce", "mse", "noised_tokens", "scored_tokens", "grad_norm"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name

@@ -1,12 +1,13 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
 """The trainer as a whole on the tiny checkpoint: what each flag does to a step.
 
-Mistakes of the user are in test_trainer_errors.py, kills and resumes in test_resume.py, the
-pieces of a step in test_step.py.
+Whole steps against plain arithmetic are in test_step_oracle.py, mistakes of the user in
+test_trainer_errors.py, kills and resumes in test_resume.py, the pieces of a step in test_step.py.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import types
@@ -25,7 +26,6 @@ from scripts.visual_opsd.config import TrainConfig
 from tests.data.synthetic import write_dataset
 from tests.scripts.runs import TINY_BAGEL, make_world
 from tests.scripts.trainers import (
-    Oracle,
     base_weights,
     build,
     first_rows,
@@ -53,101 +53,7 @@ def recorded(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return results
 
 
-@pytest.fixture(scope="module")
-def oracle(world: Path, recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
-    with one_process() as env:
-        trainer = build(world, tmp_path_factory.mktemp("oracle"), env)
-    return Oracle(trainer, recorded / "samples.jsonl")
-
-
-# ------------------------------------------------------------------------------------- losses
-
-PAPER = {"beta": 0.5, "top_k": 256, "token_clip": 0.05}
-VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "paper": ({}, PAPER),
-    "whole vocabulary": ({"jsd_top_k": 0}, {**PAPER, "top_k": None}),
-    "no clip": ({"jsd_token_clip": "none"}, {**PAPER, "token_clip": None}),
-    "token clip": (
-        {"jsd_clip_scope": "token", "jsd_token_clip": 0.1},
-        {**PAPER, "token_clip": 0.1, "clip_scope": "token"},
-    ),
-    "tail bucket": (
-        {"jsd_top_k": 4, "jsd_tail_bucket": True},
-        {**PAPER, "top_k": 4, "tail_bucket": True},
-    ),
-    "forward KL": ({"jsd_beta": 0}, {**PAPER, "beta": 0.0}),
-    "reverse KL, no clip": (
-        {"jsd_beta": 1, "jsd_token_clip": "none"},
-        {**PAPER, "beta": 1.0, "token_clip": None},
-    ),
-    "temperature 2": ({"jsd_temperature": 2}, {**PAPER, "temperature": 2.0}),
-    "tinker": ({"jsd_loss_kind": "tinker"}, {"tinker": True}),
-    "weights": (
-        {"jsd_weight": 0.5, "ce_weight": 0.25},
-        {**PAPER, "jsd_weight": 0.5, "ce_weight": 0.25},
-    ),
-    "cross-entropy on own samples": (
-        {"jsd_weight": 0, "ce_weight": 1},
-        {"jsd_weight": 0.0, "ce_weight": 1.0},
-    ),
-}
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_loss_trains_as_the_plain_model_says(
-    world: Path, recorded: Path, oracle: Oracle, tmp_path: Path, name: str
-) -> None:
-    """Flags -> loss and global gradient norm of a step, against whole logits and autograd."""
-    flags, options = VARIANTS[name]
-    replay = recorded / "samples.jsonl"
-    trainer = train(world, tmp_path, replay_samples=replay, activation_checkpointing=False, **flags)
-    loss, norm = oracle.step(**options)
-    (line,) = metrics(tmp_path)
-    assert line["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-6)
-    assert line["grad_norm"] == pytest.approx(norm, rel=1e-3)
-    assert norm > 1e-4
-    assert not line["nonfinite"]
-    assert moved(base_weights(), weights(trainer.student))
-    assert (trainer.teacher is None) == (options.get("jsd_weight") == 0)
-
-
 # ----------------------------------------------------------------------------------- teachers
-
-
-def test_teacher_modes(world: Path, tmp_path: Path) -> None:
-    """Equal at the first step; then the teachers part: live weights, their average, the base."""
-    base = base_weights()
-    losses = {}
-    for mode in ("self", "ema", "fixed"):
-        results = tmp_path / mode
-        trainer = train(
-            world, results, teacher_mode=mode, ema_decay=0.75, total_steps=2, lr=1e-3, min_lr=1e-3
-        )
-        assert trainer.teacher is not None
-        losses[mode] = [line["loss"] for line in metrics(results)]
-        if mode == "self":
-            assert trainer.teacher.model is None
-        elif mode == "fixed":
-            assert trainer.ema is None
-            assert not moved(base, weights(trainer.teacher.model))
-        else:
-            assert trainer.teacher.model is trainer.ema
-            changed = moved(base, weights(trainer.ema))
-            assert changed == moved(base, weights(trainer.student))
-    assert losses["self"][0] == losses["ema"][0] == losses["fixed"][0]
-    assert len({round(loss[1], 7) for loss in losses.values()}) == 3
-
-
-def test_ema_after_a_step(world: Path, tmp_path: Path) -> None:
-    """0.75 of the base and 0.25 of the updated student (golden 13 has the step itself)."""
-    base = base_weights()
-    trainer = train(world, tmp_path, ema_decay=0.75)
-    student = weights(trainer.student)
-    assert len(moved(base, student)) > 80
-    for name, average in weights(trainer.ema).items():
-        torch.testing.assert_close(
-            average, 0.75 * base[name] + 0.25 * student[name], atol=1e-7, rtol=1e-6
-        )
 
 
 def vt_patches(row: Any) -> list[Tensor]:
@@ -257,10 +163,8 @@ def test_sft_single_completion(world: Path, tmp_path: Path) -> None:
         assert text.endswith(f"</think><answer>{row.answer}</answer>")
         labels += len(target.ids) + 1
     (line,) = metrics(tmp_path)
-    loss, norm = Oracle(trainer, None).step(jsd_weight=0.0, ce_weight=1.0)
     assert line["scored_tokens"] == labels
-    assert line["loss"] == line["ce"] == pytest.approx(loss, rel=1e-4)
-    assert line["grad_norm"] == pytest.approx(norm, rel=1e-3)
+    assert line["loss"] == line["ce"] > 0
     assert line["truncated_rate"] == 0.0
     assert trainer.teacher is None and trainer.ema is None
     assert not (tmp_path / "samples.jsonl").exists()
@@ -294,9 +198,7 @@ def test_sft_reference_splits(world: Path, tmp_path: Path) -> None:
             assert target.scored == (True,) * (len(target.ids) + 1)
             labels += len(target.ids) + 1
     (line,) = metrics(tmp_path)
-    loss, _ = Oracle(trainer, None).step(jsd_weight=0.0, ce_weight=1.0)
     assert line["scored_tokens"] == labels
-    assert line["loss"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_sft_traces_with_tags_are_not_wrapped_again(tmp_path: Path) -> None:
@@ -372,6 +274,21 @@ def test_replayed_completions_give_the_same_run(
     assert samples(tmp_path) == samples(recorded)
 
 
+def test_the_sampler_gap_is_a_mean_over_labels(world: Path, recorded: Path, tmp_path: Path) -> None:
+    """Log-probabilities moved in one of two rows, which are packs of their own."""
+    lines = samples(recorded)
+    for line in lines:
+        if line["slot"] == 0:
+            line["logprobs"] = [p + 0.5 for p in line["logprobs"]]
+    file = tmp_path / "moved.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train(world, tmp_path / "r", total_steps=2, replay_samples=file)
+    for line in metrics(tmp_path / "r"):
+        first, second = (len(x["logprobs"]) for x in lines if x["step"] == line["step"])
+        expected = 0.5 * first / (first + second)
+        assert line["sampler_gap"] == pytest.approx(expected, abs=1e-5)
+
+
 # ------------------------------------------------------------------------------------- reports
 
 NAMES = {
@@ -387,19 +304,19 @@ NAMES = {
 def test_what_a_run_leaves_behind(world: Path, tmp_path: Path) -> None:
     trainer = train(
         world, tmp_path, total_steps=5, log_every=2, samples_per_step=1, save_every=2, keep_last=1,
-        save_release=True, warmup_steps=2,
+        save_release=True, warmup_steps=2, lr=2e-3,
     )  # fmt: skip
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 5]  # and the last one
     for line in lines:
         assert line.keys() == NAMES
         assert all(math.isfinite(value) for value in line.values())
-        assert line["sampler_gap"] <= 1e-4
+        assert 0 < line["sampler_gap"] <= 1e-4
         assert 0 < line["teacher_topk_mass"] <= 1.000001
         assert line["cap_rate"] + line["eos_rate"] == pytest.approx(1)
         assert line["rows_read"] == 2 * line["step"] and line["skipped_rows"] == 0
         assert line["tokens_per_s/sample"] > 0 and line["seconds/train"] > 0
-    assert [line["lr"] for line in lines] == pytest.approx([1e-3, 5.0e-4, 1e-7], rel=0.02)
+    assert [line["lr"] for line in lines] == pytest.approx([2e-3, 1e-3, 1e-7], rel=0.02)
     texts = samples(tmp_path)
     assert [(line["step"], line["slot"]) for line in texts] == [(n, 0) for n in range(1, 6)]
     for line in texts:

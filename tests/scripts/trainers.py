@@ -1,34 +1,24 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""Trainers built in this process on the tiny checkpoint, and the plain model they must agree with.
-
-`Oracle` computes a step's loss and gradient norm the long way: the unsharded model, one row after
-the other, whole logits, the readable loss, autograd.
-"""
+"""Trainers built in this process on the tiny checkpoint."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from data.packing import pack
-from data.sequence import Context
 from modeling import load_bagel
 from scripts.visual_opsd.cli import parse_config
 from scripts.visual_opsd.config import SFT_DEFAULTS, TrainConfig
 from scripts.visual_opsd.distributed import iter_full_state
 from scripts.visual_opsd.metrics import read_metrics
-from scripts.visual_opsd.opsd_loss import generalized_jsd_loss, tinker_reverse_kl_loss
 from scripts.visual_opsd.processes import DistEnv, init_distributed, shutdown
-from scripts.visual_opsd.recorded import RecordedCompletions
 from scripts.visual_opsd.rows import TrainRow
-from scripts.visual_opsd.step import score_completion, score_targets
 from scripts.visual_opsd.trainer import Trainer
 from tests.scripts.runs import TINY_BAGEL, train_arguments
 
@@ -104,63 +94,3 @@ def first_rows(trainer: Trainer, step: int = 0) -> list[TrainRow]:
         position = trainer.sampler.position(step, slot)
         rows.append(trainer.prepare(dataset.read_row(index, position)))
     return rows
-
-
-class Oracle:
-    """Loss and gradient norm of the first step, from the plain model."""
-
-    def __init__(self, trainer: Trainer, samples_file: Path | None) -> None:
-        self.special = trainer.special
-        self.model = load_bagel(TINY_BAGEL).model
-        rows = first_rows(trainer)
-        if samples_file is None:
-            scored = [score_targets(row, 10_000) for row in rows]
-        else:
-            recorded = RecordedCompletions.read(str(samples_file))
-            given = [recorded.by_place[1, slot] for slot in range(len(rows))]
-            assert [name for name, _ in given] == [row.name for row in rows]
-            scored = [
-                score_completion(row, completion, 10_000)
-                for row, (_, completion) in zip(rows, given, strict=True)
-            ]
-        self.students: list[Context] = [row.student for row in scored]
-        self.teacher_logits: Tensor | None = None
-        if samples_file is not None:
-            with torch.no_grad():
-                teachers = [row.teacher for row in scored if row.teacher is not None]
-                self.teacher_logits = torch.cat([self._logits(c)[0] for c in teachers])
-
-    def _logits(self, context: Context) -> tuple[Tensor, Tensor]:
-        batch = pack([context], self.special)
-        logits: Tensor = self.model(batch, head=F.linear)
-        return logits, batch.score_labels
-
-    def step(
-        self,
-        *,
-        tinker: bool = False,
-        jsd_weight: float = 1.0,
-        ce_weight: float = 0.0,
-        temperature: float = 1.0,
-        **options: Any,
-    ) -> tuple[float, float]:
-        """(loss, gradient norm) with the options of `generalized_jsd_loss`."""
-        self.model.zero_grad()
-        pairs = [self._logits(context) for context in self.students]
-        logits = torch.cat([pair[0] for pair in pairs])
-        labels = torch.cat([pair[1] for pair in pairs])
-        loss = ce_weight * F.cross_entropy(logits, labels)
-        if jsd_weight:
-            assert self.teacher_logits is not None
-            if tinker:
-                divergence = tinker_reverse_kl_loss(
-                    logits, self.teacher_logits, labels, temperature=temperature
-                )
-            else:
-                divergence = generalized_jsd_loss(
-                    logits, self.teacher_logits, temperature=temperature, **options
-                )
-            loss = loss + jsd_weight * divergence
-        loss.backward()
-        grads: Sequence[Tensor] = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return loss.item(), torch.stack([g.norm() for g in grads]).norm().item()
