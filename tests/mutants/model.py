@@ -130,7 +130,7 @@ FAULTS = [
         ("the middle of a tensor is not read", "starts = (tensor.start, middle, tensor.stop",
          "starts = (tensor.start, tensor.start, tensor.stop"),
         ("only the first tensors' bytes", '        with tensor.file.open("rb") as stream:',
-         '        with tensors[0].file.open("rb") as stream:'),
+         '        with tensors[0].file.open("rb") as stream:', "scripts/test_run_identity.py"),
         ("the drawing branch always counts", "if drawing or not is_generation_key(k)", "if True"),
         ("a file's size does not count", 'f"{size}\\n".encode()', 'b""'),
         ("a large file's middle is not read", "* piece // (_PIECES - 1))", "* (piece > 0))"),
