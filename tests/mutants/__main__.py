@@ -28,7 +28,6 @@ from pathlib import Path
 from tests.mutants import AREAS, ROOT, Fault, table
 
 TIMEOUT_S = 900.0  # of the tests of one fault; one that makes them hang is noticed
-NOTICED = (1, 2)  # pytest: a test failed, or could not even be collected
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def run_tests(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        return NOTICED[0], f"no end within {TIMEOUT_S:.0f} s"
+        return 1, f"no end within {TIMEOUT_S:.0f} s"
     failed = [x for x in said.splitlines() if x.startswith(("FAILED tests/", "ERROR tests/"))]
     return process.returncode, failed[0] if failed else said[-2000:]
 
@@ -82,8 +81,7 @@ def forget_bytecode(file: Path) -> None:
 def plant(tree: Path, area: str, fault: Fault) -> Outcome:
     """Run the fault's tests on a tree that holds it, and take it out again.
 
-    Raises:
-        RuntimeError: pytest could not run at all.
+    They pass without it, so that any other end of pytest is its doing.
     """
     file = tree / fault.file
     text = file.read_text(encoding="utf-8")
@@ -95,8 +93,6 @@ def plant(tree: Path, area: str, fault: Fault) -> Outcome:
     finally:
         file.write_text(text, encoding="utf-8")
         forget_bytecode(file)
-    if code and code not in NOTICED:
-        raise RuntimeError(f"{fault.file}: {fault.what}: pytest ended with code {code}:\n{said}")
     return Outcome(area, fault, said if code else "", time.monotonic() - started)
 
 
