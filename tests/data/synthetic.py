@@ -76,6 +76,15 @@ def write_parquet(
     return path
 
 
+def split_file(folder: Path, split: str, at: int) -> None:
+    """Make two files of a split's only one, so that a row's place in its file is not its index."""
+    (file,) = folder.glob(f"{split}-*.parquet")
+    table = pq.read_table(file)
+    file.unlink()
+    for number, part in enumerate((table.slice(0, at), table.slice(at))):
+        pq.write_table(part, folder / f"{split}-{number:05d}-of-00002.parquet")
+
+
 def write_dataset(
     root: Path,
     name: str = "Jigsaw_Assembly",

@@ -26,7 +26,7 @@ from scripts.visual_opsd.rows import make_builder, noise_generator
 from scripts.visual_opsd.run_store import RankedLines, stable_hash
 from scripts.visual_opsd.scoring import extract_answer, wilson_interval
 from tests.conftest import TINY_BAGEL
-from tests.data.synthetic import image_cell, truncated_png, write_dataset
+from tests.data.synthetic import image_cell, split_file, truncated_png, write_dataset
 
 ROWS = 12
 # Under the released prompts the tiny model asks for a picture, skips it and answers: 30 tokens.
@@ -39,7 +39,8 @@ SMALL = [f"--{name}={value}" for name, value in
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("world")
-    write_spatial_navigation(root, rows=2, heldout_rows=ROWS, seed=3, sizes=(3, 4))
+    folder = write_spatial_navigation(root, rows=2, heldout_rows=ROWS, seed=3, sizes=(3, 4))
+    split_file(folder, "heldout", 3)
     return root
 
 

@@ -42,7 +42,7 @@ from scripts.visual_opsd.kl_statistics import (
 from scripts.visual_opsd.row_windows import RowName
 from scripts.visual_opsd.rows import make_builder, noise_generator
 from tests.conftest import TINY_BAGEL
-from tests.data.synthetic import write_dataset
+from tests.data.synthetic import split_file, write_dataset
 from tests.scripts.launching import HERE, program_environment
 
 ROWS = 6
@@ -57,7 +57,10 @@ SMALL = [f"--{name}={value}" for name, value in
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("world")
-    write_spatial_navigation(root, rows=9, heldout_rows=0, seed=3, sizes=(3, 4), style="full")
+    folder = write_spatial_navigation(
+        root, rows=9, heldout_rows=0, seed=3, sizes=(3, 4), style="full"
+    )
+    split_file(folder, "train", 1)
     return root
 
 

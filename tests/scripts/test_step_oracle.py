@@ -69,7 +69,7 @@ def test_a_run_recomputed(alone: Callable[[str], Run], name: str) -> None:
 @pytest.mark.slow
 def test_two_ranks_recomputed(world: Path, alone: Callable[[str], Run], tmp_path: Path) -> None:
     """One launch for all that two_rank_training.py checks."""
-    launch(2, str(HERE / "two_rank_training.py"), str(world), str(tmp_path), timeout=120)
+    launch(2, str(HERE / "two_rank_training.py"), str(world), str(tmp_path), timeout=240)
     for number, (recipe, _) in enumerate(TWO_RANKS.values()):
         run = torch.load(tmp_path / f"case-{number}.pt", weights_only=False)
         assert_recomputed(recipe, run)
