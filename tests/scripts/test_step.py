@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -251,6 +251,15 @@ def test_different_labels_raise_and_name_the_row(tiny_bagel_path: Path) -> None:
         teacher = pack([(good.segment(),), (wrong.segment(),)], special)
         with pytest.raises(ValueError, match="b: student and teacher score different tokens"):
             check_same_labels(student, teacher, ["a", "b"], tokenizer.decode)
+        # A pack looks before it computes anything.
+        row = ScoredRow("b", (good.segment(),), (wrong.segment(),))
+        nobody: Any = None
+        with pytest.raises(ValueError, match="b: student and teacher score different tokens"):
+            run_pack(
+                nobody, cast(Any, "a teacher"), None, [row], special=special,
+                loss=LossSettings().build(), chunk_size=7, scale=1.0, device=nobody,
+                decode=tokenizer.decode,
+            )  # fmt: skip
 
 
 def test_completion_is_cut_for_both_contexts() -> None:
