@@ -298,8 +298,8 @@ def test_sampler_gap_is_over_the_labels_that_were_compared() -> None:
         completion = Completion((7,), (True, True), logprobs)
         return ScoredRow("r", text_context(1), None, completion)
 
-    ours = torch.tensor([-1.0, -2.0, -3.0, -4.0])
-    both = PackResult(torch.zeros(()), {}, ours, (row(-1.5, -2.5), row(-3.0, -5.0)))
+    ours = torch.tensor([-1.0, -2.0, -3.0, -4.0])  # some above the recorded ones, some below
+    both = PackResult(torch.zeros(()), {}, ours, (row(-1.5, -1.5), row(-3.0, -5.0)))
     one = PackResult(torch.zeros(()), {}, ours, (row(), row(-3.25, -4.0)))
     none = PackResult(torch.zeros(()), {}, ours, (row(), row()))
     assert sampler_gap([both]) == (2.0, 4, 1.0)
@@ -320,6 +320,9 @@ def test_packs_cover_every_row_once() -> None:
         assert [i for part in packs for i in part] == list(range(7))
         assert all(sum(lengths[i] for i in part) <= 10 for part in packs)
     assert plan_packs([50], 1, 10) == [[0]]  # a long row stands alone
+    # As many runs as are asked for at least, though one pack would hold all.
+    assert plan_packs([1] * 6, 3, 99) == [[0, 1], [2, 3], [4, 5]]
+    assert plan_packs([1] * 2, 3, 99) == [[0], [1]]
     assert plan_packs([], 2, 10) == []
 
 
