@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.packing import context_length, pack
-from data.sequence import Completion, Context, ImageSegment, TextSegment, given_completion
+from data.sequence import (
+    Completion,
+    Context,
+    ImageSegment,
+    LatentSegment,
+    TextSegment,
+    given_completion,
+)
 from data.transforms import extrapolated_position_ids, patchify
 from modeling.bagel.bagel import Bagel
 from modeling.checkpoint import iter_weights, locate_weights
@@ -42,6 +49,7 @@ from scripts.visual_opsd.step import (
     sampler_gap,
     score_completion,
     score_targets,
+    shared_images,
     summarise,
 )
 from scripts.visual_opsd.teacher import Teacher
@@ -324,6 +332,18 @@ def test_packs_cover_every_row_once() -> None:
     assert plan_packs([1] * 6, 3, 99) == [[0, 1], [2, 3], [4, 5]]
     assert plan_packs([1] * 2, 3, 99) == [[0], [1]]
     assert plan_packs([], 2, 10) == []
+
+
+def test_a_pack_of_nothing_runs_what_others_run() -> None:
+    """Also where the teacher lends: its ViT runs for the images both see, then for its own."""
+    row = empty_row(True, 588)
+    assert row.teacher is not None and row.scored == 0
+    assert [type(s) for s in row.student] == [ImageSegment, TextSegment]
+    assert [type(s) for s in row.teacher] == [ImageSegment, ImageSegment, TextSegment]
+    assert shared_images([row, row]).images == (0, 2)
+    drawing = empty_row(False, 588, 64)
+    assert [type(s) for s in drawing.student] == [LatentSegment, ImageSegment, TextSegment]
+    assert drawing.teacher is None and drawing.noised == 0
 
 
 def test_a_rank_without_rows_gives_zero_gradient(tiny_bagel_path: Path, env: DistEnv) -> None:
