@@ -101,7 +101,7 @@ class Run:
 
     name: str
     given: Mapping[str, Any]
-    calls: Mapping[str, Calls]
+    calls: Mapping[str, Any]  # by name: `Calls`, or what else a recording keeps
 
     def all(self, function: str, argument: str) -> list[Any]:
         """An argument of every call of a function."""

@@ -18,7 +18,8 @@ from scripts.visual_opsd.kl_measurement import DiagnosticConfig
 from tests.shell import LAUNCHERS, dry_run, program_arguments, run
 
 # Script -> usage's name of each positional argument: (setting, two values); None: an output's name.
-OPSD: dict[str, tuple[str | None, tuple[Any, Any]]] = {
+Arguments = dict[str, tuple[str | None, tuple[Any, Any]]]
+OPSD: Arguments = {
     "MODEL_PATH": ("model_path", ("m", "n")),
     "TEACHER_MODE": ("teacher_mode", ("fixed", "self")),
     "JSD_BETA": ("jsd_beta", (0.25, 0.75)),
@@ -27,7 +28,7 @@ OPSD: dict[str, tuple[str | None, tuple[Any, Any]]] = {
     "TOTAL_STEPS": ("total_steps", (300, 400)),
     "OUTPUT_NAME": (None, ("mine", "yours")),
 }
-POSITIONAL = {
+POSITIONAL: dict[str, Arguments] = {
     "run_visual_opsd.sh": OPSD,
     "run_visual_opsd_noise.sh": OPSD,
     "run_sft_baseline.sh": {
