@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import io
 import os
 import re
 import sys
@@ -378,9 +377,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="decoding threads",
     )
     options = parser.parse_args(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # file names and texts may be anything
-            stream.reconfigure(errors="backslashreplace")
     try:
         length, unit, positions = _length_function(options.tokenizer)
         datasets = find_datasets(Path(options.path).expanduser(), options.split)

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from reprlib import repr as shown  # of bounded length, whatever YAML's anchors make
 from typing import Any
 
 from data.programs import expand_path
@@ -171,15 +172,15 @@ class DatasetSource:
             value = getattr(self, key)
             if not isinstance(value, str) or not value:
                 raise ValueError(f"dataset config: {key} must be a non-empty string, "
-                                 f"found {value!r}")  # fmt: skip
+                                 f"found {shown(value)}")  # fmt: skip
         number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
         if not number or not math.isfinite(self.weight) or self.weight < 0:
             raise ValueError(f"dataset {self.name}: weight must be a finite number of at least 0, "
-                             f"found {self.weight!r}")  # fmt: skip
+                             f"found {shown(self.weight)}")  # fmt: skip
         budget = self.num_used_rows
         if budget is not None and (type(budget) is not int or budget < 1):
             raise ValueError(f"dataset {self.name}: num_used_rows must be a positive integer or "
-                             f"null (all rows), found {budget!r}")  # fmt: skip
+                             f"null (all rows), found {shown(budget)}")  # fmt: skip
 
 
 def check_sources(sources: list[DatasetSource], where: str = "dataset config") -> None:
@@ -212,15 +213,19 @@ def load_dataset_config(path: str | Path) -> list[DatasetSource]:
     entries: Any = document.get("datasets")
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"dataset config {path}: `datasets` must be a non-empty list, "
-                         f"found {entries!r}")  # fmt: skip
+                         f"found {shown(entries)}")  # fmt: skip
     keys = {field.name for field in fields(DatasetSource)}
     sources = []
     for number, entry in enumerate(entries):
         where = f"{path}, entry {number}"
         if not isinstance(entry, Mapping) or "name" not in entry:
-            raise ValueError(f"{where}: expected a mapping with at least `name`, found {entry!r}")
+            raise ValueError(f"{where}: expected a mapping with at least `name`, "
+                             f"found {shown(entry)}")  # fmt: skip
         _only(entry, keys, where)
-        sources.append(DatasetSource(**entry))
+        try:
+            sources.append(DatasetSource(**entry))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     check_sources(sources, str(path))
     return sources
 

@@ -13,9 +13,12 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from io import FileIO
 from pathlib import Path
 from typing import Any
+
+from modeling.disk import disk_errors
 
 logger = logging.getLogger(__name__)
 
@@ -41,17 +44,14 @@ def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         ValueError: the file cannot be written (no space, no permission, the folder is gone).
     """
     lines = b"".join(map(encode, records))
-    try:
-        with path.open("ab+", buffering=0) as stream:
-            if stream.seek(0, os.SEEK_END):
-                stream.seek(-1, os.SEEK_END)
-                if stream.read(1) != b"\n":
-                    lines = _mended(stream) + lines
-            rest = memoryview(lines)
-            while rest:
-                rest = rest[stream.write(rest) :]
-    except OSError as error:
-        raise _unwritable(path, error) from error
+    with _writing(path), path.open("ab+", buffering=0) as stream:
+        if stream.seek(0, os.SEEK_END):
+            stream.seek(-1, os.SEEK_END)
+            if stream.read(1) != b"\n":
+                lines = _mended(stream) + lines
+        rest = memoryview(lines)
+        while rest:
+            rest = rest[stream.write(rest) :]
 
 
 def _mended(stream: FileIO) -> bytes:
@@ -167,20 +167,21 @@ def _replace(path: Path, lines: Iterable[bytes]) -> int:
     """Write a file, whole or not at all; returns the number of lines."""
     temporary = path.with_name(path.name + ".tmp")
     count = 0
-    try:
-        with temporary.open("wb") as stream:
-            for line in lines:
-                count += 1
-                stream.write(line)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise _unwritable(path, error) from error
+    with _writing(path):
+        try:
+            with temporary.open("wb") as stream:
+                for line in lines:
+                    count += 1
+                    stream.write(line)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
     return count
 
 
-def _unwritable(path: Path, error: OSError) -> ValueError:
-    return ValueError(f"{path} cannot be written: {error.strerror or error}")
+def _writing(path: Path) -> AbstractContextManager[None]:
+    return disk_errors(f"writing {path}", path.parent)

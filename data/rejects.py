@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.json_lines import append_records, filter_log
+from modeling.disk import disk_errors
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class RejectLedger:
         self.rows_read += rows_read
         self.reasons.update(reject.reason for reject in rejects)
         if self.path is not None and rejects:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with disk_errors(f"writing {self.path}", self.path.parent):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
             append_records(self.path, map(asdict, rejects))
         if self.rows_read >= self.check_from and self.rejected > self.max_rate * self.rows_read:
             counts = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())

@@ -25,6 +25,8 @@ TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 TINY_BAGEL = TESTS / "tiny-bagel"
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
 torch.set_num_threads(1)
 
 # case -> worst |actual - expected| / (atol + rtol |expected|) and worst absolute difference.

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,8 @@ from scripts.visual_opsd.state_files import (
 logger = logging.getLogger(__name__)
 
 SUPERSEDED = "superseded"
+NOT_GOOD = "not_good.jsonl"  # in a state after which every step was non-finite
+_NEWEST = ("latest", "last_good")  # the same: nothing bad is ever taken
 _STEP = re.compile(r"[0-9]{1,18}")
 _RELEASE_NAME = re.compile(r"([0-9]{7})")
 _STALE_NAME = re.compile(r"(step_)?[0-9]{7}(\..*)?\.tmp")
@@ -79,8 +80,9 @@ def find_checkpoint(
 
     Args:
         checkpoint_dir: this run's checkpoints.
-        spec: "latest" (None when there is none yet: the run starts from its base weights), a
-            step number, or the path of a checkpoint folder.
+        spec: "latest" (None when there is none yet: the run starts from its base weights),
+            "last_good" (the same, but there must be one), a step number, or the path of a
+            checkpoint folder. The first two pass over states that only non-finite steps followed.
         rejected: folders whose bytes were found damaged.
 
     Raises:
@@ -88,8 +90,11 @@ def find_checkpoint(
         ValueError: no such step (lists those that exist), no checkpoint folder, unknown format.
     """
     rejected, text = rejected or {}, str(spec)
-    if text == "latest":
-        return _newest(checkpoint_dir, *_sort_out(checkpoint_dir, rejected))
+    if text in _NEWEST:
+        newest = _newest(checkpoint_dir, *_sort_out(checkpoint_dir, rejected))
+        if newest is None and text == "last_good":
+            raise ValueError(f"there is no state in {checkpoint_dir} to go on from")
+        return newest
     if _STEP.fullmatch(text):
         whole, faulty = _sort_out(checkpoint_dir, rejected)
         if int(text) in faulty:
@@ -133,7 +138,13 @@ def _newest(
             f"{'; '.join(map(str, faulty.values()))}; bring back a copy, or begin a new run in "
             "another folder"
         )
-    return whole[max(whole)] if whole else None
+    good = [step for step, path in whole.items() if not (path / NOT_GOOD).exists()]
+    if whole and not good:
+        raise ValueError(
+            f"there is no good state in {checkpoint_dir}: after that of step {max(whole)} every "
+            f"step was non-finite (--resume {max(whole)} goes on from it all the same)"
+        )
+    return whole[max(good)] if good else None
 
 
 def choose_checkpoint(checkpoint_dir: Path, specs: Sequence[str], env: DistEnv) -> Path | None:
@@ -154,7 +165,7 @@ def choose_checkpoint(checkpoint_dir: Path, specs: Sequence[str], env: DistEnv) 
             try:
                 found = find_checkpoint(checkpoint_dir, spec, rejected)
             except DamagedState as error:
-                if spec == "latest":
+                if spec in _NEWEST:
                     raise
                 older = _next_older(checkpoint_dir, spec, env)
                 raise ValueError(f"--resume {spec}: {error}; {older}") from error
@@ -171,7 +182,7 @@ def choose_checkpoint(checkpoint_dir: Path, specs: Sequence[str], env: DistEnv) 
         except DamagedState as error:
             rejected[path] = error
             continue
-        if env.is_main and "latest" in specs and path.parent == checkpoint_dir:
+        if env.is_main and not set(_NEWEST).isdisjoint(specs) and path.parent == checkpoint_dir:
             _tell_damage(path, _sort_out(checkpoint_dir, rejected)[1])
         return path
 
@@ -222,19 +233,11 @@ def check_claim(checkpoint_dir: Path, resumed_from: Path | None) -> int:
 
 
 def check_folders(results: Path, checkpoint_dir: Path, resumed_from: Path | None) -> None:
-    """Make the folders of a run, and raise now what `claim_checkpoint_dir` would raise later.
+    """Raise now what `claim_checkpoint_dir` and the logs would raise later.
 
     Raises:
-        ValueError: they or the logs in them cannot be written to, or as `check_claim`.
+        ValueError: the logs cannot be written to, or as `check_claim`.
     """
-    for name, folder in (("results_dir", results), ("checkpoint_dir", checkpoint_dir)):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise ValueError(
-                f"cannot write to {folder}: {error}; choose another --{name}"
-            ) from error
     for path in (results / name for name in _RUN_FILES):
         if os.path.lexists(path) and not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
             raise ValueError(
@@ -265,7 +268,7 @@ def claim_checkpoint_dir(checkpoint_dir: Path, resumed_from: Path | None, env: D
         for name in (STEP_NAME, _RELEASE_NAME):
             for step, path in _folders(checkpoint_dir, name).items():
                 if step > resumed_step:
-                    _supersede(path, resumed_step)
+                    supersede(path, f"later than step {resumed_step},")
 
     on_main(env, claim)
 
@@ -293,14 +296,15 @@ def delete_old_states(checkpoint_dir: Path, keep_last: int) -> None:
         remove(doomed)
 
 
-def _supersede(path: Path, resumed_step: int) -> None:
+def supersede(path: Path, why: str) -> None:
+    """Move a folder out of the way."""
     target = path.parent / SUPERSEDED / path.name
     target.parent.mkdir(exist_ok=True)
     copies = 1
     while target.exists():
         target = target.with_name(f"{path.name}.{copies}")
         copies += 1
-    logger.warning("moving %s, later than step %d, to %s", path, resumed_step, target)
+    logger.warning("moving %s, %s to %s", path, why, target)
     os.replace(path, target)
 
 

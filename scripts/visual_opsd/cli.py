@@ -16,6 +16,7 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from reprlib import repr as shown  # of bounded length
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from data import programs
@@ -88,9 +89,9 @@ def checked(spec: Field[Any], hint: Any, value: Any) -> Any:
 def _checked_value(meta: typing.Mapping[str, Any], base: Any, value: Any) -> Any:
     allowed = (int, float) if base is float else base
     if not isinstance(value, allowed) or (isinstance(value, bool) and base is not bool):
-        raise ValueError(f"must be {base.__name__}, got {value!r}")
+        raise ValueError(f"must be {base.__name__}, got {shown(value)}")
     if "choices" in meta and value not in meta["choices"]:
-        raise ValueError(f"must be one of {', '.join(meta['choices'])}, got {value!r}")
+        raise ValueError(f"must be one of {', '.join(meta['choices'])}, got {shown(value)}")
     if base in (int, float):
         problem = bounds_problem(value, **{name: meta[name] for name in BOUNDS if name in meta})
         if problem:

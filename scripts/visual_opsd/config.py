@@ -298,13 +298,17 @@ class RunSettings(Settings):
         None, "train on the completions of this samples.jsonl instead of sampling", path=True
     )
     resume: str | None = option(
-        None, "latest, a step number, or the folder of a training state", path=True
+        None, "latest, last_good (the same, but there must be one), a step, or a state's folder",
+        path=True,
     )
     auto_resume: bool = option(False, "the same as --resume latest")
     resume_from: str | None = option(
         None, "the same as --resume PATH; with --auto_resume, only if there is no own state yet",
         path=True,
     )  # fmt: skip
+    take_over: bool = option(
+        False, "take folders that a run on another machine held which can no longer be seen"
+    )
     global_seed: int = option(4396, "random numbers of sampling and of the noise control", **SEEDS)
     device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     sharding_strategy: str = option(

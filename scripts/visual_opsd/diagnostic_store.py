@@ -14,6 +14,7 @@ import numpy as np
 
 from data.json_lines import read_log
 from data.sequence import Completion
+from modeling.disk import disk_errors
 from scripts.visual_opsd.kl_statistics import COLUMNS, SampleDivergences
 from scripts.visual_opsd.row_windows import RowName
 from scripts.visual_opsd.run_store import differing, read_json, stable_hash
@@ -54,7 +55,8 @@ def save_divergences(folder: Path, blocks: Mapping[str, Sequence[SampleDivergenc
         arrays[f"{block}_answer"] = np.concatenate([s.answer for s in samples])
         for name in COLUMNS:
             arrays[f"{block}_{name}"] = np.concatenate([s.columns[name] for s in samples])
-    np.savez_compressed(folder / _DIVERGENCES, **arrays)
+    with disk_errors(f"writing {folder / _DIVERGENCES}", folder):
+        np.savez_compressed(folder / _DIVERGENCES, **arrays)
 
 
 def load_divergences(folder: Path, block: str) -> list[SampleDivergences]:

@@ -101,6 +101,7 @@ from scripts.visual_opsd.rows import noise_generator, open_builder
 from scripts.visual_opsd.run_store import (
     RankedLines,
     claim_folder,
+    hold_output,
     read_json,
     stable_hash,
     write_json,
@@ -501,6 +502,7 @@ def evaluate(config: EvaluateConfig, env: DistEnv) -> dict[str, Any]:
 
 
 def _prepare_folder(stores: Stores, wanted: Mapping[str, Any], settings: EvaluateSettings) -> None:
+    hold_output(stores.answers.folder)
     if settings.overwrite:
         stores.answers.clear()
         stores.timing.clear()

@@ -19,6 +19,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from modeling.disk import disk_errors
+
 FLOOR = 1e-6  # nats; smaller divergences are drawn here
 _REAL, _NOISE = "#1b6ca8", "#c8553d"
 _LINE_CHARACTERS = 96
@@ -27,9 +29,10 @@ _SHOWN_TOKENS = 160
 _LAST_DRAWABLE = 0x2FFF
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
+    with disk_errors(f"writing {path}", path.parent):
+        figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
 
 
 def draw_kl_distribution(path: Path, real: np.ndarray, noise: np.ndarray, title: str) -> None:
@@ -59,7 +62,7 @@ def draw_kl_distribution(path: Path, real: np.ndarray, noise: np.ndarray, title:
         axes.legend(frameon=False, fontsize=9)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ def draw_token_heatmap(path: Path, rows: Sequence[HeatRow], title: str) -> None:
     bar = figure.colorbar(colours, ax=axes, fraction=0.02, pad=0.01)
     bar.set_label("KL, nats", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def pick_rows(tasks: Sequence[str], usable: Sequence[bool], count: int) -> list[int]:

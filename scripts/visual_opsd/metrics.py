@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.json_lines import append_records, read_log
+from modeling.disk import disk_errors
 from scripts.visual_opsd.processes import DistEnv, all_reduce_sums
 
 Metric = float | int | str | bool | None | Tensor
@@ -110,7 +111,8 @@ class MetricLogger:
             return
         if wandb is not None:
             self._wandb_run = _start_wandb(wandb, path.parent, config)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(f"writing to {path.parent}", path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         if progress:
             # A log file gets a line now and then, a terminal a moving bar.
@@ -195,7 +197,8 @@ def _import_wandb() -> Any:
 def _start_wandb(settings: WandbSettings, folder: Path, config: Mapping[str, Any] | None) -> Any:
     """A run; offline when the service does not answer, None when nothing helps."""
     wandb = _import_wandb()
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(f"writing to {folder}", folder):
+        folder.mkdir(parents=True, exist_ok=True)
     options = {
         "project": settings.project,
         "name": settings.name,

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.programs import leave as leave
+from scripts.visual_opsd.folder_lock import release_folders
 from scripts.visual_opsd.peers import Watch
 
 T = TypeVar("T")
@@ -50,8 +51,8 @@ def init_distributed(device: str = "auto", timeout_s: float = 1800) -> DistEnv:
         timeout_s: after this many seconds a collective that some rank never joined fails.
 
     Raises:
-        ValueError: unknown device, "cuda" without a GPU, more local ranks than GPUs, variables of
-            a launcher that are incomplete, or processes that do not come.
+        ValueError: unknown device, "cuda" without a GPU, (on all ranks) not a GPU for each of them,
+            variables of a launcher that are incomplete, or processes that do not come.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"unknown device {device!r}: use auto, cpu or cuda")
@@ -62,12 +63,7 @@ def init_distributed(device: str = "auto", timeout_s: float = 1800) -> DistEnv:
         )
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     rank, world_size, local_rank, local_world_size = _launched_as()
-    if use_cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"local rank {local_rank} has no GPU: this machine shows "
-                f"{torch.cuda.device_count()}; start at most that many processes a node"
-            )
+    if use_cuda and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
     # gloo beside NCCL: flags, object gathers and checkpoint staging travel through host memory.
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
@@ -80,8 +76,41 @@ def init_distributed(device: str = "auto", timeout_s: float = 1800) -> DistEnv:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     if _watch is not None and world_size > 1:
         _watch.join(rank, range(rank - local_rank, rank - local_rank + local_world_size))
+        if use_cuda:
+            try:
+                check_gpus(local_rank)
+            except ValueError:
+                shutdown()
+                raise
     here = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     return DistEnv(rank, world_size, local_rank, local_world_size, here)
+
+
+def check_gpus(local_rank: int) -> None:
+    """Refuse a run whose ranks do not have a GPU each: a collective, through host memory.
+
+    It comes after all have joined: a rank that refused alone, before, would leave the others
+    waiting for it until their timeout. NCCL itself cannot have two ranks on one GPU.
+
+    Raises:
+        ValueError: the same on all ranks.
+    """
+    count = torch.cuda.device_count()
+    has_one = local_rank < count
+    own = str(torch.cuda.get_device_properties(local_rank).uuid) if has_one else None
+    owners: dict[str, int] = {}
+    for rank, (local, shown, gpu) in enumerate(gather_objects((local_rank, count, own))):
+        if gpu is None:
+            raise ValueError(
+                f"rank {rank} has no GPU: it is local rank {local}, but its machine shows {shown}; "
+                "start at most that many processes there, or use --device cpu"
+            )
+        if gpu in owners:
+            raise ValueError(
+                f"ranks {owners[gpu]} and {rank} share one GPU ({gpu}): start them with "
+                "torchrun, or give each its LOCAL_RANK, and no more than GPUs; or use --device cpu"
+            )
+        owners[gpu] = rank
 
 
 def _launched_as() -> tuple[int, int, int, int]:
@@ -155,7 +184,7 @@ def _meet(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
 
 
 def shutdown() -> None:
-    """Leave the process group (no-op when there is none)."""
+    """Leave the process group (no-op when there is none), and let go of the run's folders."""
     global _watch
     if _watch is not None:
         error = sys.exc_info()[1]  # what ends the caller's block, if anything does
@@ -163,6 +192,7 @@ def shutdown() -> None:
         _watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
+    release_folders()
 
 
 def all_reduce_sums(values: Mapping[str, float | Tensor], env: DistEnv) -> dict[str, float]:

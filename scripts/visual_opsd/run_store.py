@@ -17,7 +17,9 @@ from typing import Any
 
 from data.json_lines import append_records, read_log, write_lines
 from data.programs import make_folder
+from modeling.disk import disk_errors
 from modeling.text_files import read_json_object
+from scripts.visual_opsd.folder_lock import hold_folder
 
 SETTINGS_FILE = "settings.json"
 
@@ -31,8 +33,10 @@ def stable_hash(value: Any) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with disk_errors(f"writing {path}", path.parent):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -68,8 +72,9 @@ class RankedLines:
 
     def clear(self) -> None:
         """Remove all records."""
-        for file in [self.merged, *self._rank_files()]:
-            file.unlink(missing_ok=True)
+        with disk_errors(f"emptying {self.folder}", self.folder):
+            for file in [self.merged, *self._rank_files()]:
+                file.unlink(missing_ok=True)
 
     def read(self) -> dict[int, dict[str, Any]]:
         """The newest record of every key, in the order of the keys (see `settle`)."""
@@ -106,8 +111,19 @@ class RankedLines:
         """Write `records` (what `read` gave, or some of it) as the merged file, then remove the
         rank files."""
         write_lines(self.merged, records)
-        for file in self._rank_files():
-            file.unlink()
+        with disk_errors(f"writing {self.merged}", self.folder):
+            for file in self._rank_files():
+                file.unlink()
+
+
+def hold_output(folder: str | Path) -> None:
+    """Make an output folder and hold it: rank 0, before it reads anything there.
+
+    Raises:
+        ValueError: it cannot be written to, or another run holds it.
+    """
+    make_folder(folder, "--output_dir")
+    hold_folder(Path(folder), "output_dir")
 
 
 def claim_output(folder: str | Path, result: str, overwrite: bool) -> None:
@@ -116,18 +132,18 @@ def claim_output(folder: str | Path, result: str, overwrite: bool) -> None:
     Raises:
         ValueError: it cannot be written to, or holds the file `result` and is not to be replaced.
     """
+    hold_output(folder)
     if (Path(folder) / result).exists() and not overwrite:
         raise ValueError(
             f"--output_dir {folder} holds results ({result}); choose another, or pass --overwrite "
             "to replace them"
         )
-    make_folder(folder, "--output_dir")
 
 
 def claim_folder(
     folder: Path, settings: Mapping[str, Any], *, has_results: bool, hint: str
 ) -> None:
-    """Make `folder` the run's: write settings.json, or find it there with the same settings.
+    """Make `folder`, which rank 0 holds, the run's: write settings.json, or find the same there.
 
     Args:
         settings: everything the results depend on.
@@ -144,7 +160,6 @@ def claim_folder(
             different = "; ".join(differing(held.get("settings", {}), settings))
             raise ValueError(f"{folder} holds results of other settings ({different}); {hint}")
         return
-    make_folder(folder, "--output_dir")
     write_json(path, {"hash": stable_hash(settings), "settings": settings})
 
 

@@ -9,12 +9,11 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from data.json_lines import read_log
+from data.json_lines import read_given
 from scripts.visual_opsd.run_store import SETTINGS_FILE, read_json
 
 CONFIDENCE = 0.95
@@ -191,7 +190,7 @@ def read_verdicts(
     """A verdict ("correct" or "lenient") on each row of a finished evaluation, by `ROW_KEY`.
 
     Raises:
-        ValueError: no predictions there, or without such verdicts.
+        ValueError: no predictions there, a line that is none, or one without such a verdict.
     """
     path = Path(folder) / "predictions.jsonl"
     if not os.path.isfile(path):
@@ -199,14 +198,20 @@ def read_verdicts(
             f"{path} does not exist: give the output folder of a finished evaluation (python -m "
             "scripts.visual_opsd.evaluate --output_dir DIR; the same command resumes a killed one)"
         )
-    held = itemgetter(*ROW_KEY)
-    lines = read_log(path, lambda line: bool(held(line)))
-    if any(verdict not in line for line in lines):
-        raise ValueError(
-            f"{path} has lines without {verdict!r}: an earlier version of this program wrote them; "
-            "evaluate that model again (--overwrite)"
-        )
-    return {tuple(line[k] for k in ROW_KEY): bool(line[verdict]) for line in lines}
+    found: dict[tuple[Any, ...], bool] = {}
+    for number, line in read_given(path, "prediction"):
+        if not all(isinstance(line.get(name), str | int) for name in ROW_KEY):
+            raise ValueError(
+                f"{path} line {number} holds no prediction ({', '.join(ROW_KEY)} name its row); "
+                "give the output folder of a finished evaluation"
+            )
+        if verdict not in line:
+            raise ValueError(
+                f"{path} line {number} lacks {verdict!r}: an earlier version of this program wrote "
+                "it; evaluate that model again (--overwrite)"
+            )
+        found[tuple(line[name] for name in ROW_KEY)] = bool(line[verdict])
+    return found
 
 
 def _scoring_version(folder: str | Path) -> str | None:

@@ -31,7 +31,7 @@ from modeling.bagel.bagel import Bagel
 from modeling.checkpoint import is_generation_key, iter_weights, locate_weights, save_bagel
 from modeling.tokenizer import load_tokenizer
 from modeling.weight_files import FLOAT_DTYPES, open_weights
-from scripts.visual_opsd.checkpoint_folders import check_folders, restart_logs
+from scripts.visual_opsd.checkpoint_folders import NOT_GOOD, check_folders, restart_logs
 from scripts.visual_opsd.cli import flat
 from scripts.visual_opsd.config import TrainConfig
 from scripts.visual_opsd.distributed import (
@@ -46,6 +46,7 @@ from scripts.visual_opsd.distributed import (
     shard_model,
     summon_full_params,
 )
+from scripts.visual_opsd.folder_lock import hold_folder
 from scripts.visual_opsd.latents import encode_teachers
 from scripts.visual_opsd.metrics import MetricLogger, PhaseTimer, WandbSettings, peak_memory_gb
 from scripts.visual_opsd.on_policy_sampler import Interrupted, sample_completions
@@ -69,6 +70,7 @@ from scripts.visual_opsd.rows import (
 )
 from scripts.visual_opsd.run_contents import run_contents
 from scripts.visual_opsd.schedule import compute_dtype, learning_rate_factor
+from scripts.visual_opsd.state_keeper import StateKeeper, nonfinite_rows
 from scripts.visual_opsd.step import (
     PackResult,
     ScoredRow,
@@ -90,7 +92,6 @@ from scripts.visual_opsd.training_state import (
     claim_checkpoint_dir,
     load_checkpoint,
     release_folder,
-    save_checkpoint,
 )
 
 _SHOWN = {"loss": ".4f", "grad_norm": ".3f", "completion_length": ".1f"}
@@ -146,15 +147,15 @@ class Trainer:
         if run.wandb_project:
             self.wandb = WandbSettings(run.wandb_project, run.wandb_name, run.wandb_offline)
             on_main(env, self.wandb.check)
-        # What forbids a resume is said before minutes of loading.
+        # What forbids a start is said before minutes of loading.
+        on_main(env, self._hold_folders)
         self.contents = on_main(env, lambda: run_contents(config, self.sampler))
         self.checkpoint = choose_checkpoint(config.run.checkpoints, config.run.resume_specs, env)
         on_main(env, self._check_resume)
         self._build_models()
         self.stop = StopRequest()
         self.step = 0  # completed optimiser steps
-        self.saved_step = 0  # the last one whose state is on disk
-        self.bad_steps = 0
+        self.states = StateKeeper(config.run, self.state, self._saved_config(), env)
         self._restore()
 
     # ------------------------------------------------------------------------------- building
@@ -283,6 +284,16 @@ class Trainer:
         """What is stored with checkpoints and must be the same on a resume."""
         return {"config": {**asdict(self.config), "sft": self.sft}, "contents": self.contents}
 
+    def _extra(self) -> dict[str, Any]:
+        """What of a completed step is stored besides tensors."""
+        run_id = None if self.wandb is None else self.wandb.run_id
+        return {"rejects": self.ledger.state_dict(), "wandb_id": run_id}
+
+    def _hold_folders(self) -> None:
+        run = self.config.run
+        hold_folder(self.results, "results_dir", take_over=run.take_over)
+        hold_folder(run.checkpoints, "checkpoint_dir", take_over=run.take_over)
+
     def _check_resume(self) -> None:
         check_folders(self.results, self.config.run.checkpoints, self.checkpoint)
         if self.checkpoint is not None:
@@ -295,9 +306,8 @@ class Trainer:
             resumed = load_checkpoint(  # whose digests were checked when it was chosen
                 self.checkpoint, self.state, env=self.env, digests=False, **self._saved_config()
             )
-            self.step = self.saved_step = resumed.step
-            self.bad_steps = int(resumed.extra["bad_steps"])
-            rejects = resumed.extra["rejects"]
+            self.step = resumed.step
+            rejects = self.states.resume(resumed)
             if self.wandb is not None:
                 self.wandb = self.wandb.continuing(resumed.extra.get("wandb_id"))
         claim_checkpoint_dir(run.checkpoints, self.checkpoint, self.env)
@@ -310,24 +320,28 @@ class Trainer:
         """Run to `total_steps`; returns the exit code (0, or 128 + the signal that stopped it)."""
         config, run = self.config, self.config.run
         self.timer = PhaseTimer(self.env.device, synchronize=True)
-        logger = MetricLogger(
-            self.results / "metrics.jsonl",
-            self.env,
-            total_steps=config.optim.total_steps,
-            start_step=self.step,
-            progress=run.progress,
-            wandb=self.wandb,
-            config=flat(config),
+        logger = attempt(
+            lambda: MetricLogger(
+                self.results / "metrics.jsonl",
+                self.env,
+                total_steps=config.optim.total_steps,
+                start_step=self.step,
+                progress=run.progress,
+                wandb=self.wandb,
+                config=flat(config),
+            )
         )
         with self.stop, logger as self.log, closing(iter(self._loader())) as rows:
             self._begin()
             while self.step < config.optim.total_steps:
                 if not self._one_step(rows):
-                    self.log.message(f"terminated: {self._keep()}")
+                    self.log.message(f"terminated: {self.states.keep()}")
                     return exit_code(all_reduce_max_int(self.stop.number, self.env))
-                if self._saves():
-                    self._save_state()
+                if self._saves() and not self.states.bad_steps:
+                    self.states.save(last=self.step == config.optim.total_steps)
                     self._save_release()
+        if self.states.bad_steps:
+            raise self.states.diverged(" at the end of the run, so it has no result")
         return 0
 
     def _saves(self) -> bool:
@@ -344,7 +358,8 @@ class Trainer:
             return
         self.log.message(f"resumed from {self.checkpoint}")
         own = self.checkpoint.resolve().parent == run.checkpoints.resolve()
-        owed = own and self._saves() and not release_folder(run.checkpoints, self.step).exists()
+        good = self._saves() and not (self.checkpoint / NOT_GOOD).exists()
+        owed = own and good and not release_folder(run.checkpoints, self.step).exists()
         if agree(owed, self.env):
             self._save_release()
 
@@ -365,6 +380,8 @@ class Trainer:
     def _together(self, action: Callable[[], T]) -> T | None:
         """Run on every rank: None on all when one was told to stop, one's error raised on all.
 
+        Before the error of a user, the state of the last completed step is saved.
+
         Between two of these calls every rank joins the same collectives, so a rank that failed
         (bad rows, out of memory in a rollout) is never waited for.
         """
@@ -378,17 +395,17 @@ class Trainer:
             status, failure = _FAILED, error
         worst = all_reduce_max_int(status, self.env)
         if worst == _FAILED:
-            raise_together(failure)
+            try:
+                raise_together(failure)
+            except ValueError as error:
+                self.states.keep_beside(error)
+                raise
         return result if worst == _FINE else None
 
     def _one_step(self, loader: Iterator[StepRows[TrainRow]]) -> bool:
         """One optimiser step; False when the run was told to stop (nothing of the step counts)."""
         with self.timer("data"):
-            try:
-                batch = self._together(lambda: next(loader))
-            except ValueError as error:  # no rows, on any rank: what was trained is kept
-                error.add_note(self._keep())
-                raise
+            batch = self._together(lambda: next(loader))
         if batch is None:
             return False
         scored = self._together(lambda: self._score(batch))
@@ -446,7 +463,7 @@ class Trainer:
         rejects = batch.rejects
         if sums["rejects"]:
             rejects = [reject for part in gather_objects(rejects) for reject in part]
-        self.ledger.record(int(sums["rows_read"]), rejects)
+        self._together(lambda: self.ledger.record(int(sums["rows_read"]), rejects))
 
     def _update(self, scored: Sequence[ScoredRow], sums: dict[str, float]) -> None:
         """Packs, gradient, clipping, AdamW, EMA, metrics."""
@@ -464,25 +481,23 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             self.scheduler.step()
         self.step += 1
+        self.states.complete(self.step, finite, self._extra())
         phases = self.timer.reduce(self.env)
         last = self.step == self.config.optim.total_steps
         if self.step % self.config.run.log_every == 0 or last or not finite:
-            self.log.log(
-                self.step,
-                {
-                    **figures,
-                    **phases,
-                    "grad_norm": float(grad_norm),
-                    "lr": learning_rate,
-                    "skipped_rows": self.ledger.rejected,
-                    "rows_read": self.ledger.rows_read,
-                    "nonfinite": not finite,
-                    "peak_memory_gb": peak_memory_gb(self.env.device),
-                },
-                show=_SHOWN,
-            )
+            figures |= {
+                **phases,
+                "grad_norm": float(grad_norm),
+                "lr": learning_rate,
+                "skipped_rows": self.ledger.rejected,
+                "rows_read": self.ledger.rows_read,
+                "nonfinite": not finite,
+                "peak_memory_gb": peak_memory_gb(self.env.device),
+            }
+            self._together(lambda: self.log.log(self.step, figures, show=_SHOWN))
         self.log.advance()
-        self._note_nonfinite(finite, results)
+        if not finite:
+            self._note_nonfinite(results)
 
     def _run_packs(
         self, scored: Sequence[ScoredRow], sums: dict[str, float]
@@ -532,26 +547,12 @@ class Trainer:
             sums |= {"sequences": len(scored), "truncated": sum(r.truncated for r in scored)}
         return summarise(all_reduce_sums(sums, self.env), self.loss, with_completions)
 
-    def _note_nonfinite(self, finite: bool, results: Sequence[PackResult]) -> None:
+    def _note_nonfinite(self, results: Sequence[PackResult]) -> None:
         """Name the rows of a skipped step; stop after too many in a row."""
-        self.bad_steps = 0 if finite else self.bad_steps + 1
-        if finite:
-            return
-        mine = [
-            row.name
-            for result in results
-            if not result.finite
-            for row in result.rows
-        ]
-        names = [name for part in gather_objects(mine) for name in part]
-        where = ", ".join(names[:8]) if names else "none: the gradient, not a loss, is non-finite"
+        where = nonfinite_rows(results)
         self.log.message(f"step {self.step}: non-finite, update skipped; rows: {where}")
-        limit = self.config.optim.max_nonfinite_steps
-        if self.bad_steps >= limit:
-            raise ValueError(
-                f"{self.bad_steps} steps in a row had a non-finite loss or gradient (rows of the "
-                f"last: {where}); lower --lr, check these rows, or resume an earlier step"
-            )
+        if self.states.bad_steps >= self.config.optim.max_nonfinite_steps:
+            raise self.states.diverged(f" (rows of the last: {where}); lower --lr or check them")
 
     def _write_samples(self, batch: StepRows[TrainRow], completions: Sequence[Completion]) -> None:
         if self.env.is_main:
@@ -560,31 +561,6 @@ class Trainer:
             write_samples(self.results / "samples.jsonl", batch.step, pairs, self.tokenizer.decode)
 
     # --------------------------------------------------------------------------------- saving
-
-    def _keep(self) -> str:
-        """Save the state of the last completed step before the run ends; says what is kept."""
-        self._save_state()
-        kept = f"state of step {self.step} saved; --resume it"
-        return kept if self.step else "nothing to save yet"
-
-    def _save_state(self) -> None:
-        run = self.config.run
-        if self.step == self.saved_step:
-            return  # nothing happened since
-        save_checkpoint(
-            run.checkpoints,
-            self.step,
-            self.state,
-            env=self.env,
-            **self._saved_config(),
-            extra={
-                "rejects": self.ledger.state_dict(),
-                "bad_steps": self.bad_steps,
-                "wandb_id": None if self.wandb is None else self.wandb.run_id,
-            },
-            keep_last=run.keep_last,
-        )
-        self.saved_step = self.step
 
     def _save_release(self) -> None:
         """A complete release folder `<checkpoint_dir>/<step>`, which evaluators load."""

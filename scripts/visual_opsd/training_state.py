@@ -93,7 +93,7 @@ _BY_CONTENTS = frozenset(("model_path", "prompts", "dataset_config_file", "repla
 # fmt: off
 FREE_FIELDS = _BY_CONTENTS | frozenset((
     "results_dir", "checkpoint_dir", "output_name", "data_root", "resume", "auto_resume",
-    "resume_from", "save_every", "save_release", "keep_last", "log_every",
+    "resume_from", "take_over", "save_every", "save_release", "keep_last", "log_every",
     "samples_per_step", "progress", "timeout_s", "num_workers", "prefetch_factor",
     "max_bad_rate", "max_nonfinite_steps", "device", "sharding_strategy", "num_shard",
     "num_replicate", "cpu_offload", "teacher_cpu_offload", "gradient_accumulation_steps",

@@ -8,17 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from scripts.visual_opsd.figures import save_figure
+
 _BARS = ("#1b6ca8", "#8f8f8f", "#c8553d", "#e0a458", "#4c956c", "#6b4c9a")
 _PARTS = ("#cccccc", "#1b6ca8", "#c8553d", "#e0a458", "#4c956c")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
 
 
 def _clean(axes: Any) -> None:
@@ -56,7 +52,7 @@ def draw_arms(path: Path, summary: Mapping[str, Any]) -> None:
     axes.set_title("Answers after the drawn visual thought, and after others", fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _clean(axes)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_attention(path: Path, summary: Mapping[str, Any]) -> None:
@@ -87,4 +83,4 @@ def draw_attention(path: Path, summary: Mapping[str, Any]) -> None:
     figure.suptitle(
         f"Mean over heads, tokens and {summary['n']} samples", fontsize=8, y=-0.02, va="top"
     )
-    _save(figure, path)
+    save_figure(figure, path)

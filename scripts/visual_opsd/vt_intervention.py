@@ -37,6 +37,7 @@ from data.rejects import summarise
 from data.sequence import TextSegment
 from data.transforms import decode_image
 from modeling import load_bagel
+from modeling.disk import disk_errors
 from modeling.fingerprints import weights_fingerprint
 from scripts.visual_opsd.benchmark_scoring import SCORING_VERSION
 from scripts.visual_opsd.cli import flat, parse_config, run_main
@@ -65,6 +66,7 @@ from scripts.visual_opsd.row_windows import (
 from scripts.visual_opsd.run_store import (
     RankedLines,
     claim_folder,
+    hold_output,
     stable_hash,
     write_json,
 )
@@ -116,8 +118,9 @@ class Stores:
         """Whole or not at all: a killed run must not leave half a picture."""
         path = self.picture(index)
         temporary = path.with_suffix(".tmp")
-        picture.save(temporary, "PNG")
-        temporary.replace(path)
+        with disk_errors(f"writing {path}", path.parent):
+            picture.save(temporary, "PNG")
+            temporary.replace(path)
 
 
 def result_settings(
@@ -345,6 +348,7 @@ def run(config: InterventionConfig, env: DistEnv) -> dict[str, Any]:
 def _prepare_folder(
     stores: Stores, wanted: Mapping[str, Any], settings: InterventionSettings
 ) -> None:
+    hold_output(stores.folder)
     if settings.overwrite:
         for lines in (stores.drawings, stores.outputs):
             lines.clear()
@@ -358,7 +362,8 @@ def _prepare_folder(
     )
     for lines in (stores.drawings, stores.outputs):
         lines.settle()
-    (stores.folder / "drawings").mkdir(exist_ok=True)
+    with disk_errors(f"writing to {stores.folder}", stores.folder):
+        (stores.folder / "drawings").mkdir(exist_ok=True)
 
 
 def _merge_drawings(

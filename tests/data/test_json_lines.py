@@ -135,9 +135,9 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         filter_log(tmp_path / "folder.jsonl", lambda record: True)
     assert filter_log(tmp_path / "none.jsonl", lambda record: True) == 0
     for name in ("folder.jsonl", "none/a.jsonl", "x" * 5000):
-        with pytest.raises(ValueError, match="cannot be written: "):
+        with pytest.raises(ValueError, match=r"writing .* failed: "):
             append_records(tmp_path / name, [{}])
-        with pytest.raises(ValueError, match="cannot be written: "):
+        with pytest.raises(ValueError, match=r"writing .* failed: "):
             write_lines(tmp_path / name, [{}])
     assert not list(tmp_path.glob("*.tmp"))
 

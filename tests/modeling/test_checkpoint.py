@@ -141,15 +141,11 @@ def test_index(tiny: Tensors, make_base: Callable[..., Path]) -> None:
     assert_same(load_file(saved / "model.safetensors"), tiny)
     outside = base.with_name("outside.safetensors")
     save_file(tiny, outside)
-    for name in ("../outside.safetensors", str(outside), "a/../../outside.safetensors", 7, None):
+    outward = ("../outside.safetensors", str(outside), "a/../../outside.safetensors")
+    for name in (*outward, 7, None, "", "x" * 4000, "a\0b"):
         weight_map = json.dumps({"weight_map": {"a": name}})
         (base / "model.safetensors.index.json").write_text(weight_map)
-        with pytest.raises(ValueError, match="which is no file of the folder"):
-            load_bagel(base)
-    for name in ("", "x" * 4000, "a\0b"):
-        weight_map = json.dumps({"weight_map": {"a": name}})
-        (base / "model.safetensors.index.json").write_text(weight_map)
-        with pytest.raises(ValueError, match="the download is incomplete"):
+        with pytest.raises(ValueError, match=r"which is no NAME\.safetensors of its folder"):
             load_bagel(base)
     (base / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a safetensors index"):

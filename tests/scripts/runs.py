@@ -80,7 +80,13 @@ def start(module: str, arguments: Sequence[str], ranks: int = 1) -> subprocess.P
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=hear_ctrl_c,
     )
+
+
+def hear_ctrl_c() -> None:
+    """For children: a shell that runs the tests in the background has them ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(module: str, arguments: Sequence[str], ranks: int = 1, timeout: float = 150) -> str:

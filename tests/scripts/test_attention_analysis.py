@@ -29,11 +29,11 @@ from scripts.visual_opsd.attention_analysis import (
     summarise_shares,
     watched,
 )
-from tests.conftest import TINY_BAGEL
+from tests.conftest import TINY_BAGEL, needs_gpu
 
 FLAGS = [f"--{name}={value}" for name, value in
          {"vit_max_size": 56, "vit_min_size": 14, "vae_max_size": 64, "vae_min_size": 32,
-          "progress": False}.items()]  # fmt: skip
+          "device": "cpu", "progress": False}.items()]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -189,20 +189,31 @@ def test_figures_of_a_phase() -> None:
     assert summarise_shares(shares[:1], shares[:1, 0, 0])["standard_error"] is None
 
 
+def analyse(world: Path, out: Path, *flags: str) -> dict[str, Any]:
+    code = main(
+        ["--model_path", str(TINY_BAGEL), "--data", "Spatial_Navigation", "--data_root",
+         str(world), "--output_dir", str(out), *FLAGS, *flags]
+    )  # fmt: skip
+    assert code == 0
+    return json.loads((out / "attention.json").read_text())
+
+
+@needs_gpu
+@pytest.mark.parametrize(("precision", "atol"), [("fp32", 1e-5), ("auto", 1e-3)])
+def test_a_gpu_looks_at_the_same(tmp_path: Path, precision: str, atol: float) -> None:
+    write_spatial_navigation(tmp_path, rows=2, heldout_rows=3, seed=3, sizes=(3, 4))
+    cpu = analyse(tmp_path, tmp_path / "cpu")
+    gpu = analyse(tmp_path, tmp_path / "gpu", "--device", "cuda", "--precision", precision)
+    for part in PARTS:
+        ours, theirs = (found["after"]["shares"][part] for found in (gpu, cpu))
+        np.testing.assert_allclose(ours, theirs, atol=atol)
+
+
 @pytest.mark.parametrize("context", ["vit", "vae+vit", "noise"])
 def test_end_to_end(context: str, tmp_path: Path) -> None:
     write_spatial_navigation(tmp_path, rows=2, heldout_rows=3, seed=3, sizes=(3, 4))
     out = tmp_path / "out"
-
-    def run(*flags: str) -> dict[str, Any]:
-        code = main(
-            ["--model_path", str(TINY_BAGEL), "--data", "Spatial_Navigation", "--data_root",
-             str(tmp_path), "--output_dir", str(out), "--context", context, *FLAGS, *flags]
-        )  # fmt: skip
-        assert code == 0
-        return json.loads((out / "attention.json").read_text())
-
-    summary = run()
+    summary = analyse(tmp_path, out, "--context", context)
     assert summary["n"] == 3 and summary["parts"] == list(PARTS)
     for phase in ("before", "after"):
         total = np.sum([summary[phase]["shares"][part] for part in PARTS], axis=0)
@@ -211,9 +222,10 @@ def test_end_to_end(context: str, tmp_path: Path) -> None:
     assert all(share > 0 for share in summary["after"]["shares"]["vt"])
     assert (out / "attention.png").stat().st_size > 5000
     if context == "vit":  # how rows are packed together does not matter
+        repacked = ("--context", context, "--max_forward_tokens=1")
         with pytest.raises(ValueError, match=r"holds results \(attention\.json\); .*--overwrite"):
-            run("--max_forward_tokens=1")
-        alone = run("--max_forward_tokens=1", "--overwrite")
+            analyse(tmp_path, out, *repacked)
+        alone = analyse(tmp_path, out, *repacked, "--overwrite")
         for part in PARTS:
             np.testing.assert_allclose(
                 alone["after"]["shares"][part], summary["after"]["shares"][part], atol=1e-5

@@ -42,7 +42,7 @@ from tests.scripts.tsv_files import base64_png, choice_rows, picture, write_tsv
 ROOT = Path(__file__).parents[2]
 SMALL = [f"--{name}={value}" for name, value in
          {"vit_max_size": 112, "vit_min_size": 14, "max_new_tokens": 48,
-          "progress": False}.items()]  # fmt: skip
+          "device": "cpu", "progress": False}.items()]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- files

@@ -25,7 +25,7 @@ from scripts.visual_opsd.evaluate import main
 from scripts.visual_opsd.rows import make_builder, noise_generator
 from scripts.visual_opsd.run_store import RankedLines, stable_hash
 from scripts.visual_opsd.scoring import extract_answer, wilson_interval
-from tests.conftest import TINY_BAGEL
+from tests.conftest import TINY_BAGEL, needs_gpu
 from tests.data.synthetic import image_cell, split_file, truncated_png, write_dataset
 
 ROWS = 12
@@ -33,7 +33,7 @@ ROWS = 12
 BUDGET = 48
 SMALL = [f"--{name}={value}" for name, value in
          {"vit_max_size": 112, "vit_min_size": 14, "max_new_tokens": BUDGET,
-          "progress": False}.items()]  # fmt: skip
+          "device": "cpu", "progress": False}.items()]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,14 @@ def test_summary_counts_what_the_predictions_say(text_run: Path, world: Path) ->
     assert summary["cap_rate"] == sum(line["capped"] for line in lines) / ROWS
     assert summary["bad_rows"] == summary["resumed_rows"] == 0
     assert summary["tasks"]["Spatial_Navigation"]["n"] == ROWS
+
+
+@needs_gpu
+def test_a_gpu_answers_alike(text_run: Path, world: Path, tmp_path: Path) -> None:
+    gpu = ("--device", "cuda", "--precision", "fp32")
+    assert run(world, tmp_path, "--batch_size", "5", *gpu)["device"] == "cuda"
+    assert predictions(tmp_path) == predictions(text_run)
+    assert run(world, tmp_path / "auto", "--device", "cuda")["n"] == ROWS  # in bf16
 
 
 @pytest.mark.parametrize("context", ["text", "vt", "noise"])
@@ -285,7 +293,7 @@ def test_what_is_needed_at_the_end_is_looked_at_first(
     (tmp_path / "odd" / "predictions.jsonl").write_text('{"index": 0}\n')
     for flags, message in (
         (("--compare", str(tmp_path / "none")), r"predictions\.jsonl does not exist: give"),
-        (("--compare", str(tmp_path / "odd")), r"holds a line that is no prediction"),
+        (("--compare", str(tmp_path / "odd")), r"predictions\.jsonl line 1 holds no prediction"),
         (("--compare", str(tmp_path / "out")), "is --output_dir itself"),
         (("--output_dir", str(tmp_path / "file" / "x")), "--output_dir .*file/x: cannot write"),
     ):

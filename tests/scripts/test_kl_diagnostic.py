@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import socket
 import subprocess
@@ -41,7 +42,7 @@ from scripts.visual_opsd.kl_statistics import (
 )
 from scripts.visual_opsd.row_windows import RowName
 from scripts.visual_opsd.rows import make_builder, noise_generator
-from tests.conftest import TINY_BAGEL
+from tests.conftest import TINY_BAGEL, needs_gpu
 from tests.data.synthetic import split_file, write_dataset
 from tests.scripts.launching import HERE, program_environment
 
@@ -51,7 +52,7 @@ SETTINGS = PromptSettings(vit_max_size=112, vit_min_size=14)
 SMALL = [f"--{name}={value}" for name, value in
          {"vit_max_size": 112, "vit_min_size": 14, "num_samples": ROWS, "seed": SEED,
           "sample_max_new_tokens": 40, "sample_batch_size": 4, "pack_tokens": 700,
-          "progress": False, "figures": False}.items()]  # fmt: skip
+          "device": "cpu", "progress": False, "figures": False}.items()]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -248,13 +249,47 @@ def test_tasks_from_a_dataset_config(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def two_ranks(
+    calls: dict[str, list[str]],
+    done: Path,
+    local_ranks: tuple[int, int] = (0, 1),
+    **environment: str,
+) -> tuple[list[int], list[str]]:
+    """One launch of two ranks as torchrun would start them: their exit codes and outputs.
+
+    done: stem of the files in which they say which rows they did.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**program_environment(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}  # fmt: skip
+    program = HERE / "two_rank_tools.py"
+    started = [
+        subprocess.Popen(
+            [sys.executable, program, json.dumps(calls), f"{done}-{rank}"],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(local_rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank, local_rank in enumerate(local_ranks)
+    ]
+    try:
+        outputs = [process.communicate(timeout=150)[0].decode() for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [process.returncode for process in started], outputs
+
+
 def test_two_processes_agree_with_one(baseline: Path, world: Path, tmp_path: Path) -> None:
-    """Three tools, one launch of two ranks as torchrun would start them; each row is done once."""
+    """Three tools, one launch; each row is done once."""
     from scripts.visual_opsd import evaluate
 
     questions = ["--model_path", str(TINY_BAGEL), "--data", "Spatial_Navigation", "--split",
                  "train", "--data_root", str(world), "--max_new_tokens", "40", "--vit_max_size",
-                 "112", "--vit_min_size", "14", "--progress", "False"]  # fmt: skip
+                 "112", "--vit_min_size", "14", "--device", "cpu",
+                 "--progress", "False"]  # fmt: skip
     drawings = ["--prompt_style", "packer", "--arms", "removed", "--num_timesteps", "2",
                 "--vae_max_size", "64", "--vae_min_size", "32", "--limit", "3"]  # fmt: skip
     assert evaluate.main([*questions, "--output_dir", str(tmp_path / "one")]) == 0
@@ -263,23 +298,8 @@ def test_two_processes_agree_with_one(baseline: Path, world: Path, tmp_path: Pat
         "kl_diagnostic": ["--model_path", str(TINY_BAGEL), *arguments(world, tmp_path / "kl")],
         "vt_intervention": [*questions, *drawings, "--output_dir", str(tmp_path / "vt")],
     }
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**program_environment(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    program = HERE / "two_rank_tools.py"
-    started = [
-        subprocess.Popen(
-            [sys.executable, program, json.dumps(calls), tmp_path / f"done-{rank}"],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=240)[0].decode() for process in started]
-    assert [process.returncode for process in started] == [0, 0], outputs
+    codes, outputs = two_ranks(calls, tmp_path / "done")
+    assert codes == [0, 0], outputs
     assert "all" in outputs[0] and "all" not in outputs[1]  # rank 0 alone prints
     chosen = choose_rows([9], [9.0], ROWS, SEED)
     rows = {"predictions": range(9), "timing": range(9), "sampled": chosen, "measured": chosen,
@@ -302,6 +322,50 @@ def test_two_processes_agree_with_one(baseline: Path, world: Path, tmp_path: Pat
     ):
         for name in COLUMNS:
             np.testing.assert_allclose(a.columns[name], b.columns[name], atol=1e-5)
+
+
+# --------------------------------------------------------------------------------- on a GPU
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("precision", "atol", "rtol"), [("fp32", 1e-4, 1e-3), ("auto", 0.2, 0.3)]
+)
+def test_a_gpu_measures_alike(
+    world: Path, tmp_path: Path, precision: str, atol: float, rtol: float
+) -> None:
+    """Given texts, so that all score the same tokens; auto is bf16 there."""
+    given = ("--completions", "trace")
+    run(world, tmp_path / "cpu", *given)
+    gpu = run(world, tmp_path / "gpu", *given, "--device", "cuda", "--precision", precision)
+    assert gpu["device"] == "cuda"
+    sides = (load_divergences(tmp_path / side, "base") for side in ("gpu", "cpu"))
+    for ours, theirs in zip(*sides, strict=True):
+        for name in COLUMNS:
+            np.testing.assert_allclose(
+                ours.columns[name], theirs.columns[name], atol=atol, rtol=rtol
+            )
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("local_ranks", "message"),
+    [((0, 1), "rank 1 has no GPU"), ((0, 0), "ranks 0 and 1 share one GPU")],
+)
+def test_two_ranks_on_one_gpu_are_refused(
+    world: Path, tmp_path: Path, local_ranks: tuple[int, int], message: str
+) -> None:
+    """Both at once: neither waits for the other."""
+    flags = ["--model_path", str(TINY_BAGEL), *arguments(world, tmp_path / "out")]
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    codes, outputs = two_ranks(
+        {"kl_diagnostic": [*flags, "--device", "cuda"]},
+        tmp_path / "done",
+        local_ranks,
+        CUDA_VISIBLE_DEVICES=first,
+    )
+    assert codes == [1, 1], outputs
+    assert all(message in output for output in outputs), outputs
 
 
 # ---------------------------------------------------------------------------------- errors

@@ -156,7 +156,7 @@ def test_runs_of_different_rules_are_not_compared(tmp_path: Path) -> None:
                 compare_runs(*pair)
             assert "\n" not in str(caught.value)
     assert compare_runs(first, first).only_a == 0
-    with pytest.raises(ValueError, match=r"first/predictions\.jsonl has lines without 'lenient'"):
+    with pytest.raises(ValueError, match=r"first/predictions\.jsonl line 1 lacks 'lenient'"):
         compare_runs(first, first, "lenient")
     strict, lenient = compare_runs(now, now), compare_runs(now, now, "lenient")
     assert (strict.accuracy_a, lenient.accuracy_a) == (0.5, 1.0)

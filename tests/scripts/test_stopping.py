@@ -19,6 +19,7 @@ from scripts.visual_opsd.stopping import StopRequest, exit_code
 from tests.scripts.runs import (
     descendants,
     environment,
+    hear_ctrl_c,
     kill_tree,
     logged_steps,
     make_world,
@@ -100,7 +101,7 @@ def run_requests(body: str) -> subprocess.CompletedProcess[str]:
     ]  # fmt: skip
     return subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], env=environment(), capture_output=True,
-        text=True, timeout=60,
+        text=True, timeout=60, preexec_fn=hear_ctrl_c,
     )  # fmt: skip
 
 

@@ -125,7 +125,7 @@ def test_diagnostic_of_both_teachers(bundle: Any, world: Path, tmp_path: Path) -
         "model_path": TINY_BAGEL, "data": "Spatial_Navigation", "data_root": world, "seed": 5,
         "vit_max_size": 112, "vit_min_size": 14, "vae_max_size": 64, "vae_min_size": 16,
         "num_samples": 4, "sample_max_new_tokens": 24, "pack_tokens": 700, "progress": False,
-        "figures": False,
+        "figures": False, "device": "cpu",
     }  # fmt: skip
     found: dict[str, dict[str, Any]] = {}
     for arm in ("vit", "vae+vit"):

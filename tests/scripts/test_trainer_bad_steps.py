@@ -101,14 +101,17 @@ def test_a_nonfinite_step_is_skipped_and_its_rows_named(
     assert [(line["step"], line["nonfinite"]) for line in metrics(tmp_path)] == [(2, 1), (3, 0)]
     assert math.isnan(metrics(tmp_path)[0]["loss"])
     assert f"step 2: non-finite, update skipped; rows: {names[1]}\n" in capsys.readouterr().err
-    assert trainer.bad_steps == 0
+    assert trainer.states.bad_steps == 0
 
 
 def test_a_nonfinite_gradient_of_a_finite_loss(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with_loss(monkeypatch, lambda _, loss: loss + (loss * 0).sqrt())  # 0, with slope 0 * inf
-    trainer = train(world, tmp_path)
+    with one_process() as env:
+        trainer = build(world, tmp_path, env)
+        with pytest.raises(ValueError, match=r"1 steps in a row .* at the end of the run"):
+            trainer.train()
     (line,) = metrics(tmp_path)
     assert math.isfinite(line["loss"]) and math.isnan(line["grad_norm"]) and line["nonfinite"]
     assert not moved(base_weights(), weights(trainer.student))

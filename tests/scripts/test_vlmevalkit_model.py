@@ -90,7 +90,7 @@ def test_end_to_end_without_a_judge(model: VisualOPSD, dataset: Dataset, tmp_pat
     code = evaluate.main(
         ["--model_path", str(TINY_BAGEL), "--data", str(dataset.file), "--output_dir", str(out),
          "--prompt_style", "inferencer", "--image_path", "inferencer", "--max_new_tokens", "48",
-         "--vit_max_pixels", "1806336", "--progress", "False", *sizes]
+         "--vit_max_pixels", "1806336", "--device", "cpu", "--progress", "False", *sizes]
     )  # fmt: skip
     assert code == 0
     lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]

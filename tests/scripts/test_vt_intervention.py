@@ -25,7 +25,7 @@ from scripts.visual_opsd.latents import row_generator
 from scripts.visual_opsd.scoring import compare_paired, wilson_interval
 from scripts.visual_opsd.vt_arms import ARMS, Interventions, donors, noise_picture
 from scripts.visual_opsd.vt_intervention import main, summarise_arms, table
-from tests.conftest import TINY_BAGEL
+from tests.conftest import TINY_BAGEL, needs_gpu
 
 ROWS = 5
 VIT, VAE = ImageTransform(56, 14, 14, 2007040), ImageTransform(64, 32, 16)
@@ -33,7 +33,7 @@ VIT, VAE = ImageTransform(56, 14, 14, 2007040), ImageTransform(64, 32, 16)
 FLAGS = [f"--{name}={value}" for name, value in
          {"vit_max_size": 56, "vit_min_size": 14, "vit_max_pixels": 2007040, "vae_max_size": 64,
           "vae_min_size": 32, "num_timesteps": 3, "max_new_tokens": 40, "batch_size": 2, "seed": 7,
-          "prompt_style": "packer", "progress": False}.items()]  # fmt: skip
+          "prompt_style": "packer", "device": "cpu", "progress": False}.items()]  # fmt: skip
 OPTIONS = {"num_timesteps": 3, "max_think_token_n": 40, "max_rounds": 1, "think": True}
 
 
@@ -190,6 +190,18 @@ def test_arms_differ_in_the_picture_only(
     for i in range(len(ARMS)):
         for j in range(i):
             assert float((logits[i] - logits[j]).abs().max()) > 1e-3, (ARMS[i], ARMS[j])
+
+
+@needs_gpu
+def test_a_gpu_draws_and_answers_alike(finished: Path, world: Path, tmp_path: Path) -> None:
+    study(world, tmp_path, "--device", "cuda", "--precision", "fp32")
+    for index in range(ROWS):
+        a, b = (np.asarray(drawing(out, index), np.int16) for out in (tmp_path, finished))
+        assert np.abs(a - b).max() <= 1
+    ours, theirs = (lines_of(folder / "outputs.jsonl") for folder in (tmp_path, finished))
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one["first_text"], one["arms"]) == (other["first_text"], other["arms"])
+    assert study(world, tmp_path / "auto", "--device", "cuda")["rows"] == ROWS  # in bf16
 
 
 @pytest.mark.parametrize("where", ["draw", "answer"])

@@ -14,7 +14,9 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -24,7 +26,7 @@ from modeling.weight_files import read_file
 from scripts.visual_opsd import checkpoint_folders
 from scripts.visual_opsd import distributed as D
 from scripts.visual_opsd import training_state as T
-from scripts.visual_opsd.processes import leave, on_main
+from scripts.visual_opsd.processes import check_gpus, leave, on_main
 from scripts.visual_opsd.state_files import write_marker
 from tests.scripts.toy_distributed_model import (
     TOY_BLOCKS,
@@ -86,6 +88,26 @@ def check_collectives(env: D.DistEnv, work: Path) -> None:
     expect_error(ValueError, "the disk is full", lambda: on_main(env, fail))
     error = OSError("broken") if env.rank == 1 else None
     expect_error((OSError, RuntimeError), "broken", lambda: D.raise_together(error))
+
+
+def check_a_gpu_each(env: D.DistEnv, work: Path) -> None:
+    """Too few GPUs end all ranks with one message; none is left waiting for a refused one."""
+
+    def with_gpus(count: int, local_rank: int) -> None:
+        names = [SimpleNamespace(uuid=f"GPU-{i}") for i in range(count)]
+        with (
+            mock.patch.object(torch.cuda, "device_count", lambda: count),
+            mock.patch.object(torch.cuda, "get_device_properties", names.__getitem__),
+        ):
+            check_gpus(local_rank)
+
+    with_gpus(2, env.rank)
+    with_gpus(3, 2 - env.rank)
+    alone = "rank 1 has no GPU: it is local rank 1, but its machine shows 1"
+    expect_error(ValueError, alone, lambda: with_gpus(1, env.rank))
+    # One that sees more is told too; and LOCAL_RANK may be missing.
+    expect_error(ValueError, alone, lambda: with_gpus(4 if env.is_main else 1, env.rank))
+    expect_error(ValueError, "ranks 0 and 1 share one GPU (GPU-0)", lambda: with_gpus(2, 0))
 
 
 def check_parity(env: D.DistEnv, work: Path) -> None:
@@ -307,6 +329,7 @@ def check_checkpoints(env: D.DistEnv, work: Path) -> None:
 
 CHECKS = (
     check_collectives,
+    check_a_gpu_each,
     check_parity,
     check_sampling,
     check_bf16,

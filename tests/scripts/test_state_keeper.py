@@ -1,0 +1,295 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Only good states are saved; what was trained is kept when the results' disk refuses."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterable
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data.json_lines import append_records
+from scripts.visual_opsd import step as step_module
+from scripts.visual_opsd.checkpoint_folders import NOT_GOOD, complete_steps, find_checkpoint
+from scripts.visual_opsd.run_store import RankedLines, write_json
+from scripts.visual_opsd.trainer import Trainer
+from tests.scripts.runs import make_world
+from tests.scripts.trainers import build, metrics, one_process, samples
+
+GO_ON: dict[str, Any] = {"resume": "latest"}
+SHORT: dict[str, Any] = {"sample_max_new_tokens": 2, "global_batch_size": 1, "save_every": 1}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder, rows=16)
+    return folder
+
+
+@pytest.fixture
+def bad(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterable[int]], None]:
+    """Makes the losses of these steps NaN, counted from 1 since the call (one pack a step)."""
+    plain = step_module.chunked_opsd_loss
+
+    def choose(steps: Iterable[int]) -> None:
+        chosen, calls = set(steps), iter(range(1, 1000))
+
+        def changed(*args: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, stats = plain(*args, **options)
+            return (loss * math.nan if next(calls) in chosen else loss), stats
+
+        monkeypatch.setattr(step_module, "chunked_opsd_loss", changed)
+
+    return choose
+
+
+def run(world: Path, results: Path, **changes: Any) -> tuple[Trainer, str]:
+    """(the trainer, its error and notes, empty for none)."""
+    with one_process() as env:
+        trainer = build(world, results, env, **{**SHORT, **changes})
+        try:
+            assert trainer.train() == 0
+        except ValueError as error:
+            return trainer, "; ".join([str(error), *getattr(error, "__notes__", [])])
+    return trainer, ""
+
+
+def states(results: Path) -> list[int]:
+    return list(complete_steps(results / "checkpoints"))
+
+
+def releases(results: Path) -> list[str]:
+    return sorted(p.name for p in (results / "checkpoints").glob("[0-9]*"))
+
+
+# -------------------------------------------------------------------------------- divergence
+
+
+def test_nothing_is_saved_or_deleted_while_steps_are_bad(
+    world: Path, tmp_path: Path, bad: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad((4, 5, 6, 7))
+    seen = []
+    with one_process() as env:
+        trainer = build(world, tmp_path, env, **SHORT, total_steps=9, keep_last=1)
+        complete = trainer.states.complete
+
+        def watch(*args: Any) -> None:
+            complete(*args)
+            seen.append(states(tmp_path))
+
+        monkeypatch.setattr(trainer.states, "complete", watch)
+        assert trainer.train() == 0
+    # Before each save: step 2's state is deleted only when step 4, 5, ... has proven step 3's.
+    assert seen == [[], [1], [2], [2, 3], [2, 3], [2, 3], [2, 3], [3], [8]]
+    assert states(tmp_path) == [9]
+
+
+@pytest.mark.parametrize("limit, wanted", [(2, "2 steps in a row"), (9, "at the end of the run")])
+def test_a_run_that_ends_badly_names_the_last_good_state(
+    world: Path, tmp_path: Path, bad: Any, limit: int, wanted: str
+) -> None:
+    """The steps after state 2 are all bad: it may be what it led to, so state 1 is good."""
+    bad(range(3, 20))
+    settings: dict[str, Any] = {"total_steps": 5, "keep_last": 1, "save_release": True}
+    _, error = run(world, tmp_path, **settings, max_nonfinite_steps=limit)
+    good = tmp_path / "checkpoints" / "step_0000001"
+    assert wanted in error and f"the last good state is {good}: --resume last_good" in error
+    assert states(tmp_path) == [1, 2] and releases(tmp_path) == ["0000001"]
+    for spec in ("last_good", "latest"):
+        assert find_checkpoint(tmp_path / "checkpoints", spec) == good
+    if limit == 9:
+        return
+    # Asked for by its number it goes on all the same, and is good again once a step was finite.
+    bad(())
+    trainer, error = run(world, tmp_path, **settings, resume="2")
+    assert not error and trainer.step == 5 and not list(tmp_path.rglob(NOT_GOOD))
+
+
+def test_a_run_without_a_good_state_says_so(world: Path, tmp_path: Path, bad: Any) -> None:
+    bad(range(2, 20))
+    _, error = run(world, tmp_path, total_steps=3, save_release=True)
+    assert "there is no good state" in error and "after that of step 1 every step" in error
+    assert states(tmp_path) == [1] and releases(tmp_path) == []
+    for spec in ("latest", "last_good"):
+        with one_process() as env, pytest.raises(ValueError, match=r"\(--resume 1 goes on from it"):
+            build(world, tmp_path, env, **SHORT, total_steps=3, resume=spec)
+    with one_process() as env, pytest.raises(ValueError, match=r"there is no state in .* to go on"):
+        build(world, tmp_path / "new", env, resume="last_good")
+
+
+def test_a_learning_rate_that_ruins_the_weights(world: Path, tmp_path: Path) -> None:
+    """No success, and no state or release but that of the step whose loss was still finite."""
+    _, error = run(world, tmp_path, total_steps=12, lr=1e9, keep_last=2, save_release=True)
+    assert "non-finite" in error and "no good state" in error
+    assert states(tmp_path) == [1] and releases(tmp_path) == []
+    assert [line["nonfinite"] for line in metrics(tmp_path)] == [0, 1, 1, 1, 1, 1]
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in ("student", "ema", "optimizer"):
+        results = tmp_path / part
+        with one_process() as env:
+            trainer = build(world, results, env, **SHORT, total_steps=3)
+            complete = trainer.states.complete
+
+            def ruin(step: int, *args: Any, part: str = part, trainer: Trainer = trainer,
+                     complete: Any = complete) -> None:  # fmt: skip
+                complete(step, *args)
+                if step == 2:
+                    ruined: Any = trainer.student if part == "student" else trainer.ema
+                    value = ruined.connector.fc1.bias
+                    if part == "optimizer":
+                        value = next(iter(trainer.optimizer.state.values()))["exp_avg"]
+                    with torch.no_grad():
+                        value.to_local().view(-1)[-1] = math.inf
+
+            monkeypatch.setattr(trainer.states, "complete", ruin)
+            with pytest.raises(ValueError, match=r"of step 2 are not finite.*step_0000001: --res"):
+                trainer.train()
+        assert states(results) == [1]
+
+
+def test_a_stop_after_bad_steps_saves_nothing(
+    world: Path, tmp_path: Path, bad: Any, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    bad((3, 4))
+    with one_process() as env:
+        trainer = build(world, tmp_path, env, **SHORT, total_steps=9)
+        complete = trainer.states.complete
+
+        def watch(step: int, *args: Any) -> None:
+            complete(step, *args)
+            if step == 4:
+                trainer.stop.number = signal.SIGTERM
+
+        monkeypatch.setattr(trainer.states, "complete", watch)
+        assert trainer.train() == 143
+    said = capsys.readouterr().err
+    assert "nothing saved, as the last 2 steps had no finite loss; the last good state is" in said
+    assert states(tmp_path) == [1, 2]
+
+
+# ------------------------------------------------------------------------------------- disks
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, name: str, after: int, code: int) -> None:
+    """Writing to files called `name` fails after so many calls, half-way through a line."""
+    plain, calls = FileIO.write, iter(range(1000))
+
+    class Refusing(FileIO):
+        def write(self, data: Any) -> int:
+            if Path(str(self.name)).name == name and next(calls) >= after:
+                plain(self, bytes(data)[: len(data) // 2])
+                raise OSError(code, os.strerror(code))
+            return plain(self, data)
+
+    def opened(self: Path, mode: str = "r", buffering: int = -1, *args: Any, **kwargs: Any) -> Any:
+        if buffering == 0 and mode == "ab+":
+            return Refusing(self, "ab+")
+        return open(self, mode, buffering, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", opened)
+
+
+@pytest.mark.parametrize(
+    "name, kept", [("metrics.jsonl", 3), ("samples.jsonl", 2), ("bad_rows.jsonl", 2)]
+)
+def test_a_results_disk_that_refuses_keeps_the_last_completed_step(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kept: int
+) -> None:
+    """The checkpoint folder has room; the run goes on from there as if nothing had happened."""
+    checkpoints: dict[str, Any] = {
+        "checkpoint_dir": tmp_path / "c", "save_every": 100, "total_steps": 4
+    }  # fmt: skip
+    if name == "bad_rows.jsonl":
+        record = Trainer._record_rejects
+
+        def reject(self: Trainer, batch: Any, sums: dict[str, float]) -> None:
+            if self.step == 2:
+                self._together(lambda: append_records(tmp_path / "r" / name, [{"step": 2}]))
+            record(self, batch, sums)
+
+        monkeypatch.setattr(Trainer, "_record_rejects", reject)
+    with monkeypatch.context() as patch:
+        refuse(patch, name, 0 if name == "bad_rows.jsonl" else 2, errno.ENOSPC)
+        _, error = run(world, tmp_path / "r", **checkpoints)
+    path = tmp_path / "r" / name
+    assert error.startswith(f"writing {path} failed: No space left on device")
+    assert f"{path.parent} has " in error and " free; make room" in error
+    assert error.endswith(f"state of step {kept} saved; --resume it")
+    assert list(complete_steps(tmp_path / "c")) == [kept]
+    _, error = run(world, tmp_path / "r", **checkpoints, **GO_ON)
+    assert not error
+    lost = [3] if name == "metrics.jsonl" else []  # a line, not a step
+    assert [line["step"] for line in metrics(tmp_path / "r")] == [
+        step for step in range(1, 5) if step not in lost
+    ]
+    assert [line["step"] for line in samples(tmp_path / "r")] == list(range(1, 5))
+
+
+def test_both_disks_refuse(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    with monkeypatch.context() as patch:
+        refuse(patch, "metrics.jsonl", 1, errno.EDQUOT)
+        patch.setattr(shutil, "disk_usage", lambda _: usage)
+        _, error = run(world, tmp_path, total_steps=3, save_every=100)
+    assert "Disk quota exceeded" in error
+    assert "nor was the state of step 2 saved: the state of step 2 needs" in error
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_results_removed_under_way(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with one_process() as env:
+        trainer = build(world, tmp_path / "r", env, **SHORT, total_steps=4,
+                        checkpoint_dir=tmp_path / "c")  # fmt: skip
+        complete = trainer.states.complete
+
+        def vanish(step: int, *args: Any) -> None:
+            complete(step, *args)
+            if step == 2:
+                shutil.rmtree(tmp_path / "r")
+
+        monkeypatch.setattr(trainer.states, "complete", vanish)
+        with pytest.raises(ValueError, match=r"metrics\.jsonl failed: No such file .* cannot be r"):
+            trainer.train()
+    assert list(complete_steps(tmp_path / "c"))[-1] == 2
+
+
+def test_outputs_of_programs_that_read_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    from scripts.visual_opsd.diagnostic_store import save_divergences
+    from scripts.visual_opsd.figures import save_figure
+
+    gone = tmp_path / "gone"
+    actions: list[Callable[[], None]] = [
+        lambda: write_json(gone / "summary.json", {}),
+        lambda: RankedLines(gone, "predictions").append(0, [{"index": 1}]),
+        lambda: RankedLines(gone, "predictions").merge([{"index": 1}]),
+        lambda: save_figure(Figure(), gone / "figure.png"),
+        lambda: save_divergences(gone, {}),
+    ]
+    for action in actions:
+        with pytest.raises(ValueError, match=rf"writing {gone}/.* failed: .*; {gone} cannot be r"):
+            action()
+    (tmp_path / "full.rank_0.jsonl").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match=r"full\.rank_0\.jsonl failed: "):
+        RankedLines(tmp_path, "full").append(0, [{"index": 1}])
