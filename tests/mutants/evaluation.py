@@ -46,6 +46,8 @@ FAULTS = [
          "total = len(pool)", "scripts/test_evaluate_flags.py"),
         ("overwrite keeps the old answers", "        stores.answers.clear()\n", "",
          "scripts/test_evaluate_flags.py"),
+        ("an output folder is not held", "    hold_output(stores.answers.folder)\n", "",
+         "scripts/test_folder_lock.py::test_two_evaluations_into_one_folder"),
         ("a run may be compared with itself",
          "if Path(settings.compare).resolve() == Path(settings.output_dir).resolve():", "if False:",
          "scripts/test_evaluate.py"),
@@ -57,8 +59,8 @@ FAULTS = [
         ("other settings are taken", 'if held.get("hash") != stable_hash(settings):',
          'if "hash" not in held:'),
         ("merged files keep the rank files",
-         "        write_lines(self.merged, records)\n        for file in self._rank_files():\n  "
-         "          file.unlink()\n", "        write_lines(self.merged, records)\n"),
+         '        with disk_errors(f"writing {self.merged}", self.folder):\n            for '
+         "file in self._rank_files():\n                file.unlink()\n", ""),
         ("the order of keys matters", "json.dumps(value, sort_keys=True, ensure_ascii=False)",
          "json.dumps(value, ensure_ascii=False)", "scripts/test_run_identity.py"),
         ("a record may lack what figures need", 'if missing and "bad" not in record:', "if False:"),
