@@ -180,8 +180,10 @@ FAULTS = [
             "scripts/test_kl_diagnostic.py::test_answer_mask", [
         ("the first answer is the answer's span", "spans[-1] if spans else (0, 0)",
          "spans[0] if spans else (0, 0)"),
-        ("GO at one standard error", "difference > 2 * error", "difference > error"),
-        ("GO without the noise", '"go": above and beyond', '"go": above'),
+        ("GO at one standard error", "difference > 2 * error", "difference > error",
+         "scripts/test_kl_diagnostic.py::test_go_wants_two_standard_errors"),
+        ("GO without the noise", '"go": above and beyond', '"go": above',
+         "scripts/test_kl_diagnostic.py::test_go_wants_two_standard_errors"),
         ("the gap that is left", '{"value": 1.0 - ratio, "se": error}',
          '{"value": ratio, "se": error}'),
         ("the gap of means of samples", "/ rows[1]) / (total / rows[0])",

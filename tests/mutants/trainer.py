@@ -228,8 +228,7 @@ FAULTS = [
     *faults("scripts/visual_opsd/state_keeper.py", "scripts/test_state_keeper.py", [
         ("bad steps are never forgiven", "self.bad_steps = 0 if finite else self.bad_steps + 1",
          "self.bad_steps += not finite",
-         "scripts/test_trainer_bad_steps.py::"
-         "test_training_stops_after_k_nonfinite_steps_in_a_row"),
+         "scripts/test_state_keeper.py::test_a_finite_step_ends_a_row_of_bad_ones"),
         ("weights that are not finite are saved", "if not is_finite(self.state, self.env):",
          "if False:"),
         ("moments are not looked at", "for moments in state.optimizer.state.values()",
