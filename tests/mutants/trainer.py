@@ -238,7 +238,9 @@ FAULTS = [
         ("older states go before a finite step followed", "        if last:\n            on_main",
          "        if True:\n            on_main"),
         ("a state that a finite step followed is not good",
-         "        if self._proven:\n            return\n", ""),
+         "        if self._proven:\n            return\n", "",
+         "scripts/test_state_keeper.py::"
+         "test_only_a_state_that_no_finite_step_followed_is_not_good"),
         ("a state is saved over bad steps", "        if self.bad_steps:\n            count",
          "        if False:\n            count"),
     ]),

@@ -305,3 +305,15 @@ def test_a_finite_step_ends_a_row_of_bad_ones() -> None:
         keeper.complete(step, finite, {})
         counts.append(keeper.bad_steps)
     assert counts == [1, 2, 0, 1, 0]
+
+
+def test_only_a_state_that_no_finite_step_followed_is_not_good(tmp_path: Path) -> None:
+    nothing: Any = None
+    keeper = StateKeeper(RunSettings(checkpoint_dir=str(tmp_path)), nothing, {}, nothing)
+    state = tmp_path / "step_0000003"
+    state.mkdir()
+    keeper._saved, keeper.bad_steps = 3, 2
+    for proven in (True, False):
+        keeper._proven = proven
+        keeper._mark()
+        assert (state / NOT_GOOD).exists() is not proven
