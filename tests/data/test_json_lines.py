@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,26 @@ def test_only_newlines_separate(tmp_path: Path, written: str) -> None:
     assert filter_log(path, lambda record: record["n"] < 2) == 1
     assert read_log(path) == TEXTS[:2]
     assert before.startswith(path.read_bytes())  # byte by byte
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, steps = tmp_path / "a.jsonl", []
+
+    def noted(name: str, plain: Any) -> Any:
+        def call(*arguments: Any) -> None:
+            steps.append(name)
+            plain(*arguments)
+
+        return call
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
+    write_lines(path, TEXTS)
+    assert filter_log(path, lambda record: record["n"] == 1) == 2
+    assert steps == ["fsync", "replace"] * 2
+    assert read_log(path) == TEXTS[1:2]
 
 
 def test_what_utf8_lacks_is_escaped(tmp_path: Path) -> None:

@@ -336,8 +336,10 @@ def test_signature_follows_what_the_order_depends_on(tmp_path: Path) -> None:
         StepSampler([Source(dataset)], 2, 4),
         StepSampler([Source(dataset)], 1, 5),
         StepSampler([Source(dataset, num_used_rows=9)], 1, 4),
+        StepSampler([Source(_dataset(tmp_path / "d", rows=10, files=2))], 1, 4),
+        StepSampler([Source(dataset, weight=2.0)], 1, 4),
     ]
-    assert len({same, *(other.signature() for other in others)}) == 5
+    assert len({same, *(other.signature() for other in others)}) == 7
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 16, 20])

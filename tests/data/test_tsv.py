@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data.thinkmorph import BadRow
-from data.tsv import TsvDataset, tsv_images
+from data.tsv import TsvDataset, plain_index, tsv_images
 from tests.scripts.tsv_files import base64_png, picture, write_tsv
 
 COLUMNS = ("index", "question", "A", "B", "answer", "image")
@@ -240,6 +240,27 @@ def test_base64_as_people_write_it(tmp_path: Path, change: Callable[[str], str])
         rows = [{"index": 0, "question": "?", "answer": "x", "image": change(text)}]
         (image,) = tsv_images(TsvDataset("Own", write_tsv(tmp_path / "Own.tsv", rows)).read_row(0))
         assert np.array_equal(np.asarray(image), np.asarray(picture(seed, (9 + seed, 7))))
+
+
+def test_a_picture_may_be_another_rows(tmp_path: Path) -> None:
+    """Up to 64 characters are an index, whatever they are."""
+    name = "i" * 64
+    rows = [
+        {"index": name, "question": "q", "answer": "a", "image": IMAGE},
+        {"index": "7.0", "question": "q", "answer": "a", "image": name},
+        {"index": "8", "question": "q", "answer": "a", "image": "7"},
+    ]
+    dataset = TsvDataset("b", write_tsv(tmp_path / "b.tsv", rows[:2]))
+    assert dataset.read_row(1).values["image"] == IMAGE
+    dangling = TsvDataset("c", write_tsv(tmp_path / "c.tsv", rows))
+    with pytest.raises(BadRow, match="neither base64 nor the index of a row that holds one"):
+        dangling.read_row(2)  # of a row that is itself somebody's
+
+
+def test_plain_indices() -> None:
+    given = ("7", " 7 ", "7.0", "7.00", "7.5", "7.05", "a.0", "007", ".0", "7.")
+    expected = ["7", "7", "7", "7", "7.5", "7.05", "a.0", "007", ".0", "7"]
+    assert [plain_index(text) for text in given] == expected
 
 
 def test_what_is_no_base64_is_a_bad_row(tmp_path: Path) -> None:

@@ -248,6 +248,18 @@ def test_truncated_file(length: int, tiny: Tensors, make_base: Callable[..., Pat
         load_bagel(file.parent)
 
 
+@pytest.mark.parametrize("more", [1, 8])
+def test_bytes_behind_the_last_tensor(
+    more: int, tiny: Tensors, make_base: Callable[..., Path]
+) -> None:
+    """Another file was appended, or a longer one overwritten: it is not what was written."""
+    file = make_base(tiny) / "model.safetensors"
+    file.write_bytes(file.read_bytes() + bytes(more))
+    why = rf"its header promises 4844512 bytes, the file has {4844512 + more}"
+    with pytest.raises(ValueError, match=why):
+        load_bagel(file.parent)
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [

@@ -38,6 +38,16 @@ def test_large_tensors_are_sampled_at_both_ends_and_in_the_middle(
     assert weights_fingerprint(tmp_path) != before
 
 
+def test_the_drawing_branch_counts_where_it_is_asked_for(tmp_path: Path) -> None:
+    found = []
+    for part in (0.0, 1.0):
+        save_file({"a": torch.zeros(4), "vae2llm.bias": torch.full((4,), part)},
+                  tmp_path / "model.safetensors")  # fmt: skip
+        found.append([weights_fingerprint(tmp_path, drawing=drawing) for drawing in (False, True)])
+    (plain, whole), (same, other) = found
+    assert plain == same and whole != other and plain != whole
+
+
 @pytest.mark.parametrize("sampled", [False, True])
 def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampled: bool) -> None:
     size = 9 << 20

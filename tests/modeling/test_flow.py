@@ -178,6 +178,18 @@ def test_contexts_stay_as_they_are(bundle: Any, contexts: dict[str, Grown]) -> N
     assert all(torch.equal(a, b) for a, b in zip(before, contents(), strict=True))
 
 
+def test_each_sample_continues_its_own_row_of_a_cache(bundle: Any) -> None:
+    cache = KVCache(bundle.config.llm, 3, 8, "cpu", torch.float32)
+    for number, store in enumerate(cache.keys + cache.values):
+        store.copy_(torch.arange(store.numel()).view(store.shape) + 10_000 * number)
+    step = StepCache([Prefix(cache, 2, 5), Prefix(cache, 0, 3)], [2, 4])
+    for merged, stores in ((step.keys, cache.keys), (step.values, cache.values)):
+        for buffer, store in zip(merged, stores, strict=True):
+            assert torch.equal(buffer[:5], store[2, :5])
+            assert torch.equal(buffer[7:10], store[0, :3])
+            assert len(buffer) == 14 and not buffer[5:7].any() and not buffer[10:].any()
+
+
 def test_schedule() -> None:
     times = flow_schedule(META["num_timesteps"], META["timestep_shift"])
     assert_golden(META, "shifted_timesteps", times, T["shifted_timesteps"])

@@ -31,7 +31,13 @@ from scripts.visual_opsd.benchmark_scoring import (
     parse_maze,
 )
 from scripts.visual_opsd.benchmark_table import Estimate, combine, row_estimates
-from scripts.visual_opsd.benchmarks import BENCHMARKS, COLUMNS, PROMPT_VERSION, parse_row
+from scripts.visual_opsd.benchmarks import (
+    BENCHMARKS,
+    COLUMNS,
+    PROMPT_VERSION,
+    parse_row,
+    row_options,
+)
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.evaluate import main
 from scripts.visual_opsd.rows import make_builder
@@ -154,6 +160,11 @@ def test_prompt_of_a_choice() -> None:
     assert own[1]["value"] == "As it is."
     with pytest.raises(ValueError, match="column prompt is empty"):
         benchmarks.make_parts("column", {"question": "Which?"}, ["x"])
+
+
+def test_a_question_has_as_many_options_as_it_lists() -> None:
+    values = {"question": "q", "A": "one", "B": 2, "E": "five", "Z": "last", "answer": "E"}
+    assert row_options(values) == {"A": "one", "B": "2", "E": "five", "Z": "last"}
 
 
 def test_pictures_in_the_text_of_a_question() -> None:

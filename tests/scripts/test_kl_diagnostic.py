@@ -538,6 +538,20 @@ def test_figures_by_hand() -> None:
     assert not none["go"] and "no answer span" in none["why"]
 
 
+@pytest.mark.parametrize(
+    ("mean", "difference", "go"),
+    [(0.2, 0.021, True), (0.2, 0.019, False), (0.2, -0.03, False), (0.05, 0.03, False)],
+)
+def test_go_wants_two_standard_errors(mean: float, difference: float, go: bool) -> None:
+    answer = {
+        "real": {"kl": {"mean": mean}},
+        "noise": {"kl": {"mean": 0.1}},
+        "difference": {"kl": {"mean": difference, "se": 0.01}},
+        "samples": 9,
+    }
+    assert go_test({"answer": answer}, 0.05)["go"] is go
+
+
 def test_gap_closed_by_hand() -> None:
     base = samples_of(([1.0, 3.0], [0, 0], [0, 1]), ([2.0], [0], [0]))
     student = samples_of(([0.5, 1.5], [0, 0], [0, 1]), ([1.6], [0], [0]))

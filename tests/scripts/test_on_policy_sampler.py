@@ -156,6 +156,14 @@ def test_batch_of_one_and_of_eight_give_the_same_completions(bundle: Any) -> Non
     assert [c.ids for c in backwards[::-1]] == [c.ids for c in together]
 
 
+def test_greedy_takes_the_most_probable_whatever_the_temperature(bundle: Any) -> None:
+    contexts = noisy_contexts(bundle, 4)
+    greedy = [sample(bundle, contexts, [i], do_sample=False)[0].ids for i in range(4)]
+    drawn = [c.ids for c in sample(bundle, contexts, list(range(4)), temperature=3.0)]
+    hot = sample(bundle, contexts, list(range(4)), temperature=3.0, do_sample=False)
+    assert [c.ids for c in hot] == greedy != drawn
+
+
 def test_random_numbers_belong_to_seed_step_and_row() -> None:
     base = position_uniforms(1, 2, 3, 5)
     assert torch.equal(base, position_uniforms(1, 2, 3, 9)[:5])

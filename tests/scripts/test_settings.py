@@ -189,3 +189,14 @@ def test_the_other_parsers(program: Any, capsys: pytest.CaptureFixture[str]) -> 
             assert "Traceback" not in capsys.readouterr().err
             checked += 1
     assert checked >= 9
+
+
+def test_words_for_yes_and_no() -> None:
+    for words, value in ((["True", "true", "1", "yes", "on", " ON "], True),
+                         (["False", "false", "0", "no", "off"], False)):  # fmt: skip
+        for word in words:
+            config = parse_config(EvaluateConfig, ["--overwrite", word], "")
+            assert config.evaluate.overwrite is value
+    assert parse_config(EvaluateConfig, ["--overwrite"], "").evaluate.overwrite is True
+    with pytest.raises(SystemExit):
+        parse_config(EvaluateConfig, ["--overwrite", "maybe"], "")

@@ -21,7 +21,9 @@ from data.json_lines import append_records
 from scripts.visual_opsd import processes, trainer
 from scripts.visual_opsd import step as step_module
 from scripts.visual_opsd.checkpoint_folders import NOT_GOOD, complete_steps, find_checkpoint
+from scripts.visual_opsd.config import RunSettings
 from scripts.visual_opsd.run_store import RankedLines, write_json
+from scripts.visual_opsd.state_keeper import StateKeeper
 from scripts.visual_opsd.trainer import Trainer
 from tests.scripts.runs import make_world
 from tests.scripts.trainers import build, metrics, one_process, samples
@@ -363,3 +365,25 @@ def test_outputs_of_programs_that_read_a_model(
     (tmp_path / "full.rank_0.jsonl").symlink_to("/dev/full")
     with pytest.raises(ValueError, match=r"full\.rank_0\.jsonl failed: "):
         RankedLines(tmp_path, "full").append(0, [{"index": 1}])
+
+
+def test_a_finite_step_ends_a_row_of_bad_ones() -> None:
+    nothing: Any = None
+    keeper = StateKeeper(RunSettings(), nothing, {}, nothing)
+    counts = []
+    for step, finite in enumerate((False, False, True, False, True), start=1):
+        keeper.complete(step, finite, {})
+        counts.append(keeper.bad_steps)
+    assert counts == [1, 2, 0, 1, 0]
+
+
+def test_only_a_state_that_no_finite_step_followed_is_not_good(tmp_path: Path) -> None:
+    nothing: Any = None
+    keeper = StateKeeper(RunSettings(checkpoint_dir=str(tmp_path)), nothing, {}, nothing)
+    state = tmp_path / "step_0000003"
+    state.mkdir()
+    keeper._saved, keeper.bad_steps = 3, 2
+    for proven in (True, False):
+        keeper._proven = proven
+        keeper._mark()
+        assert (state / NOT_GOOD).exists() is not proven

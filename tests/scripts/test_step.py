@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.packing import context_length, pack
-from data.sequence import Completion, Context, ImageSegment, TextSegment, given_completion
+from data.sequence import (
+    Completion,
+    Context,
+    ImageSegment,
+    LatentSegment,
+    TextSegment,
+    given_completion,
+)
 from data.transforms import extrapolated_position_ids, patchify
 from modeling.bagel.bagel import Bagel
 from modeling.checkpoint import iter_weights, locate_weights
@@ -42,6 +49,7 @@ from scripts.visual_opsd.step import (
     sampler_gap,
     score_completion,
     score_targets,
+    shared_images,
     summarise,
 )
 from scripts.visual_opsd.teacher import Teacher
@@ -251,6 +259,15 @@ def test_different_labels_raise_and_name_the_row(tiny_bagel_path: Path) -> None:
         teacher = pack([(good.segment(),), (wrong.segment(),)], special)
         with pytest.raises(ValueError, match="b: student and teacher score different tokens"):
             check_same_labels(student, teacher, ["a", "b"], tokenizer.decode)
+        # A pack looks before it computes anything.
+        row = ScoredRow("b", (good.segment(),), (wrong.segment(),))
+        nobody: Any = None
+        with pytest.raises(ValueError, match="b: student and teacher score different tokens"):
+            run_pack(
+                nobody, cast(Any, "a teacher"), None, [row], special=special,
+                loss=LossSettings().build(), chunk_size=7, scale=1.0, device=nobody,
+                decode=tokenizer.decode,
+            )  # fmt: skip
 
 
 def test_completion_is_cut_for_both_contexts() -> None:
@@ -289,8 +306,8 @@ def test_sampler_gap_is_over_the_labels_that_were_compared() -> None:
         completion = Completion((7,), (True, True), logprobs)
         return ScoredRow("r", text_context(1), None, completion)
 
-    ours = torch.tensor([-1.0, -2.0, -3.0, -4.0])
-    both = PackResult(torch.zeros(()), {}, ours, (row(-1.5, -2.5), row(-3.0, -5.0)))
+    ours = torch.tensor([-1.0, -2.0, -3.0, -4.0])  # some above the recorded ones, some below
+    both = PackResult(torch.zeros(()), {}, ours, (row(-1.5, -1.5), row(-3.0, -5.0)))
     one = PackResult(torch.zeros(()), {}, ours, (row(), row(-3.25, -4.0)))
     none = PackResult(torch.zeros(()), {}, ours, (row(), row()))
     assert sampler_gap([both]) == (2.0, 4, 1.0)
@@ -311,7 +328,22 @@ def test_packs_cover_every_row_once() -> None:
         assert [i for part in packs for i in part] == list(range(7))
         assert all(sum(lengths[i] for i in part) <= 10 for part in packs)
     assert plan_packs([50], 1, 10) == [[0]]  # a long row stands alone
+    # As many runs as are asked for at least, though one pack would hold all.
+    assert plan_packs([1] * 6, 3, 99) == [[0, 1], [2, 3], [4, 5]]
+    assert plan_packs([1] * 2, 3, 99) == [[0], [1]]
     assert plan_packs([], 2, 10) == []
+
+
+def test_a_pack_of_nothing_runs_what_others_run() -> None:
+    """Also where the teacher lends: its ViT runs for the images both see, then for its own."""
+    row = empty_row(True, 588)
+    assert row.teacher is not None and row.scored == 0
+    assert [type(s) for s in row.student] == [ImageSegment, TextSegment]
+    assert [type(s) for s in row.teacher] == [ImageSegment, ImageSegment, TextSegment]
+    assert shared_images([row, row]).images == (0, 2)
+    drawing = empty_row(False, 588, 64)
+    assert [type(s) for s in drawing.student] == [LatentSegment, ImageSegment, TextSegment]
+    assert drawing.teacher is None and drawing.noised == 0
 
 
 def test_a_rank_without_rows_gives_zero_gradient(tiny_bagel_path: Path, env: DistEnv) -> None:

@@ -80,6 +80,10 @@ def test_contexts_of_the_teacher(bundle: Any, world: Path) -> None:
     noise = control.teacher[-3]
     assert isinstance(noise, PixelSegment) and noise.pixels.shape == picture.pixels.shape
     assert 0.9 < float(noise.pixels.std()) < 1.1 and abs(float(noise.pixels.mean())) < 0.1
+    seen, real = control.teacher[-2], made.teacher[-2]
+    assert isinstance(seen, ImageSegment) and isinstance(real, ImageSegment)
+    assert seen.patches.shape == real.patches.shape
+    assert 0.9 < float(seen.patches.std()) < 1.1 and abs(float(seen.patches.mean())) < 0.1
 
 
 @pytest.mark.parametrize("mode", ["ema", "fixed", "self"])

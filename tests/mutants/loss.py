@@ -1,0 +1,97 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Faults of the objective: divergence, clip, temperature, the chunked form, the schedule."""
+
+from __future__ import annotations
+
+from tests.mutants import faults
+
+FAULTS = [
+    *faults("scripts/visual_opsd/opsd_loss.py", "scripts/test_opsd_loss.py", [
+        ("forward and reverse are exchanged", "return log_t.exp() * (log_t - log_s)",
+         "return log_s.exp() * (log_s - log_t)"),
+        ("the mixture has the student's weight",
+         "torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))",
+         "torch.logaddexp(log_s + math.log(beta), log_t + math.log1p(-beta))"),
+        ("the two terms have each other's weight", "from_teacher = beta * log_t.exp()",
+         "from_teacher = (1.0 - beta) * log_t.exp()"),
+        ("no T squared", "return rows * temperature**2", "return rows"),
+        ("T, not T squared", "return rows * temperature**2", "return rows * temperature"),
+        ("the clip bounds from below too", "terms.clamp(max=token_clip)",
+         "terms.clamp(min=-token_clip, max=token_clip)"),
+        ("the top-k is the student's", "teacher_logits.topk(top_k, dim=-1).indices",
+         "student_logits.topk(top_k, dim=-1).indices"),
+        ("the advantage has a gradient", "advantage = (log_t - log_s).detach()",
+         "advantage = log_t - log_s"),
+        ("the tail holds everything", "log_p.scatter(-1, index, -math.inf).logsumexp",
+         "log_p.logsumexp"),
+        ("the mean is over all rows", "total / max(rows.numel(), 1)",
+         "total / max(student_logits[..., 0].numel(), 1)"),
+        ("a k of the whole vocabulary is a top-k", "top_k is None or not 0 < top_k < student",
+         "top_k is None or not 0 < top_k <= student"),
+        ("computed in half precision", "torch.promote_types(logits.dtype, torch.float32)",
+         "logits.dtype"),
+    ]),
+    *faults("scripts/visual_opsd/chunked_loss.py", "scripts/test_chunked_loss.py", [
+        ("only the last chunk teaches the head", "beta = 1.0 if part.start else 0.0", "beta = 0.0"),
+        ("ignored labels count as rows", "counted = labels != IGNORE_LABEL",
+         "counted = torch.ones_like(labels, dtype=torch.bool)"),
+        ("row weights are ignored", "torch.where(counted, row_weights.detach().to(kind), weights)",
+         "weights"),
+        ("the gradient is not multiplied by what arrives",
+         "[None if g is None else ctx.scale(g, grad_loss) for g in gradients]", "list(gradients)"),
+        ("the teacher's head is the student's", "torch.mm(teacher[0][part], teacher[1].t(), out=",
+         "torch.mm(teacher[0][part], head.t(), out="),
+        ("the diagnostic's figures are the top-k's", "LossConfig(top_k=None, token_clip=None)",
+         "LossConfig(token_clip=None)",
+         "scripts/test_chunked_loss.py scripts/test_kl_diagnostic.py::"
+         "test_baseline_matches_dense_arithmetic"),
+        ("the diagnostic's JSD is clipped", "LossConfig(top_k=None, token_clip=None)",
+         "LossConfig(top_k=None)",
+         "scripts/test_chunked_loss.py scripts/test_kl_diagnostic.py::"
+         "test_baseline_matches_dense_arithmetic"),
+    ]),
+    *faults("scripts/visual_opsd/loss_chunk.py", "scripts/test_chunked_loss.py", [
+        ("the cross-entropy is at T", "self.ce = self.unit_lse - label_logit",
+         "self.ce = self.student.lse - label_logit"),
+        ("the cross-entropy has no weight", "loss = loss + config.ce_weight * self.ce",
+         "loss = loss + self.ce"),
+        ("the divergence has no weight", "loss = config.jsd_weight * self.divergence",
+         "loss = self.divergence"),
+        ("a clipped entry has a gradient",
+         "        slope = slope.masked_fill_(terms > clip, 0.0)\n", ""),
+        ("a clipped token has a gradient",
+         "        slope = slope.masked_fill_((rows > clip)[:, None], 0.0)\n", ""),
+        ("the gradient lacks 1 / T", "(self.config.jsd_weight / self.config.temperature)",
+         "self.config.jsd_weight"),
+        ("the tail is not shared out", "grad.mul_(self.slope_tail[part, None])", "grad.mul_(0.0)"),
+        ("entropy is at T = 1 only", "return RowStatistics(lse, entropy, lse if temperature",
+         "return RowStatistics(lse, entropy * temperature, lse if temperature"),
+    ]),
+    *faults("scripts/visual_opsd/schedule.py", "scripts/test_step.py", [
+        ("the first step's rate is 0", "return (step + 1) / optim.warmup_steps",
+         "return step / optim.warmup_steps"),
+        ("the floor is not reached", "optim.total_steps - 1 - optim.warmup_steps",
+         "optim.total_steps - optim.warmup_steps"),
+        ("the floor is added", "return floor + (1 - floor) * 0.5", "return floor + 0.5"),
+        ("constant is a cosine", 'if optim.lr_scheduler == "constant":', "if False:"),
+    ]),
+    *faults("scripts/visual_opsd/teacher.py",
+            "scripts/test_step_oracle.py::test_a_run_recomputed", [
+        ("the teacher is the student", "self.model if self.model is not None else self.student",
+         "self.student", "scripts/test_step.py"),
+        ("the fixed teacher follows", 'if self.mode == "ema":', "if self.model is not None:"),
+        ("the teacher's head is the student's",
+         "        if self.model is None:\n            return None",
+         "        if True:\n            return None"),
+    ]),
+    *faults("scripts/visual_opsd/distributed.py",
+            "scripts/test_step.py scripts/test_distributed.py", [
+        ("the EMA keeps what it should give", "make_update(decay)(", "make_update(1 - decay)("),
+        ("what is frozen follows too", "        if current.requires_grad:\n", "        if True:\n"),
+        ("the norm after clipping is told",
+         "norm = torch.nn.utils.clip_grad_norm_(params, max_norm)",
+         "torch.nn.utils.clip_grad_norm_(params := list(params), max_norm)\n    norm = "
+         "torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])",
+         "scripts/test_step_oracle.py::test_a_run_recomputed"),
+    ]),
+]  # fmt: skip
