@@ -245,6 +245,15 @@ def row_image(row: Row, column: str) -> Image.Image | None:
         raise BadRow("broken_image", f"{column}: {error}", file=row.file, row=row.row) from error
 
 
+def _thoughts(row: Row) -> list[str]:
+    """Texts of the thoughts that there are, of each the first spelling that holds one."""
+    found: list[str] = []
+    for spellings in THOUGHT_COLUMNS:
+        candidates = (_text(row, name) for name in spellings)
+        found += [text for text in candidates if text.strip()][:1]
+    return found
+
+
 def parse_row(row: Row, needs: RowNeeds = OPSD_ROWS) -> Sample:
     """The sample of a row, images decoded.
 
@@ -273,11 +282,7 @@ def parse_row(row: Row, needs: RowNeeds = OPSD_ROWS) -> Sample:
     if needs.text_trace == "required" and not trace.strip():
         raise bad("no_text_trace", f"column {TEXT_TRACE} is empty")
 
-    thoughts: list[str] = []
-    if needs.thoughts != "unused":
-        for spellings in THOUGHT_COLUMNS:
-            candidates = (_text(row, name) for name in spellings)
-            thoughts += [text for text in candidates if text.strip()][:1]
+    thoughts = [] if needs.thoughts == "unused" else _thoughts(row)
     if needs.thoughts == "required" and not thoughts:
         raise bad("no_thought", "no resoning_thought_i holds text")
 

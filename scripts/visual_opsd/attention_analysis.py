@@ -321,10 +321,10 @@ def analyse(config: AnalysisConfig, device: torch.device) -> dict[str, Any]:
     """
     settings = config.analysis
     folder = Path(settings.output_dir)
-    claim_output(folder, "attention.json", settings.overwrite)
     with_latents = settings.context == "vae+vit"
     pool = RowPool(open_data(settings.data, settings.split, settings.data_root, NEEDS))
     prepare = PrepareAnalysis.of(settings, config.prompt)
+    claim_output(folder, "attention.json", settings.overwrite)
     bundle = load_bagel(
         settings.model_path, visual_gen=with_latents, device=device,
         dtype=config.compute.dtype(device),
