@@ -198,7 +198,7 @@ def run_case(world: Path, results: Path, env: DistEnv, recipe: Recipe, **changes
         figures = reduce(*args)
         return figures | {"loss": math.nan} if trainer.step == recipe.skipped else figures
 
-    trainer._score, trainer._reduce = watched, reduced  # type: ignore[method-assign]
+    trainer._score, trainer._reduce = watched, reduced  # type: ignore[method-assign,assignment]
     assert trainer.train() == 0
     end = dict(final_state(trainer))
     taken = []

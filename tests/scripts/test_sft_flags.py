@@ -31,6 +31,7 @@ IDLE = {
 # The same lines of the same trainer: tests/scripts/test_train_flags.py has them.
 ELSEWHERE = {
     "visual_gen", "precision", "max_nonfinite_steps", "resume", "auto_resume", "resume_from",
+    "take_over",
 }  # fmt: skip
 ALONE = {"device": "test_device"}
 

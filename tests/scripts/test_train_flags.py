@@ -18,6 +18,7 @@ from scripts.visual_opsd.cli import parse_config
 from scripts.visual_opsd.config import TrainConfig
 from scripts.visual_opsd.distributed import clip_grad_norm, make_mesh, shard_model
 from scripts.visual_opsd.metrics import read_metrics
+from scripts.visual_opsd.folder_lock import hold_folder
 from scripts.visual_opsd.processes import init_distributed
 from scripts.visual_opsd.train_visual_opsd import main
 from tests.arrivals import (
@@ -49,6 +50,7 @@ ALONE = {
     "auto_resume": "test_where_a_run_begins",
     "resume_from": "test_where_a_run_begins",
     "device": "test_device",
+    "take_over": "test_take_over",
 }
 ELSEWHERE = {"sft_format": "tests/scripts/test_sft_flags.py"}
 HERE = Path("places")  # only the names of the rows are wanted without a folder
@@ -101,6 +103,19 @@ def test_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     with pytest.raises(Stop):
         main(["--device", device])
     assert calls[0]["device"] == device
+
+
+@pytest.mark.parametrize("take_over", [False, True])
+def test_take_over(
+    runs: list[TrainRun], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, take_over: bool
+) -> None:
+    calls = spy(monkeypatch, hold_folder, lambda folder, flag, take_over=None: None)
+    spy(monkeypatch, make_mesh, stop)
+    with pytest.raises(Stop):
+        main(words({**runs[0].given, "results_dir": tmp_path, "take_over": take_over}))
+    assert [(call["flag"], call["take_over"]) for call in calls] == [
+        ("results_dir", take_over), ("checkpoint_dir", take_over),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
