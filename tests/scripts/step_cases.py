@@ -182,7 +182,7 @@ def other_head(weight: Tensor) -> Tensor:
 
 def run_case(world: Path, results: Path, env: DistEnv, recipe: Recipe, **changes: Any) -> Run:
     """Train to the end; what it returns is whole on rank 0."""
-    trainer = make_trainer(world, results, env, recipe, **changes)
+    trainer: Any = make_trainer(world, results, env, recipe, **changes)
     seen: list[list[tuple[int, str, Completion | None]]] = []
     score = trainer._score
 
@@ -198,7 +198,7 @@ def run_case(world: Path, results: Path, env: DistEnv, recipe: Recipe, **changes
         figures = reduce(*args)
         return figures | {"loss": math.nan} if trainer.step == recipe.skipped else figures
 
-    trainer._score, trainer._reduce = watched, reduced  # type: ignore[method-assign,assignment]
+    trainer._score, trainer._reduce = watched, reduced
     assert trainer.train() == 0
     end = dict(final_state(trainer))
     taken = []

@@ -81,7 +81,8 @@ def one_rank_fails(world: Path, out: Path, env: DistEnv) -> None:
 def rejects_of_the_other_rank(world: Path, out: Path, env: DistEnv) -> None:
     """Rank 1 alone meets a bad row: it counts once, on both, and rank 0 lists it."""
     trainer: Any = build(world, out / "rejects", env, global_batch_size=2, total_steps=2)
-    prepare, met = trainer.prepare, []
+    prepare = trainer.prepare
+    met: list[int] = []
 
     def fail(row: Row) -> Any:
         if env.rank == 1 and not met:
