@@ -29,8 +29,8 @@ FAULTS = [
          "            noise = noise_generator(0, 0)\n            if self",
          "scripts/test_evaluate.py::test_answers_are_greedy_under_the_stated_context"),
         ("bad rows are not tried again",
-         '{index for index, record in store.read().items() if "bad" not in record}',
-         "set(store.read())",
+         '{index for index, record in held.items() if "bad" not in record}',
+         "set(held)",
          "scripts/test_evaluate.py::test_bad_rows_are_counted_and_listed "
          "scripts/test_unusable_rows.py::test_a_stale_bad_row_of_a_higher_rank_is_answered"),
         ("every rank answers every row", "mine = todo[env.rank :: env.world_size]", "mine = todo",

@@ -17,8 +17,8 @@ from scripts.visual_opsd.checkpoint_folders import choose_checkpoint
 from scripts.visual_opsd.cli import parse_config
 from scripts.visual_opsd.config import TrainConfig
 from scripts.visual_opsd.distributed import clip_grad_norm, make_mesh, shard_model
-from scripts.visual_opsd.metrics import read_metrics
 from scripts.visual_opsd.folder_lock import hold_folder
+from scripts.visual_opsd.metrics import read_metrics
 from scripts.visual_opsd.processes import init_distributed
 from scripts.visual_opsd.train_visual_opsd import main
 from tests.arrivals import (
