@@ -268,5 +268,5 @@ def test_not_enough_memory(
         raise MemoryError
 
     monkeypatch.setattr(demo, "load_bagel", load)
-    with pytest.raises(ValueError, match=r"\(MemoryError\)\. .*--image_size"):
+    with pytest.raises(ValueError, match=r"\(MemoryError\) .*--image_size"):
         demo.main(given)

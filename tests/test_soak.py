@@ -68,7 +68,8 @@ def test_a_run_opens_nothing_that_it_does_not_close(
 
     monkeypatch.setattr(Trainer, "_update", watch)
     train(world, tmp_path, total_steps=5, save_every=2)
-    assert len(set(seen[2:])) == 1, seen
+    handles, threads = zip(*seen[2:], strict=True)  # the last step's loader has less to do
+    assert max(handles) == handles[0] and max(threads) == threads[0], seen
     assert soak.last_step(tmp_path) == 5
 
 

@@ -109,6 +109,7 @@ class Watch:
         while not self._stopped.wait(_PERIOD_S):
             if self._launcher is not None and os.getppid() != self._launcher:
                 self._without_launcher()
+                return
             told = self._told()
             if told:
                 self._end(told)
@@ -126,12 +127,12 @@ class Watch:
                     self._tell(_DEAD, text)
                     self._end(text)
 
-    def _without_launcher(self) -> NoReturn:
+    def _without_launcher(self) -> None:
         text = "torchrun, which started this process, has died"
         print(f"rank {self._me.rank}: {text}; stopping", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)  # a run saves its state, everything else ends
-        self._stopped.wait(_SAVING_S)
-        os._exit(128 + signal.SIGTERM)
+        if not self._stopped.wait(_SAVING_S):
+            os._exit(128 + signal.SIGTERM)
 
     def _end(self, text: str) -> NoReturn:
         sys.stdout.flush()

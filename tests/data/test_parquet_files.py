@@ -105,7 +105,7 @@ def test_what_is_no_data_is_named_everywhere(
         if place != path or kind != "folder":
             assert checked(["--num_workers", "1", os.fspath(place)]) in (1, 2)
             printed = capsys.readouterr()
-            assert re.search(f"{said}|must be a path in UTF-8", printed.out + printed.err)
+            assert re.search(f"{said}|must be .* in UTF-8", printed.out + printed.err)
 
 
 def test_hidden_files_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,11 +141,11 @@ def test_names_that_cannot_be(
         lambda: open_data(str(tmp_path / name / "x"), "train", None, EVALUATION_ROWS),
     ):
         with pytest.raises(
-            ValueError, match=r"unknown dataset|does not exist|is not UTF-8|is not at|path in UTF-8"
+            ValueError, match=r"unknown dataset|does not exist|is not UTF-8|is not at|in UTF-8"
         ):
             make()
     assert checked([str(tmp_path / name)]) in (1, 2)
-    assert re.search("does not exist|must be a path in UTF-8", capsys.readouterr().err)
+    assert re.search("does not exist|must be .* in UTF-8", capsys.readouterr().err)
 
 
 def test_a_disk_that_fails_is_an_error_and_not_a_bad_row(

@@ -105,6 +105,11 @@ def test_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     assert calls[0]["device"] == device
 
 
+def apart(run: TrainRun, results: Path) -> dict[str, Any]:
+    """A run's settings for one beside it, without W&B, which need not be installed."""
+    return {**run.given, "results_dir": results, "wandb_project": "none"}
+
+
 @pytest.mark.parametrize("take_over", [False, True])
 def test_take_over(
     runs: list[TrainRun], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, take_over: bool
@@ -112,7 +117,7 @@ def test_take_over(
     calls = spy(monkeypatch, hold_folder, lambda folder, flag, take_over=None: None)
     spy(monkeypatch, make_mesh, stop)
     with pytest.raises(Stop):
-        main(words({**runs[0].given, "results_dir": tmp_path, "take_over": take_over}))
+        main(words({**apart(runs[0], tmp_path), "take_over": take_over}))
     assert [(call["flag"], call["take_over"]) for call in calls] == [
         ("results_dir", take_over), ("checkpoint_dir", take_over),
     ]  # fmt: skip
@@ -135,7 +140,7 @@ def test_precision(
     spy(monkeypatch, make_mesh, lambda *_, **__: None)
     calls = spy(monkeypatch, shard_model, stop)
     with pytest.raises(Stop):
-        main(words({**runs[0].given, "results_dir": tmp_path, "precision": precision}))
+        main(words({**apart(runs[0], tmp_path), "precision": precision}))
     assert calls[0]["param_dtype"] == dtype
 
 
@@ -157,7 +162,7 @@ def test_where_a_run_begins(
     changes: dict[str, Any], begins: str | None,
 ) -> None:  # fmt: skip
     first = runs[0]
-    given = {**first.given, **changes}
+    given = {**first.given, "wandb_project": "none", **changes}
     if "resume_from" in given:
         given["resume_from"] = first.checkpoints / given["resume_from"]
     if changes.get("results_dir") == "new":
@@ -175,7 +180,7 @@ def test_max_nonfinite_steps(
     runs: list[TrainRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
     """So many skipped steps end a run; nothing is learnt in them, and the schedule goes on."""
-    given = {**runs[0].given, "results_dir": tmp_path, "total_steps": 5, "warmup_steps": 1}
+    given = {**apart(runs[0], tmp_path), "total_steps": 5, "warmup_steps": 1}
     given |= {"max_nonfinite_steps": limit, "num_shard": 1, "num_replicate": 1}
     spy(monkeypatch, clip_grad_norm, lambda *_: torch.tensor(torch.nan))
     steps = spy_method(monkeypatch, torch.optim.AdamW, "step")
