@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -29,7 +30,9 @@ def all_cases() -> list[Case]:
 
 def try_all(cases: Iterable[Case], scratch: Path) -> Iterator[Outcome]:
     for number, case in enumerate(cases):
-        yield attempt(case, scratch / str(number), PROGRAMS[case.program])
+        folder = scratch / str(number)
+        yield attempt(case, folder, PROGRAMS[case.program])
+        shutil.rmtree(folder)
 
 
 COLUMNS = ("tried", "right", "refused", "faults", "slowest, ms", "largest, MB")
