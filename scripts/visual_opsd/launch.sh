@@ -148,8 +148,9 @@ find_setting() {
 
 # check_number NAME VALUE LEAST MOST
 check_number() {
-    [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] && (($2 >= $3 && $2 <= $4)) ||
+    if [[ ! $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || (($2 < $3 || $2 > $4)); then
         fail "$1=$2 is not a whole number from $3 to $4."
+    fi
 }
 
 is_this_machine() {
@@ -191,8 +192,9 @@ find_cluster() {
     fi
 
     if [[ $nodes == *:* ]]; then # an elastic job: whoever comes within the limits
-        [[ $nodes =~ ^[1-9][0-9]{0,4}:[1-9][0-9]{0,4}$ ]] && ((${nodes%:*} < ${nodes#*:})) ||
+        if [[ ! $nodes =~ ^[1-9][0-9]{0,4}:[1-9][0-9]{0,4}$ ]] || ((${nodes%:*} >= ${nodes#*:})); then
             fail "$from is neither a number of nodes nor LEAST:MOST."
+        fi
         [[ -n ${PET_RDZV_ENDPOINT:-} && ${PET_RDZV_BACKEND:-static} != static ]] ||
             fail "$from needs a meeting point: PET_RDZV_BACKEND=c10d and PET_RDZV_ENDPOINT=HOST:PORT."
     else
