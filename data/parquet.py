@@ -374,18 +374,20 @@ def _watching(workers: Sequence[Any], stuck_after_s: float, before: Any) -> Iter
     stuck = threading.Event()
 
     def check(*_: object) -> None:
-        for worker in workers:
-            if stuck.is_set() and worker.exitcode is not None:
-                raise LostWorker(
-                    f"no rows came from the data workers for {stuck_after_s:.0f} s (--timeout_s): "
-                    "is the storage stuck?"
-                )
-            if worker.exitcode:
-                raise LostWorker(
-                    f"data worker (process {worker.pid}) ended with code {worker.exitcode}; -9 "
-                    "often means that memory ran out (`dmesg` tells): lower --num_workers or "
-                    "--prefetch_factor, or read with --num_workers 0"
-                )
+        lost = next((worker for worker in workers if worker.exitcode), None)
+        if lost is None:
+            return
+        signal.signal(signal.SIGCHLD, before)  # once: the others' ends are no news on the way out
+        if stuck.is_set():
+            raise LostWorker(
+                f"no rows came from the data workers for {stuck_after_s:.0f} s (--timeout_s): "
+                "is the storage stuck?"
+            )
+        raise LostWorker(
+            f"data worker (process {lost.pid}) ended with code {lost.exitcode}; -9 often means "
+            "that memory ran out (`dmesg` tells): lower --num_workers or --prefetch_factor, or "
+            "read with --num_workers 0"
+        )
 
     def give_up() -> None:
         stuck.set()
