@@ -32,8 +32,8 @@ from huggingface_hub.errors import (
 )
 
 from data.dataset_info import DATA_ROOT_VARIABLE, DATASETS, DEFAULT_DATA_ROOT, data_root
-from data.programs import expand_path, run_main
-from modeling.disk import check_room
+from modeling.host.disk import check_room
+from modeling.host.programs import expand_path, run_main
 
 DEFAULT_REPO = "ThinkMorph/ThinkMorph-7B"
 INTERRUPTED = "download_model: interrupted; the same command continues with what is not complete"

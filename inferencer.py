@@ -35,8 +35,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.contexts import CachedContext, ContextStore, start_logits
-from data.interleave import (
+from data.sequence import Segment
+from data.transforms import to_rgb
+from inference.contexts import CachedContext, ContextStore, start_logits
+from inference.interleave import (
     EditImage,
     InterleaveEngine,
     InterleaveOptions,
@@ -44,8 +46,6 @@ from data.interleave import (
     check_taylorseer,
     interval,
 )
-from data.sequence import Segment
-from data.transforms import to_rgb
 from modeling.bagel.flow import Guidance, flow_schedule
 
 GenContext: TypeAlias = MutableMapping[str, Any]

@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 from data.dataset_info import is_dataset_folder, split_files
 from data.limits import SMALLEST_IMAGE, ContextLimits
-from data.programs import number, path_argument, run_main
 from data.row_groups import ParquetDataset, RowGroup, open_parquet
 from data.sequence import ContextBuilder, TextSegment
 from data.thinkmorph import (
@@ -49,6 +48,7 @@ from data.thinkmorph import (
 )
 from data.transforms import to_pixels
 from modeling.bagel.config import read_llm_config
+from modeling.host.programs import number, path_argument, run_main
 
 USES: dict[str, RowNeeds] = {"opsd": OPSD_ROWS, "sft": SFT_ROWS, "evaluation": EVALUATION_ROWS}
 MAX_BAD_RATE = 0.01
@@ -335,7 +335,7 @@ def _length_function(
     """Length of a text, its unit, and the rope positions of the model, if it is known."""
     if tokenizer_path is None:
         return len, "characters", None
-    from modeling.tokenizer import load_tokenizer  # transformers takes seconds to import
+    from modeling.release.tokenizer import load_tokenizer
 
     tokenizer: Any = load_tokenizer(tokenizer_path)[0]
     positions = None

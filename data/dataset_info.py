@@ -17,8 +17,8 @@ from pathlib import Path
 from reprlib import repr as shown  # of bounded length, whatever YAML's anchors make
 from typing import Any
 
-from data.programs import expand_path
-from modeling.text_files import read_yaml
+from modeling.host.programs import expand_path
+from modeling.host.text_files import read_yaml
 
 DATA_ROOT_VARIABLE = "VISUAL_OPSD_DATA_ROOT"
 DEFAULT_DATA_ROOT = "datasets"

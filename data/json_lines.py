@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from modeling.disk import disk_errors
+from modeling.host.disk import disk_errors
 
 logger = logging.getLogger(__name__)
 

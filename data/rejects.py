@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.json_lines import append_records, filter_log
-from modeling.disk import disk_errors
+from modeling.host.disk import disk_errors
 
 
 @dataclass(frozen=True)

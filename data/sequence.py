@@ -23,7 +23,7 @@ from data.transforms import (
     interpolated_position_ids,
     patchify,
 )
-from modeling.text_files import read_yaml
+from modeling.host.text_files import read_yaml
 
 # Taken over letter for letter: the released weights were trained with this prompt, odd spelling
 # of </image_end> included. The packer's copy has a space after "i.e." and no newlines around it.

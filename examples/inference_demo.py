@@ -45,21 +45,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs as a p
 import torch
 from PIL import Image
 
-from data.interleave import Part
 from data.limits import SMALLEST_IMAGE, ContextLimits
 from data.packing import context_length, pack
 from data.sequence import Completion, Context, TextSegment
 from data.thinkmorph import BadRow
 from data.transforms import decode_image
 from examples.interleave_page import InterleavePage, check_folder
+from inference.interleave import Part
 from inferencer import InterleaveInferencer
 from modeling import BagelBundle, load_bagel
 from modeling.autoencoder import AE_FILE, AutoEncoderConfig
 from modeling.bagel.config import BagelConfig
 from modeling.bagel.generate import generate, marker_check
-from modeling.checkpoint import is_generation_key, locate_weights
-from modeling.memory import memory_errors
-from modeling.spread import (
+from modeling.host.memory import memory_errors
+from modeling.release.checkpoint import is_generation_key, locate_weights
+from modeling.release.spread import (
     Place,
     free_memory,
     load_bagel_spread,
@@ -67,8 +67,8 @@ from modeling.spread import (
     weight_bytes,
     working_bytes,
 )
-from modeling.tokenizer import load_tokenizer
-from modeling.weight_files import open_weights
+from modeling.release.tokenizer import load_tokenizer
+from modeling.release.weight_files import open_weights
 from scripts.visual_opsd.cli import (
     ROUNDS,
     SCALES,
@@ -83,9 +83,9 @@ from scripts.visual_opsd.cli import (
     run_main,
 )
 from scripts.visual_opsd.config import PromptSettings
+from scripts.visual_opsd.evaluation.scoring import extract_answer
 from scripts.visual_opsd.on_policy_sampler import IMAGE_MARKER, position_uniforms, to_completion
 from scripts.visual_opsd.rows import make_builder
-from scripts.visual_opsd.scoring import extract_answer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _SYSTEM_ROWS = 512  # more than a system prompt takes

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from data.programs import make_folder
+from modeling.host.programs import make_folder
 
 PAGE, ANSWER, PROBLEM = "index.html", "answer.txt", "problem.png"
 _EARLIER = re.compile(rf"round_\d+\.png|{PAGE}|{ANSWER}|{PROBLEM}")

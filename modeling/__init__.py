@@ -4,7 +4,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from modeling.checkpoint import BagelBundle, load_bagel, save_bagel
+    from modeling.release.checkpoint import BagelBundle, load_bagel, save_bagel
 
 __all__ = ["BagelBundle", "load_bagel", "save_bagel"]
 
@@ -13,6 +13,6 @@ def __getattr__(name: str) -> Any:
     """Import on first use: data workers need `modeling.bagel`, not the tokenizer library."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from modeling import checkpoint
+    from modeling.release import checkpoint
 
     return getattr(checkpoint, name)

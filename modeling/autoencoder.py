@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.finite import check_finite
-from modeling.weight_files import FLOAT_DTYPES, StoredTensor, read_file
+from modeling.release.finite import check_finite
+from modeling.release.weight_files import FLOAT_DTYPES, StoredTensor, read_file
 
 AE_FILE = "ae.safetensors"
 _GROUPS = 32

@@ -32,9 +32,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from scripts.visual_opsd.checkpoint_folders import complete_steps, step_folder
+from scripts.visual_opsd.training.checkpoint_folders import complete_steps, step_folder
 from tests.data.synthetic import image_cell, truncated_png, write_dataset
-from tests.scripts.runs import (
+from tests.visual_opsd.training_runs import (
     ROOT,
     all_gone,
     descendants,
@@ -75,7 +75,7 @@ def kill_world(folder: Path) -> Path:
 
 
 def run_arguments(world: Path, results: Path, ranks: int, workers: int) -> list[str]:
-    # Two ranks: as in tests/scripts/test_resume.py, for the sake of the other order of sums.
+    # Two ranks: as in training/test_resume.py, for the sake of the other order of sums.
     eps = {"eps": 1e-8} if ranks > 1 else {}
     return train_arguments(
         world, results, resume="latest", total_steps=STEPS, num_workers=workers, keep_last=2,

@@ -22,21 +22,21 @@ from data.rejects import Reject
 from modeling.bagel.attention import BACKENDS
 from modeling.fast import FAST_PATHS
 from scripts.visual_opsd import evaluate, train_visual_opsd
+from scripts.visual_opsd.analysis.kl_measurement import DiagnosticConfig, DiagnosticSettings
 from scripts.visual_opsd.cli import build_parser, flat, parse_config
 from scripts.visual_opsd.config import (
     INTERLEAVED_DEFAULTS,
     SFT_DEFAULTS,
+    ComputeSettings,
     FlowSettings,
     SFTConfig,
     TrainConfig,
 )
 from scripts.visual_opsd.evaluate import BenchmarkSettings, EvaluateConfig, EvaluateSettings
-from scripts.visual_opsd.kl_measurement import DiagnosticConfig, DiagnosticSettings
-from scripts.visual_opsd.row_windows import ComputeSettings
-from scripts.visual_opsd.training_state import FREE_FIELDS
+from scripts.visual_opsd.training.checkpoints import FREE_FIELDS
 from tests.documented_commands import CONFIGS, ROOT, bash_environment, block_problems, blocks
 from tests.hostile.__main__ import all_cases
-from tests.scripts.runs import make_world, train_arguments
+from tests.visual_opsd.training_runs import make_world, train_arguments
 
 TINY_BAGEL = ROOT / "tests" / "tiny-bagel"
 LAUNCHERS = ROOT / "scripts" / "visual_opsd"

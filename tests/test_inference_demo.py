@@ -23,7 +23,7 @@ from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.on_policy_sampler import SamplerSettings, sample_completions
 from scripts.visual_opsd.rows import make_builder
 from tests.conftest import TINY_BAGEL, load_golden
-from tests.modeling.test_spread import LAYER, file_bytes
+from tests.modeling.release.test_spread import LAYER, file_bytes
 
 demo: Any = importlib.import_module("examples.inference_demo")  # a script, no package's module
 

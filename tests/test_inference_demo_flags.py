@@ -26,7 +26,7 @@ from data.transforms import ImageTransform, decode_image
 from inferencer import InterleaveInferencer
 from modeling import load_bagel
 from modeling.bagel.generate import generate
-from modeling.spread import load_bagel_spread
+from modeling.release.spread import load_bagel_spread
 from tests.arrivals import (
     ABSENT,
     PROMPTS,
@@ -42,7 +42,7 @@ from tests.arrivals import (
     stop,
     words,
 )
-from tests.scripts.training_flags import HEAD, make_places
+from tests.visual_opsd.training.training_flags import HEAD, make_places
 
 demo: Any = importlib.import_module("examples.inference_demo")
 

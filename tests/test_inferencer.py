@@ -15,8 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.contexts import CachedContext, grow
-from data.interleave import InterleaveOptions
 from data.packing import pack
 from data.sequence import (
     INFERENCER_SYSTEM_PROMPT,
@@ -25,6 +23,8 @@ from data.sequence import (
     TextSegment,
 )
 from data.transforms import ImageTransform, extrapolated_position_ids
+from inference.contexts import CachedContext, grow
+from inference.interleave import InterleaveOptions
 from inferencer import BatchInterleaveInferencer, InterleaveInferencer
 from modeling import load_bagel
 from modeling.autoencoder import decode_tokens

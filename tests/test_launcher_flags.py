@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from scripts.visual_opsd.analysis.kl_measurement import DiagnosticConfig
 from scripts.visual_opsd.cli import flat, parse_config
 from scripts.visual_opsd.config import SFT_DEFAULTS, SFTConfig, TrainConfig
-from scripts.visual_opsd.kl_measurement import DiagnosticConfig
 from tests.shell import LAUNCHERS, dry_run, program_arguments, run
 
 # Script -> usage's name of each positional argument: (setting, two values); None: an output's name.

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("data", "modeling", "scripts")
+ROOMS = ("data", "inference", "modeling", "scripts")
 OWN_MODULES = {*ROOMS, "tests", "examples", "inferencer", "download_model"}
 # What a package is imported as, where that differs from its name on the index.
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}

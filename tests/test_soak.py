@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from scripts.visual_opsd.trainer import Trainer
+from scripts.visual_opsd.training.trainer import Trainer
 from tests import soak
 from tests.hostile import __main__ as hostile
-from tests.scripts.runs import make_world
-from tests.scripts.trainers import train
 from tests.soak import Look, fingerprint, growing, growth
+from tests.visual_opsd.training.trainers import train
+from tests.visual_opsd.training_runs import make_world
 
 
 @pytest.fixture(scope="module")

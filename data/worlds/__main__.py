@@ -9,9 +9,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from data.programs import SEED, number, path_argument, run_main
 from data.worlds import spatial_navigation as navigation
 from data.worlds.writer import write_spatial_navigation
+from modeling.host.programs import SEED, number, path_argument, run_main
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ class Bagel(nn.Module):
     def __init__(self, config: BagelConfig) -> None:
         super().__init__()
         self.config = config
-        # Where each decoder layer computes, if not all where the prompt is (modeling/spread.py).
+        # Where each decoder layer computes, if not all where the prompt is (release/spread.py).
         self.layer_devices: tuple[torch.device, ...] | None = None
         width = config.llm.hidden_size
         self.language_model = LanguageModel(config.llm, config.visual_gen)

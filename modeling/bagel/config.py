@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modeling.text_files import read_json_object
+from modeling.host.text_files import read_json_object
 
 
 @dataclass(frozen=True)

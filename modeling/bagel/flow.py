@@ -19,8 +19,8 @@ from modeling import fast
 from modeling.bagel.attention import AttentionLayout, DecodeLayout, may_be_recorded
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
+from modeling.bagel.graphs import RepeatedStep
 from modeling.bagel.kv_cache import KVCache, Placement
-from modeling.graphs import RepeatedStep
 
 RENORMS = ("global", "channel", "text_channel")
 # Latent tokens, of all branches, up to which a denoising step is recorded as a CUDA graph.

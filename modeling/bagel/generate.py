@@ -24,9 +24,9 @@ from modeling import fast
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
 from modeling.bagel.config import SpecialTokens
+from modeling.bagel.graphs import RepeatedStep
 from modeling.bagel.kv_cache import KVCache
 from modeling.bagel.streamed_decode import StreamedDecoder, streams
-from modeling.graphs import RepeatedStep
 
 TEMPERATURES = (1e-4, 1e4)  # below, fp32 logits may overflow; above, all tokens are alike
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from modeling import fast
 from modeling.bagel.attention import may_be_recorded
+from modeling.bagel.graphs import RepeatedStep
 from modeling.bagel.vision import VisionModel, image_layout
-from modeling.graphs import RepeatedStep
 
 # Sizes remembered, and patches beyond which a GPU is kept busy anyway.
 _SIZES, _MOST_PATCHES = 8, 8192

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.programs import path_argument
+from modeling.host.programs import path_argument
 from scripts.bench.common import check, parser
 from scripts.visual_opsd.cli import run_main
 

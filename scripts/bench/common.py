@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 
-from data.programs import check_new, path_argument
 from data.sequence import ImageSegment, Segment, TextSegment
 from data.transforms import extrapolated_position_ids
 from modeling import fast
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig, LLMConfig, SpecialTokens, VisionConfig
 from modeling.bagel.projections import adjoin_projections
+from modeling.host.programs import check_new, path_argument
 
 TRUE_SIZE = BagelConfig(
     llm=LLMConfig(3584, 28, 28, 4, 18944, 152064), vision=VisionConfig(1152, 26, 16, 4304)

@@ -30,19 +30,19 @@ import torch
 
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
+from modeling.bagel.graphs import RepeatedStep
 from modeling.bagel.kv_cache import KVCache
 from modeling.bagel.streamed_decode import StreamedDecoder, streams
-from modeling.graphs import RepeatedStep
 from scripts.bench.common import TRUE_SIZE, Machine, add_report, check_place, versions
 from scripts.visual_opsd.cli import run_main
-from scripts.visual_opsd.distributed import (
+from scripts.visual_opsd.processes import DistEnv, barrier, init_distributed, shutdown
+from scripts.visual_opsd.training.sharding import (
     copy_units,
     make_mesh,
     materialise,
     shard_model,
     summon_full_params,
 )
-from scripts.visual_opsd.processes import DistEnv, barrier, init_distributed, shutdown
 
 
 def sized(layers: int) -> BagelConfig:

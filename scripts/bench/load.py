@@ -31,15 +31,16 @@ from typing import Any
 
 import torch
 
-from data.programs import path_argument
-from modeling import load_bagel, weight_stream
+from modeling import load_bagel
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
 from modeling.bagel.projections import empty_adjoining
-from modeling.checkpoint import locate_weights
-from modeling.tokenizer import load_tokenizer
-from modeling.weight_files import StoredTensor, WeightWriter
-from modeling.weight_stream import (
+from modeling.host.programs import path_argument
+from modeling.release import weight_stream
+from modeling.release.checkpoint import locate_weights
+from modeling.release.tokenizer import load_tokenizer
+from modeling.release.weight_files import StoredTensor, WeightWriter
+from modeling.release.weight_stream import (
     MappedFile,
     plan_pieces,
     read_piece,
@@ -185,7 +186,7 @@ def timed_parts(folder: Path, machine: Machine) -> dict[str, float]:
         if machine.on_gpu:
             torch.cuda.empty_cache()
         mark("")
-        if name == "allocate_s":  # as modeling.checkpoint does: one block first
+        if name == "allocate_s":  # as modeling.release.checkpoint does: one block first
             torch.empty(sum(s.nbytes for s in stored.values()), dtype=torch.uint8, device=device)
         shapes = {key: source.shape for key, source in stored.items()}
         targets = empty_adjoining(shapes, torch.bfloat16, device)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from modeling import fast
 from scripts.bench.common import Machine, Report, finish, parser, start
-from scripts.visual_opsd.chunked_loss import chunked_opsd_loss
 from scripts.visual_opsd.cli import run_main
+from scripts.visual_opsd.loss.chunked import chunked_opsd_loss
 from scripts.visual_opsd.opsd_loss import LossConfig
 
 CHUNK = 512
@@ -123,7 +123,8 @@ def product_times(problem: Problem, rows: int, repeats: int) -> dict[str, float]
 
 def kernel_times(problem: Problem, repeats: int) -> dict[str, float]:
     """Median milliseconds of everything between and in place of products, for all rows."""
-    from scripts.visual_opsd import loss_kernels, loss_products
+    from scripts.visual_opsd.loss import kernels as loss_kernels
+    from scripts.visual_opsd.loss import sparse_products as loss_products
 
     paper, full = FORMS["paper"], FORMS["full"]
     k, rows = paper.top_k_of(problem.vocab), problem.chunk
@@ -216,7 +217,7 @@ def run(report: Report, repeats: int, brief: bool) -> None:
 
 def dense_products(problem: Problem, repeats: int) -> dict[str, float]:
     """The paper's form with the zeros of its gradient multiplied as well."""
-    from scripts.visual_opsd import loss_products
+    from scripts.visual_opsd.loss import sparse_products as loss_products
 
     threshold = loss_products.DENSE_PER_SPARSE
     loss_products.DENSE_PER_SPARSE = problem.vocab

@@ -48,7 +48,7 @@ from scripts.bench.common import TINY, TRUE_SIZE, versions
 from scripts.bench.gather import sized
 from scripts.bench.load import ROOT, write_release
 from scripts.visual_opsd.cli import run_main
-from scripts.visual_opsd.metrics import read_metrics
+from scripts.visual_opsd.training.metrics import read_metrics
 
 LAUNCHER = "scripts/visual_opsd/run_visual_opsd.sh"
 TINY_BAGEL = ROOT / "tests" / "tiny-bagel"
@@ -464,7 +464,8 @@ PARTS = {f.__name__: f for f in (speed, scaling, parity, failures, save)}
 
 def starve(rank: int, argv: Sequence[str]) -> int:
     """Train, but rank `rank` asks for a petabyte in its third rollout."""
-    from scripts.visual_opsd import train_visual_opsd, trainer
+    from scripts.visual_opsd import train_visual_opsd
+    from scripts.visual_opsd.training import trainer
 
     sample = trainer.sample_completions
 

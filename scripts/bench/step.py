@@ -34,8 +34,9 @@ from scripts.bench.common import (
 )
 from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.opsd_loss import LossConfig
-from scripts.visual_opsd.step import PackResult, ScoredRow, run_pack
-from scripts.visual_opsd.teacher import Teacher
+from scripts.visual_opsd.scored_rows import ScoredRow
+from scripts.visual_opsd.training.step import PackResult, run_pack
+from scripts.visual_opsd.training.teacher import Teacher
 
 PACKED = {True: 4, False: 2}  # samples of a pack, with and without checkpointing
 TARGETS = {True: 330.0, False: 285.0}

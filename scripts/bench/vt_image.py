@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from data.packing import pack_branches
-from data.programs import number
 from data.sequence import LatentSegment
 from data.transforms import extrapolated_position_ids
 from modeling.autoencoder import AutoEncoder, AutoEncoderConfig, decode_tokens
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.flow import Guidance, Prefix, denoise, flow_schedule, initial_noise
 from modeling.bagel.kv_cache import KVCache
+from modeling.host.programs import number
 from scripts.bench.common import (
     SPECIAL,
     Machine,

@@ -28,7 +28,7 @@ from data.sequence import Context, ContextBuilder, Prompts
 from data.transforms import ImageTransform, decode_image, image_path, to_rgb
 from inferencer import BatchInterleaveInferencer, InterleaveOptions
 from modeling import load_bagel
-from scripts.visual_opsd.benchmarks import build_context, prompt_text
+from scripts.visual_opsd.evaluation.benchmarks import build_context, prompt_text
 from scripts.visual_opsd.on_policy_sampler import SamplerSettings, sample_completions
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from modeling import save_bagel
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig, read_llm_config, read_vision_config
-from modeling.tokenizer import load_tokenizer
+from modeling.release.tokenizer import load_tokenizer
 from scripts.miniworld.tokenizer import write_tokenizer
 
 SIDE = 8  # rows of the ViT position tables: boards of up to 8 x 8 cells

@@ -27,11 +27,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.programs import SEED, make_folder, number, path_argument
-from modeling.text_files import read_json_object
+from modeling.host.programs import SEED, make_folder, number, path_argument
+from modeling.host.text_files import read_json_object
 from scripts.miniworld.demo_figure import draw
 from scripts.visual_opsd.cli import run_main
-from scripts.visual_opsd.scoring import PairedComparison, compare_runs
+from scripts.visual_opsd.evaluation.scoring import PairedComparison, compare_runs
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "examples" / "tiny-base"

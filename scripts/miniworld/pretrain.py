@@ -35,13 +35,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.json_lines import append_records
-from data.programs import SEED, check_new, make_folder, number, path_argument
 from data.sequence import Prompts
 from data.worlds import spatial_navigation as nav
 from data.worlds.tiles import fingerprint
 from modeling import load_bagel
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.generate import generate
+from modeling.host.programs import SEED, check_new, make_folder, number, path_argument
 from scripts.miniworld.base import SIDE, parameter_count, save_base, write_skeleton
 from scripts.miniworld.batches import (
     STUDENT,

@@ -19,10 +19,10 @@ from typing import Any
 
 from transformers import AddedToken, Qwen2Tokenizer
 
-from data.programs import make_folder, path_argument
 from data.sequence import Prompts
 from data.worlds.spatial_navigation import lite_strings
-from modeling.tokenizer import MARKERS
+from modeling.host.programs import make_folder, path_argument
+from modeling.release.tokenizer import MARKERS
 from scripts.visual_opsd.cli import run_main
 
 DEMO_PROMPTS = Path(__file__).parents[2] / "examples" / "demo" / "prompts.yaml"

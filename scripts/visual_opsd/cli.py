@@ -19,11 +19,11 @@ from pathlib import Path
 from reprlib import repr as shown  # of bounded length
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from data import programs
-from data.programs import MAX_SEED, bounds_problem, expand_path, path_argument, valid_text
 from modeling import fast
 from modeling.bagel import generate
-from modeling.text_files import read_yaml
+from modeling.host import programs
+from modeling.host.programs import MAX_SEED, bounds_problem, expand_path, path_argument, valid_text
+from modeling.host.text_files import read_yaml
 
 T = TypeVar("T")
 BOUNDS = ("above", "at_least", "below", "at_most")
@@ -278,7 +278,7 @@ def flat(config: Any) -> dict[str, Any]:
 
 
 def run_main(main: Callable[[], int | None]) -> typing.NoReturn:
-    """`data.programs.run_main`, for programs that run a model."""
+    """`modeling.host.programs.run_main`, for programs that run a model."""
 
     def checked_main() -> int | None:
         fast.is_on("rows")  # reads VISUAL_OPSD_EAGER: a wrong name ends every program, on a CPU too

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.sequence import Prompts
 from scripts.visual_opsd.cli import (
     PACKED,
@@ -29,6 +31,19 @@ from scripts.visual_opsd.opsd_loss import LossConfig
 
 TEACHER_MODES = ("ema", "fixed", "self")
 TEACHER_VTS = ("vit", "vae+vit")
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Dtype of the forward passes.
+
+    Raises:
+        ValueError: bf16 asked for on a CPU, where everything is fp32.
+    """
+    if precision == "bf16" and device.type == "cpu":
+        raise ValueError("precision bf16 needs a GPU; on a CPU use --precision fp32 (or auto)")
+    if precision == "fp32" or device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -298,7 +313,8 @@ class RunSettings(Settings):
         None, "train on the completions of this samples.jsonl instead of sampling", path=True
     )
     resume: str | None = option(
-        None, "latest, last_good (the same, but there must be one), a step, or a state's folder",
+        None,
+        "latest, last_good (the same, but there must be one), a step, or a state's folder",
         path=True,
     )
     auto_resume: bool = option(False, "the same as --resume latest")
@@ -319,9 +335,7 @@ class RunSettings(Settings):
     )
     num_replicate: int | None = option(None, "copies; default: ranks / num_shard", **TOGETHER)
     cpu_offload: bool = option(False, "keep weights, gradients and optimiser in host memory")
-    timeout_s: float = option(
-        1800.0, "seconds after which a stuck collective fails", **TIMEOUTS
-    )
+    timeout_s: float = option(1800.0, "seconds after which a stuck collective fails", **TIMEOUTS)
     progress: bool = option(True, "draw a progress bar")
     wandb_project: str | None = option(None, "log to this wandb project too")
     wandb_name: str | None = option(None, "wandb run name")
@@ -379,9 +393,7 @@ class FlowSettings(Settings):
         choices=("text", "interleaved"),
     )  # fmt: skip
     mse_weight: float = option(1.0, "interleaved: weight of the flow-matching loss", **WEIGHTS)
-    timestep_shift: float = option(
-        1.0, "interleaved: moves flow times towards the noise", **SHIFTS
-    )
+    timestep_shift: float = option(1.0, "interleaved: moves flow times towards the noise", **SHIFTS)
 
 
 @dataclass(frozen=True)
@@ -413,3 +425,20 @@ INTERLEAVED_DEFAULTS: dict[str, Any] = {
     "vit_max_pixels": 14 * 14 * 9 * 1024,
     "max_forward_tokens": 16384,
 }
+
+
+@dataclass(frozen=True)
+class ComputeSettings(Settings):
+    """Where a run computes; shared by evaluation and the diagnostic."""
+
+    device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    precision: str = option(
+        "auto", "weights and compute; auto: bf16 on CUDA, fp32 on CPU",
+        choices=("auto", "bf16", "fp32"),
+    )  # fmt: skip
+    timeout_s: float = option(7200.0, "seconds a rank waits for the slowest one", **TIMEOUTS)
+    progress: bool = option(True, "draw a progress bar")
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The compute dtype on a device. Raises ValueError for bf16 on the CPU."""
+        return compute_dtype(self.precision, device)

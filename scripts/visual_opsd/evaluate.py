@@ -33,21 +33,8 @@ from data.thinkmorph import EVALUATION_ROWS, Row, RowNeeds, parse_row
 from data.tsv import TsvDataset
 from data.worlds import get_scorer
 from modeling import BagelBundle, load_bagel
-from modeling.fingerprints import weights_fingerprint
-from modeling.memory import OutOfMemory
-from scripts.visual_opsd import benchmarks
-from scripts.visual_opsd.benchmark_scoring import (
-    SCORING_VERSION,
-    Verdict,
-    exact_verdict,
-    world_verdict,
-)
-from scripts.visual_opsd.benchmark_table import (
-    FIGURES_FILE,
-    benchmark_figures,
-    describe,
-    versions,
-)
+from modeling.host.memory import OutOfMemory
+from modeling.release.fingerprints import weights_fingerprint
 from scripts.visual_opsd.cli import (
     PACKED,
     ROUNDS,
@@ -62,13 +49,56 @@ from scripts.visual_opsd.cli import (
     parse_config,
     run_main,
 )
-from scripts.visual_opsd.config import PromptSettings
-from scripts.visual_opsd.evaluation_summary import (
+from scripts.visual_opsd.config import ComputeSettings, PromptSettings
+from scripts.visual_opsd.evaluation import benchmarks
+from scripts.visual_opsd.evaluation.benchmark_scoring import (
+    SCORING_VERSION,
+    Verdict,
+    exact_verdict,
+    world_verdict,
+)
+from scripts.visual_opsd.evaluation.benchmark_table import (
+    FIGURES_FILE,
+    benchmark_figures,
+    describe,
+    versions,
+)
+from scripts.visual_opsd.evaluation.rows import (
+    IDENTITY_COLUMNS,
+    BadRows,
+    RowName,
+    RowPool,
+    check_bad_rate,
+    memory_advice,
+    open_data,
+    progress_bar,
+    prompt_identity,
+    read_windows,
+    row_name,
+)
+from scripts.visual_opsd.evaluation.scoring import (
+    ROW_KEY,
+    check_same_rules,
+    extract_answer,
+    read_verdicts,
+)
+from scripts.visual_opsd.evaluation.store import (
+    RankedLines,
+    claim_folder,
+    hold_output,
+    read_json,
+    stable_hash,
+    write_json,
+)
+from scripts.visual_opsd.evaluation.summary import (
     comparison,
     comparison_lines,
     split_bad,
     summarise_run,
+    summarise_timing,
     table,
+    timing_line,
+    timing_text,
 )
 from scripts.visual_opsd.on_policy_sampler import (
     SamplerSettings,
@@ -82,36 +112,7 @@ from scripts.visual_opsd.processes import (
     on_main,
     shutdown,
 )
-from scripts.visual_opsd.row_windows import (
-    IDENTITY_COLUMNS,
-    BadRows,
-    ComputeSettings,
-    RowName,
-    RowPool,
-    check_bad_rate,
-    memory_advice,
-    open_data,
-    progress_bar,
-    prompt_identity,
-    read_windows,
-    row_name,
-)
 from scripts.visual_opsd.rows import noise_generator, open_builder
-from scripts.visual_opsd.run_store import (
-    RankedLines,
-    claim_folder,
-    hold_output,
-    read_json,
-    stable_hash,
-    write_json,
-)
-from scripts.visual_opsd.scoring import (
-    ROW_KEY,
-    check_same_rules,
-    extract_answer,
-    read_verdicts,
-)
-from scripts.visual_opsd.timing import summarise_timing, timing_line, timing_text
 
 CONTEXTS = ("text", "vt", "noise")
 # What figures and comparisons read of a line of predictions.jsonl.

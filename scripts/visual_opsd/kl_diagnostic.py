@@ -33,9 +33,8 @@ from data.parquet import Reject
 from data.rejects import summarise
 from data.sequence import Completion, given_completion
 from modeling import BagelBundle, load_bagel
-from modeling.fingerprints import weights_fingerprint
-from scripts.visual_opsd.cli import flat, parse_config, run_main
-from scripts.visual_opsd.diagnostic_store import (
+from modeling.release.fingerprints import weights_fingerprint
+from scripts.visual_opsd.analysis.baseline import (
     SUMMARY,
     Baseline,
     completion_line,
@@ -43,7 +42,7 @@ from scripts.visual_opsd.diagnostic_store import (
     read_baseline,
     save_divergences,
 )
-from scripts.visual_opsd.kl_measurement import (
+from scripts.visual_opsd.analysis.kl_measurement import (
     DiagnosticConfig,
     DiagnosticRow,
     DiagnosticSettings,
@@ -53,7 +52,7 @@ from scripts.visual_opsd.kl_measurement import (
     encode_row,
     measure,
 )
-from scripts.visual_opsd.kl_statistics import (
+from scripts.visual_opsd.analysis.kl_statistics import (
     PAPER_NOTE,
     SampleDivergences,
     describe,
@@ -61,16 +60,8 @@ from scripts.visual_opsd.kl_statistics import (
     go_test,
     table,
 )
-from scripts.visual_opsd.on_policy_sampler import sample_completions
-from scripts.visual_opsd.processes import (
-    DistEnv,
-    attempt,
-    gather_objects,
-    init_distributed,
-    on_main,
-    shutdown,
-)
-from scripts.visual_opsd.row_windows import (
+from scripts.visual_opsd.cli import flat, parse_config, run_main
+from scripts.visual_opsd.evaluation.rows import (
     BadRows,
     RowPool,
     check_bad_rate,
@@ -81,7 +72,16 @@ from scripts.visual_opsd.row_windows import (
     prompt_identity,
     read_windows,
 )
-from scripts.visual_opsd.run_store import claim_output, write_json
+from scripts.visual_opsd.evaluation.store import claim_output, write_json
+from scripts.visual_opsd.on_policy_sampler import sample_completions
+from scripts.visual_opsd.processes import (
+    DistEnv,
+    attempt,
+    gather_objects,
+    init_distributed,
+    on_main,
+    shutdown,
+)
 
 
 @dataclass(frozen=True)
@@ -388,7 +388,7 @@ def draw_figures(
 ) -> None:
     """Distribution of the measured student's KL, and a few completions token by token."""
     # Here, so that the other ranks and runs without figures need not load matplotlib.
-    from scripts.visual_opsd.figures import (
+    from scripts.visual_opsd.analysis.figures import (
         HeatRow,
         draw_kl_distribution,
         draw_token_heatmap,

@@ -16,9 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.programs import leave as leave
-from scripts.visual_opsd.folder_lock import release_folders
-from scripts.visual_opsd.peers import Watch
+from scripts.visual_opsd.runs.folder_lock import release_folders
+from scripts.visual_opsd.runs.peers import Watch
 
 T = TypeVar("T")
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from scripts.visual_opsd.cli import parse_config, run_main
 from scripts.visual_opsd.config import INTERLEAVED_DEFAULTS, SFT_DEFAULTS, SFTConfig
-from scripts.visual_opsd.interleaved import InterleavedTrainer
 from scripts.visual_opsd.processes import init_distributed, shutdown
-from scripts.visual_opsd.trainer import Trainer
+from scripts.visual_opsd.training.interleaved import InterleavedTrainer
+from scripts.visual_opsd.training.trainer import Trainer
 
 _TITLE = "SFT: the text-only baseline, or (--mode interleaved) thoughts and drawings."
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from scripts.visual_opsd.cli import parse_config, run_main
 from scripts.visual_opsd.config import TrainConfig
 from scripts.visual_opsd.processes import init_distributed, shutdown
-from scripts.visual_opsd.trainer import Trainer
+from scripts.visual_opsd.training.trainer import Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

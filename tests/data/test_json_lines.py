@@ -13,9 +13,9 @@ import pytest
 
 from data.json_lines import append_records, encode, filter_log, read_given, read_log, write_lines
 from data.rejects import Reject, RejectLedger
-from scripts.visual_opsd.checkpoint_folders import truncate_jsonl
-from scripts.visual_opsd.metrics import read_metrics
-from scripts.visual_opsd.recorded import RecordedCompletions
+from scripts.visual_opsd.training.checkpoint_folders import truncate_jsonl
+from scripts.visual_opsd.training.metrics import read_metrics
+from scripts.visual_opsd.training.samples import RecordedCompletions
 
 SEPARATORS = "\u2028 \u2029 \x85 \x0b \x0c \x1c \x1d \x1e \r \u00a0 \ufeff \x00"
 TEXTS = [{"n": 0, "text": f"a{SEPARATORS}b"}, {"n": 1, "text": SEPARATORS}, {"n": 2, "text": "\n"}]

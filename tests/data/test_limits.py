@@ -18,7 +18,7 @@ from data.sequence import (
 )
 from data.thinkmorph import BadRow, Row
 from data.transforms import to_pixels
-from modeling.tokenizer import load_tokenizer
+from modeling.release.tokenizer import load_tokenizer
 from tests.conftest import TINY_BAGEL
 
 ROW = Row("d", "some.parquet", 3, {})

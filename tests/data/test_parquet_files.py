@@ -28,7 +28,7 @@ from data.parquet import (
     open_sources,
 )
 from data.thinkmorph import EVALUATION_ROWS, WHOLE_ROWS, BadRow, Row, parse_row
-from scripts.visual_opsd.row_windows import open_data
+from scripts.visual_opsd.evaluation.rows import open_data
 from tests.data.synthetic import SCHEMA, good_row, write_dataset, write_parquet
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from data.sequence import Context, ContextBuilder, ImageSegment, Prompts, TextSegment
 from data.thinkmorph import Sample
 from data.transforms import ImageTransform
-from modeling.tokenizer import load_tokenizer
+from modeling.release.tokenizer import load_tokenizer
 from scripts.visual_opsd.config import PromptSettings
 from tests.conftest import TINY_BAGEL
 

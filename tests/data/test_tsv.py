@@ -14,7 +14,7 @@ import pytest
 
 from data.thinkmorph import BadRow
 from data.tsv import TsvDataset, plain_index, tsv_images
-from tests.scripts.tsv_files import base64_png, picture, write_tsv
+from tests.visual_opsd.evaluation.tsv_files import base64_png, picture, write_tsv
 
 COLUMNS = ("index", "question", "A", "B", "answer", "image")
 IMAGE = base64_png(picture(1))

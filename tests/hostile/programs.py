@@ -15,10 +15,10 @@ from data.sequence import Completion
 from data.thinkmorph import EVALUATION_ROWS, Row, parse_row
 from data.tsv import TsvDataset, tsv_images
 from examples import inference_demo
-from modeling.tokenizer import load_tokenizer
+from modeling.release.tokenizer import load_tokenizer
 from scripts.visual_opsd import evaluate, train_visual_opsd
-from scripts.visual_opsd.row_windows import open_data
-from scripts.visual_opsd.trainer import Trainer
+from scripts.visual_opsd.evaluation.rows import open_data
+from scripts.visual_opsd.training.trainer import Trainer
 from tests.conftest import TINY_BAGEL
 
 # Where pixels are looked at, as shares of the sides.

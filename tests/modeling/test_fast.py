@@ -20,9 +20,9 @@ from data.sequence import TextSegment
 from modeling import fast, load_bagel
 from modeling.bagel import decoder
 from modeling.bagel.generate import generate
+from modeling.bagel.graphs import RepeatedStep
 from modeling.bagel.projections import adjoin_projections, joined_weights, products
-from modeling.graphs import RepeatedStep
-from modeling.tokenizer import load_tokenizer
+from modeling.release.tokenizer import load_tokenizer
 
 TINY_BAGEL = Path(__file__).resolve().parents[1] / "tiny-bagel"
 

@@ -30,7 +30,7 @@ from modeling.bagel.batch import PackedBatch
 from modeling.bagel.decoder import RMSNorm, apply_rotary, rotary
 from modeling.bagel.embeddings import timestep_frequencies
 from modeling.bagel.kv_cache import KVCache
-from modeling.tokenizer import load_tokenizer
+from modeling.release.tokenizer import load_tokenizer
 from tests.conftest import assert_golden, load_golden
 
 

@@ -6,13 +6,13 @@ from __future__ import annotations
 from tests.mutants import faults
 
 FAULTS = [
-    *faults("scripts/visual_opsd/training_state.py", "scripts/test_training_state.py", [
+    *faults("scripts/visual_opsd/training/checkpoints.py", "visual_opsd/training/test_checkpoints.py", [
         ("shards are not on the disk before the name", '        _fsync(tmp / "state")\n', "",
-         "scripts/test_state_damage.py::test_everything_is_on_disk_before_the_name"),
+         "visual_opsd/training/test_state_damage.py::test_everything_is_on_disk_before_the_name"),
         ("the folder is not on the disk after its name", "        _fsync(checkpoint_dir)\n", "",
-         "scripts/test_state_damage.py::test_everything_is_on_disk_before_the_name"),
+         "visual_opsd/training/test_state_damage.py::test_everything_is_on_disk_before_the_name"),
         ("a file is closed before it is on the disk", "        os.fsync(handle.fileno())\n", "",
-         "scripts/test_state_damage.py::test_everything_is_on_disk_before_the_name"),
+         "visual_opsd/training/test_state_damage.py::test_everything_is_on_disk_before_the_name"),
         ("the marker comes after the name",
          '        write_marker(tmp, marker, files)\n        _fsync(tmp / "state")\n        '
          "_fsync(tmp)\n        os.replace(tmp, final)\n",
@@ -39,37 +39,37 @@ FAULTS = [
          "        if False:\n            delete"),
         ("contents are not compared",
          "files = [] if contents is None else differences(flat_config(held, ()), now)",
-         "files: list[str] = []", "scripts/test_state_damage.py::test_contents_are_compared"),
+         "files: list[str] = []", "visual_opsd/training/test_state_damage.py::test_contents_are_compared"),
         ("new ranks share their random numbers",
          'f"{marker[\'config_hash\']}:{marker[\'step\']}:{env.rank}"',
-         'f"{marker[\'config_hash\']}:{marker[\'step\']}"', "scripts/test_distributed.py"),
+         'f"{marker[\'config_hash\']}:{marker[\'step\']}"', "visual_opsd/training/test_sharding.py"),
     ]),
-    *faults("scripts/visual_opsd/state_files.py",
-            "scripts/test_state_damage.py::"
+    *faults("scripts/visual_opsd/training/state_files.py",
+            "visual_opsd/training/test_state_damage.py::"
             "test_a_damaged_state_is_named_and_the_next_older_one_used", [
         ("a file's size may differ", "        if found != size:\n", "        if found < size:\n",
-         "scripts/test_training_state.py scripts/test_state_damage.py::"
+         "visual_opsd/training/test_checkpoints.py visual_opsd/training/test_state_damage.py::"
          "test_a_damaged_state_is_named_and_the_next_older_one_used"),
         ("the marker may be changed", 'if sealed and marker.get("digest") != _seal(marker):',
          'if sealed and "digest" not in marker:',
-         "scripts/test_state_damage.py::test_no_byte_of_the_marker_can_change_unnoticed"),
+         "visual_opsd/training/test_state_damage.py::test_no_byte_of_the_marker_can_change_unnoticed"),
         ("a file's bytes may be changed", "        if found != digest:\n", "        if False:\n"),
         ("only the first block is hashed",
          "starts = range(0, os.fstat(descriptor).st_size, _BLOCK_BYTES)",
          "starts = range(0, 1, _BLOCK_BYTES)",
-         "scripts/test_state_damage.py::test_the_digest_of_a_file_sees_every_byte"),
+         "visual_opsd/training/test_state_damage.py::test_the_digest_of_a_file_sees_every_byte"),
         ("a folder may be renamed", 'if named and int(named[1]) != marker["step"]:', "if False:"),
         ("the marker is not on the disk", "        os.fsync(handle.fileno())\n", "",
-         "scripts/test_state_damage.py::test_everything_is_on_disk_before_the_name"),
+         "visual_opsd/training/test_state_damage.py::test_everything_is_on_disk_before_the_name"),
         ("each rank believes the others' files", "if alone or _is_mine(name, env)",
-         "if env.rank == 0 and _is_mine(name, env)", "scripts/test_distributed.py"),
+         "if env.rank == 0 and _is_mine(name, env)", "visual_opsd/training/test_sharding.py"),
         ("a state of a later version is damaged",
          '        raise ValueError(\n            f"{path} has checkpoint format',
          '        raise DamagedState(\n            f"{path} has checkpoint format',
-         "scripts/test_training_state.py scripts/test_state_damage.py::"
+         "visual_opsd/training/test_checkpoints.py visual_opsd/training/test_state_damage.py::"
          "test_an_unknown_format_is_not_passed_over"),
     ]),
-    *faults("scripts/visual_opsd/checkpoint_folders.py", "scripts/test_training_state.py", [
+    *faults("scripts/visual_opsd/training/checkpoint_folders.py", "visual_opsd/training/test_checkpoints.py", [
         ("the resumed step is superseded too", "if step > resumed_step:",
          "if step >= resumed_step:"),
         ("the log loses the resumed step", 'bool(record.get("step", step) <= step)',
@@ -77,24 +77,24 @@ FAULTS = [
         ("an older step is the latest", "return whole[max(good)] if good else None",
          "return whole[min(good)] if good else None"),
         ("a state that is not good is the latest", "if not (path / NOT_GOOD).exists()]", "]",
-         "scripts/test_state_keeper.py"),
+         "visual_opsd/training/test_state_keeper.py"),
         ("a state is removed under its name",
          "            os.replace(old, old.with_name(old.name + _DELETED))\n",
          "            remove(old)\n",
-         "scripts/test_state_damage.py::test_an_old_state_is_renamed_before_it_is_removed"),
+         "visual_opsd/training/test_state_damage.py::test_an_old_state_is_renamed_before_it_is_removed"),
         ("a superseded folder is written over", "    while target.exists():\n",
          "    while False:\n"),
         ("a stale folder stays", "if _STALE_NAME.fullmatch(stale.name):", "if False:",
-         "scripts/test_training_state.py scripts/test_state_damage.py::"
+         "visual_opsd/training/test_checkpoints.py visual_opsd/training/test_state_damage.py::"
          "test_leftovers_that_are_files"),
         ("another run's folder is taken", "    if states:\n", "    if False:\n"),
         ("a damaged state is resumed", "            rejected[path] = error\n            continue\n",
          "            return path\n",
-         "scripts/test_state_damage.py::"
+         "visual_opsd/training/test_state_damage.py::"
          "test_a_damaged_state_is_named_and_the_next_older_one_used"),
         ("the oldest states are kept", "complete_steps(checkpoint_dir).values())[:-keep_last]",
          "complete_steps(checkpoint_dir).values())[keep_last:]"),
         ("samples.jsonl is not cut back", 'for name in ("metrics.jsonl", "samples.jsonl"):',
-         'for name in ("metrics.jsonl",):', "scripts/test_resume.py"),
+         'for name in ("metrics.jsonl",):', "visual_opsd/training/test_resume.py"),
     ]),
 ]  # fmt: skip

@@ -6,7 +6,7 @@ from __future__ import annotations
 from tests.mutants import faults
 
 FAULTS = [
-    *faults("scripts/miniworld/demo.py", "scripts/test_demo.py", [
+    *faults("scripts/miniworld/demo.py", "miniworld/test_demo.py", [
         ("the verdict has the wrong sign", "if gain.difference < LEAST_GAIN:",
          "if gain.difference > LEAST_GAIN:"),
         ("the upper end decides", "if gain.difference < LEAST_GAIN:", "if gain.high < LEAST_GAIN:"),
@@ -35,7 +35,7 @@ FAULTS = [
          "(*arguments, *control))"),
         ("somebody's folder is cleared",
          'if held and not any((out / name).exists() for name in (MARKER, "result.json")):',
-         "if False:", "scripts/test_miniworld.py"),
+         "if False:", "miniworld/test_miniworld.py"),
         ("the base with visual thoughts is text only", 'self.evaluate("base-vt", base, "vt")',
          'self.evaluate("base-vt", base)'),
         ("the gap is to the arm itself", '"--base_path", str(base), "--baseline",',

@@ -6,7 +6,7 @@ from __future__ import annotations
 from tests.mutants import faults
 
 FAULTS = [
-    *faults("scripts/visual_opsd/evaluate.py", "scripts/test_run_identity.py", [
+    *faults("scripts/visual_opsd/evaluate.py", "visual_opsd/training/test_run_identity.py", [
         ("the model is not part of a run",
          '        "model": weights_fingerprint(settings.model_path),\n        "data"',
          '        "data"'),
@@ -21,39 +21,39 @@ FAULTS = [
         ("noise belongs to the place in the file",
          "noise = noise_generator(self.settings.noise_seed, row.position)",
          "noise = noise_generator(self.settings.noise_seed, row.row)",
-         "scripts/test_randomness.py"),
+         "visual_opsd/training/test_randomness.py"),
         ("noise does not depend on the seed",
          "noise = noise_generator(self.settings.noise_seed, row.position)",
-         "noise = noise_generator(0, row.position)", "scripts/test_randomness.py"),
+         "noise = noise_generator(0, row.position)", "visual_opsd/training/test_randomness.py"),
         ("noise is shown in place of nothing", "            noise = None\n            if self",
          "            noise = noise_generator(0, 0)\n            if self",
-         "scripts/test_evaluate.py::test_answers_are_greedy_under_the_stated_context"),
+         "visual_opsd/evaluation/test_evaluate.py::test_answers_are_greedy_under_the_stated_context"),
         ("bad rows are not tried again",
          '{index for index, record in held.items() if "bad" not in record}',
          "set(held)",
-         "scripts/test_evaluate.py::test_bad_rows_are_counted_and_listed "
-         "scripts/test_unusable_rows.py::test_a_stale_bad_row_of_a_higher_rank_is_answered"),
+         "visual_opsd/evaluation/test_evaluate.py::test_bad_rows_are_counted_and_listed "
+         "visual_opsd/training/test_unusable_rows.py::test_a_stale_bad_row_of_a_higher_rank_is_answered"),
         ("every rank answers every row", "mine = todo[env.rank :: env.world_size]", "mine = todo",
-         "scripts/test_kl_diagnostic.py::test_two_processes_agree_with_one"),
+         "visual_opsd/analysis/test_kl_diagnostic.py::test_two_processes_agree_with_one"),
         ("answers are sampled", "        do_sample=False,\n", "        do_sample=True,\n",
-         "scripts/test_evaluate.py::test_answers_are_greedy_under_the_stated_context"),
+         "visual_opsd/evaluation/test_evaluate.py::test_answers_are_greedy_under_the_stated_context"),
         ("image skips do not reach decoding", "        max_image_skips=settings.image_skips,\n", "",
-         "scripts/test_evaluate_flags.py"),
+         "visual_opsd/evaluation/test_evaluate_flags.py"),
         ("the budget does not reach decoding",
          "        max_new_tokens=settings.max_new_tokens,\n        do_sample", "        do_sample",
-         "scripts/test_evaluate_flags.py"),
+         "visual_opsd/evaluation/test_evaluate_flags.py"),
         ("limit is ignored", "total = min(len(pool), settings.limit or len(pool))",
-         "total = len(pool)", "scripts/test_evaluate_flags.py"),
+         "total = len(pool)", "visual_opsd/evaluation/test_evaluate_flags.py"),
         ("overwrite keeps the old answers", "        stores.answers.clear()\n", "",
-         "scripts/test_evaluate_flags.py"),
+         "visual_opsd/evaluation/test_evaluate_flags.py"),
         ("an output folder is not held", "    hold_output(stores.answers.folder)\n", "",
-         "scripts/test_folder_lock.py::test_two_evaluations_into_one_folder"),
+         "visual_opsd/runs/test_folder_lock.py::test_two_evaluations_into_one_folder"),
         ("a run may be compared with itself",
          "if Path(settings.compare).resolve() == Path(settings.output_dir).resolve():", "if False:",
-         "scripts/test_evaluate.py"),
+         "visual_opsd/evaluation/test_evaluate.py"),
     ]),
-    *faults("scripts/visual_opsd/run_store.py",
-            "scripts/test_evaluate.py scripts/test_unusable_rows.py", [
+    *faults("scripts/visual_opsd/evaluation/store.py",
+            "visual_opsd/evaluation/test_evaluate.py visual_opsd/training/test_unusable_rows.py", [
         ("the oldest record wins", "                found[record[self.key]] = record\n",
          "                found.setdefault(record[self.key], record)\n"),
         ("other settings are taken", 'if held.get("hash") != stable_hash(settings):',
@@ -62,13 +62,13 @@ FAULTS = [
          '        with disk_errors(f"writing {self.merged}", self.folder):\n            for '
          "file in self._rank_files():\n                file.unlink()\n", ""),
         ("the order of keys matters", "json.dumps(value, sort_keys=True, ensure_ascii=False)",
-         "json.dumps(value, ensure_ascii=False)", "scripts/test_run_identity.py"),
+         "json.dumps(value, ensure_ascii=False)", "visual_opsd/training/test_run_identity.py"),
         ("a record may lack what figures need", 'if missing and "bad" not in record:', "if False:"),
     ]),
-    *faults("scripts/visual_opsd/row_windows.py", "scripts/test_run_identity.py", [
+    *faults("scripts/visual_opsd/evaluation/rows.py", "visual_opsd/training/test_run_identity.py", [
         ("rows of a second data set are known by their place in it",
          "item = attempt(dataset, row, prepare, position=index)",
-         "item = attempt(dataset, row, prepare, position=row)", "scripts/test_randomness.py"),
+         "item = attempt(dataset, row, prepare, position=row)", "visual_opsd/training/test_randomness.py"),
         ("a digest does not cover pictures", '            value = value.get("bytes")\n',
          "            value = None\n"),
         ("a rate of exactly the limit is too much", "if len(rejects) > max_rate * rows:",
@@ -80,9 +80,9 @@ FAULTS = [
          '"prompts": None,'),
         ("a window forgets its last rows", "        if window.count:\n            window",
          "        if window.count >= max_rows:\n            window",
-         "scripts/test_unusable_rows.py scripts/test_evaluate.py"),
+         "visual_opsd/training/test_unusable_rows.py visual_opsd/evaluation/test_evaluate.py"),
     ]),
-    *faults("scripts/visual_opsd/scoring.py", "scripts/test_scoring.py", [
+    *faults("scripts/visual_opsd/evaluation/scoring.py", "visual_opsd/evaluation/test_scoring.py", [
         ("the first answer counts", "text[slice(*spans[-1])]", "text[slice(*spans[0])]"),
         ("the interval is a normal one", "centre = (share + z2 / (2 * total)) / (1 + z2 / total)",
          "centre = share"),
@@ -92,15 +92,15 @@ FAULTS = [
          "NormalDist().inv_cdf(confidence)"),
         ("one-sided p", "min(1.0, 2 * tail / 2**pairs)", "min(1.0, tail / 2**pairs)"),
         ("rows are paired by their order", "[a[key] for key in a], [b[key] for key in a]",
-         "list(a.values()), list(b.values())", "scripts/test_scoring.py scripts/test_evaluate.py"),
+         "list(a.values()), list(b.values())", "visual_opsd/evaluation/test_scoring.py visual_opsd/evaluation/test_evaluate.py"),
         ("variance of independent runs", "(only_a + only_b - n * mean**2) / max(n - 1, 1)",
          "(only_a + only_b) / max(n - 1, 1)"),
         ("thousands are other numbers", 'text.replace(",", "").lstrip("+")', 'text.lstrip("+")'),
         ("rules of different versions are compared", "    check_same_rules(run_a, run_b)\n    for",
-         "    for", "scripts/test_evaluate.py"),
+         "    for", "visual_opsd/evaluation/test_evaluate.py"),
     ]),
-    *faults("scripts/visual_opsd/benchmark_scoring.py",
-            "scripts/test_benchmarks.py scripts/test_scoring.py", [
+    *faults("scripts/visual_opsd/evaluation/benchmark_scoring.py",
+            "visual_opsd/evaluation/test_benchmarks.py visual_opsd/evaluation/test_scoring.py", [
         ("5 % of the given number", "tolerance * abs(b) * (1 + 1e-9)",
          "tolerance * abs(a) * (1 + 1e-9)"),
         ("a number just at 5 % is wrong", "* (1 + 1e-9)", "* (1 - 1e-9)"),
@@ -113,7 +113,7 @@ FAULTS = [
         ("a box comes before the answer", "        given = boxes[-1] if boxes else None\n    plan",
          "        given = boxes[0] if boxes else None\n    plan"),
     ]),
-    *faults("scripts/visual_opsd/benchmarks.py", "scripts/test_benchmarks.py", [
+    *faults("scripts/visual_opsd/evaluation/benchmarks.py", "visual_opsd/evaluation/test_benchmarks.py", [
         ("a test image is the first", "int(marker[1]) if marker[1] else len(pictures)",
          "int(marker[1]) if marker[1] else 1"),
         ("reorderings are questions of their own", "return str(int(index) % 1_000_000)",
@@ -122,7 +122,7 @@ FAULTS = [
         ("there are four options at most", "for key in string.ascii_uppercase if key in values}",
          "for key in string.ascii_uppercase[:4] if key in values}"),
     ]),
-    *faults("scripts/visual_opsd/lenient_answers.py", "scripts/test_lenient_answers.py", [
+    *faults("scripts/visual_opsd/evaluation/lenient_answers.py", "visual_opsd/evaluation/test_lenient_answers.py", [
         ("two candidates are the first",
          "            return found.pop() if len(found) == 1 else None\n    return None\n\n\n# "
          "---", "            return found.pop()\n    return None\n\n\n# ---"),
@@ -137,7 +137,7 @@ FAULTS = [
         ("a reason's letters count", "if because and start > because.start() and found:",
          "if False:"),
     ]),
-    *faults("scripts/visual_opsd/kl_measurement.py", "scripts/test_randomness.py", [
+    *faults("scripts/visual_opsd/analysis/kl_measurement.py", "visual_opsd/training/test_randomness.py", [
         ("noise belongs to the place in the file",
          "noise = noise_generator(self.settings.seed, row.position)",
          "noise = noise_generator(self.settings.seed, row.row)"),
@@ -155,47 +155,47 @@ FAULTS = [
         ("divergences of the noise are the real ones",
          "with_noise = chunked_divergences(*own, *noise)",
          "with_noise = chunked_divergences(*own, *real)",
-         "scripts/test_kl_diagnostic.py::test_baseline_matches_dense_arithmetic"),
+         "visual_opsd/analysis/test_kl_diagnostic.py::test_baseline_matches_dense_arithmetic"),
         ("figures of a pack are in order of length",
          "into[number] = dict(zip(COLUMNS, part.numpy(), strict=True))",
          "into[len(into)] = dict(zip(COLUMNS, part.numpy(), strict=True))",
-         "scripts/test_kl_diagnostic.py::test_baseline_matches_dense_arithmetic"),
+         "visual_opsd/analysis/test_kl_diagnostic.py::test_baseline_matches_dense_arithmetic"),
     ]),
-    *faults("scripts/visual_opsd/kl_diagnostic.py", "scripts/test_randomness.py", [
+    *faults("scripts/visual_opsd/kl_diagnostic.py", "visual_opsd/training/test_randomness.py", [
         ("own samples have the same numbers for all rows",
          "[index for index, _ in rows],\n            tokenizer=bundle",
          "[0 for index, _ in rows],\n            tokenizer=bundle"),
         ("samples do not depend on the seed", "seed=self.config.diagnostic.seed,", "seed=0,"),
         ("every rank measures every row", "indices[env.rank :: env.world_size]", "indices",
-         "scripts/test_kl_diagnostic.py::test_two_processes_agree_with_one"),
+         "visual_opsd/analysis/test_kl_diagnostic.py::test_two_processes_agree_with_one"),
         ("temperature is no part of a baseline",
          '        "sample_temperature": sample.sample_temperature,\n', "",
-         "scripts/test_run_identity.py"),
+         "visual_opsd/training/test_run_identity.py"),
         ("the seed is no part of a baseline", '        "seed": settings.seed,\n', "",
-         "scripts/test_run_identity.py"),
+         "visual_opsd/training/test_run_identity.py"),
     ]),
-    *faults("scripts/visual_opsd/kl_statistics.py",
-            "scripts/test_kl_diagnostic.py::test_figures_by_hand "
-            "scripts/test_kl_diagnostic.py::test_gap_closed_by_hand "
-            "scripts/test_kl_diagnostic.py::test_answer_mask", [
+    *faults("scripts/visual_opsd/analysis/kl_statistics.py",
+            "visual_opsd/analysis/test_kl_diagnostic.py::test_figures_by_hand "
+            "visual_opsd/analysis/test_kl_diagnostic.py::test_gap_closed_by_hand "
+            "visual_opsd/analysis/test_kl_diagnostic.py::test_answer_mask", [
         ("the first answer is the answer's span", "spans[-1] if spans else (0, 0)",
          "spans[0] if spans else (0, 0)"),
         ("GO at one standard error", "difference > 2 * error", "difference > error",
-         "scripts/test_kl_diagnostic.py::test_go_wants_two_standard_errors"),
+         "visual_opsd/analysis/test_kl_diagnostic.py::test_go_wants_two_standard_errors"),
         ("GO without the noise", '"go": above and beyond', '"go": above',
-         "scripts/test_kl_diagnostic.py::test_go_wants_two_standard_errors"),
+         "visual_opsd/analysis/test_kl_diagnostic.py::test_go_wants_two_standard_errors"),
         ("the gap that is left", '{"value": 1.0 - ratio, "se": error}',
          '{"value": ratio, "se": error}'),
         ("the gap of means of samples", "/ rows[1]) / (total / rows[0])",
          "/ len(after)) / (total / len(before))"),
     ]),
-    *faults("scripts/visual_opsd/diagnostic_store.py",
-            "scripts/test_kl_diagnostic.py::test_a_baseline_must_fit", [
+    *faults("scripts/visual_opsd/analysis/baseline.py",
+            "visual_opsd/analysis/test_kl_diagnostic.py::test_a_baseline_must_fit", [
         ("rows of a baseline may differ", 'if line["digest"] != name.digest:', "if False:"),
         ("a baseline's completions may differ",
          'if completions_hash(lines) != summary["completions"]["hash"]:', "if False:"),
     ]),
-    *faults("scripts/visual_opsd/vt_arms.py", "scripts/test_randomness.py", [
+    *faults("scripts/visual_opsd/analysis/vt_arms.py", "visual_opsd/training/test_randomness.py", [
         ("drawings do not depend on the seed",
          'row_generator("drawing", seed, index) for index, _ in rows',
          'row_generator("drawing", 0, index) for index, _ in rows'),
@@ -207,27 +207,27 @@ FAULTS = [
         ("the noise arm does not depend on the seed", "default_rng([seed, index])",
          "default_rng([index])"),
         ("an arm uses up the next one's numbers", "[_copy(starts[i].generator) for i in shown]",
-         "[starts[i].generator for i in shown]", "scripts/test_vt_intervention.py"),
+         "[starts[i].generator for i in shown]", "visual_opsd/analysis/test_vt_intervention.py"),
         ("a row may be its own donor", "ring[(ring.index(i) + 1) % len(ring)]",
-         "ring[ring.index(i) % len(ring)]", "scripts/test_vt_intervention.py::test_donors"),
+         "ring[ring.index(i) % len(ring)]", "visual_opsd/analysis/test_vt_intervention.py::test_donors"),
         ("image skips do not reach the answer",
          "self._write(contexts, starts, self.settings.image_skips)",
-         "self._write(contexts, starts, 0)", "scripts/test_vt_intervention.py"),
+         "self._write(contexts, starts, 0)", "visual_opsd/analysis/test_vt_intervention.py"),
     ]),
-    *faults("scripts/visual_opsd/vt_intervention.py", "scripts/test_vt_intervention.py", [
+    *faults("scripts/visual_opsd/analysis/vt_intervention.py", "visual_opsd/analysis/test_vt_intervention.py", [
         ("noise is shown as the drawing",
          'noise_picture(own.size, self.settings.seed, index) if arm == "noise" else own', "own"),
         ("the drawing branch is no part of a run",
          "weights_fingerprint(settings.model_path, drawing=True)",
-         "weights_fingerprint(settings.model_path)", "scripts/test_run_identity.py"),
+         "weights_fingerprint(settings.model_path)", "visual_opsd/training/test_run_identity.py"),
         ("an answer is judged without its first text", "**_verdicts(problem, whole)",
          "**_verdicts(problem, text)"),
     ]),
-    *faults("scripts/visual_opsd/evaluation_summary.py",
-            "scripts/test_run_identity.py scripts/test_benchmarks.py", [
+    *faults("scripts/visual_opsd/evaluation/summary.py",
+            "visual_opsd/training/test_run_identity.py visual_opsd/evaluation/test_benchmarks.py", [
         ("tasks are those of all rows", '[p for p in predictions if p["dataset"] == n]',
          "list(predictions)"),
         ("tokens are those of all datasets", '"mean_tokens": tokens / n', '"mean_tokens": tokens',
-         "scripts/test_evaluate.py"),
+         "visual_opsd/evaluation/test_evaluate.py"),
     ]),
 ]  # fmt: skip

@@ -32,13 +32,13 @@ FAULTS = [
         ("the control is not the control", "--noise_vt True", "--noise_vt False"),
     ]),
     *faults("scripts/visual_opsd/cli.py",
-            "scripts/test_settings.py scripts/test_trainer_errors.py", [
+            "visual_opsd/test_settings.py visual_opsd/training/test_trainer_errors.py", [
         ("the file comes before the flags", "{**(defaults or {}), **values, **given}",
          "{**(defaults or {}), **given, **values}"),
         ("a command's own defaults are lost", "{**(defaults or {}), **values, **given}",
-         "{**values, **given}", "scripts/test_interleaved.py::test_defaults_follow_the_mode"),
+         "{**values, **given}", "visual_opsd/training/test_interleaved.py::test_defaults_follow_the_mode"),
         ("yes is no", 'if lowered in ("true", "1", "yes", "on"):', 'if lowered in ("true", "1"):',
-         "scripts/test_settings.py::test_words_for_yes_and_no"),
+         "visual_opsd/test_settings.py::test_words_for_yes_and_no"),
         ("true is a number", "or (isinstance(value, bool) and base is not bool)", ""),
     ]),
 ]  # fmt: skip

@@ -6,7 +6,7 @@ from __future__ import annotations
 from tests.mutants import faults
 
 FAULTS = [
-    *faults("scripts/visual_opsd/opsd_loss.py", "scripts/test_opsd_loss.py", [
+    *faults("scripts/visual_opsd/opsd_loss.py", "visual_opsd/test_opsd_loss.py", [
         ("forward and reverse are exchanged", "return log_t.exp() * (log_t - log_s)",
          "return log_s.exp() * (log_s - log_t)"),
         ("the mixture has the student's weight",
@@ -31,7 +31,7 @@ FAULTS = [
         ("computed in half precision", "torch.promote_types(logits.dtype, torch.float32)",
          "logits.dtype"),
     ]),
-    *faults("scripts/visual_opsd/chunked_loss.py", "scripts/test_chunked_loss.py", [
+    *faults("scripts/visual_opsd/loss/chunked.py", "visual_opsd/loss/test_chunked.py", [
         ("only the last chunk teaches the head", "beta = 1.0 if part.start else 0.0", "beta = 0.0"),
         ("ignored labels count as rows", "counted = labels != IGNORE_LABEL",
          "counted = torch.ones_like(labels, dtype=torch.bool)"),
@@ -43,14 +43,14 @@ FAULTS = [
          "torch.mm(teacher[0][part], head.t(), out="),
         ("the diagnostic's figures are the top-k's", "LossConfig(top_k=None, token_clip=None)",
          "LossConfig(token_clip=None)",
-         "scripts/test_chunked_loss.py scripts/test_kl_diagnostic.py::"
+         "visual_opsd/loss/test_chunked.py visual_opsd/analysis/test_kl_diagnostic.py::"
          "test_baseline_matches_dense_arithmetic"),
         ("the diagnostic's JSD is clipped", "LossConfig(top_k=None, token_clip=None)",
          "LossConfig(top_k=None)",
-         "scripts/test_chunked_loss.py scripts/test_kl_diagnostic.py::"
+         "visual_opsd/loss/test_chunked.py visual_opsd/analysis/test_kl_diagnostic.py::"
          "test_baseline_matches_dense_arithmetic"),
     ]),
-    *faults("scripts/visual_opsd/loss_chunk.py", "scripts/test_chunked_loss.py", [
+    *faults("scripts/visual_opsd/loss/chunk.py", "visual_opsd/loss/test_chunked.py", [
         ("the cross-entropy is at T", "self.ce = self.unit_lse - label_logit",
          "self.ce = self.student.lse - label_logit"),
         ("the cross-entropy has no weight", "loss = loss + config.ce_weight * self.ce",
@@ -67,7 +67,7 @@ FAULTS = [
         ("entropy is at T = 1 only", "return RowStatistics(lse, entropy, lse if temperature",
          "return RowStatistics(lse, entropy * temperature, lse if temperature"),
     ]),
-    *faults("scripts/visual_opsd/schedule.py", "scripts/test_step.py", [
+    *faults("scripts/visual_opsd/training/step.py", "visual_opsd/training/test_step.py", [
         ("the first step's rate is 0", "return (step + 1) / optim.warmup_steps",
          "return step / optim.warmup_steps"),
         ("the floor is not reached", "optim.total_steps - 1 - optim.warmup_steps",
@@ -75,23 +75,23 @@ FAULTS = [
         ("the floor is added", "return floor + (1 - floor) * 0.5", "return floor + 0.5"),
         ("constant is a cosine", 'if optim.lr_scheduler == "constant":', "if False:"),
     ]),
-    *faults("scripts/visual_opsd/teacher.py",
-            "scripts/test_step_oracle.py::test_a_run_recomputed", [
+    *faults("scripts/visual_opsd/training/teacher.py",
+            "visual_opsd/training/test_step_oracle.py::test_a_run_recomputed", [
         ("the teacher is the student", "self.model if self.model is not None else self.student",
-         "self.student", "scripts/test_step.py"),
+         "self.student", "visual_opsd/training/test_step.py"),
         ("the fixed teacher follows", 'if self.mode == "ema":', "if self.model is not None:"),
         ("the teacher's head is the student's",
          "        if self.model is None:\n            return None",
          "        if True:\n            return None"),
     ]),
-    *faults("scripts/visual_opsd/distributed.py",
-            "scripts/test_step.py scripts/test_distributed.py", [
+    *faults("scripts/visual_opsd/training/sharding.py",
+            "visual_opsd/training/test_step.py visual_opsd/training/test_sharding.py", [
         ("the EMA keeps what it should give", "make_update(decay)(", "make_update(1 - decay)("),
         ("what is frozen follows too", "        if current.requires_grad:\n", "        if True:\n"),
         ("the norm after clipping is told",
          "norm = torch.nn.utils.clip_grad_norm_(params, max_norm)",
          "torch.nn.utils.clip_grad_norm_(params := list(params), max_norm)\n    norm = "
          "torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])",
-         "scripts/test_step_oracle.py::test_a_run_recomputed"),
+         "visual_opsd/training/test_step_oracle.py::test_a_run_recomputed"),
     ]),
 ]  # fmt: skip

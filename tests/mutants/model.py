@@ -6,7 +6,7 @@ from __future__ import annotations
 from tests.mutants import faults
 
 FAULTS = [
-    *faults("modeling/bagel/decoder.py", "modeling/test_decoder.py", [
+    *faults("modeling/bagel/decoder.py", "modeling/bagel/test_decoder.py", [
         ("RMSNorm scales before it casts back", "return wide.to(x.dtype) * self.weight",
          "return (wide * self.weight).to(x.dtype)"),
         ("RMSNorm's statistics in half precision", "        wide = x.float()\n",
@@ -18,12 +18,12 @@ FAULTS = [
         ("the gate is the other projection", "return F.silu(gate) * up", "return gate * F.silu(up)",
          "modeling/test_goldens.py"),
         ("every layer stops at its keys", "keys_only and index == last)", "keys_only)",
-         "scripts/test_on_policy_sampler.py"),
+         "visual_opsd/test_on_policy_sampler.py"),
         ("activations are never recomputed", "if self.checkpointing and any(", "if False and any("),
     ]),
-    *faults("modeling/bagel/generate.py", "scripts/test_on_policy_sampler.py", [
+    *faults("modeling/bagel/generate.py", "visual_opsd/test_on_policy_sampler.py", [
         ("a round begins with one token left", "or remaining <= 1:", "or remaining < 1:",
-         "modeling/test_generate.py"),
+         "modeling/bagel/test_generate.py"),
         ("a cap is noticed one token late", "capped = ~ended & (used >= self.budget)",
          "capped = ~ended & (used > self.budget)"),
         ("numbers belong to the token fed, not to the next one",
@@ -32,19 +32,19 @@ FAULTS = [
          "logprobs = (logits.float() / temperature).log_softmax(-1)",
          "logprobs = logits.float().log_softmax(-1)"),
         ("a token of probability 0 can be drawn", "target, right=True)", "target, right=False)",
-         "modeling/test_generate.py"),
+         "modeling/bagel/test_generate.py"),
         ("one image skip too many", "len(self.starts[row]) > self.skips",
          "len(self.starts[row]) > self.skips + 1"),
         ("a capped row keeps the token beyond its budget", "slice(1, n if capped[b] else n + 1)",
          "slice(1, n + 1)"),
         ("a round is judged with the ones before it", "begin = self.starts[row][-1] + 1",
-         "begin = 1", "modeling/test_generate.py"),
+         "begin = 1", "modeling/bagel/test_generate.py"),
         ("a forced start counts as sampled", "put(self.sampled, ~self.force_start)",
          "put(self.sampled, self.force_start | ~self.force_start)"),
         ("the sum of probabilities in fp32", "logprobs.double().exp().cumsum(-1)",
-         "logprobs.exp().cumsum(-1)", "modeling/test_generate.py"),
+         "logprobs.exp().cumsum(-1)", "modeling/bagel/test_generate.py"),
     ]),
-    *faults("modeling/bagel/flow.py", "modeling/test_flow.py", [
+    *faults("modeling/bagel/flow.py", "modeling/bagel/test_flow.py", [
         ("every context is the first row of its cache", "store[prefix.row, : prefix.length]",
          "store[0, : prefix.length]"),
         ("guidance also at the lower bound", "(start > low) & (start <= high)",
@@ -54,13 +54,13 @@ FAULTS = [
         ("one norm over all images", "if lens is None or guidance.joint_global else list(lens)",
          "if lens else list(lens or ())"),
         ("the velocity points the other way", "time * noise, noise - latents",
-         "time * noise, latents - noise", "modeling/test_generation_packing.py"),
+         "time * noise, latents - noise", "modeling/bagel/test_generation_packing.py"),
         ("times are not shifted", "return shift_times(torch.sigmoid(z), shift)",
-         "return torch.sigmoid(z)", "modeling/test_generation_packing.py"),
+         "return torch.sigmoid(z)", "modeling/bagel/test_generation_packing.py"),
         ("the flow loss is a mean over rows", ".square().mean(-1).sum()", ".square().mean()",
-         "modeling/test_generation_packing.py scripts/test_interleaved.py::test_a_step_by_hand"),
+         "modeling/bagel/test_generation_packing.py visual_opsd/training/test_interleaved.py::test_a_step_by_hand"),
     ]),
-    *faults("modeling/bagel/embeddings.py", "modeling/test_decoder.py", [
+    *faults("modeling/bagel/embeddings.py", "modeling/bagel/test_decoder.py", [
         ("another base of the flow times", "-math.log(10000.0)", "-math.log(10001.0)"),
         ("another base of the position table", "10000.0 ** (-torch", "10001.0 ** (-torch"),
         ("sine and cosine of the flow times are exchanged",
@@ -74,11 +74,11 @@ FAULTS = [
     *faults("modeling/bagel/vision.py", "modeling/test_goldens.py", [
         ("no norm behind the last layer", "return self.post_layernorm(x)", "return x"),
         ("the ViT's exact GELU", 'F.gelu(self.fc1(x), approximate="tanh")', "F.gelu(self.fc1(x))",
-         "modeling/test_decoder.py"),
+         "modeling/bagel/test_decoder.py"),
         ("images see each other", "tuple((Block(0, n),) for n in lens)",
          "tuple((Block(0, n - 1),) for n in lens)"),
     ]),
-    *faults("modeling/bagel/attention.py", "modeling/test_attention.py modeling/test_goldens.py", [
+    *faults("modeling/bagel/attention.py", "modeling/bagel/test_attention.py modeling/test_goldens.py", [
         ("a row does not see itself", "mask = keys <= rows", "mask = keys < rows"),
         ("a noised image is seen by others", "                mask &= ~inside_k | inside_q\n",
          "                pass\n"),
@@ -89,17 +89,17 @@ FAULTS = [
          "return features + self.vit_pos_embed(position_ids).to(features.dtype)",
          "return features"),
         ("all layers recompute", "(layers is None or module.layer < layers)", "True",
-         "scripts/test_step.py"),
+         "visual_opsd/training/test_step.py"),
         ("latents have no flow time", "return x + times + self", "return x + self",
-         "modeling/test_generation_packing.py"),
+         "modeling/bagel/test_generation_packing.py"),
     ]),
     *faults("modeling/bagel/kv_cache.py", "modeling/test_goldens.py test_inferencer.py", [
         ("a chunk overwrites what is cached", "b * self.max_len + past + np.arange(n)",
          "b * self.max_len + np.arange(n)"),
         ("a copy takes the rows in their old order", "new[b, :kept] = store[row, :kept]",
-         "new[b, :kept] = store[b, :kept]", "modeling/test_flow.py"),
+         "new[b, :kept] = store[b, :kept]", "modeling/bagel/test_flow.py"),
     ]),
-    *faults("modeling/weight_files.py", "modeling/test_checkpoint.py", [
+    *faults("modeling/release/weight_files.py", "modeling/release/test_checkpoint.py", [
         ("bytes behind the last tensor are accepted", "if size != end:", "if size < end:"),
         ("tensors may overlap", "if tensor.start != start:", "if tensor.start > start:"),
         ("float16 overflows unsaid", "if dtype is torch.float16 and not", "if False and not"),
@@ -110,7 +110,7 @@ FAULTS = [
         ("a file is closed before it is on the disk",
          "                os.fsync(self._stream.fileno())\n", ""),
     ]),
-    *faults("modeling/checkpoint.py", "modeling/test_checkpoint.py", [
+    *faults("modeling/release/checkpoint.py", "modeling/release/test_checkpoint.py", [
         ("other ranks are left waiting after an error",
          "        _exhaust(items)  # other ranks wait in the collectives of the remaining "
          "tensors\n", ""),
@@ -120,29 +120,29 @@ FAULTS = [
          "        (writer.copy(stored[key]) if key in stored else writer.write(key, tensor))\n "
          "       del"),
         ("weights may be NaN", "        check_finite(state, stored)\n", "",
-         "modeling/test_finite.py"),
+         "modeling/release/test_finite.py"),
     ]),
-    *faults("modeling/finite.py", "modeling/test_finite.py", [
+    *faults("modeling/release/finite.py", "modeling/release/test_finite.py", [
         ("infinity is finite", "ends.isfinite()", "(~ends.isnan())"),
         ("the least value is not looked at", "= low, high", "= high, high"),
     ]),
-    *faults("modeling/fingerprints.py", "modeling/test_fingerprints.py", [
+    *faults("modeling/release/fingerprints.py", "modeling/release/test_fingerprints.py", [
         ("the middle of a tensor is not read", "starts = (tensor.start, middle, tensor.stop",
          "starts = (tensor.start, tensor.start, tensor.stop"),
         ("only the first tensors' bytes", '        with tensor.file.open("rb") as stream:',
-         '        with tensors[0].file.open("rb") as stream:', "scripts/test_run_identity.py"),
+         '        with tensors[0].file.open("rb") as stream:', "visual_opsd/training/test_run_identity.py"),
         ("the drawing branch always counts", "if drawing or not is_generation_key(k)", "if True"),
         ("a file's size does not count", 'f"{size}\\n".encode()', 'b""'),
         ("a large file's middle is not read", "* piece // (_PIECES - 1))", "* (piece > 0))"),
     ]),
-    *faults("modeling/text_files.py", "modeling/test_text_files.py", [
+    *faults("modeling/host/text_files.py", "modeling/host/test_text_files.py", [
         ("a key may stand twice", "if key.value in seen:", "if False:"),
         ("a byte order mark is text", 'encoding="utf-8-sig"', 'encoding="utf-8"'),
         ("a list is an object", "if not isinstance(value, dict):",
          "if not isinstance(value, dict | list):"),
     ]),
-    *faults("modeling/disk.py",
-            "scripts/test_state_damage.py::test_too_little_room_is_said_before_writing", [
+    *faults("modeling/host/disk.py",
+            "visual_opsd/training/test_state_damage.py::test_too_little_room_is_said_before_writing", [
         ("too little room is room", "if needed > free:", "if free > needed:"),
     ]),
 ]  # fmt: skip

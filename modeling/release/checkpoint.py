@@ -1,0 +1,591 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Read and write checkpoint folders in the layout of BAGEL-7B-MoT and ThinkMorph-7B.
+
+A folder holds `model.safetensors` or `ema.safetensors` (the whole module, generation expert
+included), `ae.safetensors`, `llm_config.json`, `vit_config.json` and the tokenizer. The module
+class alone decides which of the file's tensors are read, so with `visual_gen=False` no
+generation tensor is; saving streams those back from the base, and the result is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from modeling import fast
+from modeling.autoencoder import AE_FILE, AutoEncoder, load_autoencoder
+from modeling.bagel.bagel import Bagel
+from modeling.bagel.config import (
+    BagelConfig,
+    SpecialTokens,
+    check_sizes,
+    read_llm_config,
+    read_vision_config,
+)
+from modeling.bagel.projections import empty_adjoining
+from modeling.host.disk import check_room, disk_errors
+from modeling.release.finite import check_finite
+from modeling.release.tokenizer import load_tokenizer
+from modeling.release.weight_files import (
+    FLOAT_DTYPES,
+    ComputedTensor,
+    StoredTensor,
+    WeightWriter,
+    WhichWeights,
+    open_weights,
+)
+from modeling.release.weight_stream import calm_interpreter, streaming
+
+TensorSource = StoredTensor | ComputedTensor
+
+VIT_TABLE = "vit_pos_embed.pos_embed"
+LATENT_TABLE = "latent_pos_embed.pos_embed"
+_EMBEDDING = "language_model.model.embed_tokens.weight"
+_HEAD = "language_model.lm_head.weight"
+_PATCH_POSITIONS = "vit_model.vision_model.embeddings.position_embedding.weight"
+_SQUARE_TABLES = (VIT_TABLE, _PATCH_POSITIONS, LATENT_TABLE)
+_GENERATION_PREFIXES = ("time_embedder.", "vae2llm.", "llm2vae.", "latent_pos_embed.")
+_REQUIRED_FILES = ("llm_config.json", "vit_config.json")
+_COPIED_FILES = (
+    AE_FILE,
+    *_REQUIRED_FILES,
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+)
+_SHOWN = 20  # keys named in an error
+
+
+@dataclass
+class BagelBundle:
+    """What `load_bagel` returns; `vae` is None unless images are drawn."""
+
+    model: Bagel
+    tokenizer: Any
+    special_tokens: SpecialTokens
+    config: BagelConfig
+    vae: AutoEncoder | None = None
+
+
+def is_generation_key(key: str) -> bool:
+    """Whether a release's tensor belongs to the drawing branch (unused with visual_gen=False)."""
+    return "_moe_gen" in key or key.startswith(_GENERATION_PREFIXES)
+
+
+# -- configuration and the match between file and module --------------------------------------
+
+
+def _table_side(stored: StoredTensor) -> int:
+    rows = stored.shape[0] if stored.shape else 0
+    side = math.isqrt(rows)
+    if not side or side * side != rows:
+        raise ValueError(
+            f"{stored.file}: {stored.key} has {rows} rows, not a square number; "
+            "position tables cover a square grid, so this is no BAGEL checkpoint"
+        )
+    return side
+
+
+def read_bagel_config(
+    path: str | Path, stored: Mapping[str, StoredTensor], *, visual_gen: bool = False
+) -> BagelConfig:
+    """Sizes from llm_config.json and vit_config.json, table sides from the stored shapes.
+
+    Raises:
+        ValueError: a configuration is missing or malformed, a table is not square, or the
+            vocabulary of llm_config.json is not that of the weights.
+    """
+    llm, vision = read_llm_config(path), read_vision_config(path)
+    sides = {key: _table_side(stored[key]) for key in _SQUARE_TABLES if key in stored}
+    embedding = stored[_EMBEDDING].shape if _EMBEDDING in stored else ()
+    if embedding and embedding[0] != llm.vocab_size:
+        raise ValueError(
+            f"{path}: the embedding has {embedding[0]} rows but llm_config.json "
+            f"says vocab_size {llm.vocab_size}; use the llm_config.json of the same release"
+        )
+    check_sizes(path, llm, vision, [tensor.shape for tensor in stored.values()])
+    vit_side = sides.get(_PATCH_POSITIONS, sides.get(VIT_TABLE, 70))
+    return BagelConfig(
+        llm=llm,
+        vision=vision,
+        visual_gen=visual_gen,
+        vit_max_patches_per_side=vit_side,
+        max_latent_size=sides.get(LATENT_TABLE, 64),
+    )
+
+
+def _absent_tables(config: BagelConfig, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """Computed position tables (fp32) for those the model has and the file lacks."""
+    needed = [VIT_TABLE] + [LATENT_TABLE] * config.visual_gen
+    if all(key in stored for key in needed):
+        return {}
+    return {k: t for k, t in Bagel.fixed_tables(config).items() if k not in stored}
+
+
+def locate_weights(
+    path: str | Path,
+    *,
+    visual_gen: bool = False,
+    weights: WhichWeights = "auto",
+) -> tuple[BagelConfig, dict[str, TensorSource]]:
+    """Where each tensor of `Bagel(config)` comes from, in the module's order; reads no tensor.
+
+    `source.get(device, dtype, rows)` reads one, or the rows a shard needs. Position tables that
+    the file lacks are computed.
+
+    Raises:
+        ValueError: everything `open_weights` raises, and one that names the missing,
+            unexpected and mis-shaped tensors.
+    """
+    config, _, sources = _build(path, open_weights(path, weights), visual_gen)
+    return config, sources
+
+
+def _build(
+    path: str | Path, stored: Mapping[str, StoredTensor], visual_gen: bool
+) -> tuple[BagelConfig, Bagel, dict[str, TensorSource]]:
+    """Configuration, module without memory ("meta"), and what fills it, in the module's order."""
+    config = read_bagel_config(path, stored, visual_gen=visual_gen)
+    with torch.device("meta"):
+        model = Bagel(config)
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    sources: dict[str, TensorSource] = {k: stored[k] for k in expected if k in stored}
+    for key, table in _absent_tables(config, stored).items():
+        sources[key] = ComputedTensor(key, table)
+    _check_match(Path(path), stored, sources, expected, config)
+    return config, model, {key: sources[key] for key in expected}
+
+
+def _check_match(
+    path: Path,
+    stored: Mapping[str, StoredTensor],
+    sources: Mapping[str, TensorSource],
+    expected: Mapping[str, tuple[int, ...]],
+    config: BagelConfig,
+) -> None:
+    """Raise one error for all keys and shapes that do not fit."""
+    missing = [key for key in expected if key not in sources]
+    unexpected = [
+        key
+        for key in stored
+        if key not in expected and (config.visual_gen or not is_generation_key(key))
+    ]
+    shapes = [
+        f"{key}: found {list(sources[key].shape)}, expected {list(shape)}"
+        for key, shape in expected.items()
+        if key in sources and sources[key].shape != shape
+    ]
+    dtypes = [
+        f"{key}: {source.dtype}"
+        for key, source in sources.items()
+        if isinstance(source, StoredTensor) and source.dtype not in FLOAT_DTYPES
+    ]
+    problems = [
+        f"{len(found)} {what}: " + "; ".join(found[:_SHOWN]) + ("; ..." * (len(found) > _SHOWN))
+        for what, found in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", shapes),
+            ("not stored in a floating dtype", dtypes),
+        )
+        if found
+    ]
+    if problems:
+        cause = _likely_cause(missing, unexpected, shapes, dtypes)
+        raise ValueError(
+            f"the weights in {path} do not fit the model its configuration describes: "
+            + ". ".join(problems)
+            + f". Likely cause: {cause}"
+        )
+
+
+def _likely_cause(
+    missing: list[str], unexpected: list[str], shapes: list[str], dtypes: list[str]
+) -> str:
+    if missing and all(is_generation_key(key) for key in missing):
+        return (
+            "the file was saved without the drawing branch; load it with visual_gen=False, or "
+            "save it again over a complete base"
+        )
+    if missing == [_HEAD] and not unexpected:
+        return "its head is tied to the embedding; save it with the head as a tensor of its own"
+    for key in unexpected[:1]:
+        wrapped = [name for name in missing if key.endswith("." + name)]
+        if wrapped:
+            return (
+                f"its keys carry the prefix {key.removesuffix(wrapped[0])!r} of a wrapper; save "
+                "it with save_bagel, which expects the bare names"
+            )
+    if any("patch_embedding.weight: found" in line and line.count(",") > 3 for line in shapes):
+        return "the patch embedding is SigLIP's convolution; BAGEL releases hold it as a linear"
+    if dtypes:
+        return "these are quantised weights; use the release's bf16 or fp32 files"
+    if len(missing) > len(unexpected) and not shapes:
+        return "the file is incomplete, or num_hidden_layers in a configuration is too large"
+    if unexpected and not missing and not shapes:
+        return "num_hidden_layers in llm_config.json or vit_config.json is too small for the file"
+    return "llm_config.json or vit_config.json belong to another model; use the release's own"
+
+
+# -- loading ----------------------------------------------------------------------------------
+
+
+def iter_weights(
+    path: str | Path,
+    keys: Iterable[str] | None = None,
+    *,
+    visual_gen: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    weights: WhichWeights = "auto",
+) -> Iterator[tuple[str, Tensor]]:
+    """Read the model's tensors one by one (all, or those named) to `device` in `dtype`.
+
+    Raises:
+        ValueError: as `locate_weights`, or a key the model does not have.
+    """
+    _, sources = locate_weights(path, visual_gen=visual_gen, weights=weights)
+    for key in sources if keys is None else keys:
+        if key not in sources:
+            raise ValueError(f"the model has no tensor {key!r} (visual_gen={visual_gen})")
+        yield key, sources[key].get(device, dtype)
+
+
+def load_bagel(
+    path: str | Path,
+    *,
+    visual_gen: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    weights: WhichWeights = "auto",
+    vae_dtype: torch.dtype = torch.float32,
+) -> BagelBundle:
+    """Load a checkpoint folder straight to `device` and `dtype`.
+
+    One tensor at a time, or to a GPU as `modeling.release.weight_stream` does.
+
+    Args:
+        path: folder with model.safetensors or ema.safetensors (or an index), llm_config.json,
+            vit_config.json and the tokenizer files.
+        visual_gen: also build and read the generation expert; otherwise none of it is read.
+        device: where the parameters live.
+        dtype: of all parameters, the fixed position tables included.
+        weights: "model" or "ema" names the file; "auto" prefers model.safetensors.
+        vae_dtype: of the autoencoder, which `visual_gen=True` reads from ae.safetensors.
+
+    Raises:
+        ValueError: folder, file or configuration missing or damaged; tensors missing,
+            unexpected or of another shape (all of them named), or with values that are NaN or
+            infinite; a tokenizer with more tokens than the embedding has rows.
+
+    Warns:
+        UserWarning: `visual_gen=True` and no ae.safetensors; `vae` is None then.
+    """
+    device = torch.device(device)
+    with calm_interpreter():
+        stored = open_weights(path, weights)
+        with _arriving(stored, visual_gen, device, dtype) as arriving:
+            config, model, sources = _build(path, stored, visual_gen)
+            tokenizer, special_tokens = load_tokenizer(path)
+            if len(tokenizer) > config.llm.vocab_size:
+                raise ValueError(
+                    f"{path}: the tokenizer has {len(tokenizer)} tokens but the embedding only "
+                    f"{config.llm.vocab_size} rows; use the tokenizer files of the same release"
+                )
+            state = {
+                key: arriving[key] if key in arriving else source.get(device, dtype)
+                for key, source in sources.items()
+            }
+            model.load_state_dict(state, strict=True, assign=True)
+        check_finite(state, stored)
+    vae = _load_vae(Path(path), device, vae_dtype) if visual_gen else None
+    return BagelBundle(model, tokenizer, special_tokens, config, vae)
+
+
+def _streams(device: torch.device) -> bool:
+    """Whether threads read what goes to `device`."""
+    return device.type == "cuda" and fast.is_on("loading")
+
+
+@contextmanager
+def _arriving(
+    stored: Mapping[str, StoredTensor], visual_gen: bool, device: torch.device, dtype: torch.dtype
+) -> Iterator[dict[str, Tensor]]:
+    """The model's stored tensors where threads read them, complete when the block has ended.
+
+    They are chosen by name: reading need not wait for the module. If they do not fit it, the
+    block's error about that comes before any of the reading.
+    """
+    if not _streams(device):
+        yield {}
+        return
+    wanted = {
+        key: source
+        for key, source in stored.items()
+        if (visual_gen or not is_generation_key(key)) and source.dtype in FLOAT_DTYPES
+    }
+    with streaming(wanted, device) as fill:
+        targets = _allocate(wanted, device, dtype)
+        fill(targets)
+        yield targets
+
+
+def _allocate(
+    sources: Mapping[str, TensorSource], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Uninitialised memory for each source, on `device` in `dtype`."""
+    if device.type == "cuda":
+        # One request to the driver instead of hundreds: torch keeps the freed block and cuts the
+        # tensors from it. Where no block is as large, they are asked for one by one.
+        elements = sum(math.prod(source.shape) for source in sources.values())
+        with suppress(torch.OutOfMemoryError):
+            torch.empty(elements, dtype=dtype, device=device)
+    return empty_adjoining({k: s.shape for k, s in sources.items()}, dtype, device)
+
+
+def _load_vae(path: Path, device: torch.device | str, dtype: torch.dtype) -> AutoEncoder | None:
+    if (path / AE_FILE).is_file():
+        return load_autoencoder(path, device=device, dtype=dtype)
+    warnings.warn(
+        f"{path} lacks {AE_FILE}, so images can be neither encoded to latents nor drawn; "
+        "copy it from the release",
+        stacklevel=3,
+    )
+    return None
+
+
+# -- saving -----------------------------------------------------------------------------------
+
+
+def save_bagel(
+    tensors: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    out_dir: str | Path | None,
+    *,
+    base: str | Path,
+    step: int | None = None,
+    run_config: Mapping[str, Any] | None = None,
+    base_name: str | None = None,
+    weights: WhichWeights = "auto",
+    overwrite: bool = False,
+) -> Path | None:
+    """Write a complete release folder: `tensors` over the base checkpoint they were trained from.
+
+    Every tensor gets the base's dtype and shape; those not given are copied from the base as
+    bytes, as are the autoencoder, the configurations and the tokenizer. The output is always
+    one `model.safetensors`. Both position tables are written (the latent one if the base has a
+    generation branch). Written under `out_dir` + ".tmp", flushed, then renamed. Memory beyond
+    the caller's tensor stays near 16 MiB.
+
+    Args:
+        tensors: a module, or (release key, full tensor) pairs in any order, on any device. When
+            the iterable runs collectives, ranks other than 0 pass `out_dir=None` and only drive
+            it; on an error rank 0 drives it to its end too before raising.
+        out_dir: folder to create, or None.
+        base: checkpoint folder the tensors belong to.
+        step, run_config: recorded in the model card (README.md).
+        base_name: how the card names the base; its folder's name if absent.
+        weights: which of the base's files, as in `load_bagel`.
+        overwrite: replace an existing `out_dir` (only once the new one is complete).
+
+    Returns:
+        The folder written, or None.
+
+    Raises:
+        ValueError: `out_dir` exists, the base is incomplete, the disk is too full or refuses, or
+            a tensor is unknown, repeated or of another shape. No partial folder is left.
+
+    Warns:
+        UserWarning: the base lacks what VLMEvalKit's ThinkMorph wrapper needs.
+    """
+    if isinstance(tensors, nn.Module):
+        tensors = tensors.state_dict()
+    items = iter(tensors.items() if isinstance(tensors, Mapping) else tensors)
+    try:
+        if out_dir is not None:
+            card = _model_card(Path(base), base_name, step, run_config)
+            with disk_errors(f"writing {out_dir}", Path(out_dir).parent):
+                return _write_folder(items, Path(out_dir), Path(base), weights, card, overwrite)
+    except Exception:
+        _exhaust(items)  # other ranks wait in the collectives of the remaining tensors
+        raise
+    _exhaust(items)
+    return None
+
+
+def _exhaust(items: Iterator[Any]) -> None:
+    for _ in items:
+        pass
+
+
+def _write_folder(
+    items: Iterator[tuple[str, Tensor]],
+    out_dir: Path,
+    base: Path,
+    weights: WhichWeights,
+    card: str,
+    overwrite: bool,
+) -> Path:
+    if out_dir.exists() and not overwrite:
+        raise ValueError(f"{out_dir} exists already; choose another folder or pass overwrite=True")
+    stored = open_weights(base, weights)
+    layout, tables = _layout(base, stored)
+    copied = [base / name for name in _COPIED_FILES if (base / name).is_file()]
+    _warn_if_incomplete(base, stored)
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    size = sum(math.prod(shape) * FLOAT_DTYPES[name].itemsize for name, shape in layout.values())
+    size += sum(file.stat().st_size for file in copied)
+    check_room(out_dir.parent, size, str(out_dir))
+    temporary = out_dir.with_name(out_dir.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        with WeightWriter(temporary / "model.safetensors", layout) as writer:
+            _write_tensors(writer, items, stored, tables)
+        for file in copied:
+            shutil.copyfile(file, temporary / file.name)
+            _sync(temporary / file.name)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        _sync(temporary / "README.md")
+        _sync(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _put_in_place(temporary, out_dir)
+    return out_dir
+
+
+def _layout(
+    base: Path, stored: Mapping[str, StoredTensor]
+) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, Tensor]]:
+    """The output's tensors in file order (base's, then tables it lacks), and those tables."""
+    for name in _REQUIRED_FILES:
+        if not (base / name).is_file():
+            raise ValueError(f"the base {base} lacks {name}; give the complete checkpoint folder")
+    odd = [f"{key} ({s.dtype})" for key, s in stored.items() if s.dtype not in FLOAT_DTYPES]
+    if odd or not stored:
+        raise ValueError(
+            f"the base {base} must hold floating-point weights, found {odd[:_SHOWN] or 'none'}; "
+            "use the release's own files"
+        )
+    draws = any(is_generation_key(key) for key in stored)
+    config = read_bagel_config(base, stored, visual_gen=draws)
+    tables = _absent_tables(config, stored)
+    usual = Counter(source.dtype for source in stored.values()).most_common(1)[0][0]
+    layout = {key: (source.dtype, source.shape) for key, source in stored.items()}
+    layout.update({key: (usual, tuple(table.shape)) for key, table in tables.items()})
+    return layout, tables
+
+
+def _write_tensors(
+    writer: WeightWriter,
+    items: Iterator[tuple[str, Tensor]],
+    stored: Mapping[str, StoredTensor],
+    tables: Mapping[str, Tensor],
+) -> None:
+    for key, tensor in items:
+        if key not in writer.layout:
+            raise ValueError(
+                f"save_bagel: the base has no tensor {key!r}; names must be the release's, "
+                "without prefixes of wrappers (module., _orig_mod., _checkpoint_wrapped_module.)"
+            )
+        if hasattr(tensor, "full_tensor"):
+            raise ValueError(f"save_bagel: {key!r} is a sharded tensor; pass its full_tensor()")
+        writer.write(key, tensor)
+        del tensor  # before the next one is gathered
+    for key in writer.missing:
+        if key in stored:
+            writer.copy(stored[key])
+        else:
+            writer.write(key, tables[key])
+
+
+def _warn_if_incomplete(base: Path, stored: Mapping[str, StoredTensor]) -> None:
+    lacking = [
+        n for n in ("ae.safetensors", "vocab.json", "merges.txt") if not (base / n).is_file()
+    ]
+    if not any(is_generation_key(key) for key in stored):
+        lacking.insert(0, "the generation weights (*_moe_gen and the VAE connectors)")
+    if lacking:
+        warnings.warn(
+            f"the base {base} lacks {', '.join(lacking)}, so the saved folder lacks them too: it "
+            "trains and answers here, but VLMEvalKit's ThinkMorph wrapper needs them to load it",
+            stacklevel=4,
+        )
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or, where the system can, a folder's entries to disk."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(temporary: Path, out_dir: Path) -> None:
+    replaced = out_dir.with_name(out_dir.name + ".old")
+    if out_dir.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        out_dir.rename(replaced)
+    temporary.rename(out_dir)
+    _sync(out_dir.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _model_card(
+    base: Path, base_name: str | None, step: int | None, run_config: Mapping[str, Any] | None
+) -> str:
+    """README.md: where the weights come from, how they were trained, under which licence."""
+    own_card = base / "README.md"
+    text = own_card.read_text(encoding="utf-8", errors="replace") if own_card.is_file() else ""
+    stated = re.search(r"^license:\s*(\S+)", text, re.MULTILINE)
+    licence = stated.group(1) if stated else "unknown"
+    name = base_name or base.resolve().name
+    header = {"license": licence, "base_model": name, "tags": ["visual-opsd"]}
+    lines = [
+        "---",
+        yaml.safe_dump(header, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# Trained from {name}",
+        "",
+        f"- Base: {name}",
+        f"- Optimiser step: {'not recorded' if step is None else step}",
+        "- Layout: a BAGEL / ThinkMorph release folder. Tensors that training did not touch, the "
+        "autoencoder, the configurations and the tokenizer are byte for byte the base's.",
+        f"- Licence: {licence}, the base's"
+        + ("." if stated else " (its folder states none; BAGEL-7B-MoT is Apache-2.0)."),
+    ]
+    if run_config is not None:
+        plain = json.loads(json.dumps(run_config, default=str))
+        dumped = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        lines += ["", "## Run configuration", "", "```yaml", dumped.strip(), "```"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,374 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Weight files of a checkpoint folder: reading and writing them one tensor at a time.
+
+The public safetensors format: 8 bytes little-endian header length, a JSON header
+`key -> {dtype, shape, data_offsets}`, then the raw little-endian data without holes. Knowing the
+offsets lets a saver write tensors in any order and copy untouched ones as bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from modeling.host.text_files import read_json_object
+
+# Names of the format. Weights are stored in the floating ones; the others only pass through.
+FLOAT_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_LONGEST_HEADER = 100_000_000  # the format's own limit
+_CHUNK_BYTES = 16 * 2**20
+
+WhichWeights = Literal["auto", "model", "ema"]
+
+
+class LazyReader:
+    """The safetensors reader of one file, opened when a tensor is first read through it.
+
+    Opening maps the whole file. Streaming does without, and a machine with less memory than the
+    file has bytes can refuse it.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    @cached_property
+    def opened(self) -> Any:
+        """The open reader.
+
+        Raises:
+            ValueError: the header is malformed.
+        """
+        try:
+            return safe_open(self._file, framework="pt", device="cpu")
+        except SafetensorError as error:
+            raise damaged(self._file, f"its safetensors header is malformed ({error})") from error
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file: where it lies and how to read it (nothing is read before `get`)."""
+
+    key: str
+    file: Path
+    dtype: str  # name of the format
+    shape: tuple[int, ...]
+    start: int  # bytes from the beginning of the file
+    stop: int
+    reader: LazyReader  # shared by the tensors of one file
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    def get(
+        self,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        rows: slice | None = None,
+    ) -> Tensor:
+        """Read the tensor, or some rows of its first dimension, to `device` in `dtype` (stored).
+
+        The result owns its memory: a view of the mapped file would change with the file.
+        """
+        if rows is None:
+            mapped = self.reader.opened.get_tensor(self.key)
+        else:
+            mapped = self.reader.opened.get_slice(self.key)[rows]
+        # Move first, then cast: a GPU casts faster and half-width weights travel as they are.
+        tensor: Tensor = mapped.to(device=device).to(dtype=dtype or mapped.dtype)
+        return tensor.clone() if tensor.data_ptr() == mapped.data_ptr() else tensor
+
+
+@dataclass(frozen=True)
+class ComputedTensor:
+    """A tensor that no file holds, behind the interface of `StoredTensor`."""
+
+    key: str
+    value: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    def get(
+        self,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        rows: slice | None = None,
+    ) -> Tensor:
+        """The tensor, or some rows of it, on `device` in `dtype`; the result owns its memory."""
+        value = self.value if rows is None else self.value[rows]
+        return value.to(device=device, dtype=dtype or value.dtype, copy=True)
+
+
+def damaged(file: Path, why: str) -> ValueError:
+    """The error about a file that does not hold what it promises."""
+    return ValueError(
+        f"{file} cannot be read: {why}. The copy or download was probably cut short: "
+        "delete the file and fetch it again (python download_model.py checks the sizes)"
+    )
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header without its metadata, and the byte at which the data begins."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        first = stream.read(8)
+        if first.startswith(b"version "):
+            raise ValueError(f"{file} is a git-lfs pointer, not the weights: run `git lfs pull`")
+        length = int.from_bytes(first, "little")
+        if len(first) < 8 or 8 + length > size or length > _LONGEST_HEADER:
+            raise damaged(file, f"its {size} bytes end inside the safetensors header")
+        try:
+            header = json.loads(stream.read(length))
+        except (ValueError, RecursionError) as error:  # not JSON, not even text, nested too deeply
+            raise damaged(file, f"its safetensors header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise damaged(file, "its safetensors header is not a JSON object")
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def read_file(file: str | Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, in file order; reads the header only.
+
+    Raises:
+        ValueError: file truncated or damaged, or a git-lfs pointer.
+    """
+    file = Path(file)
+    try:
+        header, data = _read_header(file)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
+    try:
+        end = data + max((info["data_offsets"][1] for info in header.values()), default=0)
+        size = file.stat().st_size
+        if size != end:
+            raise damaged(file, f"its header promises {end} bytes, the file has {size}")
+        reader = LazyReader(file)
+        for key, info in header.items():
+            numbers = [*info["shape"], *info["data_offsets"]]
+            if not all(type(number) is int and number >= 0 for number in numbers):
+                raise damaged(file, f"its safetensors header is malformed (the shape of {key})")
+        tensors = [
+            StoredTensor(
+                key,
+                file,
+                info["dtype"],
+                tuple(info["shape"]),
+                data + info["data_offsets"][0],
+                data + info["data_offsets"][1],
+                reader,
+            )
+            for key, info in header.items()
+        ]
+        tensors.sort(key=lambda tensor: (tensor.start, tensor.stop, tensor.key))
+        misplaced = _first_misplaced(tensors, data)
+    except (KeyError, TypeError, IndexError) as error:
+        raise damaged(file, f"its safetensors header is malformed ({error})") from error
+    if misplaced is not None:
+        raise damaged(
+            file, f"its safetensors header is malformed (the bytes of {misplaced} do not fit)"
+        )
+    return {tensor.key: tensor for tensor in tensors}
+
+
+def _first_misplaced(tensors: Iterable[StoredTensor], start: int) -> str | None:
+    """The first key whose bytes do not follow the one before or do not make up its shape."""
+    for tensor in tensors:
+        width = FLOAT_DTYPES[tensor.dtype].itemsize if tensor.dtype in FLOAT_DTYPES else None
+        if tensor.start != start:
+            return tensor.key
+        if width is not None and tensor.nbytes != math.prod(tensor.shape) * width:
+            return tensor.key
+        start = tensor.stop
+    return None
+
+
+def _weight_map(folder: Path, which: WhichWeights) -> dict[Path, list[str] | None]:
+    """Weight files of a folder and the keys to take from each (None: all)."""
+    if which not in ("auto", "model", "ema"):
+        raise ValueError(f"weights={which!r} is unknown; choose auto, model or ema")
+    if not os.path.isdir(folder):
+        raise ValueError(
+            f"the checkpoint folder {folder} does not exist; give the path of a local folder "
+            "(python download_model.py --save-dir DIR fetches ThinkMorph-7B or BAGEL-7B-MoT)"
+        )
+    names = ("model", "ema") if which == "auto" else (which,)
+    for name in names:
+        file = folder / f"{name}.safetensors"
+        if file.is_file():
+            return {file: None}
+        index = folder / f"{name}.safetensors.index.json"
+        if index.is_file():
+            return _read_index(index)
+    wanted = " or ".join(f"{name}.safetensors (or its .index.json)" for name in names)
+    found = sorted(entry.name for entry in folder.iterdir()) or ["nothing"]
+    raise ValueError(
+        f"{folder} has no weights: {wanted} is missing (found {', '.join(found[:20])}). "
+        "Give a complete checkpoint folder, or --resume a training state instead"
+    )
+
+
+def _read_index(index: Path) -> dict[Path, list[str] | None]:
+    weight_map = read_json_object(index, "weight index", fix="fetch it again").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} is not a safetensors index (no weight_map); fetch it again")
+    by_file: dict[Path, list[str] | None] = {}
+    for key, name in weight_map.items():
+        # Weights are files of this folder: a path could lead to anybody's.
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
+            shown = repr(name[:80]) if isinstance(name, str) else f"a {type(name).__name__}"
+            raise ValueError(
+                f"{index} is not a safetensors index ({key[:80]!r} is in {shown}, which is no "
+                "NAME.safetensors of its folder); fetch it again"
+            )
+        keys = by_file.setdefault(index.parent / name, [])
+        assert keys is not None
+        keys.append(key)
+    absent = [file.name for file in by_file if not os.path.isfile(file)]
+    if absent:
+        named = ", ".join(absent[:8]) + f" and {len(absent) - 8} more" * (len(absent) > 8)
+        raise ValueError(
+            f"{index} names {named}, which {index.parent} lacks; the download is "
+            "incomplete (python download_model.py resumes it)"
+        )
+    return by_file
+
+
+def open_weights(path: str | Path, weights: WhichWeights = "auto") -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint folder by key, in file order; only headers are read.
+
+    Args:
+        path: checkpoint folder.
+        weights: "model" or "ema" names the file; "auto" prefers model.safetensors.
+
+    Raises:
+        ValueError: no folder, no weights, or a truncated, damaged or incomplete file.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file, keys in _weight_map(Path(path), weights).items():
+        stored = read_file(file)
+        absent = [key for key in keys or () if key not in stored]
+        if absent:
+            raise ValueError(
+                f"{file} lacks {len(absent)} tensors its index promises, e.g. {absent[:3]}; "
+                "fetch the folder again"
+            )
+        found.update(stored if keys is None else {k: stored[k] for k in stored if k in set(keys)})
+    return found
+
+
+class WeightWriter:
+    """Writes one safetensors file whose tensors arrive in any order.
+
+    The header goes first. Tensors are written at their offsets piece by piece, so memory beyond
+    the caller's tensor stays near 16 MiB. A context manager: entering creates the file, leaving
+    without an error checks that every tensor was written and flushes it to disk.
+
+    Args:
+        file: path to create.
+        layout: key -> (dtype name, shape), in the order wanted. Wider dtypes are moved to the
+            front, because readers view the data in place and need aligned offsets.
+    """
+
+    def __init__(self, file: str | Path, layout: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+        self.layout = layout
+        self._missing = set(layout)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for key in sorted(layout, key=lambda k: -FLOAT_DTYPES[layout[k][0]].itemsize):
+            name, shape = layout[key]
+            stop = offset + math.prod(shape) * FLOAT_DTYPES[name].itemsize
+            header[key] = {"dtype": name, "shape": list(shape), "data_offsets": [offset, stop]}
+            offset = stop
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._file = Path(file)
+        self._head = len(text).to_bytes(8, "little") + text
+        self._offsets = {k: len(self._head) + header[k]["data_offsets"][0] for k in layout}
+        self._size = len(self._head) + offset
+        self._stream: BinaryIO
+
+    def _begin(self, key: str, shape: Iterable[int]) -> str:
+        if key not in self.layout:
+            raise ValueError(f"{key!r} has no place in this file")
+        if key not in self._missing:
+            raise ValueError(f"{key!r} was given twice")
+        name, expected = self.layout[key]
+        if tuple(shape) != expected:
+            raise ValueError(f"{key!r} has shape {list(shape)}, expected {list(expected)}")
+        self._missing.remove(key)
+        self._stream.seek(self._offsets[key])
+        return name
+
+    def write(self, key: str, tensor: Tensor) -> None:
+        """Write a full tensor (any device, any floating dtype), cast to the layout's dtype.
+
+        Raises:
+            ValueError: unknown or repeated key, wrong shape, or a finite value that float16
+                cannot hold.
+        """
+        dtype = FLOAT_DTYPES[self._begin(key, tensor.shape)]
+        flat = tensor.detach().reshape(-1)
+        for piece in flat.split(_CHUNK_BYTES // flat.element_size()):
+            cast = piece.to(dtype)
+            if dtype is torch.float16 and not torch.equal(cast.isfinite(), piece.isfinite()):
+                raise ValueError(f"{key!r} holds values beyond float16's range, its stored dtype")
+            self._stream.write(cast.cpu().view(torch.uint8).numpy().data)
+
+    def copy(self, source: StoredTensor) -> None:
+        """Copy a stored tensor of the same key, shape and dtype as bytes."""
+        name = self._begin(source.key, source.shape)
+        assert name == source.dtype, (source.key, name, source.dtype)
+        with source.file.open("rb", buffering=0) as stream:
+            stream.seek(source.start)
+            left = source.nbytes
+            while left:
+                piece = stream.read(min(left, _CHUNK_BYTES))
+                if not piece:
+                    raise damaged(source.file, f"it ends inside {source.key}")
+                self._stream.write(piece)
+                left -= len(piece)
+
+    @property
+    def missing(self) -> list[str]:
+        """Keys not yet written, in the layout's order."""
+        return [key for key in self.layout if key in self._missing]
+
+    def __enter__(self) -> WeightWriter:
+        self._stream = self._file.open("wb")
+        self._stream.write(self._head)
+        self._stream.truncate(self._size)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                assert not self._missing, f"never written: {self.missing[:5]}"
+                self._stream.flush()
+                os.fsync(self._stream.fileno())
+        finally:
+            self._stream.close()

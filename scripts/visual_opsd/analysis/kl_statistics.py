@@ -1,0 +1,287 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""From divergences per scored row to the diagnostic's figures: means, gap closed, GO or NO-GO."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from scripts.visual_opsd.evaluation.scoring import answer_spans, normal_quantile
+
+PAPER_NOTE = (
+    "The paper's 4.64 nats is another quantity: its script compares a teacher and a student text "
+    "that differ, cut to the shorter length and aligned from the end, so that most rows compare "
+    "different tokens. Here both models score the same tokens; do not set the two side by side."
+)
+# Of each scored row: KL(teacher || student) and JSD in nats against the teacher with the real
+# VTs and against the one with noise in their place, and the entropies of the first pair.
+COLUMNS = ("kl_real", "jsd_real", "kl_noise", "jsd_noise", "student_entropy", "teacher_entropy")
+
+
+@dataclass(frozen=True)
+class SampleDivergences:
+    """One completion's figures, a float32 array (rows,) for each of `COLUMNS`, and which of its
+    rows score a token of the answer, bool (rows,)."""
+
+    columns: dict[str, np.ndarray]
+    answer: np.ndarray
+
+    def __post_init__(self) -> None:
+        assert set(self.columns) == set(COLUMNS)
+        assert all(v.shape == self.answer.shape for v in self.columns.values())
+
+
+def answer_mask(
+    ids: Sequence[int], scored: Sequence[bool], decode: Callable[[list[int]], str]
+) -> np.ndarray:
+    """Which scored rows have a label inside the last complete <answer>...</answer>, bool (rows,).
+
+    A token that holds both a part of a tag and a part of the answer counts. Tokens are decoded
+    one by one: a character split over tokens becomes replacement marks, which moves no tag, as
+    every byte of a tag decodes to itself.
+
+    Args:
+        ids: the completion's; scored: as in `data.sequence.TextSegment`, one flag more than ids.
+    """
+    pieces = {token: decode([token]) for token in set(ids)}
+    text = "".join(pieces[token] for token in ids)
+    spans = answer_spans(text)
+    start, stop = spans[-1] if spans else (0, 0)
+    inside, position = [], 0
+    for token in ids:
+        end = position + len(pieces[token])
+        inside.append(position < stop and end > start)
+        position = end
+    inside.append(False)  # the label after the last id is the end of the completion
+    return np.array([a for a, s in zip(inside, scored, strict=True) if s], dtype=bool)
+
+
+# ---------------------------------------------------------------------------------- figures
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if values.size else None
+
+
+def _standard_error(values: np.ndarray) -> float | None:
+    return float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else None
+
+
+def _describe(rows: np.ndarray, per_sample: np.ndarray) -> dict[str, float | None]:
+    """Figures of one divergence: over rows (float64), and over the samples' means."""
+    if not rows.size:
+        names = ("mean", "median", "p95", "max", "top5_share", "sample_mean", "sample_se")
+        return dict.fromkeys(names)
+    top = np.sort(rows)[::-1][: max(1, round(0.05 * rows.size))]
+    total = float(rows.sum())
+    return {
+        "mean": float(rows.mean()),
+        "median": float(np.median(rows)),
+        "p95": float(np.quantile(rows, 0.95)),
+        "max": float(rows.max()),
+        "top5_share": float(top.sum()) / total if total > 0 else None,
+        "sample_mean": _mean(per_sample),
+        "sample_se": _standard_error(per_sample),
+    }
+
+
+def _select(sample: SampleDivergences, column: str, answer: bool) -> np.ndarray:
+    values = sample.columns[column].astype(np.float64)
+    return values[sample.answer] if answer else values
+
+
+def describe_rows(samples: Sequence[SampleDivergences], *, answer: bool) -> dict[str, Any]:
+    """Figures of all scored rows, or of those in the answer.
+
+    Returns:
+        rows, samples (those with such rows); for "real" and "noise" the figures of kl and jsd:
+        mean, median, p95, max over rows, share of the sum in the top 5 % of rows, mean and
+        standard error of the samples' means; "difference": real - noise of the samples' means
+        with its standard error, paired; mean entropies. None where there is nothing to average.
+    """
+    values = {name: [_select(s, name, answer) for s in samples] for name in COLUMNS}
+    used = [i for i, rows in enumerate(values["kl_real"]) if rows.size]
+    rows = {
+        name: np.concatenate([columns[i] for i in used]) if used else np.zeros(0)
+        for name, columns in values.items()
+    }
+    means = {
+        name: np.array([columns[i].mean() for i in used]) for name, columns in values.items()
+    }
+    kinds = ("kl", "jsd")
+    return {
+        "rows": int(rows["kl_real"].size),
+        "samples": len(used),
+        **{
+            vt: {k: _describe(rows[f"{k}_{vt}"], means[f"{k}_{vt}"]) for k in kinds}
+            for vt in ("real", "noise")
+        },
+        "difference": {
+            k: {
+                "mean": _mean(means[f"{k}_real"] - means[f"{k}_noise"]),
+                "se": _standard_error(means[f"{k}_real"] - means[f"{k}_noise"]),
+            }
+            for k in kinds
+        },
+        "student_entropy": _mean(rows["student_entropy"]),
+        "teacher_entropy": _mean(rows["teacher_entropy"]),
+    }
+
+
+def describe(samples: Sequence[SampleDivergences], tasks: Sequence[str]) -> dict[str, Any]:
+    """`describe_rows` of all rows ("all") and of the answers ("answer"), also for each task."""
+
+    def both(chosen: Sequence[SampleDivergences]) -> dict[str, Any]:
+        return {
+            "all": describe_rows(chosen, answer=False),
+            "answer": describe_rows(chosen, answer=True),
+        }
+
+    names = list(dict.fromkeys(tasks))
+    by_task = {n: both([s for s, t in zip(samples, tasks, strict=True) if t == n]) for n in names}
+    return {**both(samples), "tasks": by_task}
+
+
+def _closed(
+    base: Sequence[SampleDivergences],
+    student: Sequence[SampleDivergences],
+    column: str,
+    answer: bool,
+    paired: bool,
+) -> dict[str, float | None]:
+    before = [_select(sample, column, answer) for sample in base]
+    after = [_select(sample, column, answer) for sample in student]
+    rows = [sum(part.size for part in side) for side in (before, after)]
+    total = sum(float(part.sum()) for part in before)
+    if min(rows) == 0 or total <= 0.0:
+        return {"value": None, "se": None}
+    ratio = (sum(float(part.sum()) for part in after) / rows[1]) / (total / rows[0])
+    error = None
+    if paired and len(before) > 1:
+        # Delta method for a ratio of sums over samples.
+        residuals = np.array(
+            [float(a.sum()) - ratio * float(b.sum()) for a, b in zip(after, before, strict=True)]
+        )
+        spread = float(residuals.std(ddof=1)) * math.sqrt(len(residuals))
+        error = spread / total
+    return {"value": 1.0 - ratio, "se": error}
+
+
+def gap_closed(
+    base: Sequence[SampleDivergences],
+    student: Sequence[SampleDivergences],
+    *,
+    paired: bool = True,
+) -> dict[str, dict[str, float | None]]:
+    """1 - D(base teacher || student) / D(base teacher || base), means over rows, real VTs.
+
+    Keys kl, jsd (all rows), answer_kl, answer_jsd, each with a value and a standard error over
+    samples. `paired`: both scored the same tokens; otherwise (the student's own samples) there is
+    no standard error. None where the base's divergence is 0 or there are no rows.
+    """
+    assert not paired or all(
+        a.answer.shape == b.answer.shape for a, b in zip(base, student, strict=True)
+    )
+    return {
+        ("answer_" if answer else "") + kind: _closed(
+            base, student, f"{kind}_real", answer, paired
+        )
+        for answer in (False, True)
+        for kind in ("kl", "jsd")
+    }
+
+
+def go_test(base: dict[str, Any], threshold: float) -> dict[str, Any]:
+    """GO or NO-GO from the base's figures (`describe`).
+
+    GO if, in the answer span, the mean KL with the real VTs exceeds `threshold` and the samples'
+    mean KL with real VTs exceeds that with noise by two standard errors (paired).
+    """
+    answer = base["answer"]
+    kl = answer["real"]["kl"]["mean"]
+    difference, error = (answer["difference"]["kl"][key] for key in ("mean", "se"))
+    above = kl is not None and kl > threshold
+    beyond = difference is not None and error is not None and difference > 2 * error
+    if kl is None:
+        why = "no completion holds a complete <answer>...</answer>, so there is no answer span"
+    else:
+        noise = answer["noise"]["kl"]["mean"]
+        why = (
+            f"answer-span KL {kl:.4f} nats is {'above' if above else 'not above'} {threshold:g}, "
+            f"and {'exceeds' if beyond else 'does not exceed'} the {noise:.4f} of noise VTs by two "
+            "standard errors"
+        )
+        if error is not None:
+            why += f" (difference per sample {difference:+.4f}, standard error {error:.4f})"
+    return {
+        "go": above and beyond,
+        "threshold": threshold,
+        "answer_kl_real": kl,
+        "answer_kl_noise": answer["noise"]["kl"]["mean"],
+        "difference": difference,
+        "standard_error": error,
+        "samples": answer["samples"],
+        "above_threshold": above,
+        "above_noise": beyond,
+        "why": why,
+    }
+
+
+# ---------------------------------------------------------------------------------- the table
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _line(title: str, figures: dict[str, Any]) -> str:
+    cells = [
+        _number(figures[vt][kind][name])
+        for vt in ("real", "noise")
+        for kind in ("kl", "jsd")
+        for name in ("mean", "median")
+    ]
+    return f"{title:32}{figures['rows']:>8}" + "".join(f"{cell:>9}" for cell in cells)
+
+
+def _block(title: str, block: dict[str, Any]) -> list[str]:
+    lines = [_line(f"{title}, all tokens", block["all"])]
+    lines.append(_line(f"{title}, answer", block["answer"]))
+    if len(block["tasks"]) > 1:
+        for name, task in block["tasks"].items():
+            lines.append(_line(f"  {name}", task["all"]))
+            lines.append(_line(f"  {name}, answer", task["answer"]))
+    return lines
+
+
+def _gap_line(title: str, closed: dict[str, dict[str, float | None]]) -> str:
+    def part(name: str, label: str) -> str:
+        value, error = closed[name]["value"], closed[name]["se"]
+        if value is None:
+            return f"{label} -"
+        half = "" if error is None else f" +- {100 * normal_quantile() * error:.1f}"
+        return f"{label} {100 * value:.1f} %{half}"
+
+    names = (("kl", "KL"), ("jsd", "JSD"), ("answer_kl", "answer KL"), ("answer_jsd", "answer JSD"))
+    return f"{title}: " + ", ".join(part(*pair) for pair in names)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The diagnostic as text, from what kl_diagnostic.json holds."""
+    top = f"{'nats per scored token':40}{'real VT':^36}{'noise VT':^36}"
+    names = "".join(f"{name:>9}" for name in ("KL mean", "median", "JSD mean", "median") * 2)
+    lines = [top, f"{'':32}{'rows':>8}{names}", *_block("base", result["base"])]
+    if not result["is_baseline"]:
+        lines += _block("student", result["student"])
+        lines.append(_gap_line("gap closed (same tokens)", result["gap_closed"]))
+        if result["own_samples"] is not None:
+            lines += _block("student, own samples", result["own_samples"])
+            title = "gap closed (each its own samples)"
+            lines.append(_gap_line(title, result["gap_closed_own_samples"]))
+    lines.append(f"{'GO' if result['go'] else 'NO-GO'}: {result['go_test']['why']}")
+    lines.append(f"Note: {PAPER_NOTE}")
+    return "\n".join(lines)

@@ -1,0 +1,377 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""One drawing, several answers: what `vt_intervention` asks of the model, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.limits import NO_LIMITS, ContextLimits
+from data.packing import context_length
+from data.sequence import ContextBuilder, ImageSegment, Segment, TextSegment
+from data.thinkmorph import EVALUATION_ROWS, Row, RowNeeds, parse_row
+from data.transforms import ImageTransform
+from data.worlds import get_scorer
+from inference.contexts import CachedContext
+from inference.interleave import IMAGE_MARKER, InterleaveEngine, InterleaveOptions
+from modeling.bagel.flow import Guidance, flow_schedule, initial_noise
+from scripts.visual_opsd.cli import (
+    ROUNDS,
+    ROWS,
+    SCALES,
+    SEEDS,
+    SHARES,
+    SHIFTS,
+    SIDES,
+    TIMESTEPS,
+    TOGETHER,
+    TOKENS,
+    Settings,
+    option,
+)
+from scripts.visual_opsd.config import PromptSettings
+from scripts.visual_opsd.evaluation.benchmark_scoring import Verdict, exact_verdict, world_verdict
+from scripts.visual_opsd.evaluation.rows import (
+    IDENTITY_COLUMNS,
+    THOUGHT_IDENTITY_COLUMNS,
+    RowName,
+    row_name,
+)
+from scripts.visual_opsd.rows import open_builder, row_generator
+
+ARMS = ("kept", "removed", "noise", "other", "truth")
+# The contexts of interleaved inference, not those of training.
+DEFAULTS: dict[str, Any] = {
+    "prompt_style": "inferencer",
+    "image_path": "inferencer",
+    "vit_min_size": 224,
+    "vit_max_pixels": 14 * 14 * 9 * 1024,
+}
+_OPTIONS = InterleaveOptions()
+
+
+@dataclass(frozen=True)
+class InterventionSettings(Settings):
+    """What is answered, and what it is shown."""
+
+    model_path: str = option(
+        "models/ThinkMorph-7B", "release folder with its drawing branch", path=True
+    )
+    data: str = option(
+        "Spatial_Navigation", "datasets below the data root, folders or parquet files, by commas",
+        path="list",
+    )  # fmt: skip
+    split: str = option("heldout", "files of a folder that are read (SPLIT-*.parquet)")
+    data_root: str | None = option(
+        None, "folder of the datasets, else VISUAL_OPSD_DATA_ROOT", path=True
+    )
+    limit: int | None = option(None, "only the first rows of all", **ROWS)
+    arms: str = option(",".join(ARMS), "arms by commas; kept is always among them")
+    output_dir: str = option(
+        "results/vt_intervention", "drawings, outputs, summary and figure", path=True
+    )
+    overwrite: bool = option(False, "throw away what output_dir holds of other settings")
+    batch_size: int = option(8, "rows that draw and answer together", **TOGETHER)
+    max_new_tokens: int = option(1024, "budget of each written part", **TOKENS)
+    image_skips: int = option(
+        1, "how often an answer that asks for another picture goes on", **ROUNDS
+    )
+    seed: int = option(0, "random numbers of drawings and of the noise arm", **SEEDS)
+    max_bad_rate: float = option(
+        0.01, "share of unusable rows beyond which the run fails", **SHARES
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = sorted({a.strip() for a in self.arms.split(",") if a.strip()} - set(ARMS))
+        if unknown:
+            raise ValueError(f"unknown arms {', '.join(unknown)}: choose from {', '.join(ARMS)}")
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The arms, in the order of `ARMS`."""
+        wished = {arm.strip() for arm in self.arms.split(",")}
+        return tuple(arm for arm in ARMS if arm == "kept" or arm in wished)
+
+    @property
+    def needs(self) -> RowNeeds:
+        """Only `truth` needs the visual thoughts of the data."""
+        if "truth" in self.chosen:
+            return RowNeeds("required", "unused", "unused")
+        return EVALUATION_ROWS
+
+
+@dataclass(frozen=True)
+class DrawingSettings(Settings):
+    """How the VT is drawn; defaults are those of `InterleaveOptions`."""
+
+    num_timesteps: int = option(
+        _OPTIONS.num_timesteps, "Euler steps of a drawing, plus one", **TIMESTEPS
+    )
+    timestep_shift: float = option(
+        _OPTIONS.timestep_shift, "moves the steps towards the noise", **SHIFTS
+    )
+    cfg_text_scale: float = option(
+        _OPTIONS.cfg_text_scale, "guidance by the text; 1: none", **SCALES
+    )
+    cfg_img_scale: float = option(
+        _OPTIONS.cfg_img_scale, "guidance by the problem image; 1: none", **SCALES
+    )
+    cfg_from: float = option(
+        _OPTIONS.cfg_interval[0], "flow time above which guidance applies", **SHARES
+    )
+    cfg_to: float = option(
+        _OPTIONS.cfg_interval[1], "flow time up to which guidance applies", **SHARES
+    )
+    cfg_renorm_type: str = option(
+        _OPTIONS.cfg_renorm_type, "norm that guidance keeps",
+        choices=("global", "channel", "text_channel"),
+    )  # fmt: skip
+    cfg_renorm_min: float = option(
+        _OPTIONS.cfg_renorm_min, "least factor of that renorm", **SHARES
+    )
+    image_size: int | None = option(
+        None, "sides of the drawing in pixels; by default those of the problem for the VAE",
+        **SIDES,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cfg_from > self.cfg_to:
+            raise ValueError(f"--cfg_from must be at most --cfg_to ({self.cfg_to}), got "
+                             f"{self.cfg_from}")  # fmt: skip
+
+    def guidance(self) -> Guidance:
+        return Guidance(
+            self.cfg_text_scale,
+            self.cfg_img_scale,
+            (self.cfg_from, self.cfg_to),
+            self.cfg_renorm_type,
+            self.cfg_renorm_min,
+        )
+
+
+# ---------------------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row: what the model reads, what it might be shown, and what judges its answer.
+
+    picture: the problem at the autoencoder's size. judge: whole output -> both verdicts.
+    """
+
+    name: RowName
+    question: str
+    answer: str
+    system: tuple[TextSegment, ...]
+    picture: Image.Image
+    seen: ImageSegment
+    asked: TextSegment
+    truth: Image.Image | None
+    judge: Callable[[str], Verdict]
+
+    @property
+    def length(self) -> int:
+        return context_length((*self.system, self.seen, self.asked))
+
+
+@dataclass(frozen=True)
+class PrepareProblem:
+    builder: ContextBuilder
+    vae_transform: ImageTransform
+    needs: RowNeeds
+    limits: ContextLimits = NO_LIMITS
+
+    @classmethod
+    def of(cls, settings: InterventionSettings, prompt: PromptSettings) -> PrepareProblem:
+        """Raises ValueError: no row can fit the model's positions."""
+        builder, model = open_builder(settings.model_path, prompt, visual_gen=True)
+        limits = ContextLimits(
+            model.llm.max_position_embeddings,
+            # The problem's latents, a text and its end, the VT's latents and image, another text.
+            1 + (settings.max_new_tokens + 1) + 2 + settings.max_new_tokens,
+        ).check_settings(builder)
+        return cls(builder, ImageTransform(**prompt.vae_config()), settings.needs, limits)
+
+    def __call__(self, row: Row) -> Problem:
+        sample = parse_row(row, self.needs)
+        context = self.builder.student(sample)
+        self.limits.check(row, context)
+        *system, seen, asked = context
+        assert isinstance(seen, ImageSegment) and isinstance(asked, TextSegment)
+        judge = partial(exact_verdict, answer=sample.answer)
+        if sample.world is not None:
+            scorer = get_scorer(sample.world)
+            judge = partial(world_verdict, scorer=scorer, state=sample.world_state)
+        with_thought = self.needs.visual_thoughts == "required"
+        columns = THOUGHT_IDENTITY_COLUMNS if with_thought else IDENTITY_COLUMNS
+        return Problem(
+            row_name(row, sample.pid, columns),
+            sample.question,
+            sample.answer,
+            tuple(s for s in system if isinstance(s, TextSegment)),
+            self.vae_transform.resize(sample.problem_image),
+            seen,
+            asked,
+            sample.thought_images[0] if sample.thought_images else None,
+            judge,
+        )
+
+
+# ---------------------------------------------------------------------------------- the model
+
+
+@dataclass(frozen=True)
+class Start:
+    """A conversation before the first word: contexts of the guidance branches, size, numbers."""
+
+    full: CachedContext
+    text_dropped: CachedContext
+    image_dropped: CachedContext
+    size: tuple[int, int]  # (H, W) of the drawing
+    generator: torch.Generator
+
+
+class Interventions:
+    """Draws for rows, and answers after one picture or another.
+
+    Args:
+        engine: over a model with its drawing branch. builder: for texts and ViT images.
+    """
+
+    def __init__(
+        self,
+        engine: InterleaveEngine,
+        builder: ContextBuilder,
+        settings: InterventionSettings,
+        drawing: DrawingSettings,
+    ) -> None:
+        self.engine, self.builder = engine, builder
+        self.settings, self.drawing = settings, drawing
+        self.guidance = drawing.guidance()
+        self.times = flow_schedule(drawing.num_timesteps, drawing.timestep_shift)
+
+    def begin(self, rows: Sequence[tuple[int, Problem]]) -> list[Start]:
+        """Contexts after [system, problem, question], and each row's random numbers."""
+        seed = self.settings.seed
+        generators = [row_generator("drawing", seed, index) for index, _ in rows]
+        latents = self.engine.encode([problem.picture for _, problem in rows], generators)
+        full: list[list[Segment]] = [
+            [*p.system, latent, p.seen, p.asked]
+            for (_, p), latent in zip(rows, latents, strict=True)
+        ]
+        dropped: list[list[Segment]] = [[] for _ in rows]
+        if self.guidance.branches == 3:
+            dropped = [[*p.system, p.asked] for _, p in rows]
+        empty = [CachedContext.empty(self.engine.model) for _ in range(2 * len(rows))]
+        grown = self.engine.grow(empty, [*full, *dropped])
+        side = self.drawing.image_size
+        return [
+            Start(
+                grown[i],
+                grown[i].prefix_of(empty[i], full[i][:-1]),
+                grown[len(rows) + i],
+                (side, side) if side else (problem.picture.height, problem.picture.width),
+                generators[i],
+            )
+            for i, (_, problem) in enumerate(rows)
+        ]
+
+    def draw(
+        self, rows: Sequence[tuple[int, Problem]]
+    ) -> list[tuple[str, TextSegment, Image.Image | None]]:
+        """The first text of each row and the picture it asked for (None: it did not ask)."""
+        starts = self.begin(rows)
+        replies = self._write([start.full for start in starts], starts, skips=0)
+        asking = [i for i, (text, _) in enumerate(replies) if IMAGE_MARKER in text]
+        pictures: dict[int, Image.Image] = {}
+        if asking:
+            chosen = [starts[i] for i in asking]
+            full = self.engine.grow([s.full for s in chosen], [[replies[i][1]] for i in asking])
+            branches = [full, [s.text_dropped for s in chosen], [s.image_dropped for s in chosen]]
+            drawn = self.engine.draw(
+                branches,
+                [s.size for s in chosen],
+                [s.generator for s in chosen],
+                self.guidance,
+                self.times,
+            )
+            pictures = dict(zip(asking, drawn, strict=True))
+        return [(text, segment, pictures.get(i)) for i, (text, segment) in enumerate(replies)]
+
+    def after_text(
+        self, rows: Sequence[tuple[int, Problem]], texts: Sequence[TextSegment]
+    ) -> list[Start]:
+        """The conversations at the moment after their drawing, none of them shown it yet."""
+        starts = self.begin(rows)
+        full = self.engine.grow([start.full for start in starts], [[text] for text in texts])
+        config = self.engine.model.config
+        dim = config.latent_patch_size**2 * config.latent_channels
+        for start in starts:  # the numbers that the drawing used up
+            height, width = (side // self.engine.pixels for side in start.size)
+            initial_noise([height * width], dim, start.generator)
+        return [replace(start, full=context) for start, context in zip(starts, full, strict=True)]
+
+    def answer(self, starts: Sequence[Start], pictures: Sequence[Image.Image | None]) -> list[str]:
+        """The rest of each output when it is shown this picture; `starts` stay as they are."""
+        contexts = [start.full for start in starts]
+        shown = [i for i, picture in enumerate(pictures) if picture is not None]
+        if shown:
+            resized = [self.engine.resized(p) for p in pictures if p is not None]
+            latents = self.engine.encode(resized, [_copy(starts[i].generator) for i in shown])
+            new: list[list[Segment]] = [[] for _ in starts]
+            for i, latent, picture in zip(shown, latents, resized, strict=True):
+                new[i] = [latent, self.builder.image(picture)]
+            contexts = self.engine.grow(contexts, new)
+        return [text for text, _ in self._write(contexts, starts, self.settings.image_skips)]
+
+    def _write(
+        self, contexts: Sequence[CachedContext], starts: Sequence[Start], skips: int
+    ) -> list[tuple[str, TextSegment]]:
+        generators = [start.generator for start in starts]
+        return self.engine.write(
+            contexts, generators, self.settings.max_new_tokens, False, 1.0, skips
+        )
+
+
+def _copy(generator: torch.Generator) -> torch.Generator:
+    copy = torch.Generator()
+    copy.set_state(generator.get_state())
+    return copy
+
+
+def noise_picture(size: tuple[int, int], seed: int, index: int) -> Image.Image:
+    """Uniform random pixels, size (width, height); the same for a row and seed."""
+    numbers = np.random.default_rng([seed, index])
+    return Image.fromarray(numbers.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def donors(drawn: Mapping[int, str]) -> dict[int, int]:
+    """Whose drawing each row is shown in `other`: the next row of its dataset, the last's is the
+    first. A dataset's only row takes that of the next row of all.
+
+    Args:
+        drawn: index -> dataset of the rows that drew.
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    if len(drawn) < 2:
+        raise ValueError(
+            f"{len(drawn)} row drew, and the arm `other` needs two: raise --limit, or leave it "
+            "out with --arms kept,removed,noise,truth"
+        )
+    found = {}
+    everyone = sorted(drawn)
+    for name in set(drawn.values()):
+        own = [i for i in everyone if drawn[i] == name]
+        ring = own if len(own) > 1 else everyone
+        found.update({i: ring[(ring.index(i) + 1) % len(ring)] for i in own})
+    return dict(sorted(found.items()))

@@ -1,0 +1,311 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Rows for evaluation and the diagnostic: from files to windows of prepared rows, in file order.
+
+Unlike training, nothing is replaced: a row that cannot be used is left out, counted and listed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import sys
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from tqdm import tqdm
+
+from data.dataset_info import dataset_files, is_dataset_folder, load_dataset_config, split_files
+from data.parquet import ParquetDataset, Reject, attempt
+from data.rejects import summarise
+from data.row_groups import RowSource
+from data.thinkmorph import EVALUATION_ROWS, IMAGE_COLUMNS, PROBLEM_IMAGE, Row, RowNeeds
+from data.tsv import TsvDataset
+from modeling.host.memory import memory_errors
+from scripts.visual_opsd.config import PromptSettings
+
+IDENTITY_COLUMNS = ("question", "answer", PROBLEM_IMAGE, "world_state")
+THOUGHT_IDENTITY_COLUMNS = (*IDENTITY_COLUMNS, *IMAGE_COLUMNS)
+
+
+def prompt_identity(settings: PromptSettings) -> dict[str, Any]:
+    """What of the prompt settings a result depends on: the strings themselves and the sizes."""
+    identity = {
+        "prompts": asdict(settings.build()),
+        "image_path": settings.image_path,
+        "vit": settings.vit_config(),
+    }
+    if settings.image_path == "inferencer":  # the only path through the VAE's resize
+        identity["vae"] = settings.vae_config()
+    return identity
+
+
+def progress_bar(total: int, shown: bool) -> Any:
+    """A bar of rows on stderr: moving on a terminal, a line now and then in a log file."""
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        total=total, unit="row", dynamic_ncols=True, mininterval=interval, disable=not shown
+    )
+
+
+def memory_advice(rows: Sequence[object], advice: str) -> AbstractContextManager[None]:
+    """Turn a lack of memory into `OutOfMemory` that names the rows under way, and what to do."""
+    shown = ", ".join(map(str, rows[:3]))
+    more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+    return memory_errors(f"with {len(rows)} rows at once ({shown}{more})", advice)
+
+
+# ------------------------------------------------------------------------------ which rows
+
+
+def open_data(data: str, split: str, root: str | Path | None, needs: RowNeeds) -> list[RowSource]:
+    """Datasets of a comma-separated list of names (below the data root), folders or files.
+
+    A file that ends in .tsv is a benchmark's, called by its stem; any other is parquet.
+
+    Raises:
+        ValueError: an unknown name, a folder without files of the split, two of one name, a TSV
+            file where visual thoughts or traces are needed.
+    """
+    found: list[RowSource] = []
+    for entry in (part.strip() for part in data.split(",") if part.strip()):
+        path = Path(entry)
+        if path.suffix == ".tsv":
+            if needs != EVALUATION_ROWS:
+                raise ValueError(
+                    f"--data {entry}: benchmark files hold questions only, no visual thoughts; "
+                    "they can be evaluated with --context text, nothing else"
+                )
+            found.append(TsvDataset(path.stem, path))
+            continue
+        if os.path.isfile(path) or (path.suffix == ".parquet" and not os.path.isdir(path)):
+            files, place = [path], Path(os.path.realpath(path)).parent
+        elif is_dataset_folder(path):
+            files, place = split_files(path, split), path.resolve()
+        elif os.path.isdir(path):
+            raise ValueError(
+                f"--data {entry}: the folder holds no parquet files, directly or in its data/; "
+                "name a dataset's folder, or give its parent as --data_root and the name as --data"
+            )
+        else:
+            found.append(
+                ParquetDataset(entry, dataset_files(entry, split, root), needs, split=split)
+            )
+            continue
+        name = place.parent.name if place.name == "data" else place.name
+        found.append(ParquetDataset(name, files, needs, split=split))
+    names = [dataset.name for dataset in found]
+    if not found or len(set(names)) < len(names):
+        raise ValueError(f"--data {data!r}: need at least one dataset and each name once: {names}")
+    return found
+
+
+def open_config(
+    path: str | Path, root: str | Path | None, needs: RowNeeds
+) -> tuple[list[RowSource], list[float]]:
+    """Datasets and weights of a YAML config (its row budgets concern training and do not apply)."""
+    sources = [source for source in load_dataset_config(path) if source.weight > 0]
+    datasets: list[RowSource] = [
+        ParquetDataset(s.name, dataset_files(s.name, s.split, root), needs, split=s.split)
+        for s in sources
+    ]
+    return datasets, [source.weight for source in sources]
+
+
+class RowPool:
+    """Datasets laid end to end: one index over all their rows."""
+
+    def __init__(self, datasets: Sequence[RowSource]) -> None:
+        self.datasets = tuple(datasets)
+        self.starts = [0]
+        for dataset in self.datasets:
+            self.starts.append(self.starts[-1] + len(dataset))
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def locate(self, index: int) -> tuple[RowSource, int]:
+        """Dataset of a row and the row's index in it."""
+        number = bisect_right(self.starts, index) - 1
+        return self.datasets[number], index - self.starts[number]
+
+    def reject(self, index: int, reason: str, detail: str) -> Reject:
+        """A row that turned out to be unusable after it was prepared."""
+        dataset, row = self.locate(index)
+        return Reject(dataset.name, *dataset.locate(row), reason, detail)
+
+    def signature(self) -> list[dict[str, Any]]:
+        """What tells these files from others: names, sizes and row counts, no paths."""
+        return [
+            {
+                "name": dataset.name,
+                "rows": len(dataset),
+                "files": [[Path(f).name, Path(f).stat().st_size] for f in dataset.files],
+                **({"md5": dataset.md5} if isinstance(dataset, TsvDataset) else {}),
+            }
+            for dataset in self.datasets
+        ]
+
+
+@dataclass(frozen=True)
+class RowName:
+    """Which row a result belongs to; `digest` covers its content, so files may move."""
+
+    dataset: str
+    file: str
+    row: int
+    pid: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.dataset}/{self.file} row {self.row}"
+
+
+def row_name(row: Row, pid: str, columns: Sequence[str]) -> RowName:
+    """The name of a row, its digest over `columns` (image cells count by their bytes)."""
+    digest = hashlib.blake2b(digest_size=8)
+    for column in columns:
+        value = row.values.get(column)
+        if isinstance(value, Mapping):
+            value = value.get("bytes")
+        data = value if isinstance(value, bytes) else str("" if value is None else value).encode()
+        digest.update(f"{column} {len(data)} ".encode() + data)
+    return RowName(row.dataset, Path(row.file).name, row.row, pid, digest.hexdigest())
+
+
+# ------------------------------------------------------------------------------ reading them
+
+
+class Sized(Protocol):
+    """A prepared row that knows how many packed rows its longest context takes."""
+
+    @property
+    def length(self) -> int: ...
+
+
+P = TypeVar("P", bound=Sized)
+
+
+@dataclass(frozen=True)
+class Window(Generic[P]):
+    """Rows read together: (index, prepared row) in order of length, and the rejected ones."""
+
+    rows: list[tuple[int, P]]
+    rejects: list[tuple[int, Reject]]
+
+    @property
+    def count(self) -> int:
+        return len(self.rows) + len(self.rejects)
+
+    def reject(self, index: int, reject: Reject) -> None:
+        """Count a row as unusable after all."""
+        self.rows[:] = [row for row in self.rows if row[0] != index]
+        self.rejects.append((index, reject))
+
+
+def read_windows(
+    pool: RowPool,
+    indices: Sequence[int],
+    prepare: Callable[[Row], P],
+    *,
+    max_rows: int,
+    max_tokens: int,
+) -> Iterator[Window[P]]:
+    """Prepare the rows of `indices` (ascending), some at a time.
+
+    A window holds at most `max_rows` rows and, but for its last row, `max_tokens` packed rows, so
+    that image patches of a long run never pile up. Inside it rows come in order of length: what
+    is then decoded or packed together is alike. The next window is read by a thread meanwhile.
+
+    `row.position` of what `prepare` gets is the row's index in the pool.
+    """
+
+    def windows() -> Iterator[Window[P]]:
+        window: Window[P] = Window([], [])
+        tokens = 0
+        for index in indices:
+            dataset, row = pool.locate(index)
+            item = attempt(dataset, row, prepare, position=index)
+            if isinstance(item, Reject):
+                window.rejects.append((index, item))
+            else:
+                window.rows.append((index, item))
+                tokens += item.length
+            if window.count >= max_rows or tokens >= max_tokens:
+                window.rows.sort(key=lambda pair: pair[1].length)
+                yield window
+                window, tokens = Window([], []), 0
+        if window.count:
+            window.rows.sort(key=lambda pair: pair[1].length)
+            yield window
+
+    return _ahead(windows())
+
+
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The same items, made by a thread that stays one ahead of the consumer."""
+    made: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
+    stopped = threading.Event()
+
+    def put(kind: str, value: Any) -> bool:
+        while not stopped.is_set():
+            try:
+                made.put((kind, value), timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put("item", item):
+                    return
+            put("end", None)
+        except BaseException as error:  # raised again where the items are consumed
+            put("error", error)
+
+    thread = threading.Thread(target=work, name="row reader", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = made.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stopped.set()
+        thread.join(timeout=5)  # it ends by itself with the window it is reading
+
+
+class BadRows:
+    """Counts rows left out and refuses to go on above a rate."""
+
+    def __init__(self, max_rate: float, *, check_from: int = 200) -> None:
+        self.max_rate, self.check_from = max_rate, check_from
+        self.read = 0
+        self.rejects: list[tuple[int, Reject]] = []
+
+    def add(self, window: Window[Any]) -> None:
+        """Count a window; raises ValueError from `check_from` rows on."""
+        self.read += window.count
+        self.rejects += window.rejects
+        if self.read >= self.check_from:
+            check_bad_rate([r for _, r in self.rejects], self.read, self.max_rate)
+
+
+def check_bad_rate(rejects: Sequence[Reject], rows: int, max_rate: float) -> None:
+    """Raises ValueError if more than `max_rate` of `rows` rows could not be used."""
+    if len(rejects) > max_rate * rows:
+        raise ValueError(
+            f"{len(rejects)} of {rows} rows cannot be used: {summarise(rejects)}. That is more "
+            f"than {max_rate:.2%}: repair the data (`python -m data.check` shows it as a whole) "
+            "or raise --max_bad_rate; such rows are left out of every figure"
+        )

@@ -1,0 +1,520 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Processes, the (replicate, shard) mesh, sharding with FSDP2, and full weights for sampling.
+
+One process without torchrun takes exactly the same path (a group of one), so what the tests run
+is what a cluster runs. Only public torch APIs are used.
+
+Three things a caller must know:
+
+* FSDP2 *averages* gradients over all ranks. A loss that is already divided by the global token
+  count must be multiplied by `env.world_size` before `backward()`.
+* Every rank must run the same number of forwards and backwards through the sharded model, each
+  touching the same blocks; the sequence lengths are free to differ.
+* Nothing may call a block of a sharded model before the root's own first forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from modeling import fast
+from modeling.bagel.projections import empty_adjoining
+from modeling.bagel.recorded_vision import forget
+from modeling.release.finite import check_finite
+from modeling.release.weight_files import StoredTensor
+from scripts.visual_opsd.processes import (
+    DistEnv,
+    agree,
+    all_reduce_max_int,
+    all_reduce_sums,
+    attempt,
+    barrier,
+    gather_objects,
+    init_distributed,
+    raise_together,
+    shutdown,
+)
+
+__all__ = [
+    "DistEnv",
+    "agree",
+    "all_reduce_max_int",
+    "all_reduce_sums",
+    "barrier",
+    "check_precision",
+    "check_shards",
+    "clip_grad_norm",
+    "copy_shards",
+    "copy_units",
+    "ema_update",
+    "full_tensor",
+    "gather_objects",
+    "init_distributed",
+    "iter_full_state",
+    "load_sharded",
+    "make_mesh",
+    "materialise",
+    "mesh_shape",
+    "raise_together",
+    "shard_model",
+    "shutdown",
+    "summon_full_params",
+]
+
+# Sharded model -> its plain twin on the meta device (see `summon_full_params`).
+_PLAIN_TWINS: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+
+
+# --------------------------------------------------------------------------------------- mesh
+
+
+def mesh_shape(
+    world_size: int,
+    local_world_size: int,
+    sharding_strategy: str = "HYBRID_SHARD",
+    num_shard: int | None = None,
+    num_replicate: int | None = None,
+) -> tuple[int, int]:
+    """(replicas, shards) for a world.
+
+    HYBRID_SHARD shards inside a node and replicates across nodes unless told otherwise;
+    FULL_SHARD shards over all ranks.
+
+    Raises:
+        ValueError: unknown strategy, or replicas x shards is not the world size.
+    """
+    if sharding_strategy not in ("HYBRID_SHARD", "FULL_SHARD"):
+        raise ValueError(
+            f"unknown sharding strategy {sharding_strategy!r}: use HYBRID_SHARD or FULL_SHARD"
+        )
+    if any(n is not None and n < 1 for n in (num_shard, num_replicate)):
+        raise ValueError("num_shard and num_replicate must be at least 1")
+    if sharding_strategy == "FULL_SHARD":
+        shards, replicas = num_shard or world_size, num_replicate or 1
+        if (replicas, shards) != (1, world_size):
+            raise ValueError(
+                f"FULL_SHARD shards over all {world_size} processes, but num_shard={num_shard}, "
+                f"num_replicate={num_replicate}: leave both out, or use HYBRID_SHARD"
+            )
+        return replicas, shards
+    # A replica count alone determines the shard count; otherwise one node holds one copy.
+    shards = num_shard or (world_size // num_replicate if num_replicate else local_world_size)
+    if num_shard and num_shard > world_size:
+        raise ValueError(
+            f"num_shard must be at most the number of processes, got {num_shard}, but there are "
+            f"{world_size} processes: choose a factor of that, or leave it out"
+        )
+    replicas = num_replicate or world_size // max(shards, 1)
+    if replicas * shards != world_size:
+        raise ValueError(
+            f"num_replicate ({replicas}) x num_shard ({shards}) = {replicas * shards}, but there "
+            f"are {world_size} processes: choose factors of the world size, or leave one out"
+        )
+    return replicas, shards
+
+
+def make_mesh(
+    env: DistEnv,
+    sharding_strategy: str = "HYBRID_SHARD",
+    num_shard: int | None = None,
+    num_replicate: int | None = None,
+) -> DeviceMesh:
+    """The 2-D mesh ("replicate", "shard"), also for one process; errors as in `mesh_shape`."""
+    shape = mesh_shape(
+        env.world_size, env.local_world_size, sharding_strategy, num_shard, num_replicate
+    )
+    return init_device_mesh(env.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+# ---------------------------------------------------------------------------------- sharding
+
+
+def shard_model(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    block_classes: Sequence[type[nn.Module]],
+    param_dtype: torch.dtype,
+    activation_checkpointing: bool = False,
+    compile_blocks: bool = False,
+    cpu_offload: bool = False,
+) -> nn.Module:
+    """Apply FSDP2 in place, block by block and then the root; returns the same module.
+
+    Shards keep the parameters' dtype (fp32 masters), compute runs in `param_dtype`, gradients
+    are reduced in fp32. Parameter names do not change. The model may be on meta (then
+    `materialise` and `load_sharded` follow) or hold values that are equal on every rank.
+
+    The root re-shards after its forward as well: FSDP2's default would leave its parameters
+    gathered after a forward without a backward, as a teacher's is.
+
+    Raises:
+        ValueError: no block found, or checkpointing asked of a model that cannot.
+    """
+    classes = tuple(block_classes)
+    blocks = [m for m in model.modules() if isinstance(m, classes) and m is not model]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} holds no {[c.__name__ for c in classes]} block")
+    _PLAIN_TWINS[model] = _plain_twin(model)
+    if activation_checkpointing:
+        set_checkpointing = getattr(model, "set_gradient_checkpointing", None)
+        if set_checkpointing is None:
+            raise ValueError(
+                f"{type(model).__name__} has no set_gradient_checkpointing(bool): "
+                "switch activation checkpointing off"
+            )
+        set_checkpointing(True)
+    if compile_blocks:
+        for block in blocks:
+            block.compile()
+    precision = MixedPrecisionPolicy(
+        param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    on_gpu = mesh.device_type == "cuda"  # pinned memory needs one
+    offload = CPUOffloadPolicy(pin_memory=on_gpu) if cpu_offload else OffloadPolicy()
+    for module in [*reversed(blocks), model]:  # children before parents
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=precision,
+            offload_policy=offload,
+            reshard_after_forward=True,
+        )
+    return model
+
+
+def check_precision(
+    model: nn.Module, param_dtype: torch.dtype, *, ema: nn.Module | None = None
+) -> None:
+    """Check the precision contract at start-up.
+
+    fp32 master shards of everything that trains, fp32 shards of everything in the EMA (a bf16 EMA
+    freezes: one step's change is below its rounding), fp32 buffers (rotary frequencies), and
+    fp32 compute on CPU.
+
+    Raises:
+        ValueError: names the first offending tensors and what to do.
+    """
+    if param_dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"compute dtype {param_dtype} is not supported: float32 or bfloat16")
+    wrong: list[str] = []
+    on_cpu = False
+    for label, module, every in (("model", model, False), ("ema", ema, True)):
+        if module is None:
+            continue
+        for name, param in module.named_parameters():
+            if not isinstance(param, DTensor):
+                wrong.append(f"{label} {name} is not sharded")
+            elif (every or param.requires_grad) and param.dtype != torch.float32:
+                wrong.append(f"{label} {name} has {param.dtype} shards")
+            on_cpu |= isinstance(param, DTensor) and param.device_mesh.device_type == "cpu"
+        wrong += [
+            f"{label} buffer {name} is {buffer.dtype}"
+            for name, buffer in module.named_buffers()
+            if buffer.is_floating_point() and buffer.dtype != torch.float32
+        ]
+    if on_cpu and param_dtype != torch.float32:
+        wrong.append(f"compute dtype on CPU is {param_dtype}")
+    if wrong:
+        shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise ValueError(
+            f"precision contract broken: {shown}. Build the model in float32, shard it with "
+            "shard_model (compute may be bfloat16 on CUDA only), keep buffers in float32"
+        )
+
+
+# ----------------------------------------------------------------------------------- weights
+
+
+def materialise(model: nn.Module, device: torch.device, *, cpu_offload: bool = False) -> None:
+    """Give a sharded meta model uninitialised shards on its device, and computed buffers.
+
+    `model.reset_buffers()` must fill every buffer in place: rotary frequencies are in no
+    checkpoint, position tables may be absent from one.
+    """
+    model.to_empty(device=torch.device("cpu") if cpu_offload else device)
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))  # buffers are never offloaded
+    reset = getattr(model, "reset_buffers", None)
+    if reset is not None:
+        reset()
+    elif next(model.buffers(), None) is not None:
+        raise ValueError(f"{type(model).__name__} has buffers but no reset_buffers() to fill them")
+
+
+@torch.no_grad()
+def load_sharded(
+    model: nn.Module,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    may_be_absent: Collection[str] = (),
+) -> None:
+    """Fill the shards from (key, full tensor) pairs, one at a time, casting to the shard's dtype.
+
+    Every rank reads the same pairs (memory-mapped safetensors) and keeps its own slice: no
+    collective runs, and no rank ever holds more than one full tensor.
+
+    Args:
+        model: sharded, materialised.
+        weights: in any order; the tensors may be in any float dtype and on any device.
+        may_be_absent: keys that keep their present value when `weights` lacks them.
+
+    Raises:
+        ValueError: names all missing, unexpected and mis-shaped keys.
+    """
+    targets = model.state_dict()
+    missing, problems = set(targets) - set(may_be_absent), []
+    for key, full in weights:
+        target = targets.get(key)
+        if target is None:
+            problems.append(f"unexpected {key}")
+            continue
+        missing.discard(key)
+        if full.shape != target.shape:
+            problems.append(f"{key} is {tuple(full.shape)}, expected {tuple(target.shape)}")
+        elif isinstance(target, DTensor):
+            part = distribute_tensor(
+                full, target.device_mesh, target.placements, src_data_rank=None
+            )
+            target.to_local().copy_(part.to_local())
+        else:
+            target.copy_(full)
+    problems += [f"missing {key}" for key in sorted(missing)]
+    if problems:
+        raise ValueError(f"the weights do not fit {type(model).__name__}: " + "; ".join(problems))
+
+
+def check_shards(model: nn.Module, stored: Mapping[str, StoredTensor]) -> None:
+    """`check_finite` of each rank's shards; its ValueError is raised on all ranks together."""
+    shards = {key: local_part(tensor) for key, tensor in model.state_dict().items()}
+    attempt(lambda: check_finite(shards, stored))
+
+
+@torch.no_grad()
+def copy_shards(target: nn.Module, source: nn.Module) -> None:
+    """Copy parameters and buffers between two equally sharded models, without communication."""
+    for (_, into), (_, out) in _paired(target.state_dict(), source.state_dict()):
+        local_part(into).copy_(local_part(out))
+
+
+@contextmanager
+def summon_full_params(model: nn.Module, *, copy: bool | None = None) -> Iterator[nn.Module]:
+    """Full weights, in the compute dtype, as a plain module to sample from.
+
+    FSDP1 users know `FSDP.summon_full_params`. FSDP2 has none, on purpose; this is its meaning
+    for FSDP2 (recurse=True, writeback=False): every unit is unsharded once, and a plain twin of
+    the model (made on the meta device before sharding) gets the unsharded weights. The
+    twin has no hooks, so nothing inside communicates: ranks may decode different lengths, which
+    hangs when the sharded model itself is called (its blocks gather on every call, with FSDP1 even
+    inside the context). Gathered is bf16, half of what FSDP1 gathers (fp32 masters). Training
+    afterwards is bit-identical to never having sampled.
+
+    copy: True: unit by unit into memory of the twin's own, where projections adjoin and no address
+        changes until the end, as fast decoding wants; at most one unit is gathered besides. False:
+        all units stay unsharded and the twin points at them, without a copy. None: True on CUDA.
+
+    All ranks enter and leave together. The tensors are dead after the context: keep none. Writes
+    to parameters are lost; buffers are shared with the model. Works before any forward. Sample
+    under `torch.inference_mode()` *inside* the context only: entered under it, later training
+    would meet inference tensors.
+
+    Raises:
+        ValueError: the model did not go through `shard_model`.
+    """
+    plain = _PLAIN_TWINS.get(model)
+    if plain is None:
+        raise ValueError("summon_full_params needs a model sharded by shard_model")
+    assert not torch.is_inference_mode_enabled(), "enter summon_full_params outside inference_mode"
+    assert all(p.is_meta for p in plain.parameters()), "summon_full_params does not nest"
+    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    if copy is None:
+        first = next(model.parameters())
+        on_gpu = isinstance(first, DTensor) and first.device_mesh.device_type == "cuda"
+        copy = on_gpu and fast.is_on("projections")
+    try:
+        if copy:
+            _bind(plain, model, copy_units(model))
+        else:
+            for unit in units:
+                unit.unshard()
+            _bind(plain, model, dict(model.named_parameters(remove_duplicate=False)))
+        yield plain
+    finally:
+        forget(plain)
+        plain.to(device="meta")
+        for unit in units:
+            unit.reshard()
+
+
+@torch.no_grad()
+def copy_units(model: nn.Module, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Full weights by name, in the compute dtype, gathered one unit at a time: a collective.
+
+    into: what an earlier call returned, to be filled again where it is.
+    """
+    copies = {} if into is None else into
+    for unit, places in _units(model):
+        unit.unshard()
+        full = {name: getattr(owner, attribute) for name, owner, attribute in places}
+        if into is None and full:
+            some = next(iter(full.values()))
+            shapes = {name: parameter.shape for name, parameter in full.items()}
+            copies.update(empty_adjoining(shapes, some.dtype, some.device))
+        for name, parameter in full.items():
+            copies[name].copy_(parameter)
+        unit.reshard()
+    return copies
+
+
+def _units(model: nn.Module) -> list[tuple[FSDPModule, list[tuple[str, nn.Module, str]]]]:
+    """Each unit with what it gathers: (name in the model, module that holds it, attribute)."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    units = {name: m for name, m in modules.items() if isinstance(m, FSDPModule)}
+    assert "" in units, "the root is sharded last, as a unit of its own"
+    places: dict[str, list[tuple[str, nn.Module, str]]] = {name: [] for name in units}
+    for prefix, module in modules.items():
+        unit = prefix
+        while unit not in units:
+            unit = unit.rpartition(".")[0]
+        for attribute, _ in module.named_parameters(recurse=False):
+            name = f"{prefix}.{attribute}" if prefix else attribute
+            places[unit].append((name, module, attribute))
+    return [(units[name], found) for name, found in places.items()]
+
+
+def _plain_twin(model: nn.Module) -> nn.Module:
+    """A deep copy whose parameters and buffers are on meta: costs no memory, needs no factory."""
+    memo: dict[int, Any] = {}
+    for param in model.parameters():
+        memo[id(param)] = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo).eval()
+
+
+def _bind(plain: nn.Module, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Point the twin's parameters at these full weights and its buffers at the model's."""
+    # Detached: load_state_dict(assign=True) would otherwise set requires_grad on FSDP's own
+    # parameters, and a graph could grow into them.
+    full = {name: tensor.detach() for name, tensor in weights.items()}
+    sharded = [name for name, tensor in full.items() if isinstance(tensor, DTensor)]
+    assert not sharded, f"still sharded: {sharded[:3]}"
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for prefix, module in plain.named_modules():
+        source = modules.get(prefix)
+        assert source is not None, f"module {prefix} appeared after sharding"
+        for name, buffer in source.named_buffers(recurse=False):
+            setattr(module, name, buffer)  # persistent or not: a state dict lacks the latter
+    names = {name for name, _ in plain.named_parameters(remove_duplicate=False)}
+    assert names == set(full), f"keys differ: {sorted(names ^ set(full))[:3]}"
+    assert {n for n, _ in plain.named_buffers()} == {n for n, _ in model.named_buffers()}
+    result = plain.load_state_dict(full, strict=False, assign=True)
+    assert not result.unexpected_keys, result.unexpected_keys
+    left = [n for n, t in [*plain.named_parameters(), *plain.named_buffers()] if t.is_meta]
+    assert not left, f"still on meta: {left[:3]}"
+
+
+def full_tensor(param: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The whole tensor on every rank. The shard is cast first: less to send than after.
+
+    A collective for a DTensor; a plain tensor is only cast. Do not write to the result.
+    """
+    tensor = param.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor.to(dtype=dtype)
+    # Offloaded shards go to the mesh's device, so that the gather runs where it is fast.
+    moved = tensor.to(device=tensor.device_mesh.device_type, dtype=dtype)
+    assert isinstance(moved, DTensor)
+    return moved.full_tensor()
+
+
+def iter_full_state(
+    model: nn.Module,
+    keys: Collection[str] | None = None,
+    dtype_of: Callable[[str], torch.dtype | None] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """(key, full tensor) one by one, in state-dict order, for a writer on rank 0.
+
+    Ranks other than 0 must drive the generator too (each step is a collective). Rank 0 gets CPU
+    tensors.
+
+    Args:
+        keys: only these, all when None.
+        dtype_of: the dtype wanted of a key (the base checkpoint's); None keeps the shard's.
+
+    Raises:
+        ValueError: a key that the model does not have.
+    """
+    state = model.state_dict()
+    unknown = sorted(set(keys or ()) - set(state))
+    if unknown:
+        raise ValueError(f"{type(model).__name__} has no tensor named {', '.join(unknown)}")
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    for key, tensor in state.items():
+        if keys is None or key in keys:
+            full = full_tensor(tensor, dtype_of(key) if dtype_of else None)
+            yield key, full.cpu() if is_main else full
+
+
+@torch.no_grad()
+def ema_update(ema_model: nn.Module, model: nn.Module, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * model, on this rank's fp32 shards; no communication.
+
+    Frozen parameters of `model` cannot have moved and are left out; further parameters of
+    `ema_model` (a drawing branch that only the teacher has) stay as they are.
+    """
+    averages, currents = [], []
+    of_model, of_ema = dict(model.named_parameters()), dict(ema_model.named_parameters())
+    common = {name: of_ema[name] for name in of_model if name in of_ema}
+    for (name, average), (_, current) in _paired(common, of_model):
+        if current.requires_grad:
+            assert average.dtype == current.dtype == torch.float32, f"{name} is not fp32"
+            averages.append(local_part(average))
+            currents.append(local_part(current))
+    # swa_utils' own multi-tensor update; it does not use the count of updates so far.
+    make_update: Callable[[float], Any] = get_ema_multi_avg_fn
+    make_update(decay)(averages, currents, torch.tensor(1))
+
+
+def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Clip the global gradient norm in place; returns the norm before clipping, a plain scalar.
+
+    A collective (call it on all ranks). Non-finite on any rank is non-finite on all.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, or a whole one."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _paired(
+    left: Mapping[str, Tensor], right: Mapping[str, Tensor]
+) -> Iterator[tuple[tuple[str, Tensor], tuple[str, Tensor]]]:
+    """Both models' tensors side by side, with the checks that make local arithmetic valid."""
+    assert left.keys() == right.keys(), f"keys differ: {sorted(left.keys() ^ right.keys())[:3]}"
+    for name, tensor in left.items():
+        same = local_part(tensor).shape == local_part(right[name]).shape
+        assert same, f"{name} is sharded differently"
+        yield (name, tensor), (name, right[name])

@@ -1,0 +1,216 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""One optimiser step as Algorithm 1 of the paper has it: pack, score twice, compare, descend.
+
+What differs between Visual-OPSD, its noise control and the SFT baseline is only what stands in
+a `ScoredRow`; the road is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.packing import group_by_tokens, pack
+from data.sequence import ImageSegment
+from modeling.bagel.bagel import Bagel
+from modeling.bagel.batch import Loan
+from modeling.bagel.config import SpecialTokens
+from modeling.bagel.flow import flow_loss
+from scripts.visual_opsd.config import TrainConfig
+from scripts.visual_opsd.loss.chunked import chunked_opsd_loss
+from scripts.visual_opsd.opsd_loss import LossConfig
+from scripts.visual_opsd.scored_rows import (
+    ScoredRow,
+    check_same_labels,
+)
+from scripts.visual_opsd.training.teacher import Teacher
+
+
+def plan_packs(lengths: Sequence[int], accumulation: int, pack_tokens: int) -> list[list[int]]:
+    """Indices of each forward: the share in `accumulation` runs, each cut at `pack_tokens`."""
+    count = len(lengths)
+    bounds = [count * i // accumulation for i in range(accumulation + 1)]
+    packs: list[list[int]] = []
+    for start, stop in pairwise(bounds):
+        run = group_by_tokens(lengths[start:stop], pack_tokens)
+        packs += [[start + i for i in group] for group in run]
+    return packs
+
+
+@dataclass
+class PackResult:
+    """What one forward and backward left behind; tensors stay on the device."""
+
+    loss: Tensor
+    stats: dict[str, Tensor]
+    label_logprobs: Tensor
+    rows: tuple[ScoredRow, ...]
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(float(self.loss + self.stats.get("mse", 0.0)))
+
+
+def shared_images(rows: Sequence[ScoredRow]) -> Loan:
+    """The student's images among the teacher's: of each row the first ones of its context."""
+    images: list[int] = []
+    first = 0
+    for row in rows:
+        ours, theirs = (
+            sum(isinstance(segment, ImageSegment) for segment in context or ())
+            for context in (row.student, row.teacher)
+        )
+        images += range(first, first + ours)
+        first += theirs
+    return Loan(tuple(images))
+
+
+def run_pack(
+    student: Bagel,
+    teacher: Teacher | None,
+    teacher_head: Tensor | None,
+    rows: Sequence[ScoredRow],
+    *,
+    special: SpecialTokens,
+    loss: LossConfig,
+    chunk_size: int,
+    scale: float,
+    device: torch.device,
+    decode: Callable[..., str],
+    flow_scale: float | None = None,
+) -> PackResult:
+    """Forward (teacher without gradient, then student) and backward of one pack.
+
+    Args:
+        teacher_head: the teacher's gathered head, None when it is the student's own.
+        scale: what the summed loss is multiplied by before the backward pass.
+        flow_scale: the same for the flow-matching loss, where drawing is trained; its unscaled
+            sum and number of rows are the statistics mse and mse_rows.
+    """
+    student_batch = pack([row.student for row in rows], special)
+    teacher_hidden: Tensor | None = None
+    if teacher is not None:
+        contexts = [row.teacher for row in rows if row.teacher is not None]
+        teacher_batch = pack(contexts, special)
+        check_same_labels(student_batch, teacher_batch, [row.name for row in rows], decode)
+        loan = shared_images(rows) if teacher.lends(device) else None
+        teacher_hidden = teacher.hidden(teacher_batch.to(device), loan)
+        if loan is not None and loan.features is not None:
+            student_batch = student_batch.knowing(loan.features)
+    student_batch = student_batch.to(device)
+
+    def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        theirs = None
+        if teacher_hidden is not None:
+            theirs = weight.detach() if teacher_head is None else teacher_head
+        return chunked_opsd_loss(
+            hidden, weight, teacher_hidden, theirs, student_batch.score_labels, None, loss,
+            chunk_size=chunk_size,
+        )  # fmt: skip
+
+    if flow_scale is None:
+        loss_sum, stats = student(student_batch, head=head)
+        (loss_sum * scale).backward()
+    else:
+        latents = student_batch.latents
+        assert latents is not None, "every pack must reach the drawing branch's weights"
+        (loss_sum, stats), flow_sum = student(
+            student_batch,
+            head=head,
+            flow_head=lambda velocity: flow_loss(velocity, latents.velocity_targets),
+        )
+        (loss_sum * scale + flow_sum * flow_scale).backward()
+        stats["mse"] = flow_sum.detach()
+        stats["mse_rows"] = flow_sum.new_tensor(float(len(latents.velocity_rows)))
+    logprobs = stats.pop("label_logprob")
+    return PackResult(loss_sum.detach(), stats, logprobs, tuple(rows))
+
+
+def sampler_gap(results: Sequence[PackResult]) -> tuple[float, int, float]:
+    """(sum, number, maximum) of |log-probability recomputed - log-probability of the sampler|.
+
+    Over the labels of completions whose log-probabilities the sampler recorded.
+    """
+    total, count, worst = 0.0, 0, 0.0
+    for result in results:
+        completions = [row.completion for row in result.rows if row.completion is not None]
+        known = [len(c.logprobs) == c.count for c in completions for _ in range(c.count)]
+        recorded = [p for c in completions if len(c.logprobs) == c.count for p in c.logprobs]
+        if not recorded or len(known) != len(result.label_logprobs):
+            continue
+        ours = result.label_logprobs.float().cpu()[torch.tensor(known)]
+        gap = (ours - torch.tensor(recorded)).abs()
+        total, worst = total + float(gap.sum()), max(worst, float(gap.max()))
+        count += len(recorded)
+    return total, count, worst
+
+
+def completion_counts(rows: Sequence[ScoredRow], eos: int) -> dict[str, float]:
+    """Sums over rows that describe the completions."""
+    completions = [row.completion for row in rows if row.completion is not None]
+    return {
+        "completions": len(completions),
+        "completion_tokens": sum(len(c.ids) for c in completions),
+        "capped": sum(c.capped for c in completions),
+        "ended": sum(not c.capped for c in completions),
+        "empty": sum(not c.ids for c in completions),
+        "image_skips": sum(eos in c.ids for c in completions),
+        "truncated": sum(row.truncated for row in rows),
+    }
+
+
+def mean_of(sums: dict[str, float], name: str, count: str) -> float:
+    return sums[name] / sums[count] if sums[count] else 0.0
+
+
+def summarise(sums: dict[str, float], loss: LossConfig, with_completions: bool) -> dict[str, Any]:
+    """Global sums -> the figures of metrics.jsonl (per scored row, or per completion)."""
+    figures: dict[str, Any] = {
+        name: mean_of(sums, name, "rows")
+        for name in (
+            "loss", "divergence", "ce", "forward_kl", "teacher_topk_mass", "student_entropy",
+            "teacher_entropy",
+        )
+        if name in sums
+    }  # fmt: skip
+    figures["scored_tokens"] = sums["rows"]
+    if "mse_rows" in sums:
+        figures["mse"] = mean_of(sums, "mse", "mse_rows")
+        figures["noised_tokens"] = sums["mse_rows"]
+    if with_completions:
+        figures["completion_length"] = mean_of(sums, "completion_tokens", "completions")
+        for name in ("capped", "ended", "empty", "image_skips", "truncated"):
+            figures[_RATES[name]] = mean_of(sums, name, "completions")
+        if sums.get("gap_rows"):
+            figures["sampler_gap"] = sums["gap"] / sums["gap_rows"]
+    else:
+        figures["truncated_rate"] = mean_of(sums, "truncated", "sequences")
+    return figures
+
+
+_RATES = {
+    "capped": "cap_rate",
+    "ended": "eos_rate",
+    "empty": "empty_rate",
+    "image_skips": "image_skip_rate",
+    "truncated": "truncated_rate",
+}
+
+
+def learning_rate_factor(step: int, config: TrainConfig) -> float:
+    """Factor on lr of 0-based step `step`: linear warm-up, then cosine down to min_lr."""
+    optim = config.optim
+    if step < optim.warmup_steps:
+        return (step + 1) / optim.warmup_steps
+    if optim.lr_scheduler == "constant":
+        return 1.0
+    span = max(1, optim.total_steps - 1 - optim.warmup_steps)
+    progress = min(1.0, (step - optim.warmup_steps) / span)
+    floor = optim.min_lr / optim.lr
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,341 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Steps and ViTs that are recorded: what they keep, what they let go, where they give up.
+
+Without a GPU the recording itself is left out, everything around it is as it is there.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from weakref import ref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data.packing import pack
+from modeling import fast, load_bagel
+from modeling.bagel import graphs, recorded_vision
+from modeling.bagel.graphs import RepeatedStep
+from modeling.bagel.kv_cache import KVCache
+from modeling.bagel.vision import image_layout
+from tests.conftest import TINY_BAGEL
+from tests.modeling.segments import image, text
+
+LENS = (4, 8)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@pytest.fixture
+def records(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Recordings wherever the weights are whole and no gradient is wanted."""
+    monkeypatch.setattr(recorded_vision, "_may_record", lambda *_: not torch.is_grad_enabled())
+    recorded_vision._OF_MODELS.clear()
+    yield
+    recorded_vision._OF_MODELS.clear()
+
+
+def loaded() -> Any:
+    return load_bagel(TINY_BAGEL, device=DEVICE, dtype=torch.bfloat16)
+
+
+def patches_of(model: Any) -> tuple[Tensor, Tensor]:
+    patches = torch.rand(sum(LENS), model.config.vision.patch_dim, device=DEVICE)
+    return patches, torch.arange(sum(LENS), device=DEVICE)
+
+
+def recording_of(vit: nn.Module) -> Any:
+    (recording,) = recorded_vision._OF_MODELS[vit].by_size.values()  # type: ignore[index]
+    return recording
+
+
+@pytest.mark.usefixtures("records")
+def test_a_size_is_recorded_the_second_time() -> None:
+    """New patches and new weights are read; weights that moved are noticed."""
+    vit = loaded().model.vit_model
+    model: Any = SimpleNamespace(config=loaded().model.config)
+
+    def compare() -> None:
+        patches, positions = patches_of(model)
+        with torch.no_grad():
+            actual = recorded_vision.see(vit, patches, positions, LENS)
+            assert torch.equal(actual, vit(patches, positions, LENS))
+
+    compare()
+    assert recording_of(vit) is None
+    for _ in range(3):
+        compare()
+    recording = recording_of(vit)
+    assert recording is not None
+    assert (recording.step.graph is not None) == (DEVICE == "cuda")
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.mul_(1.01)
+    compare()
+    assert recording_of(vit) is recording
+    first = next(vit.parameters())
+    first.data = first.data.clone()
+    compare()
+    assert recording_of(vit) is None
+    recorded_vision.forget(nn.ModuleList([vit]))
+    assert vit not in recorded_vision._OF_MODELS
+
+
+@pytest.mark.usefixtures("records")
+def test_a_recording_keeps_its_layout_and_not_the_model() -> None:
+    """Its attention reads what the layout holds; a model that is dropped is freed."""
+    bundle = loaded()
+    vit = bundle.model.vit_model
+    inputs = patches_of(bundle.model)
+    image_layout.cache_clear()
+    with torch.no_grad():
+        for _ in range(2):
+            recorded_vision.see(vit, *inputs, LENS)
+        layout, model = ref(image_layout(LENS)), ref(vit)
+        for side in range(1, 80):  # more than are remembered
+            image_layout((side,))
+        gc.collect()
+        assert layout() is recording_of(vit).layout
+    del bundle, vit
+    gc.collect()
+    assert model() is None
+    assert layout() is None
+    assert not recorded_vision._OF_MODELS
+
+
+@pytest.mark.usefixtures("records")
+def test_no_more_than_some_sizes_are_remembered() -> None:
+    vit = loaded().model.vit_model
+    patches, positions = patches_of(loaded().model)
+    for side in range(1, 13):
+        with torch.no_grad():
+            recorded_vision.see(vit, patches[:side], positions[:side], (side,))
+    assert len(recorded_vision._OF_MODELS[vit].by_size) == 8
+
+
+@pytest.mark.usefixtures("records")
+def test_only_prompts_are_recorded() -> None:
+    """A forward under FSDP communicates, so that none is recorded; a cache is filled by replays."""
+    bundle = loaded()
+    model = bundle.model
+    packed = pack([(text(4), image(3, model), text(3))], bundle.special_tokens).to(DEVICE)
+
+    def filled() -> KVCache:
+        cache = KVCache(model.config.llm, 1, 40, DEVICE, model.dtype)
+        model.fill_cache(packed, cache)
+        return cache
+
+    with torch.no_grad():
+        for _ in range(3):
+            model(packed)
+        assert not recorded_vision._OF_MODELS
+        caches = [filled() for _ in range(3)]
+    assert recording_of(model.vit_model) is not None
+    for cache in caches[1:]:
+        for one, other in zip(cache.keys, caches[0].keys, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("records")
+def test_inference_mode_leaves_nothing_behind() -> None:
+    """Recorded in a caller's inference mode, used and trained after it."""
+    bundle = loaded()
+    vit = bundle.model.vit_model
+    inputs = patches_of(bundle.model)
+    image_layout.cache_clear()
+    with torch.inference_mode():
+        expected = [recorded_vision.see(vit, *inputs, LENS) for _ in range(2)][1].clone()
+    with torch.no_grad():
+        found = recorded_vision.see(vit, *inputs, LENS)
+    assert torch.equal(found, expected)
+    vit(*inputs, LENS).sum().backward()
+    made = image_layout(LENS).memo("made", lambda: torch.arange(3))
+    with torch.inference_mode():
+        again = image_layout((5,)).memo("made", lambda: torch.arange(3))
+    assert not made.is_inference()
+    assert not again.is_inference()
+
+
+def test_a_shard_is_never_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a ViT with a weight elsewhere, or a call that wants a gradient."""
+
+    class Shard(Tensor):
+        pass
+
+    monkeypatch.setattr(recorded_vision, "may_be_recorded", lambda _: True)
+    monkeypatch.setattr(fast, "is_on", lambda _: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    here = torch.zeros(0, device=DEVICE).device  # with its number, as tensors name it
+
+    class Patches:
+        is_cuda, device = True, here
+
+        def __len__(self) -> int:
+            return 12
+
+    patches: Any = Patches()
+    whole = [nn.Parameter(torch.zeros(2, device=here)) for _ in range(3)]
+    may: Callable[[Any], bool] = lambda weights: recorded_vision._may_record(weights, patches)  # noqa: E731
+    with torch.no_grad():
+        assert may(whole)
+        assert not may([*whole, nn.Parameter(torch.zeros(2, device="meta"))])
+        shard: Any = SimpleNamespace(data=torch.zeros(2, device=here).as_subclass(Shard))
+        shard.device = here
+        assert not may([whole[0], shard, whole[1]])
+    assert not may(whole)
+
+
+# -------------------------------------------------------------------------------- steps
+
+
+class FakeGraph:
+    """Of a GPU that is not here: replays what was recorded."""
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        self.replay = step
+
+
+class Recorded(RepeatedStep):
+    """Records as on a GPU; so many attempts fail, with what they took in their frames."""
+
+    def __init__(self, step: Callable[[], None], failures: list[str]) -> None:
+        super().__init__(step, torch.device("cuda"))
+        self.records, self.failures = True, failures
+        self.attempts: list[ref[FakeGraph]] = []
+
+    def _record(self) -> Any:
+        graph = FakeGraph(self.step)
+        self.attempts.append(ref(graph))
+        if self.failures:
+            message = self.failures.pop()
+            raise torch.OutOfMemoryError(message) if "Tried" in message else RuntimeError(message)
+        return graph
+
+
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate"
+DRIVER = "CUDA error: out of memory"
+
+
+@pytest.mark.parametrize(
+    ("failures", "recorded"),
+    [
+        ([], True),
+        ([OUT_OF_MEMORY], True),
+        ([DRIVER], True),
+        ([DRIVER, OUT_OF_MEMORY], False),
+    ],
+)
+def test_a_recording_that_finds_no_memory(
+    failures: list[str], recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once more with the memory of the first attempt given back, then plainly; no call is lost."""
+    calls: list[int] = []
+    step = Recorded(lambda: calls.append(1), [*failures])
+    held: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append(step.attempts[-1]()))
+    for count in range(1, 5):
+        step()
+        assert len(calls) == count
+    assert (step.graph is not None, step.records) == (recorded, recorded)
+    assert len(step.attempts) == len(failures) + recorded
+    assert held == [None] * len(failures)
+
+
+def test_other_errors_of_a_recording_are_raised() -> None:
+    step = Recorded(lambda: None, ["operation not permitted when stream is capturing"])
+    step()
+    with pytest.raises(RuntimeError, match="not permitted"):
+        step()
+
+
+def test_recordings_that_live_share_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS keeps a workspace a stream in a recording's memory; streams come round again."""
+    used: list[int] = []
+    made: list[int] = []
+
+    class Stream:
+        def __init__(self) -> None:
+            made.append(0)
+            self.number = len(made)
+
+        def wait_stream(self, _: Any) -> None:
+            pass
+
+    class Graph:
+        def capture_begin(self, **_: Any) -> None:
+            pass
+
+        def capture_end(self) -> None:
+            pass
+
+        def replay(self) -> None:
+            pass
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        used.append(stream.number)
+        yield
+
+    monkeypatch.setattr(graphs, "_FREE_STREAMS", defaultdict(list))
+    for name, value in {
+        "CUDAGraph": Graph, "Stream": Stream, "stream": on, "current_device": lambda: 0,
+        "current_stream": lambda: SimpleNamespace(wait_stream=lambda _: None),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def recorded() -> RepeatedStep:
+        step = RepeatedStep(lambda: None, torch.device("cuda"))
+        step.records = True
+        step()
+        step()
+        return step
+
+    living = [recorded() for _ in range(3)]
+    assert used == [1, 2, 3]
+    del living[1]
+    living.append(recorded())
+    living.append(recorded())
+    assert used == [1, 2, 3, 2, 4]
+
+
+@pytest.mark.usefixtures("records")
+def test_threads_do_not_get_each_others_images() -> None:
+    vit = loaded().model.vit_model
+    model: Any = SimpleNamespace(config=loaded().model.config)
+    inputs = [patches_of(model) for _ in range(2)]
+    with torch.no_grad():
+        expected = [vit(*each, LENS) for each in inputs]
+        for _ in range(2):
+            recorded_vision.see(vit, *inputs[0], LENS)
+
+    def look(which: int) -> bool:
+        with torch.no_grad():
+            seen = [recorded_vision.see(vit, *inputs[which], LENS) for _ in range(60)]
+        return all(torch.equal(one, expected[which]) for one in seen)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(look, (0, 1)))
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_prompts_replay_the_vit() -> None:
+    """As users have it: the third prompt of a size is a replay, the same as the first."""
+    bundle = loaded()
+    model = bundle.model
+    packed = pack([(text(4), image(3, model), text(3))], bundle.special_tokens).to("cuda")
+    caches = []
+    with torch.inference_mode():
+        for _ in range(3):
+            caches.append(KVCache(model.config.llm, 1, 40, "cuda", model.dtype))
+            model.fill_cache(packed, caches[-1])
+    assert recording_of(model.vit_model).step.graph is not None
+    for one, other in zip(caches[2].keys, caches[0].keys, strict=True):
+        assert torch.equal(one, other)

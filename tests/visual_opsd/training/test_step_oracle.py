@@ -1,0 +1,84 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Whole runs of a few steps against `step_oracle`, on one rank and on two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.visual_opsd.launching import HERE, launch
+from tests.visual_opsd.training.step_cases import CASES, TWO_RANKS, Recipe, Run, run_case
+from tests.visual_opsd.training.step_oracle import recompute
+from tests.visual_opsd.training.trainers import one_process
+from tests.visual_opsd.training_runs import make_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder, rows=16)
+    return folder
+
+
+def assert_recomputed(recipe: Recipe, run: Run) -> None:
+    """Every step's figures, and at the end every weight, average and moment."""
+    oracle, figures = recompute(recipe, run)
+    assert len(run.lines) == len(figures) == recipe.total_steps
+    for line, expected in zip(run.lines, figures, strict=True):
+        assert line["lr"] == pytest.approx(expected.lr, rel=1e-12)
+        assert line["loss"] == pytest.approx(expected.loss, rel=1e-6, abs=1e-6, nan_ok=True)
+        assert line["grad_norm"] == pytest.approx(expected.grad_norm, rel=2e-5)
+        for part in ("ce", "divergence", "mse"):
+            assert line.get(part, 0.0) == pytest.approx(getattr(expected, part), abs=2e-6), part
+        assert expected.sampler_gap < 1e-5, "not drawn with the weights of this step"
+        comparable = recipe.samples and recipe.jsd_temperature == recipe.sample_temperature
+        assert ("sampler_gap" in line) == comparable
+    state = oracle.state()
+    assert run.end.keys() == state.keys()
+    scales = dict.fromkeys(("student", "teacher", "exp_avg", "exp_avg_sq"), 0.0)
+    for name, value in state.items():
+        kind = name.split("/")[0]
+        scales[kind] = max(scales[kind], float(value.abs().max()))
+    for name, value in state.items():
+        kind = name.split("/")[0]
+        bound = 1e-6 if kind in ("student", "teacher") else 5e-5 * scales[kind]
+        torch.testing.assert_close(run.end[name], value, atol=bound, rtol=1e-6, msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """Runs of one rank, each made once."""
+
+    @cache
+    def made(name: str) -> Run:
+        with one_process() as env:
+            return run_case(world, tmp_path_factory.mktemp("run"), env, CASES[name])
+
+    return made
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_recomputed(alone: Callable[[str], Run], name: str) -> None:
+    assert_recomputed(CASES[name], alone(name))
+
+
+@pytest.mark.slow
+def test_two_ranks_recomputed(world: Path, alone: Callable[[str], Run], tmp_path: Path) -> None:
+    """One launch for all that two_rank_training.py checks."""
+    program = str(HERE / "training" / "two_rank_training.py")
+    launch(2, program, str(world), str(tmp_path), timeout=240)
+    for number, (recipe, _) in enumerate(TWO_RANKS.values()):
+        run = torch.load(tmp_path / f"case-{number}.pt", weights_only=False)
+        assert_recomputed(recipe, run)
+        if recipe in CASES.values() and recipe.samples:
+            # A row's completion does not depend on who samples it, nor with whom.
+            (name,) = (name for name, other in CASES.items() if other == recipe)
+            for (row, ours), (other, theirs) in zip(
+                run.taken[0], alone(name).taken[0], strict=True
+            ):
+                assert row == other and ours is not None and theirs is not None
+                assert (ours.ids, ours.scored) == (theirs.ids, theirs.scored)

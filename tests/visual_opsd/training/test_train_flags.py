@@ -1,0 +1,193 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""train_visual_opsd: every setting, two values, and what is seen of it where it acts.
+
+A new field of `TrainConfig` without a row fails here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scripts.visual_opsd.cli import parse_config
+from scripts.visual_opsd.config import TrainConfig
+from scripts.visual_opsd.processes import init_distributed
+from scripts.visual_opsd.runs.folder_lock import hold_folder
+from scripts.visual_opsd.train_visual_opsd import main
+from scripts.visual_opsd.training.checkpoint_folders import choose_checkpoint
+from scripts.visual_opsd.training.metrics import read_metrics
+from scripts.visual_opsd.training.sharding import clip_grad_norm, make_mesh, shard_model
+from tests.arrivals import (
+    Stop,
+    check_arrival,
+    check_complete,
+    given_in_run,
+    spy,
+    spy_method,
+    stop,
+    words,
+)
+from tests.visual_opsd.training.training_flags import (
+    TrainRun,
+    distillation_rows,
+    make_places,
+    record,
+    schedule,
+    table_of,
+    training_rows,
+)
+
+# Settings that contradict the runs of the table, and the test that has them.
+ALONE = {
+    "visual_gen": "test_visual_gen",
+    "precision": "test_precision",
+    "max_nonfinite_steps": "test_max_nonfinite_steps",
+    "resume": "test_where_a_run_begins",
+    "auto_resume": "test_where_a_run_begins",
+    "resume_from": "test_where_a_run_begins",
+    "device": "test_device",
+    "take_over": "test_take_over",
+}
+ELSEWHERE = {"sft_format": "tests/visual_opsd/training/test_sft_flags.py"}
+HERE = Path("places")  # only the names of the rows are wanted without a folder
+NAMES = {"one", "two", "model", "other", "train", "heldout", "prompts", "results"}
+TABLE = table_of(training_rows(dict.fromkeys(NAMES, HERE), "opsd"),
+                 distillation_rows(dict.fromkeys(NAMES, HERE)))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_places(tmp_path_factory.mktemp("flags"))
+
+
+@pytest.fixture(scope="module")
+def table(places: dict[str, Path]) -> dict[str, Any]:
+    return table_of(training_rows(places, "opsd"), distillation_rows(places))
+
+
+@pytest.fixture(scope="module")
+def runs(table: dict[str, Any]) -> list[TrainRun]:
+    return [
+        record(main, name, {**given_in_run(table, number), "device": "cpu"})
+        for number, name in enumerate("abcd")
+    ]
+
+
+def test_every_setting_has_a_row(table: dict[str, Any]) -> None:
+    check_complete(TrainConfig, table, ALONE, ELSEWHERE)
+    assert all(test in globals() for test in ALONE.values())
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_setting_arrives(table: dict[str, Any], runs: list[TrainRun], name: str) -> None:
+    check_arrival(name, table[name], runs)
+
+
+# ------------------------------------------------------------------------------- one by one
+
+
+def test_visual_gen() -> None:
+    """Kept for the reference's scripts: it can only be False here."""
+    assert parse_config(TrainConfig, ["--visual_gen", "False"], "") == TrainConfig()
+    with pytest.raises(ValueError, match="--visual_gen True: only interleaved SFT"):
+        main(["--visual_gen", "True"])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "auto"])
+def test_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    calls = spy(monkeypatch, init_distributed, stop)
+    with pytest.raises(Stop):
+        main(["--device", device])
+    assert calls[0]["device"] == device
+
+
+def apart(run: TrainRun, results: Path) -> dict[str, Any]:
+    """A run's settings for one beside it, without W&B, which need not be installed."""
+    return {**run.given, "results_dir": results, "wandb_project": "none"}
+
+
+@pytest.mark.parametrize("take_over", [False, True])
+def test_take_over(
+    runs: list[TrainRun], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, take_over: bool
+) -> None:
+    calls = spy(monkeypatch, hold_folder, lambda folder, flag, take_over=None: None)
+    spy(monkeypatch, make_mesh, stop)
+    with pytest.raises(Stop):
+        main(words({**apart(runs[0], tmp_path), "take_over": take_over}))
+    assert [(call["flag"], call["take_over"]) for call in calls] == [
+        ("results_dir", take_over), ("checkpoint_dir", take_over),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("auto", torch.bfloat16), ("bf16", torch.bfloat16), ("fp32", torch.float32)],
+)
+def test_precision(
+    runs: list[TrainRun], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precision: str,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """What the student computes in on a GPU, which need not be there."""
+
+    def on_gpu(*_: Any, **__: Any) -> Any:
+        return replace(init_distributed("cpu", 60), device=torch.device("cuda"))
+
+    spy(monkeypatch, init_distributed, on_gpu)
+    spy(monkeypatch, make_mesh, lambda *_, **__: None)
+    calls = spy(monkeypatch, shard_model, stop)
+    with pytest.raises(Stop):
+        main(words({**apart(runs[0], tmp_path), "precision": precision}))
+    assert calls[0]["param_dtype"] == dtype
+
+
+BEGINNINGS: list[tuple[dict[str, Any], str | None]] = [
+    ({"resume": "2"}, "step_0000002"),
+    ({"resume": "latest"}, "step_0000003"),
+    ({"auto_resume": True}, "step_0000003"),
+    ({"auto_resume": False, "results_dir": "new"}, None),
+    ({"resume_from": "step_0000002", "results_dir": "new"}, "step_0000002"),
+    ({"resume_from": "step_0000003", "results_dir": "new"}, "step_0000003"),
+    ({"resume_from": "step_0000002", "auto_resume": True}, "step_0000003"),
+    ({"resume_from": "step_0000002", "auto_resume": True, "results_dir": "new"}, "step_0000002"),
+]
+
+
+@pytest.mark.parametrize(("changes", "begins"), BEGINNINGS)
+def test_where_a_run_begins(
+    runs: list[TrainRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any], begins: str | None,
+) -> None:  # fmt: skip
+    first = runs[0]
+    given = {**first.given, "wandb_project": "none", **changes}
+    if "resume_from" in given:
+        given["resume_from"] = first.checkpoints / given["resume_from"]
+    if changes.get("results_dir") == "new":
+        given["results_dir"] = tmp_path
+    chosen = spy(monkeypatch, choose_checkpoint)
+    spy(monkeypatch, make_mesh, stop)
+    with pytest.raises(Stop):
+        main(words(given))
+    found = chosen[0]["result"]
+    assert found == (begins and first.checkpoints / begins)
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_max_nonfinite_steps(
+    runs: list[TrainRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """So many skipped steps end a run; nothing is learnt in them, and the schedule goes on."""
+    given = {**apart(runs[0], tmp_path), "total_steps": 5, "warmup_steps": 1}
+    given |= {"max_nonfinite_steps": limit, "num_shard": 1, "num_replicate": 1}
+    spy(monkeypatch, clip_grad_norm, lambda *_: torch.tensor(torch.nan))
+    steps = spy_method(monkeypatch, torch.optim.AdamW, "step")
+    with pytest.raises(ValueError, match=f"{limit} steps in a row had a non-finite"):
+        main(words(given))
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, limit + 1))
+    assert all(line["nonfinite"] for line in lines) and not steps
+    expected = schedule(TrainRun("skipped", given, {}))
+    assert [line["lr"] for line in lines] == pytest.approx(expected[:limit])

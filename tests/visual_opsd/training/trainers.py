@@ -1,0 +1,96 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Trainers built in this process on the tiny checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeling import load_bagel
+from scripts.visual_opsd.cli import parse_config
+from scripts.visual_opsd.config import SFT_DEFAULTS, TrainConfig
+from scripts.visual_opsd.processes import DistEnv, init_distributed, shutdown
+from scripts.visual_opsd.rows import TrainRow
+from scripts.visual_opsd.training.metrics import read_metrics
+from scripts.visual_opsd.training.sharding import iter_full_state
+from scripts.visual_opsd.training.trainer import Trainer
+from tests.visual_opsd.training_runs import TINY_BAGEL, train_arguments
+
+# Two rows a step and short completions: a step takes a few tens of milliseconds.
+SMALL = {
+    "total_steps": 1,
+    "warmup_steps": 0,
+    "global_batch_size": 2,
+    "samples_per_step": 2,
+    "sample_max_new_tokens": 8,
+    "use_system_prompt": False,
+    "vit_max_size": 56,
+    "save_every": 100,
+    "eps": 1e-8,
+}
+
+
+@contextmanager
+def one_process() -> Iterator[DistEnv]:
+    try:
+        yield init_distributed("cpu", 60)
+    finally:
+        shutdown()
+
+
+def make_config(world: Path, results: Path, *, sft: bool = False, **changes: Any) -> TrainConfig:
+    arguments = train_arguments(world, results, **{**SMALL, **changes})
+    return parse_config(TrainConfig, arguments, "", SFT_DEFAULTS if sft else None)
+
+
+def build(
+    world: Path, results: Path, env: DistEnv, *, sft: bool = False, **changes: Any
+) -> Trainer:
+    return Trainer(make_config(world, results, sft=sft, **changes), env, sft=sft)
+
+
+def train(world: Path, results: Path, *, sft: bool = False, **changes: Any) -> Trainer:
+    """Build, run to the end, and hand the trainer back for inspection."""
+    with one_process() as env:
+        trainer = build(world, results, env, sft=sft, **changes)
+        assert trainer.train() == 0
+    return trainer
+
+
+def metrics(results: Path) -> list[dict[str, Any]]:
+    return read_metrics(results / "metrics.jsonl")
+
+
+def samples(results: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (results / "samples.jsonl").read_text().splitlines()]
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    """Whole tensors of a sharded model, copied."""
+    return {name: tensor.clone() for name, tensor in iter_full_state(model)}
+
+
+def base_weights() -> dict[str, Tensor]:
+    return dict(load_bagel(TINY_BAGEL).model.state_dict())
+
+
+def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def first_rows(trainer: Trainer, step: int = 0) -> list[TrainRow]:
+    """The rows of a step of a trainer in one process, as its loader makes them."""
+    size = trainer.config.data.global_batch_size
+    rows = []
+    for slot in range(size):
+        dataset, index = next(trainer.sampler.candidates(step, slot))
+        position = trainer.sampler.position(step, slot)
+        rows.append(trainer.prepare(dataset.read_row(index, position)))
+    return rows

@@ -1,0 +1,138 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""Under torchrun with two processes: runs that test_step_oracle.py recomputes, and what ranks owe
+each other: whose rows, images, errors, rejects and signals count.
+
+two_rank_training.py WORLD OUT
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.thinkmorph import BadRow, Row
+from modeling.host.programs import leave
+from scripts.visual_opsd.processes import (
+    DistEnv,
+    gather_objects,
+    init_distributed,
+    shutdown,
+)
+from scripts.visual_opsd.training.teacher import Teacher
+from tests.visual_opsd.training.step_cases import TWO_RANKS, run_case
+from tests.visual_opsd.training.trainers import build, metrics
+
+
+def record(world: Path, out: Path, env: DistEnv) -> None:
+    """Three rows over two ranks, and one row: a rank that only takes part."""
+    for number, (recipe, mesh) in enumerate(TWO_RANKS.values()):
+        run = run_case(world, out / f"case-{number}", env, recipe, **mesh)
+        if env.is_main:
+            torch.save(run, out / f"case-{number}.pt")
+
+
+def images_are_lent(world: Path, out: Path, env: DistEnv) -> None:
+    """The teacher's ViT outputs serve the student while one rank only takes part: same losses."""
+    plain = Teacher.lends
+    for name, options in (("self", {"teacher_mode": "self"}), ("frozen", {"freeze_vit": True})):
+        found = []
+        for lends in (False, True):
+            Teacher.lends = lambda *_, lends=lends: lends  # type: ignore[method-assign]
+            results = out / f"{name}-{lends}"
+            trainer = build(
+                world, results, env, total_steps=2, global_batch_size=1, samples_per_step=1,
+                **options,
+            )  # fmt: skip
+            assert trainer.train() == 0
+            if env.is_main:
+                found.append([(line["loss"], line["grad_norm"]) for line in metrics(results)])
+        if env.is_main:
+            for one, other in zip(*map(chain.from_iterable, found), strict=True):
+                assert math.isclose(one, other, rel_tol=1e-4), found
+    Teacher.lends = plain  # type: ignore[method-assign]
+
+
+def one_rank_fails(world: Path, out: Path, env: DistEnv) -> None:
+    """A mistake that only rank 1's rows show: both ranks raise, nobody waits for the other."""
+    trainer: Any = build(world, out / "fails", env, global_batch_size=2)
+    prepare = trainer.prepare
+
+    def fail(row: Row) -> Any:
+        if env.rank == 1:
+            raise ValueError("a picture that does not fit")
+        return prepare(row)
+
+    trainer.prepare = fail
+    message = "nothing was raised"
+    try:
+        trainer.train()
+    except ValueError as error:
+        message = str(error)
+    messages = gather_objects(message)
+    assert messages == ["rank 1: a picture that does not fit", "a picture that does not fit"]
+
+
+def rejects_of_the_other_rank(world: Path, out: Path, env: DistEnv) -> None:
+    """Rank 1 alone meets a bad row: it counts once, on both, and rank 0 lists it."""
+    trainer: Any = build(world, out / "rejects", env, global_batch_size=2, total_steps=2)
+    prepare = trainer.prepare
+    met: list[int] = []
+
+    def fail(row: Row) -> Any:
+        if env.rank == 1 and not met:
+            met.append(row.row)
+            raise BadRow("broken_image", "torn", file=row.file, row=row.row)
+        return prepare(row)
+
+    trainer.prepare = fail
+    assert trainer.train() == 0
+    assert gather_objects(len(met)) == [0, 1]
+    counted = gather_objects(trainer.ledger.state_dict())
+    assert counted == [{"rows_read": 5, "reasons": {"broken_image": 1}}] * 2, counted
+    if env.is_main:
+        lines = metrics(out / "rejects")
+        assert [(line["rows_read"], line["skipped_rows"]) for line in lines] == [(3, 1), (5, 1)]
+        (listed,) = (out / "rejects" / "bad_rows.jsonl").read_text().splitlines()
+        assert '"torn"' in listed and '"slot": 1' in listed and '"step": 0' in listed
+
+
+def one_rank_is_told_to_stop(world: Path, out: Path, env: DistEnv) -> None:
+    """Rank 1 alone, after an update or in the middle of a step: both end at the same step."""
+    for moment, kept in (("_update", 2), ("_score", 1)):
+        results = out / f"stop{moment}"
+        trainer: Any = build(world, results, env, global_batch_size=2, total_steps=5)
+        act = getattr(trainer, moment)
+
+        def told(*args: Any, act: Any = act, trainer: Any = trainer) -> Any:
+            before, result = trainer.step, act(*args)
+            if env.rank == 1 and before == 1:
+                trainer.stop.number = signal.SIGTERM
+            return result
+
+        setattr(trainer, moment, told)
+        assert trainer.train() == 128 + signal.SIGTERM
+        assert gather_objects((trainer.step, trainer.states.step)) == [(kept, kept)] * 2, moment
+        if env.is_main:
+            saved = [path.name for path in (results / "checkpoints").glob("step_*")]
+            assert saved == [f"step_{kept:07d}"]
+            assert [line["step"] for line in metrics(results)] == list(range(1, kept + 1))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    environment = init_distributed("cpu", 60)
+    try:
+        for check in (
+            record, images_are_lent, one_rank_fails, rejects_of_the_other_rank,
+            one_rank_is_told_to_stop,
+        ):  # fmt: skip
+            check(Path(sys.argv[1]), Path(sys.argv[2]), environment)
+    finally:
+        shutdown()
+    leave(0)  # the ordinary end of the interpreter may abort after collectives
