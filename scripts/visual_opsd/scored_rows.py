@@ -40,27 +40,26 @@ class ScoredRow:
         return sum(len(s.latents) for s in noisy)
 
 
-def score_completion(row: TrainRow, completion: Completion, max_forward_tokens: int) -> ScoredRow:
+def score_completion(
+    name: str, student: Context, teacher: Context, completion: Completion, max_forward_tokens: int
+) -> ScoredRow:
     """Append a sampled completion to both contexts, cut so that the longer one fits.
 
     Raises:
         ValueError: the context alone leaves no room for a single token.
     """
-    assert row.teacher is not None
-    longest = max(context_length(row.student), context_length(row.teacher))
+    longest = max(context_length(student), context_length(teacher))
     room = max_forward_tokens - longest - 2  # the completion's two markers
     truncated = len(completion.ids) > room
     if truncated:
         if room < 1:
             raise ValueError(
-                f"{row.name}: its context takes {longest} of max_forward_tokens "
+                f"{name}: its context takes {longest} of max_forward_tokens "
                 f"{max_forward_tokens}; raise the limit or lower vit_max_pixels"
             )
         completion = completion.truncated(room)
     segment = completion.segment()
-    return ScoredRow(
-        row.name, (*row.student, segment), (*row.teacher, segment), completion, truncated
-    )
+    return ScoredRow(name, (*student, segment), (*teacher, segment), completion, truncated)
 
 
 def score_targets(row: TrainRow, max_forward_tokens: int) -> ScoredRow:

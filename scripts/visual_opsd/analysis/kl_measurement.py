@@ -25,7 +25,6 @@ from scripts.visual_opsd.config import TEACHER_VTS, ComputeSettings, PromptSetti
 from scripts.visual_opsd.evaluation.rows import THOUGHT_IDENTITY_COLUMNS, RowName, row_name
 from scripts.visual_opsd.loss.chunked import chunked_divergences
 from scripts.visual_opsd.rows import (
-    TrainRow,
     encode_pictures,
     given_positions,
     noise_generator,
@@ -231,11 +230,7 @@ def attach(
 ) -> Scored:
     """Append a completion to the row's contexts. Raises ValueError as `score_completion`."""
     name = f"{row.name.dataset}/{row.name.pid}"
-    pair = score_completion(
-        TrainRow(name, index, row.question, row.answer, row.student, row.teacher),
-        completion,
-        max_forward_tokens,
-    )
+    pair = score_completion(name, row.student, row.teacher, completion, max_forward_tokens)
     assert pair.completion is not None
     return Scored(index, row, pair, (*row.noise, pair.completion.segment()))
 

@@ -448,7 +448,10 @@ class Trainer:
             return [score_targets(row, limit) for row in rows]
         completions = self._completions(batch)
         self._write_samples(batch, completions)
-        return [score_completion(r, c, limit) for r, c in zip(rows, completions, strict=True)]
+        return [
+            score_completion(row.name, row.student, row.teacher or (), completion, limit)
+            for row, completion in zip(rows, completions, strict=True)
+        ]
 
     def _completions(self, batch: StepRows[TrainRow]) -> list[Completion]:
         """One completion for each row, from the student's current weights."""

@@ -296,7 +296,7 @@ def test_two_processes_agree_with_one(baseline: Path, world: Path, tmp_path: Pat
     calls = {
         "evaluate": [*questions, "--output_dir", str(tmp_path / "two")],
         "kl_diagnostic": ["--model_path", str(TINY_BAGEL), *arguments(world, tmp_path / "kl")],
-        "vt_intervention": [*questions, *drawings, "--output_dir", str(tmp_path / "vt")],
+        "analysis.vt_intervention": [*questions, *drawings, "--output_dir", str(tmp_path / "vt")],
     }
     codes, outputs = two_ranks(calls, tmp_path / "done")
     assert codes == [0, 0], outputs

@@ -101,6 +101,11 @@ def recorded_context(name: str, images: list[str]) -> Context:
     return tuple(segments)
 
 
+def contexts(row: TrainRow) -> tuple[str, Context, Context]:
+    assert row.teacher is not None
+    return row.name, row.student, row.teacher
+
+
 def recorded_row() -> ScoredRow:
     meta, _ = load_golden("13_opsd_step")
     completion = given_completion(meta["setup"]["completion_ids"])
@@ -109,7 +114,7 @@ def recorded_row() -> ScoredRow:
         recorded_context("04_train_student", ["problem_image"]),
         recorded_context("04_train_teacher", ["problem_image", "vt_image0", "vt_image1"]),
     )  # fmt: skip
-    return score_completion(row, completion, 4096)
+    return score_completion(*contexts(row), completion, 4096)
 
 
 @pytest.mark.parametrize("packs", [1, 2])
@@ -277,10 +282,10 @@ def test_completion_is_cut_for_both_contexts() -> None:
     completion = Completion(
         (7, 8, 9, 10), (True, True, False, True, True), (-1.0, -2.0, -3.0, -4.0)
     )
-    whole = score_completion(row, completion, 14)
+    whole = score_completion(*contexts(row), completion, 14)
     assert not whole.truncated
     assert whole.scored == 4
-    cut = score_completion(row, completion, 13)
+    cut = score_completion(*contexts(row), completion, 13)
     assert cut.truncated
     assert cut.length == 13
     assert cut.completion is not None
@@ -288,7 +293,7 @@ def test_completion_is_cut_for_both_contexts() -> None:
     assert cut.completion.scored == (True, True, False, False)  # the forced end is no label
     assert cut.completion.logprobs == (-1.0, -2.0)
     with pytest.raises(ValueError, match="max_forward_tokens"):
-        score_completion(row, completion, 10)
+        score_completion(*contexts(row), completion, 10)
 
 
 def test_sft_targets_are_cut_too() -> None:
@@ -377,7 +382,7 @@ def test_pack_of_two_is_the_sum_of_both(tiny_bagel_path: Path, env: DistEnv) -> 
     short = TrainRow(
         "short", 1, "", "", row.student[:-1], row.teacher[:-1] if row.teacher else None
     )
-    other = score_completion(short, given_completion(row.completion.ids[:9]), 4096)
+    other = score_completion(*contexts(short), given_completion(row.completion.ids[:9]), 4096)
 
     def loss_of(rows: list[ScoredRow]) -> float:
         result = run_pack(
