@@ -29,7 +29,7 @@ from scripts.visual_opsd.rows import (
 )
 from scripts.visual_opsd.train_visual_opsd import main as train
 from tests.conftest import TINY_BAGEL
-from tests.visual_opsd.training_runs import figures, full_state, make_world, train_arguments
+from tests.visual_opsd.training_runs import figures, full_state, train_arguments
 
 SMALL = {"vae_max_size": 64, "vae_min_size": 16, "teacher_vt": "vae+vit"}
 PROMPT = PromptSettings(vit_max_size=112, vit_min_size=14, vae_max_size=64, vae_min_size=16)
@@ -38,13 +38,6 @@ PROMPT = PromptSettings(vit_max_size=112, vit_min_size=14, vae_max_size=64, vae_
 @pytest.fixture(scope="module")
 def bundle() -> Any:
     return load_bagel(TINY_BAGEL, visual_gen=True)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder, rows=12)
-    return folder
 
 
 def dataset(world: Path) -> ParquetDataset:
