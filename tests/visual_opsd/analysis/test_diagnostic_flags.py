@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
+from data.randomness import row_generator
 from data.sequence import LatentSegment
 from modeling.release.fingerprints import weights_fingerprint
 from scripts.visual_opsd.analysis.figures import pick_rows
 from scripts.visual_opsd.analysis.kl_measurement import DiagnosticConfig, choose_rows, measure
 from scripts.visual_opsd.analysis.kl_statistics import go_test
 from scripts.visual_opsd.kl_diagnostic import main
-from scripts.visual_opsd.rows import row_generator
 from scripts.visual_opsd.scored_rows import score_completion
 from tests.arrivals import ABSENT, PROMPTS, Arrival, check_arrival, check_complete, given_in_run
 from tests.arrivals import words as command_words

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.packing import pack
+from data.randomness import row_generator
 from data.sequence import Completion, Context, ImageSegment, PixelSegment
 from modeling import load_bagel
 from modeling.autoencoder import AutoEncoder, load_autoencoder
 from modeling.bagel.bagel import Bagel
-from scripts.visual_opsd.rows import TrainRow, encode_pictures, row_generator
+from scripts.visual_opsd.rows import TrainRow, encode_pictures
 from tests.conftest import TINY_BAGEL
 from tests.visual_opsd.training.step_cases import Recipe, Run, other_head
 

@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from data.parquet import StepLoader, StepSampler, make_loader
+from data.randomness import row_generator
 from data.rejects import RejectLedger
 from data.sequence import ContextBuilder, ImageSegment, LatentSegment
 from modeling.bagel.bagel import Bagel
@@ -40,7 +41,7 @@ from modeling.bagel.generate import generate
 from modeling.release.checkpoint import save_bagel
 from scripts.visual_opsd.loss.chunked import chunked_opsd_loss
 from scripts.visual_opsd.on_policy_sampler import sample_completions
-from scripts.visual_opsd.rows import encode_pictures, row_generator
+from scripts.visual_opsd.rows import encode_pictures
 from scripts.visual_opsd.scored_rows import score_completion, score_targets
 from scripts.visual_opsd.training.checkpoints import save_checkpoint
 from scripts.visual_opsd.training.sharding import (
