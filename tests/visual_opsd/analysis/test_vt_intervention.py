@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from data.parquet import ParquetDataset
+from data.randomness import noise_picture, row_generator
 from data.sequence import PACKER_SYSTEM_PROMPT
 from data.thinkmorph import parse_row
 from data.transforms import ImageTransform
@@ -20,10 +21,9 @@ from data.worlds import get_scorer
 from inference.interleave import InterleaveEngine, InterleaveOptions
 from inferencer import InterleaveInferencer
 from modeling import load_bagel
-from scripts.visual_opsd.analysis.vt_arms import ARMS, Interventions, donors, noise_picture
+from scripts.visual_opsd.analysis.vt_arms import ARMS, Interventions, donors
 from scripts.visual_opsd.analysis.vt_intervention import main, summarise_arms, table
 from scripts.visual_opsd.evaluation.scoring import compare_paired, wilson_interval
-from scripts.visual_opsd.rows import row_generator
 from tests.conftest import TINY_BAGEL, needs_gpu
 
 ROWS = 5

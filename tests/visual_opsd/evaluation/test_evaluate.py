@@ -13,6 +13,7 @@ import torch
 
 from data.packing import pack
 from data.parquet import ParquetDataset
+from data.randomness import noise_generator
 from data.thinkmorph import parse_row
 from data.worlds import get_scorer
 from modeling import load_bagel
@@ -23,7 +24,7 @@ from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.evaluate import main
 from scripts.visual_opsd.evaluation.scoring import extract_answer, wilson_interval
 from scripts.visual_opsd.evaluation.store import RankedLines, stable_hash
-from scripts.visual_opsd.rows import make_builder, noise_generator
+from scripts.visual_opsd.rows import make_builder
 from tests.conftest import TINY_BAGEL, needs_gpu
 from tests.data.synthetic import image_cell, truncated_png, write_dataset
 
