@@ -110,7 +110,7 @@ def run_pack(
         if teacher_hidden is not None:
             theirs = weight.detach() if teacher_head is None else teacher_head
         return chunked_opsd_loss(
-            hidden, weight, teacher_hidden, theirs, student_batch.score_labels, None, loss,
+            hidden, weight, teacher_hidden, theirs, student_batch.score_labels, loss,
             chunk_size=chunk_size,
         )  # fmt: skip
 
