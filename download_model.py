@@ -18,7 +18,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -48,13 +48,30 @@ RELEASE_FILES = (
     ("vocab.json",),
     ("merges.txt",),
 )
-MODEL_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.md", "*.jinja", "LICENSE*", "NOTICE*")
-DATASET_PATTERNS = ("*.parquet", "*.md")
+PATTERNS = {
+    "model": ("*.safetensors", "*.json", "*.txt", "*.md", "*.jinja", "LICENSE*", "NOTICE*"),
+    "dataset": ("*.parquet", "*.md"),
+}
 
 
-def check_list(repo_id: str, names: Sequence[str], *, is_model: bool) -> None:
+def list_files(
+    repo_id: str, repo_type: str, revision: str | None
+) -> tuple[str | None, dict[str, int | None]]:
+    """The commit of a repository, and the sizes of its files that are wanted."""
+    is_model = repo_type == "model"
+    describe = HfApi().model_info if is_model else HfApi().dataset_info
+    info = describe(repo_id, revision=revision, files_metadata=True)
+    sizes = {
+        file.rfilename: file.size
+        for file in info.siblings or ()
+        if any(fnmatch(file.rfilename, pattern) for pattern in PATTERNS[repo_type])
+    }
+    return info.sha, sizes
+
+
+def check_list(repo_id: str, repo_type: str, names: Collection[str]) -> None:
     """Raise ValueError if a repository lacks files that a checkpoint or a data set needs."""
-    if is_model:
+    if repo_type == "model":
         lacking = [" or ".join(group) for group in RELEASE_FILES if not set(group) & set(names)]
         if lacking:
             raise ValueError(
@@ -85,18 +102,10 @@ def fetch(
     """
     make_folder(folder, flag)
     print(f"fetching {repo_id} into {folder}", flush=True)
-    is_model = repo_type == "model"
-    patterns = MODEL_PATTERNS if is_model else DATASET_PATTERNS
     with _explained(repo_id, folder, revision):
-        describe = HfApi().model_info if is_model else HfApi().dataset_info
-        info = describe(repo_id, revision=revision, files_metadata=True)
+        commit, sizes = list_files(repo_id, repo_type, revision)
         _remove_partial_files(folder)
-    sizes = {
-        file.rfilename: file.size
-        for file in info.siblings or ()
-        if any(fnmatch(file.rfilename, pattern) for pattern in patterns)
-    }
-    check_list(repo_id, list(sizes), is_model=is_model)
+    check_list(repo_id, repo_type, sizes)
     total = sum(size or 0 for size in sizes.values())
     present = sum(_size(folder / name) or 0 for name in sizes)
     check_room(folder, total - present, f"what {folder} still lacks")
@@ -104,9 +113,9 @@ def fetch(
         snapshot_download(
             repo_id,
             repo_type=repo_type,
-            revision=info.sha,  # the very files that were listed
+            revision=commit,  # the very files that were listed
             local_dir=folder,
-            allow_patterns=list(patterns),
+            allow_patterns=list(PATTERNS[repo_type]),
             force_download=not resume,
         )
     wrong = [

@@ -122,10 +122,10 @@ def test_flags(hub: FakeHub, tmp_path: Path) -> None:
 
 def test_the_list_is_what_a_release_holds(tiny_bagel_path: Path) -> None:
     names = {file.name for file in tiny_bagel_path.iterdir()}
-    download_model.check_list("tiny", sorted(names), is_model=True)
+    download_model.check_list("tiny", "model", names)
     for group in RELEASE_FILES:
         with pytest.raises(ValueError, match="lacks " + " or ".join(group)):
-            download_model.check_list("tiny", sorted(names - set(group)), is_model=True)
+            download_model.check_list("tiny", "model", names - set(group))
 
 
 def test_incomplete_repository(hub: FakeHub) -> None:

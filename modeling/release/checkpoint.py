@@ -40,11 +40,13 @@ from modeling.release.tokenizer import load_tokenizer
 from modeling.release.weight_files import (
     FLOAT_DTYPES,
     ComputedTensor,
+    Layout,
     StoredTensor,
     TensorSource,
     WeightWriter,
     describe_mismatch,
     open_weights,
+    write_weights,
 )
 
 VIT_TABLE = "vit_pos_embed.pos_embed"
@@ -343,7 +345,7 @@ def _write_folder(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        with WeightWriter(temporary / "model.safetensors", layout) as writer:
+        with write_weights(temporary / "model.safetensors", layout) as writer:
             _write_tensors(writer, items, stored, tables)
         for file in copied:
             shutil.copyfile(file, temporary / file.name)
@@ -360,7 +362,7 @@ def _write_folder(
 
 def _layout(
     base: Path, stored: Mapping[str, StoredTensor]
-) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, ComputedTensor]]:
+) -> tuple[Layout, dict[str, ComputedTensor]]:
     """The output's tensors in file order (base's, then tables it lacks), and those tables."""
     odd = [f"{key} ({s.dtype})" for key, s in stored.items() if s.dtype not in FLOAT_DTYPES]
     if odd or not stored:

@@ -12,10 +12,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
@@ -219,24 +219,22 @@ def open_weights(path: str | Path) -> dict[str, StoredTensor]:
     return found
 
 
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # key -> (dtype's name, shape)
+
+
 class WeightWriter:
-    """Writes one safetensors file whose tensors arrive in any order.
+    """Writes one safetensors file whose tensors arrive in any order; `write_weights` makes it.
 
-    The header goes first. Tensors are written at their offsets piece by piece, so memory beyond
-    the caller's tensor stays near 16 MiB. A context manager: entering creates the file, leaving
-    without an error checks that every tensor was written and flushes it to disk.
-
-    Args:
-        file: path to create.
-        layout: key -> (dtype name, shape), in the order wanted. Wider dtypes are moved to the
-            front, because readers view the data in place and need aligned offsets.
+    Each goes to its offset piece by piece: memory beyond the caller's tensor stays near 16 MiB.
     """
 
-    def __init__(self, file: str | Path, layout: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    def __init__(self, stream: BinaryIO, layout: Layout) -> None:
         self.layout = layout
         self._missing = set(layout)
+        self._stream = stream
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
+        # Wider dtypes first: readers view the data in place and need aligned offsets.
         for key in sorted(layout, key=lambda k: -FLOAT_DTYPES[layout[k][0]].itemsize):
             name, shape = layout[key]
             stop = offset + math.prod(shape) * FLOAT_DTYPES[name].itemsize
@@ -244,15 +242,13 @@ class WeightWriter:
             offset = stop
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._file = Path(file)
-        self._head = len(text).to_bytes(8, "little") + text
-        self._offsets = {k: len(self._head) + header[k]["data_offsets"][0] for k in layout}
-        self._size = len(self._head) + offset
-        self._stream: BinaryIO
+        begin = 8 + len(text)
+        self._offsets = {key: begin + header[key]["data_offsets"][0] for key in layout}
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(begin + offset)
 
     def _begin(self, key: str, shape: Iterable[int]) -> str:
-        if key not in self.layout:
-            raise ValueError(f"{key!r} has no place in this file")
+        assert key in self.layout, key
         if key not in self._missing:
             raise ValueError(f"{key!r} was given twice")
         name, expected = self.layout[key]
@@ -266,8 +262,7 @@ class WeightWriter:
         """Write a full tensor (any device, any floating dtype), cast to the layout's dtype.
 
         Raises:
-            ValueError: unknown or repeated key, wrong shape, or a finite value that float16
-                cannot hold.
+            ValueError: repeated key, wrong shape, or a finite value that float16 cannot hold.
         """
         dtype = FLOAT_DTYPES[self._begin(key, tensor.shape)]
         flat = tensor.detach().reshape(-1)
@@ -296,22 +291,16 @@ class WeightWriter:
         """Keys not yet written, in the layout's order."""
         return [key for key in self.layout if key in self._missing]
 
-    def __enter__(self) -> WeightWriter:
-        self._stream = self._file.open("wb")
-        self._stream.write(self._head)
-        self._stream.truncate(self._size)
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                assert not self._missing, f"never written: {self.missing[:5]}"
-                self._stream.flush()
-                os.fsync(self._stream.fileno())
-        finally:
-            self._stream.close()
+@contextmanager
+def write_weights(file: str | Path, layout: Layout) -> Iterator[WeightWriter]:
+    """Create a safetensors file; when the block ends it is whole and on the disk.
+
+    layout: in the order wanted, wider dtypes before narrower ones.
+    """
+    with Path(file).open("wb") as stream:
+        writer = WeightWriter(stream, layout)
+        yield writer
+        assert not writer.missing, f"never written: {writer.missing[:5]}"
+        stream.flush()
+        os.fsync(stream.fileno())

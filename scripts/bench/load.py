@@ -33,7 +33,7 @@ from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
 from modeling.host.programs import path_argument
 from modeling.release.checkpoint import locate_weights
-from modeling.release.weight_files import StoredTensor, WeightWriter
+from modeling.release.weight_files import StoredTensor, write_weights
 from scripts.bench.common import Machine, Report, finish, parser, start
 from scripts.visual_opsd.cli import run_main
 
@@ -61,7 +61,7 @@ def write_release(folder: Path, config: BagelConfig) -> None:
     values = block.repeat(-(-largest // len(block)))
     ones = torch.ones(max(config.llm.hidden_size, config.vision.hidden_size), dtype=torch.bfloat16)
     layout = {key: ("BF16", shape) for key, shape in shapes.items()}
-    with WeightWriter(folder / "model.safetensors", layout) as writer:
+    with write_weights(folder / "model.safetensors", layout) as writer:
         for key, shape in shapes.items():
             norm = len(shape) == 1 and "norm" in key and key.endswith("weight")
             writer.write(key, (ones if norm else values)[: math.prod(shape)].view(shape))

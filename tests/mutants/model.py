@@ -105,9 +105,9 @@ FAULTS = [
          '_NAMES = ("ema", "model")'),
         ("tensors of another shape fit", "if found[key].shape != tuple(expected[key])", "if False"),
         ("not every tensor must have come",
-         '                assert not self._missing, f"never written: {self.missing[:5]}"\n', ""),
+         '        assert not writer.missing, f"never written: {writer.missing[:5]}"\n', ""),
         ("a file is closed before it is on the disk",
-         "                os.fsync(self._stream.fileno())\n", ""),
+         "        os.fsync(stream.fileno())\n", ""),
     ]),
     *faults("modeling/release/checkpoint.py", "modeling/release/test_checkpoint.py", [
         ("other ranks are left waiting after an error",

@@ -27,7 +27,7 @@ from modeling.bagel.bagel import Bagel
 from modeling.bagel.embeddings import sincos_table
 from modeling.bagel.projections import adjoining
 from modeling.release.checkpoint import is_generation_key, iter_weights, locate_weights
-from modeling.release.weight_files import StoredTensor, WeightWriter, open_weights, read_file
+from modeling.release.weight_files import StoredTensor, open_weights, read_file, write_weights
 
 VIT_TABLE, LATENT_TABLE = checkpoint.VIT_TABLE, checkpoint.LATENT_TABLE
 HEAD = "language_model.lm_head.weight"
@@ -520,10 +520,10 @@ def test_writer_refuses_an_incomplete_file(tmp_path: Path) -> None:
     layout = {"a": ("F32", (2,)), "b": ("BF16", ())}
     with (
         pytest.raises(AssertionError, match="never written"),
-        WeightWriter(tmp_path / "x", layout) as w,
+        write_weights(tmp_path / "x", layout) as w,
     ):
         w.write("a", torch.ones(2))
-    with WeightWriter(tmp_path / "x", layout) as writer:
+    with write_weights(tmp_path / "x", layout) as writer:
         writer.write("b", torch.tensor(2.0))
         writer.write("a", torch.ones(2))
     assert load_file(tmp_path / "x")["b"] == 2
@@ -544,7 +544,7 @@ def test_saving_needs_about_one_tensor(
         shutil.copyfile(tiny_bagel_path / name, base / name)
     big = {f"big.{i}": ("BF16", (rows, 64)) for i in range(count)}
     small = {key: ("BF16", tuple(value.shape)) for key, value in tiny.items()}
-    with WeightWriter(base / "model.safetensors", {**big, **small}) as writer:
+    with write_weights(base / "model.safetensors", {**big, **small}) as writer:
         for i in range(count):
             writer.write(f"big.{i}", torch.full((rows, 64), float(i)))
         for key, value in tiny.items():
