@@ -226,10 +226,7 @@ class AutoEncoder(nn.Module):
         if noise is None:
             device = generator.device if generator is not None else mean.device
             noise = torch.randn(mean.shape, generator=generator, device=device, dtype=mean.dtype)
-        if noise.shape != mean.shape:
-            raise ValueError(
-                f"the encoder's noise must be {tuple(mean.shape)}, got {tuple(noise.shape)}"
-            )
+        assert noise.shape == mean.shape, (noise.shape, mean.shape)
         return self.sample(mean, logvar, noise)
 
     def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
