@@ -35,7 +35,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -44,20 +44,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also runs as a p
 
 import torch
 from PIL import Image
+from transformers import TextStreamer
 
 from data.limits import SMALLEST_IMAGE, ContextLimits
-from data.packing import context_length, pack
-from data.randomness import position_uniforms
-from data.sequence import Completion, Context, TextSegment
+from data.packing import context_length
+from data.sequence import Completion, Context
 from data.thinkmorph import BadRow
 from data.transforms import decode_image
 from examples.interleave_page import InterleavePage, check_folder
 from inference.interleave import Part
 from inferencer import InterleaveInferencer
 from modeling import BagelBundle, load_bagel
-from modeling.autoencoder import AE_FILE, AutoEncoderConfig
+from modeling.autoencoder import AE_FILE
 from modeling.bagel.config import BagelConfig
-from modeling.bagel.generate import generate, marker_check
 from modeling.host.memory import memory_errors
 from modeling.release.checkpoint import is_generation_key, locate_weights
 from modeling.release.spread import (
@@ -85,26 +84,16 @@ from scripts.visual_opsd.cli import (
 )
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.evaluation.scoring import extract_answer
-from scripts.visual_opsd.on_policy_sampler import IMAGE_MARKER, to_completion
+from scripts.visual_opsd.on_policy_sampler import SamplerSettings, sample_completions
 from scripts.visual_opsd.rows import make_builder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_SYSTEM_ROWS = 512  # more than a system prompt takes
-_LONG_QUESTION = 8192  # characters
-_SAVE = (
-    "--device spread uses every GPU and CPU memory; --dtype bf16 halves fp32; a smaller "
-    "--vit_max_size or --max_new_tokens takes less beyond the weights"
-)
-_SAVE_DRAWING = (
-    "--dtype bf16 halves fp32; a smaller --image_size, --max_rounds, --vit_max_size or "
-    "--max_new_tokens takes less beyond the weights"
-)
+_LATENT_STEP = 16  # pixels that a latent token of a release covers, to each side
 # With --interleave, in place of the flags' own defaults: the released wrapper's.
 INTERLEAVE_DEFAULTS = {
     "prompt_style": "inferencer", "image_path": "inferencer", "vit_min_size": 224,
 }  # fmt: skip
 GUIDANCE: dict[str, Any] = {"cfg_interval": (0.0, 1.0), "cfg_renorm_type": "text_channel"}
-_LATENT_STEP = 16  # pixels that a latent token of a release covers, to each side
 
 
 @dataclass(frozen=True)
@@ -141,6 +130,15 @@ class DemoSettings(Settings):
     def dtype_on(self, gpu: bool) -> torch.dtype:
         """Of weights and compute."""
         return DTYPES["bf16" if gpu else "fp32"] if self.dtype == "auto" else DTYPES[self.dtype]
+
+    def sampler(self, device: torch.device) -> SamplerSettings:
+        return SamplerSettings(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            do_sample=self.do_sample,
+            max_image_skips=self.image_skips,
+            check_every=4 if device.type == "cuda" else 1,  # a check makes a GPU wait
+        )
 
 
 @dataclass(frozen=True)
@@ -191,6 +189,19 @@ class DemoConfig:
             return self.prompt
         return replace(self.prompt, vae_max_size=size, vae_min_size=size)
 
+    def memory_advice(self) -> str:
+        """What takes less memory."""
+        if self.drawing.interleave:
+            flags = "--image_size, --max_rounds, --vit_max_size or --max_new_tokens"
+            spread = ""
+        else:
+            flags = "--vit_max_size or --max_new_tokens"
+            spread = "; --device spread uses every GPU and CPU memory"
+        return (
+            f"--dtype bf16 halves fp32; a shorter question or a smaller {flags} takes less beyond "
+            f"the weights{spread}"
+        )
+
 
 def log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
@@ -239,17 +250,15 @@ def load_model(config: DemoConfig, question: str) -> tuple[BagelBundle, torch.de
 
     Raises:
         ValueError: a wrong model folder, one that cannot draw where it should, no GPU where one
-            is asked for, or not enough memory.
+            is asked for, a question that is too long, or not enough memory.
     """
     settings, draws = config.demo, config.drawing.interleave
     if draws:
         check_can_draw(settings.model_path)
     model, _ = locate_weights(settings.model_path, visual_gen=draws)
-    # An upper bound: a full grid of patches.
-    rows = model.vit_max_patches_per_side**2 + text_rows(config, model, question)
-    rows += settings.max_new_tokens
+    tokens = count_tokens(config, model, question)
     if settings.device == "spread":
-        return _load_spread(settings, model, rows)
+        return load_spread(settings, model, tokens)
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "--device cuda, but torch sees no GPU (a CPU build of torch, a driver older than its "
@@ -257,25 +266,29 @@ def load_model(config: DemoConfig, question: str) -> tuple[BagelBundle, torch.de
         )
     gpu = settings.device != "cpu" and torch.cuda.is_available()
     dtype = settings.dtype_on(gpu)
-    place: Place = 0 if gpu else "cpu"
-    needed = weight_bytes(model, dtype)
-    needed += drawing_bytes(config, model, dtype) if draws else working_bytes(model, rows, dtype)
+    device = to_device(0 if gpu else "cpu")
+    needed = weight_bytes(model, dtype) + working_bytes(model, tokens, dtype)
     # Asking for all devices would take memory on GPUs that are not used.
     free = torch.cuda.mem_get_info(0)[0] if gpu else free_memory()["cpu"]
-    check_memory(place, needed, free, _advice(config))
-    device = to_device(place)
+    if needed > free:
+        raise ValueError(
+            f"not enough memory: this takes about {needed / 1e9:.3g} GB, and {device} has "
+            f"{free / 1e9:.3g} GB free. {config.memory_advice()}"
+        )
     return load_bagel(settings.model_path, visual_gen=draws, device=device, dtype=dtype), device
 
 
-def text_rows(config: DemoConfig, model: BagelConfig, question: str) -> int:
-    """Packed tokens of the prompt's texts, which must leave the model positions to answer.
+def count_tokens(config: DemoConfig, model: BagelConfig, question: str) -> int:
+    """Packed tokens of prompt, pictures and answer at most (every ViT grid taken as full).
 
     Raises:
-        ValueError: they do not; says whether the question or a flag is to blame.
+        ValueError: the texts leave the model no positions to answer, or pictures are larger than
+            its latent grid; says whether the question or a flag is to blame.
     """
     tokenizer, _ = load_tokenizer(config.demo.model_path)
     builder = make_builder(tokenizer, model, config.prompt)
-    limits = ContextLimits(model.llm.max_position_embeddings, config.demo.max_new_tokens)
+    answer = config.demo.max_new_tokens
+    limits = ContextLimits(model.llm.max_position_embeddings, answer)
     limits.check_settings(builder)
     try:
         context = builder.frame(SMALLEST_IMAGE, question)
@@ -284,16 +297,17 @@ def text_rows(config: DemoConfig, model: BagelConfig, question: str) -> int:
         problem = bad.detail
     if problem is not None:
         raise ValueError(f"the question is too long ({len(question)} characters): {problem}")
-    return context_length(context)
-
-
-def _advice(config: DemoConfig) -> str:
-    """What to do about a lack of memory."""
-    save = _SAVE_DRAWING if config.drawing.interleave else _SAVE
-    length = len(config.demo.question or "")
-    if length <= _LONG_QUESTION:
-        return save
-    return f"The question is {length} characters long: a shorter one takes less. {save}"
+    texts, patches = context_length(context), model.vit_max_patches_per_side**2
+    if not config.drawing.interleave:
+        return texts + patches + answer
+    side, limit = config.sized().vae_max_size, model.max_latent_size * _LATENT_STEP
+    if side > limit:
+        raise ValueError(
+            f"pictures of {side} pixels are too large for this model, whose limit is {limit}; "
+            f"give --image_size {limit} or less"
+        )
+    latents = (side // _LATENT_STEP) ** 2
+    return texts + (config.drawing.max_rounds + 1) * (latents + patches + answer)
 
 
 def check_can_draw(path: str) -> None:
@@ -310,41 +324,15 @@ def check_can_draw(path: str) -> None:
         )
 
 
-def drawing_bytes(config: DemoConfig, model: BagelConfig, dtype: torch.dtype) -> int:
-    """Bytes that interleaved reasoning takes beyond the model's weights (estimate).
-
-    Raises:
-        ValueError: pictures larger than the model's latent grid.
-    """
-    settings, prompt = config.demo, config.sized()
-    limit = model.max_latent_size * _LATENT_STEP
-    if prompt.vae_max_size > limit:
-        raise ValueError(
-            f"pictures of {prompt.vae_max_size} pixels are too large for this model, whose limit "
-            f"is {limit}; give --image_size {limit} or less"
-        )
-    latents = (prompt.vae_max_size // _LATENT_STEP) ** 2
-    side = min(prompt.vit_max_size // model.vision.patch_size, model.vit_max_patches_per_side)
-    looks = config.drawing.max_rounds + 1
-    patches = side**2
-    rows = looks * (latents + patches + settings.max_new_tokens) + 2 * _SYSTEM_ROWS
-    cache = 2 * model.llm.num_hidden_layers * model.llm.num_key_value_heads * model.llm.head_dim
-    held = 2 * rows * cache * dtype.itemsize  # once more, side by side, while drawing
-    # The autoencoder in fp32; six tensors of the picture's size in its widest last level.
-    autoencoder = (Path(settings.model_path) / AE_FILE).stat().st_size
-    autoencoder += 6 * 4 * AutoEncoderConfig().width * prompt.vae_max_size**2
-    return held + autoencoder + working_bytes(model, 3 * latents + patches, dtype)
-
-
-def _load_spread(
-    settings: DemoSettings, config: BagelConfig, rows: int
+def load_spread(
+    settings: DemoSettings, config: BagelConfig, tokens: int
 ) -> tuple[BagelBundle, torch.device]:
     given = settings.max_memory
     memory = parse_max_memory(given) if given else free_memory()
     gpu = any(isinstance(place, int) for place in memory)
     dtype = settings.dtype_on(gpu)
     if not given:
-        reserve = working_bytes(config, rows, dtype)
+        reserve = working_bytes(config, tokens, dtype)
         memory = {place: max(size - reserve, 0) for place, size in memory.items()}
     if not gpu:
         log("no GPU: the CPU computes, and reads from disk what its memory does not hold")
@@ -353,117 +341,82 @@ def _load_spread(
     return bundle, to_device(placement.main)
 
 
-def check_memory(place: Place, needed: int, free: int, advice: str = _SAVE) -> None:
-    """Raise ValueError unless `needed` bytes are free."""
-    if needed > free:
-        raise ValueError(
-            f"not enough memory: this takes about {needed / 1e9:.3g} GB, and {to_device(place)} "
-            f"has {free / 1e9:.3g} GB free. {advice}"
-        )
-
-
 # ------------------------------------------------------------------------------ answer
 
 
-class TextStream:
-    """Writes the text of a growing list of ids, each part once.
+def print_answer(
+    bundle: BagelBundle, device: torch.device, context: Context, settings: DemoSettings
+) -> tuple[Completion, str]:
+    """Decode one answer and print it word by word; its ids and its text, without markers."""
+    streamer = TextStreamer(bundle.tokenizer, skip_special_tokens=True)
+    printed = 0
 
-    Byte-level tokens may end inside a character, which decodes to U+FFFD for the time being; so
-    such an end waits for the rest of its bytes, or for `finish`.
-    """
+    def show(_: int, ids: Sequence[int]) -> None:
+        nonlocal printed
+        streamer.put(torch.tensor(ids[printed:]))
+        printed = max(printed, len(ids))
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], write: Callable[[str], Any]) -> None:
-        self.decode, self.write = decode, write
-        self.written = ""
-
-    def _show(self, text: str) -> None:
-        assert text.startswith(self.written), (self.written, text)
-        if len(text) > len(self.written):
-            self.write(text[len(self.written) :])
-            self.written = text
-
-    def update(self, ids: Sequence[int]) -> None:
-        self._show(self.decode(ids).rstrip("\ufffd"))
-
-    def finish(self, ids: Sequence[int]) -> str:
-        """Write what is left; the whole text."""
-        self._show(self.decode(ids))
-        return self.written
+    completion = sample_completions(
+        bundle.model,
+        [context],
+        [0],
+        tokenizer=bundle.tokenizer,
+        special=bundle.special_tokens,
+        settings=settings.sampler(device),
+        seed=settings.seed,
+        step=0,
+        device=device,
+        on_ids=show,
+    )[0]
+    show(0, completion.ids)
+    streamer.end()
+    return completion, bundle.tokenizer.decode(completion.ids, skip_special_tokens=True)
 
 
-def stream_answer(
+def answer_in_text(
     bundle: BagelBundle,
     device: torch.device,
-    context: Context,
-    settings: DemoSettings,
-    write: Callable[[str], Any],
-) -> tuple[Completion, str]:
-    """Decode one answer, handing its text to `write` piece by piece; the answer and its text.
-
-    The ids are those of `sample_completions` for row 0 of step 0 with this seed. Markers between
-    rounds are left out of the text.
-    """
-    budget = settings.max_new_tokens
-    uniforms = None
-    if settings.do_sample:
-        uniforms = position_uniforms(settings.seed, 0, 0, budget + 1)[None].to(device)
-    stream = TextStream(lambda ids: bundle.tokenizer.decode(ids, skip_special_tokens=True), write)
-    # The token that follows the last of the budget is read too, but is no part of the answer.
-    generation = generate(
-        bundle.model,
-        pack([context], bundle.special_tokens).to(device),
-        bundle.special_tokens,
-        max_new_tokens=budget,
-        temperature=settings.temperature,
-        uniforms=uniforms,
-        continues=marker_check(bundle.tokenizer.decode, IMAGE_MARKER),
-        max_image_skips=settings.image_skips,
-        check_every=4 if device.type == "cuda" else 1,  # a check makes a GPU wait
-        on_check=lambda read: stream.update(read()[0][: budget - 1]),
-    )[0]
-    completion = to_completion(generation)
-    return completion, stream.finish(completion.ids)
-
-
-class TellingInferencer(InterleaveInferencer):
-    """Hands over each text and picture when it is made, not only at the end."""
-
-    tell: Callable[[Part], None] = print
-
-    def write(self, *args: Any, **kwargs: Any) -> list[tuple[str, TextSegment]]:
-        replies = super().write(*args, **kwargs)
-        for text, _ in replies:
-            self.tell(text)
-        return replies
-
-    def draw(self, *args: Any, **kwargs: Any) -> list[Image.Image]:
-        pictures = super().draw(*args, **kwargs)
-        for picture in pictures:
-            self.tell(picture)
-        return pictures
-
-
-def interleave(
-    bundle: BagelBundle, config: DemoConfig, image: Image.Image, question: str
-) -> InterleavePage:
-    """Let the model write and draw; print its texts and the paths of its pictures as they come.
-
-    Returns:
-        the page, which holds all parts but is not finished.
-    """
-    settings, drawing = config.demo, config.drawing
-    builder = make_builder(
-        bundle.tokenizer, bundle.config, replace(config.sized(), image_path="direct")
+    config: DemoConfig,
+    image: Image.Image,
+    question: str,
+) -> None:
+    """The text-only student: print its reasoning and its answer."""
+    context = make_builder(bundle.tokenizer, bundle.config, config.prompt).question(image, question)
+    started = time.perf_counter()
+    completion, text = print_answer(bundle, device, context, config.demo)
+    seconds = time.perf_counter() - started
+    answer = extract_answer(text)
+    print(f"answer: {'none' if answer is None else answer.strip()}")
+    if completion.capped:
+        budget = config.demo.max_new_tokens
+        log(f"the budget of {budget} tokens ended it; see --max_new_tokens")
+    elif answer is None:
+        log("the text holds no <answer>...</answer>")
+    count = len(completion.ids)
+    log(
+        f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s "
+        f"(the {context_length(context)} tokens of the prompt included)"
     )
+
+
+def answer_with_drawings(
+    bundle: BagelBundle, config: DemoConfig, image: Image.Image, question: str
+) -> None:
+    """A model that draws: print its texts and the paths of its pictures, and write the page."""
+    settings, drawing = config.demo, config.drawing
+    # The inferencer itself resizes for the autoencoder first.
+    prompt = replace(config.sized(), image_path="direct")
+    builder = make_builder(bundle.tokenizer, bundle.config, prompt)
     prompts = builder.prompts
-    facts = {"model": settings.model_path, "seed": settings.seed} | {
+    options: dict[str, Any] = {
         name: getattr(drawing, name)
         for name in ("num_timesteps", "cfg_text_scale", "cfg_img_scale", "max_rounds")
     }
+    facts = {"model": settings.model_path, "seed": settings.seed, **options}
     page = InterleavePage(Path(drawing.out), image, question, facts)
     started = time.perf_counter()
 
-    def tell(part: Part) -> None:
+    def show(part: Part) -> None:
         nonlocal started
         path = page.add(part)
         print(part if path is None else f"[{path}]", flush=True)
@@ -471,11 +424,15 @@ def interleave(
         log(f"{kind} in {time.perf_counter() - started:.1f} s")
         started = time.perf_counter()
 
-    inferencer = TellingInferencer(
-        bundle.model, bundle.vae, bundle.tokenizer, builder.vae_transform, builder.vit_transform,
-        bundle.special_tokens, system_prompt=prompts.system or "",
-    )  # fmt: skip
-    inferencer.tell = tell
+    inferencer = InterleaveInferencer(
+        bundle.model,
+        bundle.vae,
+        bundle.tokenizer,
+        builder.vae_transform,
+        builder.vit_transform,
+        bundle.special_tokens,
+        system_prompt=prompts.system or "",
+    )
     inferencer(
         image,
         prompts.question_prefix + question + prompts.instruction_suffix,
@@ -483,57 +440,12 @@ def interleave(
         max_think_token_n=settings.max_new_tokens,
         do_sample=settings.do_sample,
         text_temperature=settings.temperature,
-        num_timesteps=drawing.num_timesteps,
-        cfg_text_scale=drawing.cfg_text_scale,
-        cfg_img_scale=drawing.cfg_img_scale,
-        max_rounds=drawing.max_rounds,
         image_skips=settings.image_skips,
         seed=settings.seed,
+        on_part=show,
+        **options,
         **GUIDANCE,
     )
-    return page
-
-
-def run(config: DemoConfig) -> int:
-    """Load, ask, print."""
-    settings = config.demo
-    image, question = read_input(settings)
-    config.prompt.build()  # a wrong prompts file is found before the model is loaded
-    if config.drawing.interleave:
-        check_folder(Path(config.drawing.out), config.drawing.overwrite)
-    if not settings.do_sample and settings.temperature != DemoSettings().temperature:
-        log("note: --temperature has no effect without --do_sample")
-    started = time.perf_counter()
-    bundle, device = load_model(config, question)
-    dtype = str(bundle.model.dtype).removeprefix("torch.")
-    log(f"loaded {settings.model_path} in {time.perf_counter() - started:.1f} s: {device}, {dtype}")
-    if config.drawing.interleave:
-        return run_interleave(bundle, config, image, question)
-    context = make_builder(bundle.tokenizer, bundle.config, config.prompt).question(image, question)
-    started = time.perf_counter()
-    completion, text = stream_answer(
-        bundle, device, context, settings, lambda piece: print(piece, end="", flush=True)
-    )
-    seconds = time.perf_counter() - started
-    answer = extract_answer(text)
-    print(f"\nanswer: {'none' if answer is None else answer.strip()}")
-    if completion.capped:
-        log(f"the budget of {settings.max_new_tokens} tokens ended it; see --max_new_tokens")
-    elif answer is None:
-        log("the text holds no <answer>...</answer>")
-    count = len(completion.ids)
-    log(
-        f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s "
-        f"(the {context_length(context)} rows of the prompt included)"
-    )
-    return 0
-
-
-def run_interleave(
-    bundle: BagelBundle, config: DemoConfig, image: Image.Image, question: str
-) -> int:
-    """Reason with pictures, then finish the page."""
-    page = interleave(bundle, config, image, question)
     answer = extract_answer("".join(page.texts))
     answer = None if answer is None else answer.strip()
     written = page.finish(answer)
@@ -542,7 +454,25 @@ def run_interleave(
         log("the texts hold no <answer>...</answer>; see --max_new_tokens and --max_rounds")
     if not page.drawn:
         log("the model drew nothing: it never asked for a picture with <image_start>")
-    return 0
+
+
+def run(config: DemoConfig) -> None:
+    """Check what was given, load, answer."""
+    settings, drawing = config.demo, config.drawing
+    image, question = read_input(settings)
+    config.prompt.build()  # a wrong prompts file is found before the model is loaded
+    if drawing.interleave:
+        check_folder(Path(drawing.out), drawing.overwrite)
+    if not settings.do_sample and settings.temperature != DemoSettings().temperature:
+        log("note: --temperature has no effect without --do_sample")
+    started = time.perf_counter()
+    bundle, device = load_model(config, question)
+    dtype = str(bundle.model.dtype).removeprefix("torch.")
+    log(f"loaded {settings.model_path} in {time.perf_counter() - started:.1f} s: {device}, {dtype}")
+    if drawing.interleave:
+        answer_with_drawings(bundle, config, image, question)
+    else:
+        answer_in_text(bundle, device, config, image, question)
 
 
 def parse(argv: Sequence[str] | None) -> DemoConfig:
@@ -563,11 +493,12 @@ def parse(argv: Sequence[str] | None) -> DemoConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse(argv)
     try:
-        with memory_errors("for the answer", _advice(config)):
-            return run(config)
+        with memory_errors("for the answer", config.memory_advice()):
+            run(config)
     except KeyboardInterrupt:
         print()
         return 130
+    return 0
 
 
 if __name__ == "__main__":
