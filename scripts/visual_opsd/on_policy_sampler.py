@@ -1,7 +1,7 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
 """Completions from the student's current weights (in the paper's Algorithm 1, the rollout).
 
-The sampler is handed a plain module (see `training.sharding.summon_full_params`) and knows nothing of
+The sampler is handed a plain module (`training.sharding.summon_full_params`) and knows nothing of
 sharding. A row's random numbers are a pure function of (seed, step, row id), one a position, so
 the same row gives the same completion at any batch size and on any rank.
 """
