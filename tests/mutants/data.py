@@ -187,8 +187,8 @@ FAULTS = [
     ]),
     *faults("inference/interleave.py", "visual_opsd/analysis/test_vt_intervention.py test_inferencer.py", [
         ("the drawing begins from anybody's noise",
-         "initial_noise([n], dim, g) for n, g in zip(lens, generators, strict=True)",
-         "initial_noise([n], dim, generators[0]) for n in lens"),
+         "initial_noise([len(image.latents)], dim, c.generator)",
+         "initial_noise([len(image.latents)], dim, conversations[0].generator)"),
         ("pictures are encoded with one generator", "encode_tokens(vae, [p], generator=g)[0]",
          "encode_tokens(vae, [p], generator=generators[0])[0]"),
     ]),

@@ -194,7 +194,7 @@ FAULTS = [
         ("the sampled end is no label",
          "Completion(tuple(ids[:-1]), tuple(sampled), scored_logprobs)",
          "Completion(tuple(ids[:-1]), (*sampled[:-1], False), scored_logprobs)"),
-        ("a stop is not polled", "            on_check=poll,\n", ""),
+        ("a stop is not polled", "            on_check=partial(check, group),\n", ""),
     ]),
     *faults("scripts/visual_opsd/training/samples.py",
             "visual_opsd/training/test_trainer_errors.py::test_a_replay_must_fit", [

@@ -63,7 +63,7 @@ def run_script(bundle: Any, case: dict[str, Any], check_every: int) -> tuple[Any
         bundle.special_tokens,
         max_new_tokens=budget,
         uniforms=torch.arange(budget + 1)[None].double(),
-        continues=marker_check(bundle.tokenizer.decode, "<image_start>"),
+        continues=marker_check(bundle.tokenizer.decode),
         max_image_skips=case["max_image_skips"],
         check_every=check_every,
         choose_token=scripted,

@@ -301,9 +301,9 @@ def test_drawings_of_the_interventions(pool: RowPool, bundle: Any) -> None:
 
     def states(seed: int, indices: Sequence[int]) -> list[Tensor]:
         settings = InterventionSettings(seed=seed)
-        model = Interventions(engine, builder, settings, DrawingSettings(cfg_text_scale=1.0))
-        starts = model.begin([(index, problem) for index in indices])
-        return [start.generator.get_state() for start in starts]
+        model = Interventions(engine, settings, DrawingSettings(cfg_text_scale=1.0))
+        generators = [c.generator for c in model.begin([(index, problem) for index in indices])]
+        return [generator.get_state() for generator in generators if generator is not None]
 
     base = states(1, [0, 1, 2])
     assert all_differ([*base, *states(2, [0, 1, 2])])
