@@ -79,6 +79,8 @@ __all__ = [
     "summon_full_params",
 ]
 
+# What to do where a GPU has too little memory for its shards.
+OFFLOAD_ADVICE = "use more GPUs, or --cpu_offload True and --teacher_cpu_offload True"
 # Sharded model -> its plain twin on the meta device (see `summon_full_params`).
 _PLAIN_TWINS: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
 
