@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from scripts.visual_opsd.processes import DistEnv, init_distributed, shutdown
 from scripts.visual_opsd.training import metrics as M
-from scripts.visual_opsd.training.sharding import DistEnv, init_distributed, shutdown
 
 CPU = torch.device("cpu")
 

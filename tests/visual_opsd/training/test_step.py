@@ -71,9 +71,10 @@ def sharded(path: Path, env: DistEnv, *, trains: bool) -> Bagel:
     if not trains:
         model.requires_grad_(False)
     shard_model(
-        model, make_mesh(env), block_classes=Bagel.block_classes(), param_dtype=torch.float32,
-        activation_checkpointing=trains,
-    )  # fmt: skip
+        model, make_mesh(env), block_classes=Bagel.block_classes(), param_dtype=torch.float32
+    )
+    if trains:
+        model.set_gradient_checkpointing(True)
     materialise(model, env.device)
     load_sharded(model, iter_weights(path))
     return model
