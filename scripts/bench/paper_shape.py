@@ -465,16 +465,16 @@ PARTS = {f.__name__: f for f in (speed, scaling, parity, failures, save)}
 def starve(rank: int, argv: Sequence[str]) -> int:
     """Train, but rank `rank` asks for a petabyte in its third rollout."""
     from scripts.visual_opsd import train_visual_opsd
-    from scripts.visual_opsd.training import trainer
+    from scripts.visual_opsd.training import visual_opsd
 
-    sample = trainer.sample_completions
+    sample = visual_opsd.sample_completions
 
     def sample_or_fail(*given: Any, **named: Any) -> Any:
         if named["step"] == 2 and int(os.environ.get("RANK", 0)) == rank:
             torch.empty(1 << 50, dtype=torch.uint8, device=named["device"])
         return sample(*given, **named)
 
-    trainer.sample_completions = sample_or_fail
+    visual_opsd.sample_completions = sample_or_fail
     return train_visual_opsd.main(argv)
 
 

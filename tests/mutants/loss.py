@@ -75,7 +75,8 @@ FAULTS = [
             "visual_opsd/training/test_step_oracle.py::test_a_run_recomputed", [
         ("the teacher is the student", "self.model if self.model is not None else self.student",
          "self.student", "visual_opsd/training/test_step.py"),
-        ("the fixed teacher follows", 'if self.mode == "ema":', "if self.model is not None:"),
+        ("the fixed teacher follows", 'return self.model if self.mode == "ema" else None',
+         "return self.model"),
         ("the teacher's head is the student's",
          "        if self.model is None:\n            return None",
          "        if True:\n            return None"),

@@ -29,7 +29,12 @@ class Teacher:
         assert (model is None) == (mode == "self"), mode
         self.mode, self.model, self.student, self.ema_decay = mode, model, student, ema_decay
 
-    def lends(self, device: torch.device) -> bool:
+    @property
+    def ema(self) -> Bagel | None:
+        """The model that follows the student, in mode "ema"."""
+        return self.model if self.mode == "ema" else None
+
+    def shares_features(self, device: torch.device) -> bool:
         """Whether the student takes the teacher's ViT outputs of the images both see.
 
         Their weights are the same where the teacher is the student, or where the ViT is frozen.
@@ -53,6 +58,5 @@ class Teacher:
 
     def update(self) -> None:
         """Follow the student after an optimiser step."""
-        if self.mode == "ema":
-            assert self.model is not None
-            ema_update(self.model, self.student, self.ema_decay)
+        if self.ema is not None:
+            ema_update(self.ema, self.student, self.ema_decay)

@@ -21,8 +21,9 @@ from modeling.release.checkpoint import is_generation_key
 from scripts.visual_opsd.analysis.baseline import load_divergences
 from scripts.visual_opsd.config import PromptSettings, TeacherSettings
 from scripts.visual_opsd.kl_diagnostic import main as diagnose
-from scripts.visual_opsd.rows import PrepareOPSD, encode_pictures, encode_teachers, make_builder
+from scripts.visual_opsd.rows import encode_pictures, make_builder
 from scripts.visual_opsd.train_visual_opsd import main as train
+from scripts.visual_opsd.training.visual_opsd import PrepareOPSD, encode_teachers
 from tests.conftest import TINY_BAGEL
 from tests.visual_opsd.training_runs import figures, full_state, train_arguments
 

@@ -22,6 +22,9 @@ from scripts.visual_opsd.analysis import attention as attention_analysis
 from scripts.visual_opsd.analysis import vt_intervention
 from scripts.visual_opsd.evaluation import rows as row_windows
 from scripts.visual_opsd.evaluation.store import RankedLines
+from scripts.visual_opsd.training.objective import Objective
+from scripts.visual_opsd.training.text_sft import TextSFT
+from scripts.visual_opsd.training.visual_opsd import VisualOPSD
 from tests.conftest import TINY_BAGEL
 from tests.data.synthetic import SCHEMA, good_row, write_dataset, write_parquet
 from tests.visual_opsd.evaluation.test_benchmarks import base64_png, write_tsv
@@ -134,10 +137,12 @@ def test_attention(root: Path, model: Path, tmp_path: Path) -> None:
     assert (report["n"], report["bad_rows"]) == (2, 6)
 
 
-@pytest.mark.parametrize("sft", [False, True])
-def test_training(root: Path, model: Path, tmp_path: Path, sft: bool) -> None:
-    settings = {"model_path": model, "max_bad_rate": 1, "global_batch_size": 8}
-    train(root, tmp_path / "r", sft=sft, sample_max_new_tokens=4, **settings)
+@pytest.mark.parametrize("objective", [VisualOPSD, TextSFT])
+def test_training(
+    root: Path, model: Path, tmp_path: Path, objective: type[Objective]
+) -> None:
+    settings: dict[str, Any] = {"model_path": model, "max_bad_rate": 1, "global_batch_size": 8}
+    train(root, tmp_path / "r", objective, sample_max_new_tokens=4, **settings)
     assert listed(tmp_path / "r" / "bad_rows.jsonl") == REASONS
 
 
