@@ -14,14 +14,6 @@ from data.rejects import Reject, summarise
 from scripts.visual_opsd.evaluation.scoring import compare_runs, lenient_figures, wilson_interval
 
 
-def split_bad(
-    records: Mapping[int, Mapping[str, Any]],
-) -> tuple[list[Mapping[str, Any]], list[Reject]]:
-    """Predictions, and the rows that could not be used."""
-    good = [record for record in records.values() if "bad" not in record]
-    return good, [Reject(**record["bad"]) for record in records.values() if "bad" in record]
-
-
 def summarise_run(
     predictions: Sequence[Mapping[str, Any]], rejects: Sequence[Reject]
 ) -> dict[str, Any]:

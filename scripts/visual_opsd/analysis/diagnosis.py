@@ -1,0 +1,393 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""The run of the KL diagnostic: completions, their divergences row by row, and the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.json_lines import write_lines
+from data.rejects import summarise
+from data.sequence import Completion, given_completion
+from modeling import BagelBundle, load_bagel
+from modeling.release.fingerprints import weights_fingerprint
+from modeling.release.tokenizer import load_tokenizer
+from scripts.visual_opsd.analysis.baseline import (
+    SUMMARY,
+    Baseline,
+    completion_line,
+    completions_hash,
+    decode_divergences,
+    encode_divergences,
+    read_baseline,
+    save_divergences,
+)
+from scripts.visual_opsd.analysis.kl_measurement import (
+    DiagnosticConfig,
+    DiagnosticRow,
+    DiagnosticSettings,
+    PrepareDiagnostic,
+    attach,
+    choose_rows,
+    encode_row,
+    measure,
+)
+from scripts.visual_opsd.analysis.kl_statistics import (
+    PAPER_NOTE,
+    SampleDivergences,
+    describe,
+    gap_closed,
+    go_test,
+)
+from scripts.visual_opsd.cli import flat
+from scripts.visual_opsd.evaluation.rows import (
+    RowPool,
+    open_config,
+    open_data,
+    prompt_identity,
+)
+from scripts.visual_opsd.evaluation.runner import (
+    RowLimits,
+    claim_folder,
+    memory_advice,
+    run_rows,
+)
+from scripts.visual_opsd.evaluation.store import RankedLines, Record, write_json
+from scripts.visual_opsd.on_policy_sampler import sample_completions
+from scripts.visual_opsd.processes import DistEnv, on_main
+
+Rows = Sequence[tuple[int, DiagnosticRow]]
+
+
+class Diagnosis:
+    """Takes rows through both models, which are loaded for the first of them.
+
+    Args:
+        has_own: whether the student also completes rows itself.
+    """
+
+    def __init__(
+        self, config: DiagnosticConfig, env: DistEnv, baseline: Baseline | None, same_model: bool
+    ) -> None:
+        self.config, self.env, self.baseline = config, env, baseline
+        self.same_model = same_model
+        self.has_own = not same_model and config.diagnostic.completions == "student"
+
+    @cached_property
+    def base(self) -> BagelBundle:
+        settings = self.config.diagnostic
+        return self._load(settings.base, settings.with_latents)
+
+    @cached_property
+    def student(self) -> BagelBundle:
+        return self.base if self.same_model else self._load(self.config.diagnostic.model_path)
+
+    def _load(self, path: str, visual_gen: bool = False) -> BagelBundle:
+        device = self.env.device
+        dtype = self.config.compute.dtype(device)
+        return load_bagel(path, visual_gen=visual_gen, device=device, dtype=dtype)
+
+    def sample(self, bundle: BagelBundle, rows: Rows) -> list[Completion]:
+        """The bundle's own completions; random numbers belong to (seed, row)."""
+        return sample_completions(
+            bundle.model,
+            [row.student for _, row in rows],
+            [index for index, _ in rows],
+            tokenizer=bundle.tokenizer,
+            special=bundle.special_tokens,
+            settings=self.config.sample.sampler(),
+            seed=self.config.diagnostic.seed,
+            step=0,
+            device=self.env.device,
+        )
+
+    def base_completions(self, rows: Rows) -> list[Completion]:
+        """The baseline's, the dataset's, or freshly sampled ones."""
+        if self.baseline is not None:
+            return [self.baseline.completion(index, row.name) for index, row in rows]
+        if self.config.diagnostic.completions == "trace":
+            return [given_completion(row.trace or ()) for _, row in rows]
+        return self.sample(self.base, rows)
+
+    def __call__(self, rows: Rows) -> Iterator[list[Record]]:
+        sample = self.config.sample
+        with memory_advice(
+            [row.name for _, row in rows],
+            f"lower --sample_batch_size ({sample.sample_batch_size}), --pack_tokens "
+            f"({sample.pack_tokens}) or --sample_max_new_tokens ({sample.sample_max_new_tokens})",
+        ):
+            records = self._records(rows)
+        yield records
+
+    def _records(self, rows: Rows) -> list[Record]:
+        if self.config.diagnostic.with_latents:
+            vae, seed = self.base.vae, self.config.diagnostic.seed
+            assert vae is not None
+            rows = [(index, encode_row(row, vae, seed, index)) for index, row in rows]
+        models = [self.base] if self.baseline is None else []
+        if self.baseline is not None or not self.same_model:
+            models.append(self.student)
+        lines, columns = self._measure(models, rows, self.base_completions(rows))
+        base = columns[0]
+        if self.baseline is not None:
+            base = [self.baseline.base[index] for index, _ in rows]
+        records: list[Record] = [
+            {
+                "index": line["index"],
+                "completion": line,
+                "base": encode_divergences(before),
+                "student": encode_divergences(after),
+            }
+            for line, before, after in zip(lines, base, columns[-1], strict=True)
+        ]
+        if self.has_own:
+            own_lines, (own,) = self._measure([self.student], rows, self.sample(self.student, rows))
+            for record, line, divergences in zip(records, own_lines, own, strict=True):
+                record.update(own_completion=line, own=encode_divergences(divergences))
+        return records
+
+    def _measure(
+        self, students: Sequence[BagelBundle], rows: Rows, completions: Sequence[Completion]
+    ) -> tuple[list[Record], list[list[SampleDivergences]]]:
+        """The completions as they were measured, and for each student its figures of them."""
+        sample = self.config.sample
+        scored = [
+            attach(index, row, completion, sample.max_forward_tokens)
+            for (index, row), completion in zip(rows, completions, strict=True)
+        ]
+        columns = measure(
+            self.base,
+            [student.model for student in students],
+            scored,
+            pack_tokens=sample.pack_tokens,
+            device=self.env.device,
+        )
+        decode = self.base.tokenizer.decode
+        return [completion_line(s.index, s.name, s.completion, decode) for s in scored], columns
+
+
+# ---------------------------------------------------------------------------------- the run
+
+
+def identity(config: DiagnosticConfig, pool: RowPool, dtype: torch.dtype) -> dict[str, Any]:
+    """Everything the base's side depends on: a baseline must agree in all of it."""
+    settings, sample = config.diagnostic, config.sample
+    # Absent for the ViT alone, so that baselines of before this choice existed still serve.
+    latents = {"teacher_vt": settings.teacher_vt, "vae": config.prompt.vae_config()}
+    return {
+        **(latents if settings.with_latents else {}),
+        "base": weights_fingerprint(settings.base),
+        "data": pool.signature(),
+        "num_samples": settings.num_samples,
+        "completions": settings.completions,
+        "seed": settings.seed,
+        "sample_max_new_tokens": sample.sample_max_new_tokens,
+        "sample_temperature": sample.sample_temperature,
+        "sample_do_sample": sample.sample_do_sample,
+        "sample_max_image_skips": sample.sample_max_image_skips,
+        "max_forward_tokens": sample.max_forward_tokens,
+        "precision": str(dtype).removeprefix("torch."),
+        **prompt_identity(config.prompt),
+    }
+
+
+def diagnose(config: DiagnosticConfig, env: DistEnv) -> dict[str, Any]:
+    """Run (or resume) the diagnostic on all ranks; returns what kl_diagnostic.json holds on rank
+    0, else {}.
+
+    Raises:
+        ValueError: results of other settings in `output_dir`, a missing or damaged checkpoint,
+            dataset or baseline, a baseline of other settings or rows, other tokenizers, or too
+            many unusable rows.
+    """
+    settings = config.diagnostic
+    started = time.perf_counter()
+    if settings.data:
+        datasets = open_data(settings.data, settings.split, settings.data_root, settings.needs)
+        weights = [float(len(dataset)) for dataset in datasets]
+    else:
+        datasets, weights = open_config(
+            settings.dataset_config_file, settings.data_root, settings.needs
+        )
+    pool = RowPool(datasets)
+    wanted = identity(config, pool, config.compute.dtype(env.device))
+    student = weights_fingerprint(settings.model_path)
+    same_model = wanted["base"] == student
+    baseline = read_baseline(settings.baseline, wanted) if settings.baseline else None
+    prepare = PrepareDiagnostic.of(config)
+    if not same_model:
+        _check_tokenizer(settings, prepare.builder.tokenizer)
+    store = RankedLines(Path(settings.output_dir), "rows")
+    depends_on = {**wanted, "student": student, "baseline": baseline and baseline.hash}
+    on_main(env, lambda: claim_folder(
+        settings.output_dir, depends_on, [store], result=SUMMARY, overwrite=settings.overwrite
+    ))  # fmt: skip
+    if baseline is not None:
+        indices = baseline.indices
+    else:
+        sizes = [len(dataset) for dataset in datasets]
+        indices = choose_rows(sizes, weights, settings.num_samples, settings.seed)
+    limits = RowLimits(
+        max_rows=4 * config.sample.sample_batch_size,
+        max_tokens=8 * config.sample.pack_tokens,
+        max_bad_rate=settings.max_bad_rate,
+        progress=config.compute.progress,
+        good_in=None if baseline is None else "the baseline",
+    )
+    work = Diagnosis(config, env, baseline, same_model)
+    found = run_rows(pool, indices, prepare, work, store, env, limits)
+    result: dict[str, Any] = {}
+
+    def finish() -> None:
+        results = [Result.of(record) for record in found.records]
+        result.update(
+            summarise_run(results, settings, is_baseline=same_model and baseline is None),
+            bad_rows=len(found.rejects),
+            bad_summary=summarise(found.rejects) if found.rejects else "",
+            seconds=time.perf_counter() - started,
+            resumed_rows=found.resumed,
+            processes=env.world_size,
+            device=env.device.type,
+            settings=flat(config),
+            identity=wanted,
+        )
+        write_outputs(Path(settings.output_dir), results, result, settings)
+
+    on_main(env, finish)
+    return result
+
+
+def _check_tokenizer(settings: DiagnosticSettings, base: Any) -> None:
+    student, _ = load_tokenizer(settings.model_path)
+    if student.get_vocab() != base.get_vocab():
+        raise ValueError(
+            f"{settings.model_path} and {settings.base} have different tokenizers, so their "
+            "distributions cannot be compared; give the base it was trained from"
+        )
+
+
+# ---------------------------------------------------------------------------------- results
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found out about one row: its completions (lines) and their divergences."""
+
+    line: Record
+    base: SampleDivergences
+    student: SampleDivergences
+    own_line: Record | None = None
+    own: SampleDivergences | None = None
+
+    @classmethod
+    def of(cls, record: Record) -> Result:
+        base, student = (decode_divergences(record[side]) for side in ("base", "student"))
+        if "own" not in record:
+            return cls(record["completion"], base, student)
+        own = decode_divergences(record["own"])
+        return cls(record["completion"], base, student, record["own_completion"], own)
+
+
+def _describe_completions(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    n = len(lines)
+    return {
+        "n": n,
+        "hash": completions_hash(lines),
+        "mean_tokens": sum(len(line["ids"]) for line in lines) / n,
+        "cap_rate": sum(bool(line["capped"]) for line in lines) / n,
+        "empty_rate": sum(not line["ids"] and not line["capped"] for line in lines) / n,
+    }
+
+
+def summarise_run(
+    results: Sequence[Result], settings: DiagnosticSettings, *, is_baseline: bool
+) -> dict[str, Any]:
+    """The figures of kl_diagnostic.json."""
+    tasks = [str(r.line["dataset"]) for r in results]
+    base, student = [r.base for r in results], [r.student for r in results]
+    base_figures = describe(base, tasks)
+    test = go_test(base_figures, settings.go_threshold)
+    own = [r.own for r in results if r.own is not None]
+    own_lines = [r.own_line for r in results if r.own_line is not None]
+    return {
+        "decision": "GO" if test["go"] else "NO-GO",
+        "go": test["go"],
+        "go_test": test,
+        "is_baseline": is_baseline,
+        "teacher_vt": settings.teacher_vt,
+        "gap_closed": gap_closed(base, student),
+        "gap_closed_own_samples": gap_closed(base, own, paired=False) if own else None,
+        "base": base_figures,
+        "student": describe(student, tasks),
+        "own_samples": describe(own, tasks) if own else None,
+        "completions": {
+            "kind": settings.completions,
+            **_describe_completions([r.line for r in results]),
+        },
+        "own_completions": _describe_completions(own_lines) if own_lines else None,
+        "note": PAPER_NOTE,
+    }
+
+
+def write_outputs(
+    folder: Path,
+    results: Sequence[Result],
+    summary: Mapping[str, Any],
+    settings: DiagnosticSettings,
+) -> None:
+    """Completions, divergences, figures and, last, kl_diagnostic.json."""
+    write_lines(folder / "completions.jsonl", [r.line for r in results])
+    blocks = {"base": [r.base for r in results], "student": [r.student for r in results]}
+    own = [r.own for r in results if r.own is not None]
+    if own:
+        lines = [r.own_line for r in results if r.own_line is not None]
+        write_lines(folder / "own_completions.jsonl", lines)
+        blocks["own"] = own
+    save_divergences(folder, blocks)
+    if settings.figures:
+        draw_figures(folder, results, settings)
+    write_json(folder / SUMMARY, summary)
+
+
+def draw_figures(
+    folder: Path, results: Sequence[Result], settings: DiagnosticSettings
+) -> None:
+    """Distribution of the measured student's KL, and a few completions token by token."""
+    # Here, so that the other ranks and runs without figures need not load matplotlib.
+    from scripts.visual_opsd.analysis.figures import (
+        HeatRow,
+        draw_kl_distribution,
+        draw_token_heatmap,
+        pick_rows,
+    )
+
+    title = f"KL of {Path(settings.model_path).name} from the base with VTs, on the same tokens"
+    real, noise = (
+        np.concatenate([r.student.columns[name] for r in results])
+        for name in ("kl_real", "kl_noise")
+    )
+    draw_kl_distribution(folder / "kl_distribution.png", real, noise, title)
+    tasks = [str(r.line["dataset"]) for r in results]
+    usable = [bool(r.student.answer.any()) for r in results]
+    tokenizer, special = load_tokenizer(settings.base)
+    heat = []
+    for result in (results[i] for i in pick_rows(tasks, usable, settings.heatmap_samples)):
+        line, figures = result.line, result.student
+        labels = zip((*line["ids"], special.eos), line["scored"], strict=True)
+        heat.append(
+            HeatRow(
+                f"{line['dataset']}/{line['pid']}",
+                tuple(tokenizer.decode([label]) for label, scored in labels if scored),
+                figures.columns["kl_real"],
+                figures.columns["kl_noise"],
+                figures.answer,
+            )
+        )
+    draw_token_heatmap(folder / "token_heatmap.png", heat, title)
