@@ -239,10 +239,11 @@ def memory_advice(rows: Sequence[object], advice: str) -> AbstractContextManager
     Args:
         advice: which flags to lower.
     """
+    count = "one row" if len(rows) == 1 else f"{len(rows)} rows at once"
     shown = ", ".join(map(str, rows[:3]))
     more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
     return memory_errors(
-        f"with {len(rows)} rows at once ({shown}{more})",
+        f"with {count} ({shown}{more})",
         f"{advice}; what was done is kept, and the same command goes on from there",
     )
 

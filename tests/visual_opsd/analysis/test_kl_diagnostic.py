@@ -26,7 +26,7 @@ from data.sequence import Completion, TextSegment, given_completion
 from data.thinkmorph import parse_row
 from data.worlds.writer import write_spatial_navigation
 from modeling import load_bagel, save_bagel
-from scripts.visual_opsd import kl_diagnostic as module
+from scripts.visual_opsd.analysis import diagnosis as module
 from scripts.visual_opsd.analysis.baseline import load_divergences, read_baseline
 from scripts.visual_opsd.analysis.figures import pick_rows
 from scripts.visual_opsd.analysis.kl_measurement import DiagnosticRow, attach, choose_rows, measure
@@ -381,8 +381,8 @@ def test_a_baseline_must_fit(
             run(world, tmp_path / "out", "--baseline", str(folder), *flags, model=model)
         assert not (tmp_path / "out").exists()
 
-    expect(r"measured with other settings \(seed: 5, now 6\)", "--seed", "6")
-    expect("num_samples: 6, now 2.*seed", "--num_samples", "2", "--seed", "6")
+    expect(r"measured with other settings \(seed: saved 5, now 6\)", "--seed", "6")
+    expect("num_samples: saved 6, now 2.*seed", "--num_samples", "2", "--seed", "6")
     expect("vit: .*14.*28", "--vit_min_size", "28")
     expect("base: ", model=trained)  # without --base_path the trained student is its own teacher
     expect("finished diagnostic", folder=tmp_path / "none")
@@ -452,7 +452,7 @@ def test_same_model_and_context_differ_by_nothing() -> None:
         for i in range(3)
     ]
     rows = [
-        DiagnosticRow(RowName("D", "f", i, str(i), ""), "q", "a", c, c, c, None)
+        DiagnosticRow(RowName("D", "f", i, str(i), ""), c, c, c, None)
         for i, c in enumerate(contexts)
     ]
     ends = [given_completion(builder.encode("<answer>12</answer> " * n)) for n in (1, 2)]
@@ -466,7 +466,7 @@ def test_same_model_and_context_differ_by_nothing() -> None:
         for name in COLUMNS[:4]:
             assert np.abs(sample.columns[name]).max(initial=0.0) < 1e-6
     # Cut to what fits, for all contexts alike: the last label is no longer scored.
-    room = max(s.pair.length for s in scored) - 3
+    room = max(s.length for s in scored) - 3
     cut = attach(2, rows[2], ends[1], room)
     assert cut.completion.ids == ends[1].ids[:-3]
     assert cut.completion.count == len(cut.completion.ids)
