@@ -58,6 +58,7 @@ from scripts.visual_opsd.evaluation.runner import (
     run_rows,
 )
 from scripts.visual_opsd.evaluation.store import RankedLines, Record, write_json
+from scripts.visual_opsd.evaluation.summary import by_dataset
 from scripts.visual_opsd.processes import DistEnv, init_distributed, on_main, shutdown
 from scripts.visual_opsd.rows import encode_pictures, noise_generator, open_builder, row_generator
 
@@ -378,7 +379,6 @@ def analyse(config: AnalysisConfig, env: DistEnv) -> dict[str, Any]:
 
     def finish() -> None:
         records = found.records
-        tasks = list(dict.fromkeys(record["dataset"] for record in records))
         layers, heads, _ = np.shape(records[0]["before"]["shares"])
         summary.update(
             n=len(records),
@@ -387,7 +387,7 @@ def analyse(config: AnalysisConfig, env: DistEnv) -> dict[str, Any]:
             heads=heads,
             parts=list(PARTS),
             **summarise_records(records),
-            tasks={t: summarise_records([r for r in records if r["dataset"] == t]) for t in tasks},
+            tasks={name: summarise_records(some) for name, some in by_dataset(records).items()},
             model=wanted["model"],
             data=wanted["data"],
             identity=prompt_identity(config.prompt),

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.dataset_info import load_dataset_config
 from data.json_lines import write_lines
+from data.parquet import open_sources
 from data.rejects import summarise
 from data.sequence import Completion, given_completion
 from modeling import BagelBundle, load_bagel
@@ -47,12 +49,7 @@ from scripts.visual_opsd.analysis.kl_statistics import (
     go_test,
 )
 from scripts.visual_opsd.cli import flat
-from scripts.visual_opsd.evaluation.rows import (
-    RowPool,
-    open_config,
-    open_data,
-    prompt_identity,
-)
+from scripts.visual_opsd.evaluation.rows import RowPool, open_data, prompt_identity
 from scripts.visual_opsd.evaluation.runner import (
     RowLimits,
     claim_folder,
@@ -209,14 +206,14 @@ def diagnose(config: DiagnosticConfig, env: DistEnv) -> dict[str, Any]:
     """
     settings = config.diagnostic
     started = time.perf_counter()
+    root, needs = settings.data_root, settings.needs
     if settings.data:
-        datasets = open_data(settings.data, settings.split, settings.data_root, settings.needs)
-        weights = [float(len(dataset)) for dataset in datasets]
-    else:
-        datasets, weights = open_config(
-            settings.dataset_config_file, settings.data_root, settings.needs
-        )
-    pool = RowPool(datasets)
+        pool = RowPool(open_data(settings.data, settings.split, root, needs))
+        weights = [float(len(dataset)) for dataset in pool.datasets]
+    else:  # its row budgets concern training and do not apply
+        sources = open_sources(load_dataset_config(settings.dataset_config_file), needs, root)
+        pool = RowPool([source.dataset for source in sources])
+        weights = [source.weight for source in sources]
     wanted = identity(config, pool, config.compute.dtype(env.device))
     student = weights_fingerprint(settings.model_path)
     same_model = wanted["base"] == student
@@ -232,7 +229,7 @@ def diagnose(config: DiagnosticConfig, env: DistEnv) -> dict[str, Any]:
     if baseline is not None:
         indices = baseline.indices
     else:
-        sizes = [len(dataset) for dataset in datasets]
+        sizes = [len(dataset) for dataset in pool.datasets]
         indices = choose_rows(sizes, weights, settings.num_samples, settings.seed)
     limits = RowLimits(
         max_rows=4 * config.sample.sample_batch_size,

@@ -66,7 +66,7 @@ from scripts.visual_opsd.evaluation.scoring import (
     wilson_interval,
 )
 from scripts.visual_opsd.evaluation.store import RankedLines, Record, write_json
-from scripts.visual_opsd.evaluation.summary import share
+from scripts.visual_opsd.evaluation.summary import by_dataset, share
 from scripts.visual_opsd.processes import DistEnv, init_distributed, on_main, shutdown
 from scripts.visual_opsd.runs.identity import stable_hash
 
@@ -302,10 +302,9 @@ def run(config: InterventionConfig, env: DistEnv) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------- figures
 
 
-def summarise_arms(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> dict[str, Any]:
+def summarise_arms(lines: Sequence[Record], arms: Sequence[str]) -> dict[str, Any]:
     """Figures of the arms over all rows that drew, and for each dataset."""
-    names = list(dict.fromkeys(str(line["dataset"]) for line in lines))
-    tasks = {n: _figures([x for x in lines if x["dataset"] == n], arms) for n in names}
+    tasks = {name: _figures(some, arms) for name, some in by_dataset(lines).items()}
     return {**_figures(lines, arms), "tasks": tasks}
 
 

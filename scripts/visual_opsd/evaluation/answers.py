@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from operator import itemgetter
@@ -49,6 +50,7 @@ from scripts.visual_opsd.evaluation.scoring import (
 )
 from scripts.visual_opsd.evaluation.store import RankedLines, Record, write_json
 from scripts.visual_opsd.evaluation.summary import (
+    by_dataset,
     comparison,
     summarise_run,
     summarise_timing,
@@ -254,13 +256,13 @@ def _check_comparison(settings: EvaluateSettings) -> None:
 
 
 def benchmark_run(
-    pool: RowPool, predictions: Sequence[Mapping[str, Any]], rejects: Sequence[Reject]
+    pool: RowPool, predictions: Sequence[Record], rejects: Sequence[Reject]
 ) -> dict[str, dict[str, Any]]:
     """Figures of each benchmark of which a row was answered, by name."""
-    found = {}
-    for dataset in benchmark_files(pool):
-        lines = [line for line in predictions if line["dataset"] == dataset.name]
-        bad = sum(reject.dataset == dataset.name for reject in rejects)
-        if lines:
-            found[dataset.name] = benchmark_figures(dataset, lines, bad)
-    return found
+    answered = by_dataset(predictions)
+    bad = Counter(reject.dataset for reject in rejects)
+    return {
+        dataset.name: benchmark_figures(dataset, answered[dataset.name], bad[dataset.name])
+        for dataset in benchmark_files(pool)
+        if dataset.name in answered
+    }

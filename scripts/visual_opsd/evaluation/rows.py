@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from data.dataset_info import dataset_files, is_dataset_folder, load_dataset_config, split_files
+from data.dataset_info import dataset_files, is_dataset_folder, split_files
 from data.parquet import attempt
 from data.rejects import Reject
 from data.row_groups import ParquetDataset, RowSource
@@ -83,18 +83,6 @@ def open_data(data: str, split: str, root: str | Path | None, needs: RowNeeds) -
     if not found or len(set(names)) < len(names):
         raise ValueError(f"--data {data!r}: need at least one dataset and each name once: {names}")
     return found
-
-
-def open_config(
-    path: str | Path, root: str | Path | None, needs: RowNeeds
-) -> tuple[list[RowSource], list[float]]:
-    """Datasets and weights of a YAML config (its row budgets concern training and do not apply)."""
-    sources = [source for source in load_dataset_config(path) if source.weight > 0]
-    datasets: list[RowSource] = [
-        ParquetDataset(s.name, dataset_files(s.name, s.split, root), needs, split=s.split)
-        for s in sources
-    ]
-    return datasets, [source.weight for source in sources]
 
 
 class RowPool:
