@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -363,7 +364,7 @@ def analyse(config: AnalysisConfig, env: DistEnv) -> dict[str, Any]:
     pool = RowPool(open_data(settings.data, settings.split, settings.data_root, NEEDS))
     prepare = PrepareAnalysis.of(settings, config.prompt)
     wanted = result_settings(config, pool, config.compute.dtype(env.device))
-    store = RankedLines(folder, "rows")
+    store = RankedLines(folder, "rows", itemgetter("dataset", *PHASES))
     on_main(env, lambda: claim_folder(
         folder, wanted, [store], result="attention.json", overwrite=settings.overwrite
     ))  # fmt: skip

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +125,10 @@ class Diagnosis:
         yield records
 
     def _records(self, rows: Rows) -> list[Record]:
-        if self.config.diagnostic.with_latents:
-            vae, seed = self.base.vae, self.config.diagnostic.seed
-            assert vae is not None
-            rows = [(index, encode_row(row, vae, seed, index)) for index, row in rows]
-        models = [self.base] if self.baseline is None else []
+        teacher, seed = self.base, self.config.diagnostic.seed
+        if teacher.vae is not None:
+            rows = [(index, encode_row(row, teacher.vae, seed, index)) for index, row in rows]
+        models = [teacher] if self.baseline is None else []
         if self.baseline is not None or not self.same_model:
             models.append(self.student)
         lines, columns = self._measure(models, rows, self.base_completions(rows))
@@ -221,7 +221,8 @@ def diagnose(config: DiagnosticConfig, env: DistEnv) -> dict[str, Any]:
     prepare = PrepareDiagnostic.of(config)
     if not same_model:
         _check_tokenizer(settings, prepare.builder.tokenizer)
-    store = RankedLines(Path(settings.output_dir), "rows")
+    needed = itemgetter("completion", "base", "student")
+    store = RankedLines(Path(settings.output_dir), "rows", needed)
     depends_on = {**wanted, "student": student, "baseline": baseline and baseline.hash}
     on_main(env, lambda: claim_folder(
         settings.output_dir, depends_on, [store], result=SUMMARY, overwrite=settings.overwrite

@@ -74,7 +74,7 @@ class DiagnosticSettings(Settings):
     output_dir: str = option(
         "results/visual_opsd_kl_diagnostic", "tables, figures, completions", path=True
     )
-    overwrite: bool = option(False, "replace the results that output_dir holds")
+    overwrite: bool = option(False, "throw away what output_dir holds of other settings")
     figures: bool = option(True, "draw kl_distribution.png and token_heatmap.png")
     heatmap_samples: int = option(
         3, "completions in the token heat map", at_least=1, at_most=100

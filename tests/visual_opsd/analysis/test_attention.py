@@ -210,7 +210,7 @@ def test_a_gpu_looks_at_the_same(tmp_path: Path, precision: str, atol: float) ->
 
 
 @pytest.mark.parametrize("context", ["vit", "vae+vit", "noise"])
-def test_end_to_end(context: str, tmp_path: Path) -> None:
+def test_end_to_end(context: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_spatial_navigation(tmp_path, rows=2, heldout_rows=3, seed=3, sizes=(3, 4))
     out = tmp_path / "out"
     summary = analyse(tmp_path, out, "--context", context)
@@ -221,10 +221,14 @@ def test_end_to_end(context: str, tmp_path: Path) -> None:
     assert not any(summary["before"]["shares"]["vt"])
     assert all(share > 0 for share in summary["after"]["shares"]["vt"])
     assert (out / "attention.png").stat().st_size > 5000
-    if context == "vit":  # how rows are packed together does not matter
+    if context == "vit":  # whether the two readings are packed together does not matter
         repacked = ("--context", context, "--max_forward_tokens=1")
-        with pytest.raises(ValueError, match=r"holds results \(attention\.json\); .*--overwrite"):
-            analyse(tmp_path, out, *repacked)
+        for other in (("--context", "noise"), ("--limit=2",)):
+            with pytest.raises(ValueError, match=r"holds results of other settings .*--overwrite"):
+                analyse(tmp_path, out, *other)
+        monkeypatch.setattr(module, "measure", None)  # nothing is left to read
+        analyse(tmp_path, out, *repacked)
+        monkeypatch.undo()
         alone = analyse(tmp_path, out, *repacked, "--overwrite")
         for part in PARTS:
             np.testing.assert_allclose(
