@@ -180,7 +180,7 @@ FAULTS = [
          "[0 for index, _ in rows],\n            tokenizer=bundle"),
         ("samples do not depend on the seed", "seed=self.config.diagnostic.seed,", "seed=0,"),
         ("a resumed run may have another student", '"student": student, ', "",
-         "visual_opsd/analysis/test_kl_diagnostic.py::test_results_of_other_settings_are_refused"),
+         "visual_opsd/analysis/test_kl_diagnostic.py::test_results_of_other_settings_are_refused_before_the_model_is_read"),
         ("temperature is no part of a baseline",
          '        "sample_temperature": sample.sample_temperature,\n', "",
          "visual_opsd/training/test_run_identity.py"),
@@ -206,7 +206,7 @@ FAULTS = [
             "visual_opsd/analysis/test_kl_diagnostic.py::test_a_baseline_must_fit", [
         ("rows of a baseline may differ", 'if line["digest"] != name.digest:', "if False:"),
         ("a baseline's completions may differ",
-         'if completions_hash(lines) != summary["completions"]["hash"]:', "if False:"),
+         'if digest != summary["completions"]["hash"]:', "if False:"),
     ]),
     *faults("scripts/visual_opsd/analysis/vt_arms.py", "visual_opsd/training/test_randomness.py", [
         ("drawings do not depend on the seed",
