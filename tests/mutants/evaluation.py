@@ -199,7 +199,7 @@ FAULTS = [
          "visual_opsd/analysis/test_kl_diagnostic.py::test_go_wants_two_standard_errors"),
         ("the gap that is left", '{"value": 1.0 - ratio, "se": error}',
          '{"value": ratio, "se": error}'),
-        ("the gap of means of samples", "/ rows[1]) / (total / rows[0])",
+        ("the gap of means of samples", "/ counts[1]) / (total / counts[0])",
          "/ len(after)) / (total / len(before))"),
     ]),
     *faults("scripts/visual_opsd/analysis/baseline.py",

@@ -6,10 +6,10 @@
 The answer of a row (its text-only trace and answer, as the SFT baseline learns them) is read twice
 by the model: `before` behind the student's context, `after` behind the teacher's, which shows the
 VTs. Each layer's attention is computed again from the layer's input, in fp32, with scores scaled
-by d^-0.5 and masked as the layout says, for the rows that predict the answer; its mass is summed
-over the keys of each part, and averaged over heads, rows, then samples. The parts:
+by d^-0.5 and masked as the layout says, for the tokens that predict the answer; its mass is summed
+over the keys of each part, and averaged over heads, tokens, then samples. The parts:
 
-    first_token    the very first row, on which models park attention they do not need
+    first_token    the very first token, on which models park attention they do not need
     problem_image  the problem, its two markers included
     vt             the VTs likewise, however they are read
     text           system prompt, question and the teacher's strings
@@ -66,7 +66,7 @@ from scripts.visual_opsd.rows import encode_pictures, noise_generator, open_buil
 PARTS = ("first_token", "problem_image", "vt", "text", "answer")
 PHASES = ("before", "after")
 NEEDS = RowNeeds("required", "required", "unused")
-_MAX_SCORES = 1 << 26  # entries of one (heads, rows, keys) block, 256 MB in fp32
+_MAX_SCORES = 1 << 26  # entries of one (heads, tokens, keys) block, 256 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Reading:
 
     @property
     def key_parts(self) -> Tensor:
-        """(rows,) int64: the part each row belongs to."""
+        """(tokens,) int64: the part each token belongs to."""
         lens = torch.tensor([segment_length(segment) for segment in self.context])
         found = torch.tensor(self.parts).repeat_interleave(lens)
         found[0] = PARTS.index("first_token")
@@ -177,22 +177,27 @@ class PrepareAnalysis:
 
 
 def attention_shares(
-    q: Tensor, k: Tensor, layout: AttentionLayout, rows: Tensor, parts: Sequence[Tensor], count: int
+    q: Tensor,
+    k: Tensor,
+    layout: AttentionLayout,
+    tokens: Tensor,
+    parts: Sequence[Tensor],
+    count: int,
 ) -> Tensor:
     """Attention mass on each part of the own sample's keys, fp32 (samples, heads, count).
 
-    Averaged over the query rows of each sample.
+    Averaged over the queries of each sample.
 
     Args:
-        q: (T, nh, d), k: (T, nkv, d), rotated, of a packed sequence without cached rows.
-        rows: (R,) int64, the packed rows that are looked at; each sample has at least one.
-        parts: for each sample (rows,) int64 in [0, count), the part of each key.
+        q: (T, nh, d), k: (T, nkv, d), rotated, of a packed sequence without a cache.
+        tokens: (R,) int64, places of the queries that are looked at; each sample has at least one.
+        parts: for each sample (tokens,) int64 in [0, count), the part of each key.
     """
     assert not any(layout.past_lens)
     repeat, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
     found, start = [], 0
     for sample, n in enumerate(layout.query_lens):
-        own = rows[(rows >= start) & (rows < start + n)] - start
+        own = tokens[(tokens >= start) & (tokens < start + n)] - start
         keys = k[start : start + n].float().repeat_interleave(repeat, dim=1)  # (n, nh, d)
         mask = layout.allowed(sample)[own.cpu()].to(q.device)  # (R, n)
         one_hot = torch.nn.functional.one_hot(parts[sample].to(q.device), count).float()
@@ -208,13 +213,13 @@ def attention_shares(
 
 
 @contextmanager
-def watched(model: Bagel, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call `see(layer, q, k)` with the rotated queries and keys of every layer of a forward."""
+def watch(model: Bagel, look: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `look(layer, q, k)` with the rotated queries and keys of every layer of a forward."""
 
     def hook(module: Attention, inputs: tuple[Any, ...]) -> None:
         xs, cos, sin, _, routing, _, layer, *_ = inputs
         q, k, _ = module.project(xs, cos, sin, routing)
-        see(layer, q, k)
+        look(layer, q, k)
 
     layers = model.language_model.model.layers
     handles = [layer.self_attn.register_forward_pre_hook(hook) for layer in layers]  # type: ignore[union-attr]
@@ -225,12 +230,11 @@ def watched(model: Bagel, see: Callable[[int, Tensor, Tensor], None]) -> Iterato
             handle.remove()
 
 
-
 @torch.no_grad()
 def measure(
     model: Bagel, batch: PackedBatch, readings: Sequence[Reading]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Shares of a packed batch of `readings`, of the rows that predict the answers.
+    """Shares of a packed batch of `readings`, of the tokens that predict the answers.
 
     Returns:
         (samples, layers, heads, parts) attention, and (samples, parts): the same if every visible
@@ -239,11 +243,11 @@ def measure(
     parts = [reading.key_parts for reading in readings]
     found: dict[int, Tensor] = {}
 
-    def see(layer: int, q: Tensor, k: Tensor) -> None:
-        rows = batch.score_rows.to(q.device)
-        found[layer] = attention_shares(q, k, batch.layout, rows, parts, len(PARTS)).cpu()
+    def look(layer: int, q: Tensor, k: Tensor) -> None:
+        tokens = batch.score_rows.to(q.device)
+        found[layer] = attention_shares(q, k, batch.layout, tokens, parts, len(PARTS)).cpu()
 
-    with watched(model, see):
+    with watch(model, look):
         model(batch)
     uniform = attention_shares(
         torch.zeros(batch.total, 1, 1), torch.zeros(batch.total, 1, 1),
@@ -290,7 +294,7 @@ class Watching:
         if self.bundle.vae is not None:
             generator = row_generator("attention", settings.seed, index)
             extra = encode_pictures(extra, self.bundle.vae, generator)
-        readings = [reading(row.student, seen, row.answer) for seen in ((), extra)]
+        readings = [reading(row.student, shown, row.answer) for shown in ((), extra)]
         lengths = [context_length(r.context) for r in readings]
         found = {}
         for group in group_by_tokens(lengths, settings.max_forward_tokens):

@@ -62,7 +62,7 @@ def decode_divergences(texts: Mapping[str, str]) -> SampleDivergences:
 
 def save_divergences(folder: Path, blocks: Mapping[str, Sequence[SampleDivergences]]) -> None:
     """Write divergences.npz: for each block BLOCK_counts (samples,), BLOCK_answer and one array
-    (rows,) for each of `COLUMNS`, the samples' rows one after the other."""
+    (tokens,) for each of `COLUMNS`, the samples' tokens one after the other."""
     arrays: dict[str, Any] = {}
     for block, samples in blocks.items():
         arrays[f"{block}_counts"] = np.array([s.answer.size for s in samples], dtype=np.int64)

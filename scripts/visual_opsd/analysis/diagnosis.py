@@ -65,11 +65,7 @@ Rows = Sequence[tuple[int, DiagnosticRow]]
 
 
 class Diagnosis:
-    """Takes rows through both models, which are loaded for the first of them.
-
-    Args:
-        has_own: whether the student also completes rows itself.
-    """
+    """Takes rows through both models, which are loaded for the first of them."""
 
     def __init__(
         self, config: DiagnosticConfig, env: DistEnv, baseline: Baseline | None, same_model: bool
@@ -244,9 +240,9 @@ def diagnose(config: DiagnosticConfig, env: DistEnv) -> dict[str, Any]:
     result: dict[str, Any] = {}
 
     def finish() -> None:
-        results = [Result.of(record) for record in found.records]
+        measured = Measured.of(found.records)
         result.update(
-            summarise_run(results, settings, is_baseline=same_model and baseline is None),
+            summarise_run(measured, settings, is_baseline=same_model and baseline is None),
             bad_rows=len(found.rejects),
             bad_summary=summarise(found.rejects) if found.rejects else "",
             seconds=time.perf_counter() - started,
@@ -256,7 +252,7 @@ def diagnose(config: DiagnosticConfig, env: DistEnv) -> dict[str, Any]:
             settings=flat(config),
             identity=wanted,
         )
-        write_outputs(Path(settings.output_dir), results, result, settings)
+        write_outputs(Path(settings.output_dir), measured, result, settings)
 
     on_main(env, finish)
     return result
@@ -275,22 +271,32 @@ def _check_tokenizer(settings: DiagnosticSettings, base: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What was found out about one row: its completions (lines) and their divergences."""
+class Measured:
+    """What was found out about all rows, in their order.
 
-    line: Record
-    base: SampleDivergences
-    student: SampleDivergences
-    own_line: Record | None = None
-    own: SampleDivergences | None = None
+    lines: the completions on which both models were measured; own_lines: the student's own, or
+    none. blocks: the divergences, of "base", "student" and the student's "own".
+    """
+
+    lines: list[Record]
+    own_lines: list[Record]
+    blocks: dict[str, list[SampleDivergences]]
 
     @classmethod
-    def of(cls, record: Record) -> Result:
-        base, student = (decode_divergences(record[side]) for side in ("base", "student"))
-        if "own" not in record:
-            return cls(record["completion"], base, student)
-        own = decode_divergences(record["own"])
-        return cls(record["completion"], base, student, record["own_completion"], own)
+    def of(cls, records: Sequence[Record]) -> Measured:
+        return cls(
+            [record["completion"] for record in records],
+            [record["own_completion"] for record in records if "own" in record],
+            {
+                block: [decode_divergences(record[block]) for record in records]
+                for block in ("base", "student", "own")
+                if block in records[0]
+            },
+        )
+
+    @property
+    def tasks(self) -> list[str]:
+        return [str(line["dataset"]) for line in self.lines]
 
 
 def _describe_completions(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -305,15 +311,14 @@ def _describe_completions(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def summarise_run(
-    results: Sequence[Result], settings: DiagnosticSettings, *, is_baseline: bool
+    measured: Measured, settings: DiagnosticSettings, *, is_baseline: bool
 ) -> dict[str, Any]:
     """The figures of kl_diagnostic.json."""
-    tasks = [str(r.line["dataset"]) for r in results]
-    base, student = [r.base for r in results], [r.student for r in results]
+    tasks, own_lines = measured.tasks, measured.own_lines
+    base, student = measured.blocks["base"], measured.blocks["student"]
+    own = measured.blocks.get("own")
     base_figures = describe(base, tasks)
     test = go_test(base_figures, settings.go_threshold)
-    own = [r.own for r in results if r.own is not None]
-    own_lines = [r.own_line for r in results if r.own_line is not None]
     return {
         "decision": "GO" if test["go"] else "NO-GO",
         "go": test["go"],
@@ -325,38 +330,26 @@ def summarise_run(
         "base": base_figures,
         "student": describe(student, tasks),
         "own_samples": describe(own, tasks) if own else None,
-        "completions": {
-            "kind": settings.completions,
-            **_describe_completions([r.line for r in results]),
-        },
+        "completions": {"kind": settings.completions, **_describe_completions(measured.lines)},
         "own_completions": _describe_completions(own_lines) if own_lines else None,
         "note": PAPER_NOTE,
     }
 
 
 def write_outputs(
-    folder: Path,
-    results: Sequence[Result],
-    summary: Mapping[str, Any],
-    settings: DiagnosticSettings,
+    folder: Path, measured: Measured, summary: Mapping[str, Any], settings: DiagnosticSettings
 ) -> None:
     """Completions, divergences, figures and, last, kl_diagnostic.json."""
-    write_lines(folder / "completions.jsonl", [r.line for r in results])
-    blocks = {"base": [r.base for r in results], "student": [r.student for r in results]}
-    own = [r.own for r in results if r.own is not None]
-    if own:
-        lines = [r.own_line for r in results if r.own_line is not None]
-        write_lines(folder / "own_completions.jsonl", lines)
-        blocks["own"] = own
-    save_divergences(folder, blocks)
+    write_lines(folder / "completions.jsonl", measured.lines)
+    if measured.own_lines:
+        write_lines(folder / "own_completions.jsonl", measured.own_lines)
+    save_divergences(folder, measured.blocks)
     if settings.figures:
-        draw_figures(folder, results, settings)
+        draw_figures(folder, measured, settings)
     write_json(folder / SUMMARY, summary)
 
 
-def draw_figures(
-    folder: Path, results: Sequence[Result], settings: DiagnosticSettings
-) -> None:
+def draw_figures(folder: Path, measured: Measured, settings: DiagnosticSettings) -> None:
     """Distribution of the measured student's KL, and a few completions token by token."""
     # Here, so that the other ranks and runs without figures need not load matplotlib.
     from scripts.visual_opsd.analysis.figures import (
@@ -367,22 +360,21 @@ def draw_figures(
     )
 
     title = f"KL of {Path(settings.model_path).name} from the base with VTs, on the same tokens"
+    student = measured.blocks["student"]
     real, noise = (
-        np.concatenate([r.student.columns[name] for r in results])
-        for name in ("kl_real", "kl_noise")
+        np.concatenate([s.columns[name] for s in student]) for name in ("kl_real", "kl_noise")
     )
     draw_kl_distribution(folder / "kl_distribution.png", real, noise, title)
-    tasks = [str(r.line["dataset"]) for r in results]
-    usable = [bool(r.student.answer.any()) for r in results]
+    usable = [bool(s.answer.any()) for s in student]
     tokenizer, special = load_tokenizer(settings.base)
     heat = []
-    for result in (results[i] for i in pick_rows(tasks, usable, settings.heatmap_samples)):
-        line, figures = result.line, result.student
+    for number in pick_rows(measured.tasks, usable, settings.heatmap_samples):
+        line, figures = measured.lines[number], student[number]
         labels = zip((*line["ids"], special.eos), line["scored"], strict=True)
         heat.append(
             HeatRow(
                 f"{line['dataset']}/{line['pid']}",
-                tuple(tokenizer.decode([label]) for label, scored in labels if scored),
+                [tokenizer.decode([label]) for label, is_scored in labels if is_scored],
                 figures.columns["kl_real"],
                 figures.columns["kl_noise"],
                 figures.answer,

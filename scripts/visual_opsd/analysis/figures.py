@@ -1,5 +1,5 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""The diagnostic's figures: distribution of the per-token KL, and completions as a heat map.
+"""Figures of the diagnostic, the interventions and the attention analysis.
 
 Drawn on matplotlib's Agg canvas without pyplot: no display and no global state is needed.
 """
@@ -48,10 +48,10 @@ def _add_legend_beside(axes: Any) -> None:
 
 
 def draw_kl_distribution(path: Path, real: np.ndarray, noise: np.ndarray, title: str) -> None:
-    """Histogram of KL per scored row (nats, log axis) for real and for noise VTs.
+    """Histogram of KL per scored token (nats, log axis) for real and for noise VTs.
 
     Args:
-        real, noise: (rows,) KL(teacher || student), of the same rows.
+        real, noise: (tokens,) KL(teacher || student), of the same tokens.
     """
     real, noise = (np.maximum(np.asarray(v, dtype=np.float64), FLOOR) for v in (real, noise))
     top = max(float(v.max(initial=FLOOR)) for v in (real, noise))
@@ -78,13 +78,13 @@ def draw_kl_distribution(path: Path, real: np.ndarray, noise: np.ndarray, title:
 
 @dataclass(frozen=True)
 class HeatRow:
-    """One completion of the heat map: its tokens, and the KL of each scored row."""
+    """One completion of the heat map: its tokens, and the KL of each scored token."""
 
     title: str
     tokens: Sequence[str]
-    real: np.ndarray  # (rows,)
+    real: np.ndarray  # (tokens,)
     noise: np.ndarray
-    answer: np.ndarray  # (rows,) bool
+    answer: np.ndarray  # (tokens,) bool
 
 
 def _printable(token: str) -> str:
@@ -222,7 +222,7 @@ def draw_attention(path: Path, summary: Mapping[str, Any]) -> None:
     """Stacked shares of attention per layer, before and after the VT side by side.
 
     Args:
-        summary: as `attention_analysis.analyse` gives it.
+        summary: as `attention.analyse` gives it.
     """
     figure = Figure(figsize=(max(7.0, 2.0 + 0.28 * summary["layers"]), 3.6))
     places = np.arange(summary["layers"])

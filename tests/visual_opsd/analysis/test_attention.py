@@ -27,7 +27,7 @@ from scripts.visual_opsd.analysis.attention import (
     measure,
     reading,
     summarise_shares,
-    watched,
+    watch,
 )
 from tests.conftest import TINY_BAGEL, needs_gpu
 
@@ -172,7 +172,7 @@ def test_watching_changes_nothing(bundle: Any) -> None:
     batch = pack([r.context for r in contexts(False)], bundle.special_tokens)
     with torch.no_grad():
         before = bundle.model(batch)
-        with watched(bundle.model, lambda layer, q, k: seen.append(layer)):
+        with watch(bundle.model, lambda layer, q, k: seen.append(layer)):
             during = bundle.model(batch)
         bundle.model(batch)  # nobody looks any more
     assert torch.equal(before, during)

@@ -187,21 +187,6 @@ def test_resume_after_a_torn_line(
     assert (tmp_path / "run" / "predictions.jsonl").read_bytes() == whole
 
 
-def test_other_settings_do_not_mix(text_run: Path, world: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    run(world, out, "--limit", "2")
-    with pytest.raises(ValueError, match=r"other settings \(limit: saved 2, now 3\).*--overwrite"):
-        run(world, out, "--limit", "3")
-    with pytest.raises(ValueError, match="prompts: "):
-        run(world, out, "--limit", "2", "--instruction_suffix", " Now.")
-    assert len(predictions(out)) == 2
-    assert run(world, out, "--limit", "3", "--overwrite")["resumed_rows"] == 0
-    assert len(predictions(out)) == 3
-    (out / "settings.json").unlink()
-    with pytest.raises(ValueError, match=r"settings\.json does not exist"):
-        run(world, out, "--limit", "3")
-
-
 def test_compare_runs_from_the_command_line(
     text_run: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
