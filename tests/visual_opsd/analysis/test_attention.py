@@ -26,7 +26,7 @@ from scripts.visual_opsd.analysis.attention import (
     measure,
     reading,
     summarise_shares,
-    watched,
+    watch,
 )
 from tests.conftest import TINY_BAGEL, needs_gpu
 
@@ -171,7 +171,7 @@ def test_watching_changes_nothing(bundle: Any) -> None:
     batch = pack([r.context for r in contexts(False)], bundle.special_tokens)
     with torch.no_grad():
         before = bundle.model(batch)
-        with watched(bundle.model, lambda layer, q, k: seen.append(layer)):
+        with watch(bundle.model, lambda layer, q, k: seen.append(layer)):
             during = bundle.model(batch)
         bundle.model(batch)  # nobody looks any more
     assert torch.equal(before, during)
@@ -208,7 +208,9 @@ def test_a_gpu_looks_at_the_same(world: Path, tmp_path: Path, precision: str, at
 
 
 @pytest.mark.parametrize("context", ["vit", "vae+vit", "noise"])
-def test_end_to_end(context: str, world: Path, tmp_path: Path) -> None:
+def test_end_to_end(
+    context: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     summary = analyse(world, out, "--context", context)
     assert summary["n"] == 3 and summary["parts"] == list(PARTS)
@@ -218,10 +220,14 @@ def test_end_to_end(context: str, world: Path, tmp_path: Path) -> None:
     assert not any(summary["before"]["shares"]["vt"])
     assert all(share > 0 for share in summary["after"]["shares"]["vt"])
     assert (out / "attention.png").stat().st_size > 5000
-    if context == "vit":  # how rows are packed together does not matter
+    if context == "vit":  # whether the two readings are packed together does not matter
         repacked = ("--context", context, "--max_forward_tokens=1")
-        with pytest.raises(ValueError, match=r"holds results \(attention\.json\); .*--overwrite"):
-            analyse(world, out, *repacked)
+        for other in (("--context", "noise"), ("--limit=2",)):
+            with pytest.raises(ValueError, match=r"holds results of other settings .*--overwrite"):
+                analyse(world, out, *other)
+        monkeypatch.setattr(module, "measure", None)  # nothing is left to read
+        analyse(world, out, *repacked)
+        monkeypatch.undo()
         alone = analyse(world, out, *repacked, "--overwrite")
         for part in PARTS:
             np.testing.assert_allclose(
