@@ -41,14 +41,14 @@ from typing import Any
 
 import torch
 
-from data.worlds.__main__ import main as write_world
+from data.json_lines import read_log
+from data.worlds.writer import write_spatial_navigation
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
-from scripts.bench.common import TINY, TRUE_SIZE, versions
-from scripts.bench.gather import sized
+from scripts.bench.common import TINY, TRUE_SIZE, sized, versions
 from scripts.bench.load import ROOT, write_release
+from scripts.visual_opsd import on_policy_sampler
 from scripts.visual_opsd.cli import run_main
-from scripts.visual_opsd.training.metrics import read_metrics
 
 LAUNCHER = "scripts/visual_opsd/run_visual_opsd.sh"
 TINY_BAGEL = ROOT / "tests" / "tiny-bagel"
@@ -196,9 +196,6 @@ class Lab:
             self.say("bases", name, {"seconds": round(time.monotonic() - start, 2)})
         return folder
 
-    def whole(self) -> Path:
-        return self.base("whole", TRUE_SIZE)
-
     def short(self) -> Path:
         return self.base("short", sized(self.args.layers))
 
@@ -206,9 +203,10 @@ class Lab:
         """Mazes of 520 pixels a side, which the ViT sees at 518 (37 x 37 patches)."""
         folder = self.space / "world"
         if not folder.exists():
-            words = ["spatial_navigation", "--rows", "128", "--heldout-rows", "8", "--sizes", "4"]
-            words += ["--style", "full", "--cell", "14" if self.args.tiny else "130"]
-            assert write_world([*words, "--out", str(folder)]) == 0
+            cell = 14 if self.args.tiny else 130
+            write_spatial_navigation(
+                folder, rows=128, heldout_rows=8, sizes=(4,), style="full", cell=cell
+            )
             (folder / "datasets.yaml").write_text("datasets:\n  - {name: Spatial_Navigation}\n")
         return folder
 
@@ -285,7 +283,7 @@ class Lab:
         text = log.read_text(errors="replace")
         with (self.out / "log.txt").open("a") as file:
             file.write(f"==== {name}: {shlex.join(command)}\n{text[-6000:]}\n")
-        lines = read_metrics(metrics)[: len(arrivals)] if arrivals else []
+        lines = read_log(metrics)[: len(arrivals)] if arrivals else []
         code = None if after is kill else process.returncode
         run = Run(lines, arrivals, memory, text, code, ended - start, ended - reached)
         if not enough:
@@ -361,7 +359,8 @@ def measured(lab: Lab, part: str, name: str, base: Path, n: int, steps: int, **m
 
 def speed(lab: Lab) -> None:
     n = lab.args.gpus
-    measured(lab, "speed", f"1x{n}", lab.whole(), n, lab.args.steps, rows=16, num_shard=n)
+    base = lab.base("whole", TRUE_SIZE)
+    measured(lab, "speed", f"1x{n}", base, n, lab.args.steps, rows=16, num_shard=n)
 
 
 def scaling(lab: Lab) -> None:
@@ -394,7 +393,10 @@ def parity(lab: Lab) -> None:
             run = lab.train(
                 f"parity-{name}", TINY_BAGEL, n, 1, rows=rows, num_shard=shards, **small
             )
-            pairs = {key: (run.lines[0][key], one.lines[0][key]) for key in ("loss", "grad_norm")}
+            pairs = {
+                key: (float(run.lines[0][key]), float(one.lines[0][key]))
+                for key in ("loss", "grad_norm")
+            }
             apart = {key: abs(a - b) / abs(b) for key, (a, b) in pairs.items()}
             good = max(apart.values()) <= 1e-6
             lab.say("parity", name, {"relative": apart, "values": pairs, "within_1e-6": good})
@@ -464,17 +466,16 @@ PARTS = {f.__name__: f for f in (speed, scaling, parity, failures, save)}
 
 def starve(rank: int, argv: Sequence[str]) -> int:
     """Train, but rank `rank` asks for a petabyte in its third rollout."""
-    from scripts.visual_opsd import train_visual_opsd
-    from scripts.visual_opsd.training import trainer
-
-    sample = trainer.sample_completions
+    sample = on_policy_sampler.sample_completions
 
     def sample_or_fail(*given: Any, **named: Any) -> Any:
         if named["step"] == 2 and int(os.environ.get("RANK", 0)) == rank:
             torch.empty(1 << 50, dtype=torch.uint8, device=named["device"])
         return sample(*given, **named)
 
-    trainer.sample_completions = sample_or_fail
+    on_policy_sampler.sample_completions = sample_or_fail
+    from scripts.visual_opsd import train_visual_opsd  # only now: it takes the name with it
+
     return train_visual_opsd.main(argv)
 
 
