@@ -21,7 +21,9 @@ MEASURED = {key: entry for key, entry in COMMITTED.items() if key != "run"}
 FIELDS = {"median", "spread", "floor", "ratio", "target", "reference", "settings"}
 
 
-def test_tiny_versions_of_all_make_one_report_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tiny_versions_of_all_make_one_report_and_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "report.json"
     assert bench.main(["--tiny", "--device", "cpu", "--repeats", "1", "--json", str(file)]) == 0
     report = json.loads(file.read_text())
@@ -113,7 +115,9 @@ def test_gathering_is_timed_in_its_three_ways(tmp_path: Path) -> None:
         assert report[way]["median_s"] > 0
 
 
-def test_the_paper_shape_times_a_run_of_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_paper_shape_times_a_run_of_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One process through the launcher, ended as soon as it has shown two steps."""
     monkeypatch.setattr(paper_shape, "WARM_UP", 1)
     out = tmp_path / "out"
@@ -131,12 +135,14 @@ def test_the_paper_shape_times_a_run_of_the_launcher(tmp_path: Path, monkeypatch
     with pytest.raises(ValueError, match="holds an earlier run"):
         paper_shape.main(words)
     for wrong, message in (
-        (["3", "--tiny", "--device", "cpu"], "1, 2, 4 or 8"),
         (["2", "--device", "cpu"], "the true size needs GPUs"),
         (["2", "--only", "speed,all"], "--only all: choose among speed"),
     ):
         with pytest.raises(ValueError, match=message):
             paper_shape.main([*wrong, "--out", str(tmp_path / "other")])
+    for wrong in (["3"], ["2", "--layers", "0"]):
+        with pytest.raises(SystemExit):
+            paper_shape.main(wrong)
 
 
 def test_waiting_is_what_no_phase_holds() -> None:
