@@ -121,8 +121,8 @@ FAULTS = [
         ("a plan need not end on the goal", "cells is not None and cells[-1] == maze.goal",
          "cells is not None and maze.goal in cells"),
         ("another letter in the text does not matter",
-         "return letter if letter in known and not contradicts else None",
-         "return letter if letter in known else None"),
+         "return None if rest in others.values() or seconds & others.keys() else letter",
+         "return letter"),
         ("a box comes before the answer", "        given = boxes[-1] if boxes else None\n    plan",
          "        given = boxes[0] if boxes else None\n    plan"),
     ]),
@@ -137,8 +137,7 @@ FAULTS = [
     ]),
     *faults("scripts/visual_opsd/evaluation/lenient_answers.py", "visual_opsd/evaluation/test_lenient_answers.py", [
         ("two candidates are the first",
-         "            return found.pop() if len(found) == 1 else None\n    return None\n\n\n# "
-         "---", "            return found.pop()\n    return None\n\n\n# ---"),
+         "return found.pop() if len(found) == 1 else None", "return found.pop() if found else None"),
         ("the article is an answer", "elif not _is_word(text, letter, stop):", "else:"),
         ("a negated letter is an answer",
          "if joined or NOT.search(before) or _NOT_AFTER.match(text, stop, end):", "if joined:"),

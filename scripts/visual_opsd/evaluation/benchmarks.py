@@ -109,8 +109,7 @@ def open_benchmarks(names: str, root: str | Path | None) -> list[TsvDataset]:
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if wanted == ["all"]:
         wanted = list(BENCHMARKS)
-    unknown = [name for name in wanted if name not in BENCHMARKS]
-    if unknown or not wanted or len(set(wanted)) < len(wanted):
+    if not wanted or len(set(wanted) & BENCHMARKS.keys()) < len(wanted):
         raise ValueError(
             f"--benchmark {names!r}: give each name once, out of {', '.join(BENCHMARKS)}, or all; "
             "any other TSV file goes to --data"
@@ -121,13 +120,14 @@ def open_benchmarks(names: str, root: str | Path | None) -> list[TsvDataset]:
             "--benchmark needs the folder of the TSV files: --tsv_root DIR, or the environment "
             f"variable {ROOT_VARIABLE}"
         )
-    absent = [name for name in wanted if not os.path.isfile(Path(folder) / f"{name}.tsv")]
+    files = {name: Path(folder) / f"{name}.tsv" for name in wanted}
+    absent = [file.name for file in files.values() if not os.path.isfile(file)]
     if absent:
         raise ValueError(
-            f"{folder} lacks {', '.join(f'{name}.tsv' for name in absent)}: download what "
-            "VLMEvalKit_Thinkmorph lists for them (EVAL.md), or name fewer benchmarks"
+            f"{folder} lacks {', '.join(absent)}: download what VLMEvalKit_Thinkmorph lists for "
+            "them (EVAL.md), or name fewer benchmarks"
         )
-    return [TsvDataset(name, Path(folder) / f"{name}.tsv") for name in wanted]
+    return [TsvDataset(name, file) for name, file in files.items()]
 
 
 # ---------------------------------------------------------------------------------- prompts
