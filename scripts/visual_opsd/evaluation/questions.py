@@ -58,7 +58,7 @@ class EvaluateSettings(RowSettings):
         """Columns to read; only the teacher's context needs visual thoughts."""
         if self.context == "text":
             return EVALUATION_ROWS
-        return RowNeeds("required", "unused", "unused")
+        return RowNeeds(visual_thoughts="required")
 
 
 @dataclass(frozen=True)
