@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,36 +37,6 @@ class Tile:
     warps: int
     stages: int
     swap: bool = False
-
-
-def stream_linear_plain(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    gain: Tensor | None = None,
-    eps: float = 1e-6,
-    bias: Tensor | None = None,
-    second: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """What `stream_linear` computes, in fp32, rounded where the kernel rounds."""
-    wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if gain is not None:
-        wide = (wide * gain.float()).to(x.dtype).float()
-    y = wide @ weight.float().t()
-    if gain is not None:
-        y = y * scale
-    if bias is not None:
-        y = y + bias.float()
-    if second is not None:
-        other = wide @ second.float().t()
-        if gain is not None:
-            other = other * scale
-        y = F.silu(y.to(x.dtype).float()).to(x.dtype).float() * other.to(x.dtype).float()
-    if residual is not None:
-        y = y.to(x.dtype).float() + residual.float()
-    return y.to(x.dtype)
 
 
 @triton.jit
@@ -233,7 +202,6 @@ def stream_linear(
     residual: Tensor | None = None,
     out: Tensor | None = None,
     chained: bool = False,
-    tile: Tile | None = None,
 ) -> Tensor:
     """x (M, K) times weight (N, K), transposed: (M, N), with what belongs around it.
 
@@ -250,7 +218,7 @@ def stream_linear(
     assert m <= MAX_ROWS and weight.shape[1] == k and x.is_contiguous() and weight.is_contiguous()
     if out is None:
         out = x.new_empty(m, n)
-    tile = tile or tile_for(m, n, k, second is not None)
+    tile = tile_for(m, n, k, second is not None)
     columns = min(tile.columns, triton.next_power_of_2(max(k, 16)))
     flags = {
         "PAIR": second is not None,

@@ -32,7 +32,7 @@ from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
 from modeling.bagel.graphs import RepeatedStep
 from modeling.bagel.kv_cache import KVCache
-from modeling.bagel.streamed_decode import StreamedDecoder, streams
+from modeling.bagel.streamed_decode import StreamedDecoder, can_stream
 from scripts.bench.common import TRUE_SIZE, Machine, add_report, check_place, versions
 from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.processes import DistEnv, barrier, init_distributed, shutdown
@@ -75,7 +75,7 @@ def measured(
 
 def record_seconds(plain: Bagel, machine: Machine) -> float | None:
     """Seconds to record a decoding step of two rows, if this device records any."""
-    if not streams(plain, 2):
+    if not can_stream(plain, 2):
         return None
     cache = KVCache(plain.config.llm, 2, 2048, machine.device, plain.dtype)
     step = StreamedDecoder(plain, cache, 2048)

@@ -85,7 +85,8 @@ def empty_row(with_teacher: bool, patch_dim: int, latent_dim: int = 0) -> Scored
 
     It holds an image (and latents where drawing is trained, so latent_dim is not 0), because a
     rank that skipped the ViT would leave the others waiting. The teacher has one more of its own:
-    where it lends the student the images both see, its ViT runs once for those and once for others.
+    where it shares the ViT outputs of the images both see, its ViT runs once for those and once
+    for others.
     """
     first = torch.zeros(1, dtype=torch.int64)
     context: Context = (ImageSegment(torch.zeros(1, patch_dim), first), TextSegment(()))

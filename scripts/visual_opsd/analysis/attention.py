@@ -223,8 +223,8 @@ def watched(model: Bagel, see: Callable[[int, Tensor, Tensor], None]) -> Iterato
     """Call `see(layer, q, k)` with the rotated queries and keys of every layer of a forward."""
 
     def hook(module: Attention, inputs: tuple[Any, ...]) -> None:
-        xs, cos, sin, _, routing, _, layer, *_ = inputs
-        q, k, _ = module.project(xs, cos, sin, routing)
+        xs, shared, plan, layer, *_ = inputs
+        q, k, _ = module.project(xs, shared, plan)
         see(layer, q, k)
 
     layers = model.language_model.model.layers

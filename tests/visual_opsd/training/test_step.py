@@ -205,18 +205,18 @@ def test_vit_outputs_lent_by_the_teacher_change_nothing(
         teacher_model = sharded(tiny_bagel_path, env, trains=False)
         student.vit_model.requires_grad_(False)
     teacher = Teacher(mode, teacher_model, student, 0.9)
-    assert not teacher.lends(torch.device("cpu")), "only where it was measured"
-    assert teacher.lends(torch.device("cuda"))
+    assert not teacher.shares_features(torch.device("cpu")), "only where it was measured"
+    assert teacher.shares_features(torch.device("cuda"))
     with monkeypatch.context() as patch:
         patch.setenv("VISUAL_OPSD_EAGER", "features")
-        assert not teacher.lends(torch.device("cuda"))
+        assert not teacher.shares_features(torch.device("cuda"))
     found, seen = [], []
     for part in (student, teacher_model):
         if part is not None:
             part.vit_model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
-    for lends in (False, True):
+    for shares in (False, True):
         seen.clear()
-        monkeypatch.setattr(Teacher, "lends", lambda *_, lends=lends: lends)
+        monkeypatch.setattr(Teacher, "shares_features", lambda *_, shares=shares: shares)
         student.zero_grad(set_to_none=True)
         result = run_pack(
             student, teacher, teacher.head(torch.float32), rows, special=special,
@@ -224,7 +224,7 @@ def test_vit_outputs_lent_by_the_teacher_change_nothing(
             device=env.device, decode=tokenizer.decode,
         )  # fmt: skip
         images = [len(lens) for lens in seen]
-        assert images == ([2, 6] if lends else [8, 2])
+        assert images == ([2, 6] if shares else [8, 2])
         grads = {n: local(p.grad).clone() for n, p in student.named_parameters() if p.requires_grad}
         found.append((result.loss, grads))
     torch.testing.assert_close(found[1][0], found[0][0], atol=1e-4, rtol=1e-5)
@@ -342,7 +342,7 @@ def test_packs_cover_every_row_once() -> None:
 
 
 def test_a_pack_of_nothing_runs_what_others_run() -> None:
-    """Also where the teacher lends: its ViT runs for the images both see, then for its own."""
+    """Also where the teacher shares features: its ViT runs twice, the second time for its own."""
     row = empty_row(True, 588)
     assert row.teacher is not None and row.scored == 0
     assert [type(s) for s in row.student] == [ImageSegment, TextSegment]

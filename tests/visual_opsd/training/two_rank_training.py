@@ -39,12 +39,12 @@ def record(world: Path, out: Path, env: DistEnv) -> None:
 
 def images_are_lent(world: Path, out: Path, env: DistEnv) -> None:
     """The teacher's ViT outputs serve the student while one rank only takes part: same losses."""
-    plain = Teacher.lends
+    plain = Teacher.shares_features
     for name, options in (("self", {"teacher_mode": "self"}), ("frozen", {"freeze_vit": True})):
         found = []
-        for lends in (False, True):
-            Teacher.lends = lambda *_, lends=lends: lends  # type: ignore[method-assign]
-            results = out / f"{name}-{lends}"
+        for shares in (False, True):
+            Teacher.shares_features = lambda *_, shares=shares: shares  # type: ignore[method-assign]
+            results = out / f"{name}-{shares}"
             trainer = build(
                 world, results, env, total_steps=2, global_batch_size=1, samples_per_step=1,
                 **options,
@@ -55,7 +55,7 @@ def images_are_lent(world: Path, out: Path, env: DistEnv) -> None:
         if env.is_main:
             for one, other in zip(*map(chain.from_iterable, found), strict=True):
                 assert math.isclose(one, other, rel_tol=1e-4), found
-    Teacher.lends = plain  # type: ignore[method-assign]
+    Teacher.shares_features = plain  # type: ignore[method-assign]
 
 
 def one_rank_fails(world: Path, out: Path, env: DistEnv) -> None:

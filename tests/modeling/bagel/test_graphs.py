@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from data.packing import pack
 from modeling import fast, load_bagel
-from modeling.bagel import graphs, recorded_vision
+from modeling.bagel import graphs, vit_graphs
 from modeling.bagel.graphs import RepeatedStep
 from modeling.bagel.kv_cache import KVCache
 from modeling.bagel.vision import image_layout
+from modeling.bagel.vit_graphs import drop_vit_graphs, run_vit
 from tests.conftest import TINY_BAGEL
 from tests.modeling.segments import image, text
 
@@ -36,10 +37,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 @pytest.fixture
 def records(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Recordings wherever the weights are whole and no gradient is wanted."""
-    monkeypatch.setattr(recorded_vision, "_may_record", lambda *_: not torch.is_grad_enabled())
-    recorded_vision._OF_MODELS.clear()
+    monkeypatch.setattr(vit_graphs, "_can_capture", lambda *_: not torch.is_grad_enabled())
+    vit_graphs._OF_MODELS.clear()
     yield
-    recorded_vision._OF_MODELS.clear()
+    vit_graphs._OF_MODELS.clear()
 
 
 def loaded() -> Any:
@@ -52,7 +53,7 @@ def patches_of(model: Any) -> tuple[Tensor, Tensor]:
 
 
 def recording_of(vit: nn.Module) -> Any:
-    (recording,) = recorded_vision._OF_MODELS[vit].by_size.values()  # type: ignore[index]
+    (recording,) = vit_graphs._OF_MODELS[vit].by_size.values()  # type: ignore[index]
     return recording
 
 
@@ -65,7 +66,7 @@ def test_a_size_is_recorded_the_second_time() -> None:
     def compare() -> None:
         patches, positions = patches_of(model)
         with torch.no_grad():
-            actual = recorded_vision.see(vit, patches, positions, LENS)
+            actual = run_vit(vit, patches, positions, LENS)
             assert torch.equal(actual, vit(patches, positions, LENS))
 
     compare()
@@ -84,8 +85,8 @@ def test_a_size_is_recorded_the_second_time() -> None:
     first.data = first.data.clone()
     compare()
     assert recording_of(vit) is None
-    recorded_vision.forget(nn.ModuleList([vit]))
-    assert vit not in recorded_vision._OF_MODELS
+    drop_vit_graphs(nn.ModuleList([vit]))
+    assert vit not in vit_graphs._OF_MODELS
 
 
 @pytest.mark.usefixtures("records")
@@ -97,7 +98,7 @@ def test_a_recording_keeps_its_layout_and_not_the_model() -> None:
     image_layout.cache_clear()
     with torch.no_grad():
         for _ in range(2):
-            recorded_vision.see(vit, *inputs, LENS)
+            run_vit(vit, *inputs, LENS)
         layout, model = ref(image_layout(LENS)), ref(vit)
         for side in range(1, 80):  # more than are remembered
             image_layout((side,))
@@ -107,7 +108,7 @@ def test_a_recording_keeps_its_layout_and_not_the_model() -> None:
     gc.collect()
     assert model() is None
     assert layout() is None
-    assert not recorded_vision._OF_MODELS
+    assert not vit_graphs._OF_MODELS
 
 
 @pytest.mark.usefixtures("records")
@@ -116,8 +117,8 @@ def test_no_more_than_some_sizes_are_remembered() -> None:
     patches, positions = patches_of(loaded().model)
     for side in range(1, 13):
         with torch.no_grad():
-            recorded_vision.see(vit, patches[:side], positions[:side], (side,))
-    assert len(recorded_vision._OF_MODELS[vit].by_size) == 8
+            run_vit(vit, patches[:side], positions[:side], (side,))
+    assert len(vit_graphs._OF_MODELS[vit].by_size) == 8
 
 
 @pytest.mark.usefixtures("records")
@@ -135,7 +136,7 @@ def test_only_prompts_are_recorded() -> None:
     with torch.no_grad():
         for _ in range(3):
             model(packed)
-        assert not recorded_vision._OF_MODELS
+        assert not vit_graphs._OF_MODELS
         caches = [filled() for _ in range(3)]
     assert recording_of(model.vit_model) is not None
     for cache in caches[1:]:
@@ -151,9 +152,9 @@ def test_inference_mode_leaves_nothing_behind() -> None:
     inputs = patches_of(bundle.model)
     image_layout.cache_clear()
     with torch.inference_mode():
-        expected = [recorded_vision.see(vit, *inputs, LENS) for _ in range(2)][1].clone()
+        expected = [run_vit(vit, *inputs, LENS) for _ in range(2)][1].clone()
     with torch.no_grad():
-        found = recorded_vision.see(vit, *inputs, LENS)
+        found = run_vit(vit, *inputs, LENS)
     assert torch.equal(found, expected)
     vit(*inputs, LENS).sum().backward()
     made = image_layout(LENS).memo("made", lambda: torch.arange(3))
@@ -169,7 +170,7 @@ def test_a_shard_is_never_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     class Shard(Tensor):
         pass
 
-    monkeypatch.setattr(recorded_vision, "may_be_recorded", lambda _: True)
+    monkeypatch.setattr(vit_graphs, "choose_backend", lambda *_: "blocks")
     monkeypatch.setattr(fast, "is_on", lambda _: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     here = torch.zeros(0, device=DEVICE).device  # with its number, as tensors name it
@@ -182,7 +183,7 @@ def test_a_shard_is_never_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     patches: Any = Patches()
     whole = [nn.Parameter(torch.zeros(2, device=here)) for _ in range(3)]
-    may: Callable[[Any], bool] = lambda weights: recorded_vision._may_record(weights, patches)  # noqa: E731
+    may: Callable[[Any], bool] = lambda weights: vit_graphs._can_capture(weights, patches, LENS)  # noqa: E731
     with torch.no_grad():
         assert may(whole)
         assert not may([*whole, nn.Parameter(torch.zeros(2, device="meta"))])
@@ -313,11 +314,11 @@ def test_threads_do_not_get_each_others_images() -> None:
     with torch.no_grad():
         expected = [vit(*each, LENS) for each in inputs]
         for _ in range(2):
-            recorded_vision.see(vit, *inputs[0], LENS)
+            run_vit(vit, *inputs[0], LENS)
 
     def look(which: int) -> bool:
         with torch.no_grad():
-            seen = [recorded_vision.see(vit, *inputs[which], LENS) for _ in range(60)]
+            seen = [run_vit(vit, *inputs[which], LENS) for _ in range(60)]
         return all(torch.equal(one, expected[which]) for one in seen)
 
     with ThreadPoolExecutor(2) as pool:
