@@ -86,10 +86,10 @@ def test_a_name_turns_its_kernels_off_alone(path: str, monkeypatch: pytest.Monke
 
 def test_graphs_turn_off_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VISUAL_OPSD_EAGER", raising=False)
-    assert RepeatedStep(lambda: None, torch.device("cuda")).records
-    assert not RepeatedStep(lambda: None, torch.device("cpu")).records
+    assert RepeatedStep(lambda: None, torch.device("cuda")).captures
+    assert not RepeatedStep(lambda: None, torch.device("cpu")).captures
     monkeypatch.setenv("VISUAL_OPSD_EAGER", "graphs")
-    assert not RepeatedStep(lambda: None, torch.device("cuda")).records
+    assert not RepeatedStep(lambda: None, torch.device("cuda")).captures
 
 
 def three_layers(device: str) -> list[nn.Linear]:

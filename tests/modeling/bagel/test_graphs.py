@@ -1,7 +1,7 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""Steps and ViTs that are recorded: what they keep, what they let go, where they give up.
+"""Steps and ViTs as CUDA graphs: what they keep, what they let go, where they give up.
 
-Without a GPU the recording itself is left out, everything around it is as it is there.
+Without a GPU the capture itself is left out, everything around it is as it is there.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 
 
 @pytest.fixture
-def records(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Recordings wherever the weights are whole and no gradient is wanted."""
+def captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Graphs wherever the weights are whole and no gradient is wanted."""
     monkeypatch.setattr(vit_graphs, "_can_capture", lambda *_: not torch.is_grad_enabled())
     vit_graphs._OF_MODELS.clear()
     yield
@@ -52,13 +52,13 @@ def patches_of(model: Any) -> tuple[Tensor, Tensor]:
     return patches, torch.arange(sum(LENS), device=DEVICE)
 
 
-def recording_of(vit: nn.Module) -> Any:
-    (recording,) = vit_graphs._OF_MODELS[vit].by_size.values()  # type: ignore[index]
-    return recording
+def graph_of(vit: nn.Module) -> Any:
+    (graph,) = vit_graphs._OF_MODELS[vit].by_size.values()  # type: ignore[index]
+    return graph
 
 
-@pytest.mark.usefixtures("records")
-def test_a_size_is_recorded_the_second_time() -> None:
+@pytest.mark.usefixtures("captures")
+def test_a_size_is_captured_the_second_time() -> None:
     """New patches and new weights are read; weights that moved are noticed."""
     vit = loaded().model.vit_model
     model: Any = SimpleNamespace(config=loaded().model.config)
@@ -70,27 +70,27 @@ def test_a_size_is_recorded_the_second_time() -> None:
             assert torch.equal(actual, vit(patches, positions, LENS))
 
     compare()
-    assert recording_of(vit) is None
+    assert graph_of(vit) is None
     for _ in range(3):
         compare()
-    recording = recording_of(vit)
-    assert recording is not None
-    assert (recording.step.graph is not None) == (DEVICE == "cuda")
+    graph = graph_of(vit)
+    assert graph is not None
+    assert (graph.step.graph is not None) == (DEVICE == "cuda")
     with torch.no_grad():
         for parameter in vit.parameters():
             parameter.mul_(1.01)
     compare()
-    assert recording_of(vit) is recording
+    assert graph_of(vit) is graph
     first = next(vit.parameters())
     first.data = first.data.clone()
     compare()
-    assert recording_of(vit) is None
+    assert graph_of(vit) is None
     drop_vit_graphs(nn.ModuleList([vit]))
     assert vit not in vit_graphs._OF_MODELS
 
 
-@pytest.mark.usefixtures("records")
-def test_a_recording_keeps_its_layout_and_not_the_model() -> None:
+@pytest.mark.usefixtures("captures")
+def test_a_graph_keeps_its_layout_and_not_the_model() -> None:
     """Its attention reads what the layout holds; a model that is dropped is freed."""
     bundle = loaded()
     vit = bundle.model.vit_model
@@ -103,7 +103,7 @@ def test_a_recording_keeps_its_layout_and_not_the_model() -> None:
         for side in range(1, 80):  # more than are remembered
             image_layout((side,))
         gc.collect()
-        assert layout() is recording_of(vit).layout
+        assert layout() is graph_of(vit).layout
     del bundle, vit
     gc.collect()
     assert model() is None
@@ -111,7 +111,7 @@ def test_a_recording_keeps_its_layout_and_not_the_model() -> None:
     assert not vit_graphs._OF_MODELS
 
 
-@pytest.mark.usefixtures("records")
+@pytest.mark.usefixtures("captures")
 def test_no_more_than_some_sizes_are_remembered() -> None:
     vit = loaded().model.vit_model
     patches, positions = patches_of(loaded().model)
@@ -121,9 +121,9 @@ def test_no_more_than_some_sizes_are_remembered() -> None:
     assert len(vit_graphs._OF_MODELS[vit].by_size) == 8
 
 
-@pytest.mark.usefixtures("records")
-def test_only_prompts_are_recorded() -> None:
-    """A forward under FSDP communicates, so that none is recorded; a cache is filled by replays."""
+@pytest.mark.usefixtures("captures")
+def test_only_prompts_are_captured() -> None:
+    """A forward under FSDP communicates, so that none is captured; a cache is filled by replays."""
     bundle = loaded()
     model = bundle.model
     packed = pack([(text(4), image(3, model), text(3))], bundle.special_tokens).to(DEVICE)
@@ -138,15 +138,15 @@ def test_only_prompts_are_recorded() -> None:
             model(packed)
         assert not vit_graphs._OF_MODELS
         caches = [filled() for _ in range(3)]
-    assert recording_of(model.vit_model) is not None
+    assert graph_of(model.vit_model) is not None
     for cache in caches[1:]:
         for one, other in zip(cache.keys, caches[0].keys, strict=True):
             assert torch.equal(one, other)
 
 
-@pytest.mark.usefixtures("records")
+@pytest.mark.usefixtures("captures")
 def test_inference_mode_leaves_nothing_behind() -> None:
-    """Recorded in a caller's inference mode, used and trained after it."""
+    """Captured in a caller's inference mode, used and trained after it."""
     bundle = loaded()
     vit = bundle.model.vit_model
     inputs = patches_of(bundle.model)
@@ -164,7 +164,7 @@ def test_inference_mode_leaves_nothing_behind() -> None:
     assert not again.is_inference()
 
 
-def test_a_shard_is_never_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_is_never_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is a ViT with a weight elsewhere, or a call that wants a gradient."""
 
     class Shard(Tensor):
@@ -197,21 +197,21 @@ def test_a_shard_is_never_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeGraph:
-    """Of a GPU that is not here: replays what was recorded."""
+    """Of a GPU that is not here: replays what was captured."""
 
     def __init__(self, step: Callable[[], None]) -> None:
         self.replay = step
 
 
-class Recorded(RepeatedStep):
-    """Records as on a GPU; so many attempts fail, with what they took in their frames."""
+class CapturedStep(RepeatedStep):
+    """Captures as on a GPU; so many attempts fail, with what they took in their frames."""
 
     def __init__(self, step: Callable[[], None], failures: list[str]) -> None:
         super().__init__(step, torch.device("cuda"))
-        self.records, self.failures = True, failures
+        self.captures, self.failures = True, failures
         self.attempts: list[ref[FakeGraph]] = []
 
-    def _record(self) -> Any:
+    def _capture(self) -> Any:
         graph = FakeGraph(self.step)
         self.attempts.append(ref(graph))
         if self.failures:
@@ -225,7 +225,7 @@ DRIVER = "CUDA error: out of memory"
 
 
 @pytest.mark.parametrize(
-    ("failures", "recorded"),
+    ("failures", "captured"),
     [
         ([], True),
         ([OUT_OF_MEMORY], True),
@@ -233,31 +233,31 @@ DRIVER = "CUDA error: out of memory"
         ([DRIVER, OUT_OF_MEMORY], False),
     ],
 )
-def test_a_recording_that_finds_no_memory(
-    failures: list[str], recorded: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_graph_that_finds_no_memory(
+    failures: list[str], captured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once more with the memory of the first attempt given back, then plainly; no call is lost."""
     calls: list[int] = []
-    step = Recorded(lambda: calls.append(1), [*failures])
+    step = CapturedStep(lambda: calls.append(1), [*failures])
     held: list[Any] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append(step.attempts[-1]()))
     for count in range(1, 5):
         step()
         assert len(calls) == count
-    assert (step.graph is not None, step.records) == (recorded, recorded)
-    assert len(step.attempts) == len(failures) + recorded
+    assert (step.graph is not None, step.captures) == (captured, captured)
+    assert len(step.attempts) == len(failures) + captured
     assert held == [None] * len(failures)
 
 
-def test_other_errors_of_a_recording_are_raised() -> None:
-    step = Recorded(lambda: None, ["operation not permitted when stream is capturing"])
+def test_other_errors_of_a_capture_are_raised() -> None:
+    step = CapturedStep(lambda: None, ["operation not permitted when stream is capturing"])
     step()
     with pytest.raises(RuntimeError, match="not permitted"):
         step()
 
 
-def test_recordings_that_live_share_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuBLAS keeps a workspace a stream in a recording's memory; streams come round again."""
+def test_graphs_that_live_share_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS keeps a workspace a stream in a graph's memory; streams come round again."""
     used: list[int] = []
     made: list[int] = []
 
@@ -291,22 +291,22 @@ def test_recordings_that_live_share_no_stream(monkeypatch: pytest.MonkeyPatch) -
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
 
-    def recorded() -> RepeatedStep:
+    def captured_step() -> RepeatedStep:
         step = RepeatedStep(lambda: None, torch.device("cuda"))
-        step.records = True
+        step.captures = True
         step()
         step()
         return step
 
-    living = [recorded() for _ in range(3)]
+    living = [captured_step() for _ in range(3)]
     assert used == [1, 2, 3]
     del living[1]
-    living.append(recorded())
-    living.append(recorded())
+    living.append(captured_step())
+    living.append(captured_step())
     assert used == [1, 2, 3, 2, 4]
 
 
-@pytest.mark.usefixtures("records")
+@pytest.mark.usefixtures("captures")
 def test_threads_do_not_get_each_others_images() -> None:
     vit = loaded().model.vit_model
     model: Any = SimpleNamespace(config=loaded().model.config)
@@ -337,6 +337,6 @@ def test_prompts_replay_the_vit() -> None:
         for _ in range(3):
             caches.append(KVCache(model.config.llm, 1, 40, "cuda", model.dtype))
             model.fill_cache(packed, caches[-1])
-    assert recording_of(model.vit_model).step.graph is not None
+    assert graph_of(model.vit_model).step.graph is not None
     for one, other in zip(caches[2].keys, caches[0].keys, strict=True):
         assert torch.equal(one, other)

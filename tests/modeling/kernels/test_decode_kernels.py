@@ -345,7 +345,7 @@ def test_a_repeated_step_runs_every_time() -> None:
 @needs_gpu
 def test_graphs_are_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VISUAL_OPSD_EAGER", "graphs")
-    assert not RepeatedStep(lambda: None, torch.device("cuda")).records
+    assert not RepeatedStep(lambda: None, torch.device("cuda")).captures
 
 
 @pytest.mark.cuda
