@@ -218,8 +218,8 @@ def watch(model: Bagel, look: Callable[[int, Tensor, Tensor], None]) -> Iterator
     """Call `look(layer, q, k)` with the rotated queries and keys of every layer of a forward."""
 
     def hook(module: Attention, inputs: tuple[Any, ...]) -> None:
-        xs, cos, sin, _, routing, _, layer, *_ = inputs
-        q, k, _ = module.project(xs, cos, sin, routing)
+        xs, shared, plan, layer, *_ = inputs
+        q, k, _ = module.project(xs, shared, plan)
         look(layer, q, k)
 
     layers = model.language_model.model.layers

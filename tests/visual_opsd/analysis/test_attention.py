@@ -16,7 +16,7 @@ from torch import Tensor
 from data.packing import pack
 from data.sequence import ImageSegment, LatentSegment, TextSegment, given_completion
 from modeling import load_bagel
-from modeling.bagel.attention import AttentionLayout
+from modeling.bagel.attention import AttentionLayout, Block
 from modeling.bagel.decoder import apply_rotary, join_rows
 from scripts.visual_opsd.analysis import attention as module
 from scripts.visual_opsd.analysis.attention import (
@@ -124,8 +124,9 @@ def oracle_weights(model: Any, batch: Any, mask: Tensor) -> list[Tensor]:
         handle.remove()
     found = []
     for attention, arguments in inputs:
-        routing = arguments[4]
-        x, cos, sin = (join_rows(part, routing) for part in arguments[:3])
+        xs, shared, *_ = arguments
+        routing = shared.routing
+        x, cos, sin = (join_rows(part, routing) for part in (xs, shared.cos, shared.sin))
         rows = torch.zeros(len(x), dtype=torch.bool)
         if routing is not None:
             rows[routing.gen_rows] = True
@@ -152,7 +153,7 @@ def test_no_attention_across_samples_and_blocks_of_rows(monkeypatch: pytest.Monk
     generator = torch.Generator().manual_seed(0)
     q = 3 * torch.randn(12, 4, 8, generator=generator)
     k = 3 * torch.randn(12, 2, 8, generator=generator)
-    layout = AttentionLayout.from_splits([5, 7], [5, 3, 4], ["causal", "full", "causal"])
+    layout = AttentionLayout((5, 7), (0, 0), ((), (Block(0, 3),)))
     parts = [torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 1, 1, 1, 2, 2, 2])]
     rows = torch.tensor([3, 4, 8, 9, 10])
     together = attention_shares(q, k, layout, rows, parts, 3)
