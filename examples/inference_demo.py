@@ -47,6 +47,7 @@ from PIL import Image
 
 from data.limits import SMALLEST_IMAGE, ContextLimits
 from data.packing import context_length, pack
+from data.randomness import position_uniforms
 from data.sequence import Completion, Context, TextSegment
 from data.thinkmorph import BadRow
 from data.transforms import decode_image
@@ -84,7 +85,7 @@ from scripts.visual_opsd.cli import (
 )
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.evaluation.scoring import extract_answer
-from scripts.visual_opsd.on_policy_sampler import IMAGE_MARKER, position_uniforms, to_completion
+from scripts.visual_opsd.on_policy_sampler import IMAGE_MARKER, to_completion
 from scripts.visual_opsd.rows import make_builder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

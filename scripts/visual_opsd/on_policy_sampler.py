@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from data.packing import context_length, group_by_tokens, pack
+from data.randomness import position_uniforms
 from data.sequence import Completion, Context
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import SpecialTokens
@@ -41,12 +40,6 @@ class SamplerSettings:
 
 class Interrupted(Exception):
     """The rollout was asked to stop (SIGTERM); nothing of it is used."""
-
-
-def position_uniforms(seed: int, step: int, row_id: int, count: int) -> Tensor:
-    """`count` numbers in [0, 1), float64, of one row of one step."""
-    key = np.random.SeedSequence((seed, step, row_id))
-    return torch.from_numpy(np.random.Generator(np.random.Philox(key)).random(count))
 
 
 def to_completion(generation: Generation) -> Completion:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from data.limits import NO_LIMITS, ContextLimits
 from data.packing import context_length
+from data.randomness import noise_generator, row_generator
 from data.sequence import Context, ContextBuilder, LatentSegment, PixelSegment, Segment, TextSegment
 from data.thinkmorph import OPSD_ROWS, SFT_ROWS, Row, Sample, parse_row
 from data.transforms import ImageTransform, image_path
@@ -75,11 +75,6 @@ def open_builder(
     model, _ = locate_weights(path, visual_gen=visual_gen)
     tokenizer, _ = load_tokenizer(path)
     return make_builder(tokenizer, model, settings), model
-
-
-def noise_generator(seed: int, position: int) -> torch.Generator:
-    """Random numbers of the noise control: those of one row of one step."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + position) % 2**63)
 
 
 def _name(sample: Sample) -> str:
@@ -147,12 +142,6 @@ class PrepareSFT:
         return TrainRow(
             _name(sample), row.position, sample.question, sample.answer, student, targets=targets
         )
-
-
-def row_generator(purpose: str, seed: int, position: int) -> torch.Generator:
-    """CPU random numbers of one row of one step, another stream for each purpose."""
-    digest = hashlib.blake2b(f"{purpose}\x1f{seed}\x1f{position}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 @torch.no_grad()

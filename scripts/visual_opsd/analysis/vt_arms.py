@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from data.limits import NO_LIMITS, ContextLimits
 from data.packing import context_length
+from data.randomness import row_generator
 from data.sequence import ContextBuilder, ImageSegment, Segment, TextSegment
 from data.thinkmorph import EVALUATION_ROWS, Row, RowNeeds, parse_row
 from data.transforms import ImageTransform
@@ -43,7 +43,7 @@ from scripts.visual_opsd.evaluation.rows import (
     RowName,
     row_name,
 )
-from scripts.visual_opsd.rows import open_builder, row_generator
+from scripts.visual_opsd.rows import open_builder
 
 ARMS = ("kept", "removed", "noise", "other", "truth")
 # The contexts of interleaved inference, not those of training.
@@ -345,12 +345,6 @@ def _copy(generator: torch.Generator) -> torch.Generator:
     copy = torch.Generator()
     copy.set_state(generator.get_state())
     return copy
-
-
-def noise_picture(size: tuple[int, int], seed: int, index: int) -> Image.Image:
-    """Uniform random pixels, size (width, height); the same for a row and seed."""
-    numbers = np.random.default_rng([seed, index])
-    return Image.fromarray(numbers.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
 def donors(drawn: Mapping[int, str]) -> dict[int, int]:

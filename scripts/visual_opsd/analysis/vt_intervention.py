@@ -32,6 +32,7 @@ from PIL import Image
 
 from data.json_lines import write_lines
 from data.parquet import Reject
+from data.randomness import noise_picture
 from data.rejects import summarise
 from data.sequence import TextSegment
 from data.transforms import decode_image
@@ -48,7 +49,6 @@ from scripts.visual_opsd.analysis.vt_arms import (
     PrepareProblem,
     Problem,
     donors,
-    noise_picture,
 )
 from scripts.visual_opsd.cli import flat, parse_config, run_main
 from scripts.visual_opsd.config import ComputeSettings, PromptSettings

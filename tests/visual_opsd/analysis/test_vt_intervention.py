@@ -13,18 +13,17 @@ import torch
 from PIL import Image
 
 from data.parquet import ParquetDataset
+from data.randomness import noise_picture, row_generator
 from data.sequence import PACKER_SYSTEM_PROMPT
 from data.thinkmorph import parse_row
 from data.transforms import ImageTransform
 from data.worlds import get_scorer
-from data.worlds.writer import write_spatial_navigation
 from inference.interleave import InterleaveEngine, InterleaveOptions
 from inferencer import InterleaveInferencer
 from modeling import load_bagel
-from scripts.visual_opsd.analysis.vt_arms import ARMS, Interventions, donors, noise_picture
+from scripts.visual_opsd.analysis.vt_arms import ARMS, Interventions, donors
 from scripts.visual_opsd.analysis.vt_intervention import main, summarise_arms, table
 from scripts.visual_opsd.evaluation.scoring import compare_paired, wilson_interval
-from scripts.visual_opsd.rows import row_generator
 from tests.conftest import TINY_BAGEL, needs_gpu
 
 ROWS = 5
@@ -33,15 +32,9 @@ VIT, VAE = ImageTransform(56, 14, 14, 2007040), ImageTransform(64, 32, 16)
 FLAGS = [f"--{name}={value}" for name, value in
          {"vit_max_size": 56, "vit_min_size": 14, "vit_max_pixels": 2007040, "vae_max_size": 64,
           "vae_min_size": 32, "num_timesteps": 3, "max_new_tokens": 40, "batch_size": 2, "seed": 7,
+          "limit": ROWS,
           "prompt_style": "packer", "device": "cpu", "progress": False}.items()]  # fmt: skip
 OPTIONS = {"num_timesteps": 3, "max_think_token_n": 40, "max_rounds": 1, "think": True}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    write_spatial_navigation(root, rows=2, heldout_rows=ROWS, seed=3, sizes=(3, 4))
-    return root
 
 
 def study(world: Path, out: Path, *flags: str) -> dict[str, Any]:
