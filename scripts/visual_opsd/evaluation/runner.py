@@ -157,8 +157,8 @@ def run_rows(
     """
     held = attempt(store.read)  # nobody appends before everybody has read
     done = {index for index in indices if index in held and "bad" not in held[index]}
-    todo = [index for index in indices if index not in done]
-    mine = todo[env.rank :: env.world_size]
+    left = [index for index in indices if index not in done]
+    mine = left[env.rank :: env.world_size]
     started = time.perf_counter()
     attempt(lambda: _work_through(pool, mine, prepare, work, store, env, limits))
     seconds = time.perf_counter() - started
