@@ -38,18 +38,10 @@ class TrainRow:
     targets: tuple[TextSegment, ...] = ()
 
     @classmethod
-    def of(
-        cls,
-        row: Row,
-        sample: Sample,
-        student: Context,
-        *,
-        teacher: Context | None = None,
-        targets: tuple[TextSegment, ...] = (),
-    ) -> TrainRow:
-        """The row's sample with its contexts."""
+    def of(cls, row: Row, sample: Sample, student: Context, **others: Any) -> TrainRow:
+        """The row's sample with its contexts (others: teacher, targets)."""
         name = f"{sample.dataset}/{sample.pid}"
-        return cls(name, row.position, sample.question, sample.answer, student, teacher, targets)
+        return cls(name, row.position, sample.question, sample.answer, student, **others)
 
 
 def make_builder(tokenizer: Any, model: BagelConfig, settings: PromptSettings) -> ContextBuilder:
