@@ -28,7 +28,6 @@ FAST_PATHS = {
     "graphs": "CUDA graphs of the ViT, of decoding and of denoising steps",
     "loss": "Triton kernels between the two products of the loss",
     "features": "ViT outputs of the problem image computed once where teacher and student agree",
-    "loading": "weight files mapped and streamed through pinned memory to a GPU",
 }
 
 

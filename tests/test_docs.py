@@ -36,7 +36,7 @@ from scripts.visual_opsd.evaluate import BenchmarkSettings, EvaluateConfig, Eval
 from scripts.visual_opsd.training.checkpoints import FREE_FIELDS
 from tests.documented_commands import CONFIGS, ROOT, bash_environment, block_problems, blocks
 from tests.hostile.__main__ import all_cases
-from tests.visual_opsd.training_runs import make_world, train_arguments
+from tests.visual_opsd.training_runs import train_arguments
 
 TINY_BAGEL = ROOT / "tests" / "tiny-bagel"
 LAUNCHERS = ROOT / "scripts" / "visual_opsd"
@@ -314,11 +314,6 @@ def test_environment_of_the_launchers() -> None:
 def documented_fields(document: str, file: str) -> set[str]:
     rows = table_rows(region(DOCUMENTS[document], f"fields: {file}"))
     return {name for row in rows for name in spans(row[0])}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"), rows=8).parent
 
 
 def test_what_a_training_run_writes(world: Path, tmp_path: Path) -> None:

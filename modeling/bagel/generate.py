@@ -28,6 +28,7 @@ from modeling.bagel.graphs import RepeatedStep
 from modeling.bagel.kv_cache import KVCache
 from modeling.bagel.streamed_decode import StreamedDecoder, streams
 
+IMAGE_MARKER = "<image_start>"  # plain text, by which a model asks for a picture
 TEMPERATURES = (1e-4, 1e4)  # below, fp32 logits may overflow; above, all tokens are alike
 
 # (logits, temperature, uniforms) -> (token, log-probability) of each row
@@ -302,12 +303,10 @@ def _collect(rows: _Rows, rounds: _Rounds) -> list[Generation]:
     return results
 
 
-def marker_check(
-    decode: Callable[[Sequence[int]], str], marker: str
-) -> Callable[[list[int]], bool]:
-    """`continues` for `generate`: does the decoded round contain `marker` (plain text)?"""
+def marker_check(decode: Callable[[Sequence[int]], str]) -> Callable[[list[int]], bool]:
+    """`continues` for `generate`: does the decoded round ask for a picture?"""
 
     def continues(ids: list[int]) -> bool:
-        return marker in decode(ids)
+        return IMAGE_MARKER in decode(ids)
 
     return continues

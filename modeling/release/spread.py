@@ -23,7 +23,7 @@ from modeling.bagel.config import BagelConfig
 from modeling.bagel.decoder import DecoderLayer
 from modeling.release.checkpoint import BagelBundle, load_bagel, locate_weights
 from modeling.release.finite import check_finite
-from modeling.release.weight_files import StoredTensor, WhichWeights
+from modeling.release.weight_files import StoredTensor
 
 Place = int | str  # a GPU's index, "cpu" or "disk"
 _DECODER = "language_model.model.layers."
@@ -150,11 +150,7 @@ def _is_inside(key: str, units: Iterable[str]) -> bool:
 
 
 def load_bagel_spread(
-    path: str | Path,
-    *,
-    dtype: torch.dtype,
-    max_memory: Mapping[Place, int],
-    weights: WhichWeights = "auto",
+    path: str | Path, *, dtype: torch.dtype, max_memory: Mapping[Place, int]
 ) -> tuple[BagelBundle, Placement]:
     """`load_bagel` for a model that no single device holds; prompts go to `placement.main`.
 
@@ -166,10 +162,10 @@ def load_bagel_spread(
     """
     from accelerate import dispatch_model
 
-    bundle = load_bagel(path, device="meta", dtype=dtype, weights=weights)  # reads no weights
+    bundle = load_bagel(path, device="meta", dtype=dtype)  # keeps no weights
     model = bundle.model
     placement = plan_placement(bundle.config, dtype, max_memory)
-    _, sources = locate_weights(path, weights=weights)
+    _, sources = locate_weights(path)
     on_disk: dict[str, dict[str, Any]] = {}
     state = {}
     for key, source in sources.items():

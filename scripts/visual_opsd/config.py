@@ -27,7 +27,7 @@ from scripts.visual_opsd.cli import (
     option,
 )
 from scripts.visual_opsd.on_policy_sampler import SamplerSettings
-from scripts.visual_opsd.opsd_loss import LossConfig
+from scripts.visual_opsd.opsd_loss import CLIP_SCOPES, LOSS_KINDS, LossConfig
 
 TEACHER_MODES = ("ema", "fixed", "self")
 TEACHER_VTS = ("vit", "vae+vit")
@@ -223,11 +223,11 @@ class LossSettings(Settings):
     )  # fmt: skip
     jsd_clip_scope: str = option(
         "entry", "what the clip bounds: an entry (the paper) or a token",
-        choices=("entry", "token"),
+        choices=CLIP_SCOPES,
     )  # fmt: skip
     jsd_tail_bucket: bool = option(False, "one bucket for the mass outside the top-k")
     jsd_loss_kind: str = option(
-        "jsd", "jsd, or tinker: sampled-token reverse KL", choices=("jsd", "tinker")
+        "jsd", "jsd, or tinker: sampled-token reverse KL", choices=LOSS_KINDS
     )
     ce_weight: float = option(0.0, "weight of the cross-entropy on the completion", **WEIGHTS)
     loss_chunk_size: int = option(
@@ -246,12 +246,12 @@ class LossSettings(Settings):
 
     def build(self) -> LossConfig:
         return LossConfig(
-            loss_kind=self.jsd_loss_kind,  # type: ignore[arg-type]
+            loss_kind=self.jsd_loss_kind,
             beta=self.jsd_beta,
             temperature=self.jsd_temperature,
             top_k=self.jsd_top_k or None,
             token_clip=self.jsd_token_clip,
-            clip_scope=self.jsd_clip_scope,  # type: ignore[arg-type]
+            clip_scope=self.jsd_clip_scope,
             tail_bucket=self.jsd_tail_bucket,
             jsd_weight=self.jsd_weight,
             ce_weight=self.ce_weight,

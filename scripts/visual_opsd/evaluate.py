@@ -27,6 +27,7 @@ from data.json_lines import write_lines
 from data.limits import NO_LIMITS, PACKED_TOKENS, ContextLimits
 from data.packing import context_length
 from data.parquet import Reject
+from data.randomness import noise_generator
 from data.rejects import summarise
 from data.sequence import Completion, Context, ContextBuilder
 from data.thinkmorph import EVALUATION_ROWS, Row, RowNeeds, parse_row
@@ -112,7 +113,7 @@ from scripts.visual_opsd.processes import (
     on_main,
     shutdown,
 )
-from scripts.visual_opsd.rows import noise_generator, open_builder
+from scripts.visual_opsd.rows import open_builder
 
 CONTEXTS = ("text", "vt", "noise")
 # What figures and comparisons read of a line of predictions.jsonl.

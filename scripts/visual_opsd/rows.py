@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,11 +82,6 @@ def open_builder(
     return make_builder(tokenizer, model, settings), model
 
 
-def noise_generator(seed: int, position: int) -> torch.Generator:
-    """Random numbers of the noise control: those of one row of one step."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + position) % 2**63)
-
-
 def scoring_limits(model: BagelConfig, sample: SampleSettings) -> ContextLimits:
     """Of contexts that a completion follows: it may be cut, but not to less than one token."""
     return ContextLimits(
@@ -103,12 +97,6 @@ def given_positions(ids: Sequence[int], context: Context, limits: ContextLimits)
     """Rope positions of given text behind a context, cut to what `limits.tokens` leaves."""
     whole = len(ids) + 2
     return whole if limits.tokens is None else min(whole, limits.tokens - context_length(context))
-
-
-def row_generator(purpose: str, seed: int, position: int) -> torch.Generator:
-    """CPU random numbers of one row of one step, another stream for each purpose."""
-    digest = hashlib.blake2b(f"{purpose}\x1f{seed}\x1f{position}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from data.limits import NO_LIMITS, PACKED_TOKENS, ContextLimits
 from data.packing import context_length, group_by_tokens, pack, segment_length
+from data.randomness import noise_generator, row_generator
 from data.sequence import Context, ContextBuilder, TextSegment
 from data.thinkmorph import Row, RowNeeds, parse_row
 from modeling import load_bagel
@@ -64,7 +65,7 @@ from scripts.visual_opsd.evaluation.rows import (
 )
 from scripts.visual_opsd.evaluation.store import claim_output, write_json
 from scripts.visual_opsd.processes import init_distributed, shutdown
-from scripts.visual_opsd.rows import encode_pictures, noise_generator, open_builder, row_generator
+from scripts.visual_opsd.rows import encode_pictures, open_builder
 
 PARTS = ("first_token", "problem_image", "vt", "text", "answer")
 PHASES = ("before", "after")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.limits import NO_LIMITS, ContextLimits
 from data.packing import context_length, group_by_tokens, pack
+from data.randomness import diagnostic_permutation, noise_generator, row_generator
 from data.sequence import Completion, Context, ContextBuilder
 from data.thinkmorph import Need, Row, RowNeeds, parse_row
 from modeling import BagelBundle
@@ -27,9 +28,7 @@ from scripts.visual_opsd.loss.chunked import chunked_divergences
 from scripts.visual_opsd.rows import (
     encode_pictures,
     given_positions,
-    noise_generator,
     open_builder,
-    row_generator,
     scoring_limits,
 )
 from scripts.visual_opsd.scored_rows import ScoredRow, check_same_labels, score_completion
@@ -130,9 +129,8 @@ def choose_rows(
     chosen: list[int] = []
     start = 0
     for number, (size, share) in enumerate(zip(sizes, taken, strict=True)):
-        # Raw Philox words: NumPy guarantees their sequence, unlike that of `permutation`.
-        words = np.random.Philox(np.random.SeedSequence((seed, number))).random_raw(size)
-        chosen += [start + int(row) for row in np.sort(np.argsort(words, kind="stable")[:share])]
+        rows = diagnostic_permutation(seed, number, size)[:share]
+        chosen += [start + int(row) for row in np.sort(rows)]
         start += size
     return chosen
 

@@ -32,11 +32,13 @@ from PIL import Image
 
 from data.json_lines import write_lines
 from data.parquet import Reject
+from data.randomness import noise_picture
 from data.rejects import summarise
 from data.sequence import TextSegment
 from data.transforms import decode_image
-from inference.interleave import IMAGE_MARKER, InterleaveEngine
+from inference.interleave import InterleaveEngine
 from modeling import load_bagel
+from modeling.bagel.generate import IMAGE_MARKER
 from modeling.host.disk import disk_errors
 from modeling.release.fingerprints import weights_fingerprint
 from scripts.visual_opsd.analysis.figures import draw_arms
@@ -48,7 +50,6 @@ from scripts.visual_opsd.analysis.vt_arms import (
     PrepareProblem,
     Problem,
     donors,
-    noise_picture,
 )
 from scripts.visual_opsd.cli import flat, parse_config, run_main
 from scripts.visual_opsd.config import ComputeSettings, PromptSettings
@@ -165,7 +166,7 @@ class Runner:
             builder.vit_transform,
             bundle.special_tokens,
         )
-        self.model = Interventions(engine, builder, settings, config.drawing)
+        self.model = Interventions(engine, settings, config.drawing)
 
     def _windows(self, indices: Sequence[int], title: str) -> Iterator[Window[Problem]]:
         size = self.settings.batch_size

@@ -16,11 +16,12 @@ from typing import Any
 
 from data.limits import ContextLimits
 from data.parquet import StepRows
+from data.randomness import row_generator
 from data.sequence import ContextBuilder
 from data.thinkmorph import INTERLEAVED_ROWS, BadRow, Row, parse_row
 from modeling.host.memory import memory_errors
 from scripts.visual_opsd.config import SFTConfig
-from scripts.visual_opsd.rows import TrainRow, encode_pictures, make_builder, row_generator
+from scripts.visual_opsd.rows import TrainRow, encode_pictures, make_builder
 from scripts.visual_opsd.scored_rows import ScoredRow
 from scripts.visual_opsd.training.objective import (
     ENCODING,

@@ -117,7 +117,7 @@ def run_pack(rows: Sequence[ScoredRow], step: StepContext) -> PackResult:
         if teacher_hidden is not None:
             theirs = weight.detach() if step.teacher_head is None else step.teacher_head
         return chunked_opsd_loss(
-            hidden, weight, teacher_hidden, theirs, student_batch.score_labels, None, step.loss,
+            hidden, weight, teacher_hidden, theirs, student_batch.score_labels, step.loss,
             chunk_size=step.chunk_size,
         )  # fmt: skip
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from data.limits import NO_LIMITS, ContextLimits
 from data.parquet import StepRows
+from data.randomness import noise_generator, row_generator
 from data.sequence import Completion, ContextBuilder
 from data.thinkmorph import OPSD_ROWS, Row, parse_row
 from modeling.autoencoder import AutoEncoder
@@ -23,8 +24,6 @@ from scripts.visual_opsd.rows import (
     TrainRow,
     encode_pictures,
     make_builder,
-    noise_generator,
-    row_generator,
     scoring_limits,
 )
 from scripts.visual_opsd.scored_rows import ScoredRow, score_completion

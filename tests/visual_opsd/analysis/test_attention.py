@@ -15,7 +15,6 @@ from torch import Tensor
 
 from data.packing import pack
 from data.sequence import ImageSegment, LatentSegment, TextSegment, given_completion
-from data.worlds.writer import write_spatial_navigation
 from modeling import load_bagel
 from modeling.bagel.attention import AttentionLayout
 from modeling.bagel.decoder import apply_rotary, join_rows
@@ -33,7 +32,7 @@ from tests.conftest import TINY_BAGEL, needs_gpu
 
 FLAGS = [f"--{name}={value}" for name, value in
          {"vit_max_size": 56, "vit_min_size": 14, "vae_max_size": 64, "vae_min_size": 32,
-          "device": "cpu", "progress": False}.items()]  # fmt: skip
+          "limit": 3, "device": "cpu", "progress": False}.items()]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -200,20 +199,18 @@ def analyse(world: Path, out: Path, *flags: str) -> dict[str, Any]:
 
 @needs_gpu
 @pytest.mark.parametrize(("precision", "atol"), [("fp32", 1e-5), ("auto", 1e-3)])
-def test_a_gpu_looks_at_the_same(tmp_path: Path, precision: str, atol: float) -> None:
-    write_spatial_navigation(tmp_path, rows=2, heldout_rows=3, seed=3, sizes=(3, 4))
-    cpu = analyse(tmp_path, tmp_path / "cpu")
-    gpu = analyse(tmp_path, tmp_path / "gpu", "--device", "cuda", "--precision", precision)
+def test_a_gpu_looks_at_the_same(world: Path, tmp_path: Path, precision: str, atol: float) -> None:
+    cpu = analyse(world, tmp_path / "cpu")
+    gpu = analyse(world, tmp_path / "gpu", "--device", "cuda", "--precision", precision)
     for part in PARTS:
         ours, theirs = (found["after"]["shares"][part] for found in (gpu, cpu))
         np.testing.assert_allclose(ours, theirs, atol=atol)
 
 
 @pytest.mark.parametrize("context", ["vit", "vae+vit", "noise"])
-def test_end_to_end(context: str, tmp_path: Path) -> None:
-    write_spatial_navigation(tmp_path, rows=2, heldout_rows=3, seed=3, sizes=(3, 4))
+def test_end_to_end(context: str, world: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    summary = analyse(tmp_path, out, "--context", context)
+    summary = analyse(world, out, "--context", context)
     assert summary["n"] == 3 and summary["parts"] == list(PARTS)
     for phase in ("before", "after"):
         total = np.sum([summary[phase]["shares"][part] for part in PARTS], axis=0)
@@ -224,8 +221,8 @@ def test_end_to_end(context: str, tmp_path: Path) -> None:
     if context == "vit":  # how rows are packed together does not matter
         repacked = ("--context", context, "--max_forward_tokens=1")
         with pytest.raises(ValueError, match=r"holds results \(attention\.json\); .*--overwrite"):
-            analyse(tmp_path, out, *repacked)
-        alone = analyse(tmp_path, out, *repacked, "--overwrite")
+            analyse(world, out, *repacked)
+        alone = analyse(world, out, *repacked, "--overwrite")
         for part in PARTS:
             np.testing.assert_allclose(
                 alone["after"]["shares"][part], summary["after"]["shares"][part], atol=1e-5

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from data.packing import pack
 from data.parquet import ParquetDataset
+from data.randomness import noise_generator
 from data.sequence import Completion, TextSegment, given_completion
 from data.thinkmorph import parse_row
 from data.worlds.writer import write_spatial_navigation
@@ -41,7 +42,7 @@ from scripts.visual_opsd.analysis.kl_statistics import (
 from scripts.visual_opsd.config import PromptSettings
 from scripts.visual_opsd.evaluation.rows import RowName
 from scripts.visual_opsd.kl_diagnostic import main
-from scripts.visual_opsd.rows import make_builder, noise_generator
+from scripts.visual_opsd.rows import make_builder
 from tests.conftest import TINY_BAGEL, needs_gpu
 from tests.data.synthetic import split_file, write_dataset
 from tests.visual_opsd.launching import HERE, program_environment

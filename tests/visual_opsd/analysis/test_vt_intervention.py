@@ -9,23 +9,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from data.parquet import ParquetDataset
+from data.randomness import noise_picture, row_generator
 from data.sequence import PACKER_SYSTEM_PROMPT
 from data.thinkmorph import parse_row
 from data.transforms import ImageTransform
 from data.worlds import get_scorer
-from data.worlds.writer import write_spatial_navigation
 from inference.interleave import InterleaveEngine, InterleaveOptions
 from inferencer import InterleaveInferencer
 from modeling import load_bagel
-from scripts.visual_opsd.analysis.vt_arms import ARMS, Interventions, donors, noise_picture
+from scripts.visual_opsd.analysis.vt_arms import ARMS, Interventions, donors
 from scripts.visual_opsd.analysis.vt_intervention import main, summarise_arms, table
 from scripts.visual_opsd.evaluation.scoring import compare_paired, wilson_interval
-from scripts.visual_opsd.rows import row_generator
 from tests.conftest import TINY_BAGEL, needs_gpu
+from tests.test_inferencer import next_token_logits
 
 ROWS = 5
 VIT, VAE = ImageTransform(56, 14, 14, 2007040), ImageTransform(64, 32, 16)
@@ -33,15 +32,9 @@ VIT, VAE = ImageTransform(56, 14, 14, 2007040), ImageTransform(64, 32, 16)
 FLAGS = [f"--{name}={value}" for name, value in
          {"vit_max_size": 56, "vit_min_size": 14, "vit_max_pixels": 2007040, "vae_max_size": 64,
           "vae_min_size": 32, "num_timesteps": 3, "max_new_tokens": 40, "batch_size": 2, "seed": 7,
+          "limit": ROWS,
           "prompt_style": "packer", "device": "cpu", "progress": False}.items()]  # fmt: skip
 OPTIONS = {"num_timesteps": 3, "max_think_token_n": 40, "max_rounds": 1, "think": True}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    write_spatial_navigation(root, rows=2, heldout_rows=ROWS, seed=3, sizes=(3, 4))
-    return root
 
 
 def study(world: Path, out: Path, *flags: str) -> dict[str, Any]:
@@ -122,11 +115,18 @@ def test_every_arm_is_interleaved_inference_with_another_picture(
         for arm in ARMS:
             generator = row_generator("drawing", 7, index)
             picture = shown(arm, finished, index, sample)
+
+            def show(
+                *_: Any, picture: Any = picture, index: int = index, own: Any = generator
+            ) -> Any:
+                own.set_state(row_generator("shown", 7, index).get_state())
+                return picture
+
             parts = inferencer.run(
                 [[sample.problem_image, sample.question]],
                 InterleaveOptions(**OPTIONS),  # type: ignore[arg-type]
                 [generator],
-                lambda *_, picture=picture: picture,
+                show,
             )[0]
             first, drawn, answer = parts
             assert isinstance(drawn, Image.Image)
@@ -145,7 +145,7 @@ def test_arms_differ_in_the_picture_only(
     write = InterleaveEngine.write
 
     def spied(self: Any, given: Any, *args: Any) -> Any:
-        contexts.append(list(given))
+        contexts.append([conversation.full for conversation in given])
         return write(self, given, *args)
 
     monkeypatch.setattr(InterleaveEngine, "write", spied)
@@ -164,27 +164,20 @@ def test_arms_differ_in_the_picture_only(
     context = inferencer.update_context_text(sample.question, context)
     assert context["kv_lens"] == [start]
     context = inferencer.update_context_text(lines[1]["first_text"], context)
-    own = drawing(finished, 1)
-    torch.randn((own.width // 16) * (own.height // 16), 64, generator=numbers)
-    state = numbers.get_state()
     logits = []
     for arm, found in zip(ARMS, by_arm, strict=True):
         # With two rows the next row of row 1 is row 0.
         picture = drawing(finished, 0) if arm == "other" else shown(arm, finished, 1, sample)
         expected = context
         if picture is not None:
-            numbers.set_state(state)
             resized = inferencer.resized(picture)
-            expected = inferencer.update_context_image(resized, context, generator=numbers)
+            expected = inferencer.update_context_image(
+                resized, context, generator=row_generator("shown", 7, 1)
+            )
         place = [i for i, c in enumerate(found) if [c.length] == expected["kv_lens"]]
         assert place, arm
-        got = [
-            inferencer.next_token_logits(
-                {"kv_lens": [c.length], "ropes": [c.position], "past_key_values": c.store}
-            )
-            for c in (found[i] for i in place)
-        ]
-        wanted = inferencer.next_token_logits(expected)
+        got = [next_token_logits(inferencer, found[i]) for i in place]
+        wanted = next_token_logits(inferencer, expected)
         assert min(float((g - wanted).abs().max()) for g in got) < 2e-4, arm
         logits.append(wanted)
     for i in range(len(ARMS)):

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from data.parquet import StepRows, make_loader
@@ -37,14 +36,13 @@ from scripts.visual_opsd.analysis.vt_arms import (
     Interventions,
     InterventionSettings,
     PrepareProblem,
-    noise_picture,
 )
 from scripts.visual_opsd.config import PromptSettings, SampleSettings
 from scripts.visual_opsd.evaluate import EvaluateSettings, PrepareQuestion
 from scripts.visual_opsd.evaluation.rows import RowPool, open_data, read_windows
 from scripts.visual_opsd.kl_diagnostic import Diagnosis
 from scripts.visual_opsd.processes import DistEnv
-from scripts.visual_opsd.rows import noise_generator, open_builder, row_generator
+from scripts.visual_opsd.rows import open_builder
 from scripts.visual_opsd.training.interleaved import InterleavedSFT
 from scripts.visual_opsd.training.visual_opsd import VisualOPSD
 from tests.conftest import TINY_BAGEL
@@ -179,15 +177,6 @@ def test_the_order_of_the_rows(tmp_path: Path, env: DistEnv) -> None:
     assert order(data_seed=2, global_seed=1) != base
 
 
-def test_streams_of_their_own() -> None:
-    """No purpose, seed or place runs into another; a place alone is none of the noise control."""
-    keys = [(purpose, seed, place) for purpose in ("teacher", "interleaved", "drawing")
-            for seed in (0, 1, 11) for place in (0, 1, 11, 111)]  # fmt: skip
-    assert all_differ([torch.rand(4, generator=row_generator(*key)) for key in keys])
-    noise = [noise_generator(seed, place) for seed in (0, 1, 2**63 - 1) for place in (0, 1, 999)]
-    assert all_differ([torch.rand(4, generator=generator) for generator in noise])
-
-
 # ------------------------------------------------------------------- evaluation and diagnostic
 
 
@@ -299,22 +288,11 @@ def test_drawings_of_the_interventions(pool: RowPool, bundle: Any) -> None:
 
     def states(seed: int, indices: Sequence[int]) -> list[Tensor]:
         settings = InterventionSettings(seed=seed)
-        model = Interventions(engine, builder, settings, DrawingSettings(cfg_text_scale=1.0))
-        starts = model.begin([(index, problem) for index in indices])
-        return [start.generator.get_state() for start in starts]
+        model = Interventions(engine, settings, DrawingSettings(cfg_text_scale=1.0))
+        generators = [c.generator for c in model.begin([(index, problem) for index in indices])]
+        return [generator.get_state() for generator in generators if generator is not None]
 
     base = states(1, [0, 1, 2])
     assert all_differ([*base, *states(2, [0, 1, 2])])
     assert torch.equal(states(1, [2])[0], base[2])
     assert torch.equal(states(1, [2, 1])[0], base[2])
-
-
-def test_the_noise_picture() -> None:
-    def picture(seed: int, index: int) -> bytes:
-        found = noise_picture((6, 4), seed, index)
-        assert isinstance(found, Image.Image) and found.size == (6, 4)
-        return found.tobytes()
-
-    pictures = [picture(seed, index) for seed in (0, 1) for index in (0, 1, 2)]
-    assert all_differ(pictures)
-    assert picture(1, 2) == pictures[-1]

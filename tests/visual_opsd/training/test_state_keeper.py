@@ -31,17 +31,9 @@ from scripts.visual_opsd.training.checkpoint_folders import (
 from scripts.visual_opsd.training.state_keeper import StateKeeper
 from scripts.visual_opsd.training.trainer import Trainer
 from tests.visual_opsd.training.trainers import build, metrics, one_process, samples
-from tests.visual_opsd.training_runs import make_world
 
 GO_ON: dict[str, Any] = {"resume": "latest"}
 SHORT: dict[str, Any] = {"sample_max_new_tokens": 2, "global_batch_size": 1, "save_every": 1}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder, rows=16)
-    return folder
 
 
 @pytest.fixture

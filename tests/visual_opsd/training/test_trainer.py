@@ -36,14 +36,7 @@ from tests.visual_opsd.training.trainers import (
     train,
     weights,
 )
-from tests.visual_opsd.training_runs import TINY_BAGEL, make_world
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder, rows=16)
-    return folder
+from tests.visual_opsd.training_runs import TINY_BAGEL
 
 
 @pytest.fixture(scope="module")

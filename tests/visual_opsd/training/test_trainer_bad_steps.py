@@ -41,20 +41,12 @@ from tests.visual_opsd.training.trainers import (
 from tests.visual_opsd.training_runs import (
     kill_tree,
     logged_steps,
-    make_world,
     start,
     train_arguments,
     wait_for,
 )
 
 MODULE = "scripts.visual_opsd.train_visual_opsd"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder, rows=16)
-    return folder
 
 
 # ---------------------------------------------------------------------------- non-finite steps
