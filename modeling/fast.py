@@ -81,7 +81,7 @@ def runs_kernels(path: str, tensor: Tensor) -> bool:
 
 def on_its_gpu(function: F) -> F:
     """Runs a function of a model with the model's GPU as the current one: Triton's kernels and
-    recordings go to no other."""
+    graphs go to no other."""
 
     @wraps(function)
     def inner(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -32,7 +32,11 @@ from scripts.visual_opsd.config import (
     SFTConfig,
     TrainConfig,
 )
-from scripts.visual_opsd.evaluate import BenchmarkSettings, EvaluateConfig, EvaluateSettings
+from scripts.visual_opsd.evaluation.questions import (
+    BenchmarkSettings,
+    EvaluateConfig,
+    EvaluateSettings,
+)
 from scripts.visual_opsd.training.checkpoints import FREE_FIELDS
 from tests.documented_commands import CONFIGS, ROOT, bash_environment, block_problems, blocks
 from tests.hostile.__main__ import all_cases

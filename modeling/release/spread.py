@@ -20,13 +20,13 @@ from torch import nn
 
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
-from modeling.bagel.decoder import DecoderLayer
 from modeling.release.checkpoint import BagelBundle, load_bagel, locate_weights
 from modeling.release.finite import check_finite
 from modeling.release.weight_files import StoredTensor
 
 Place = int | str  # a GPU's index, "cpu" or "disk"
 _DECODER = "language_model.model.layers."
+_VIT = "vit_model.vision_model.encoder.layers."
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,10 @@ def load_bagel_spread(
         main_device=placement.main,
         offload_index=on_disk or None,
     )
-    layers = model.language_model.model.layers
-    assert all(isinstance(layer, DecoderLayer) for layer in layers)
-    model.layer_devices = tuple(placement.device(f"{_DECODER}{i}") for i in range(len(layers)))
+    for prefix, stack in (
+        (_DECODER, model.language_model.model),
+        (_VIT, model.vit_model.vision_model),
+    ):
+        units = [unit for unit in placement.units if unit.startswith(prefix)]
+        stack.layer_devices = tuple(map(placement.device, units))
     return bundle, placement

@@ -67,7 +67,7 @@ def merged(reports: Mapping[str, dict[str, Any]], argv: Sequence[str]) -> dict[s
     assert all(run["hardware"] == first["hardware"] for run in runs.values())
     shared = ("hardware", "versions", "dtype", "tiny", "reference_hardware")
     return {
-        **{k: v for report in reports.values() for k, v in figures(report).items()},
+        **{key: v for report in reports.values() for key, v in report.items() if key != "run"},
         "run": {
             "command": shlex.join(["python", "-m", "scripts.bench.all", *argv]),
             **{key: first[key] for key in shared},
@@ -75,11 +75,6 @@ def merged(reports: Mapping[str, dict[str, Any]], argv: Sequence[str]) -> dict[s
             "notes": {k: v for run in runs.values() for k, v in run["notes"].items()},
         },
     }
-
-
-def figures(report: Mapping[str, Any]) -> dict[str, Any]:
-    """What was measured, without how."""
-    return {key: entry for key, entry in report.items() if key != "run"}
 
 
 def table(report: Mapping[str, Mapping[str, Any]]) -> str:

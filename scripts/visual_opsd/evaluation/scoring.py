@@ -7,7 +7,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -184,9 +184,7 @@ def compare_paired(a: Sequence[bool], b: Sequence[bool]) -> PairedComparison:
 # ---------------------------------------------------------------------------------- runs
 
 
-def read_verdicts(
-    folder: str | Path, verdict: str = "correct"
-) -> dict[tuple[Any, ...], bool]:
+def read_verdicts(folder: str | Path, verdict: str = "correct") -> dict[tuple[Any, ...], bool]:
     """A verdict ("correct" or "lenient") on each row of a finished evaluation, by `ROW_KEY`.
 
     Raises:
@@ -233,10 +231,6 @@ def check_same_rules(run_a: str | Path, run_b: str | Path) -> None:
         )
 
 
-def _first_missing(a: Mapping[Any, bool], b: Mapping[Any, bool]) -> tuple[Any, ...] | None:
-    return next((key for key in a if key not in b), None)
-
-
 def compare_runs(
     run_a: str | Path, run_b: str | Path, verdict: str = "correct"
 ) -> PairedComparison:
@@ -252,7 +246,7 @@ def compare_runs(
     a, b = read_verdicts(run_a, verdict), read_verdicts(run_b, verdict)
     check_same_rules(run_a, run_b)
     for (here, first), (there, second) in (((run_a, a), (run_b, b)), ((run_b, b), (run_a, a))):
-        key = _first_missing(first, second)
+        key = next((key for key in first if key not in second), None)
         if key is not None:
             named = dict(zip(ROW_KEY, key, strict=True))
             place = (named["dataset"], named["file"], named["row"])

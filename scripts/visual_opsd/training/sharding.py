@@ -36,7 +36,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from modeling import fast
 from modeling.bagel.projections import empty_adjoining
-from modeling.bagel.recorded_vision import forget
+from modeling.bagel.vit_graphs import drop_vit_graphs
 from modeling.release.finite import check_finite
 from modeling.release.weight_files import StoredTensor
 from scripts.visual_opsd.processes import DistEnv, attempt
@@ -277,7 +277,7 @@ def summon_full_params(model: nn.Module, *, copy: bool | None = None) -> Iterato
             _bind(plain, model, dict(model.named_parameters(remove_duplicate=False)))
         yield plain
     finally:
-        forget(plain)
+        drop_vit_graphs(plain)
         plain.to(device="meta")
         for unit in units:
             unit.reshard()

@@ -15,7 +15,7 @@ from torch import Tensor
 from data.packing import group_by_tokens, pack
 from data.sequence import ImageSegment
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.batch import Loan
+from modeling.bagel.batch import SharedFeatures
 from modeling.bagel.config import SpecialTokens
 from modeling.bagel.flow import flow_loss
 from scripts.visual_opsd.config import OptimSettings
@@ -51,7 +51,7 @@ class PackResult:
         return math.isfinite(float(self.loss + self.stats.get("mse", 0.0)))
 
 
-def shared_images(rows: Sequence[ScoredRow]) -> Loan:
+def shared_images(rows: Sequence[ScoredRow]) -> SharedFeatures:
     """The student's images among the teacher's: of each row the first ones of its context."""
     images: list[int] = []
     first = 0
@@ -62,7 +62,7 @@ def shared_images(rows: Sequence[ScoredRow]) -> Loan:
         )
         images += range(first, first + ours)
         first += theirs
-    return Loan(tuple(images))
+    return SharedFeatures(tuple(images))
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,10 @@ def run_pack(rows: Sequence[ScoredRow], step: StepContext) -> PackResult:
         contexts = [row.teacher for row in rows if row.teacher is not None]
         teacher_batch = pack(contexts, step.special)
         check_same_labels(student_batch, teacher_batch, [row.name for row in rows], step.decode)
-        loan = shared_images(rows) if step.teacher.shares_features(step.device) else None
-        teacher_hidden = step.teacher.hidden(teacher_batch.to(step.device), loan)
-        if loan is not None and loan.features is not None:
-            student_batch = student_batch.knowing(loan.features)
+        shared = shared_images(rows) if step.teacher.shares_features(step.device) else None
+        teacher_hidden = step.teacher.hidden(teacher_batch.to(step.device), shared)
+        if shared is not None and shared.features is not None:
+            student_batch = student_batch.with_features(shared.features)
     student_batch = student_batch.to(step.device)
 
     def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modeling import fast
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.batch import Loan, PackedBatch
+from modeling.bagel.batch import PackedBatch, SharedFeatures
 from scripts.visual_opsd.training.sharding import ema_update, full_tensor
 
 
@@ -44,10 +44,10 @@ class Teacher:
         return same and device.type == "cuda" and fast.is_on("features")
 
     @torch.no_grad()
-    def hidden(self, batch: PackedBatch, loan: Loan | None = None) -> Tensor:
+    def hidden(self, batch: PackedBatch, share: SharedFeatures | None = None) -> Tensor:
         """Hidden states of the scored rows, (S, H) in the compute dtype. A collective."""
         model = self.model if self.model is not None else self.student
-        hidden: Tensor = model(batch, head=lambda hidden, weight: hidden, loan=loan)
+        hidden: Tensor = model(batch, head=lambda hidden, weight: hidden, share=share)
         return hidden
 
     def head(self, dtype: torch.dtype) -> Tensor | None:

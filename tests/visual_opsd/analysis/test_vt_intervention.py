@@ -224,7 +224,7 @@ def test_a_killed_run_goes_on(
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
     monkeypatch.setattr(Interventions, "begin", None)  # nothing is left to compute
     assert study(world, tmp_path)["resumed_rows"] == ROWS
-    with pytest.raises(ValueError, match="seed: 7, now 8"):
+    with pytest.raises(ValueError, match="seed: saved 7, now 8"):
         study(world, tmp_path, "--seed", "8")
 
 

@@ -521,9 +521,10 @@ def test_mistakes_with_benchmarks(
 
 _KILLED = """
 import os, signal, sys
-from scripts.visual_opsd import evaluate, run_store
+from scripts.visual_opsd import evaluate
+from scripts.visual_opsd.evaluation.store import RankedLines
 
-append, calls = run_store.RankedLines.append, []
+append, calls = RankedLines.append, []
 
 def killed(self, rank, records):
     append(self, rank, records)
@@ -534,7 +535,7 @@ def killed(self, rank, records):
                 stream.write('{"index": 3')
             os.kill(os.getpid(), signal.SIGKILL)
 
-run_store.RankedLines.append = killed
+RankedLines.append = killed
 evaluate.main(sys.argv[1:])
 """
 

@@ -24,6 +24,7 @@ from data.thinkmorph import Row
 from data.transforms import ImageTransform
 from inference.interleave import InterleaveEngine
 from modeling import load_bagel
+from scripts.visual_opsd.analysis.diagnosis import Diagnosis
 from scripts.visual_opsd.analysis.kl_measurement import (
     DiagnosticConfig,
     DiagnosticSettings,
@@ -38,9 +39,8 @@ from scripts.visual_opsd.analysis.vt_arms import (
     PrepareProblem,
 )
 from scripts.visual_opsd.config import PromptSettings, SampleSettings
-from scripts.visual_opsd.evaluate import EvaluateSettings, PrepareQuestion
+from scripts.visual_opsd.evaluation.questions import EvaluateSettings, PrepareQuestion
 from scripts.visual_opsd.evaluation.rows import RowPool, open_data, read_windows
-from scripts.visual_opsd.kl_diagnostic import Diagnosis
 from scripts.visual_opsd.processes import DistEnv
 from scripts.visual_opsd.rows import open_builder
 from scripts.visual_opsd.training.interleaved import InterleavedSFT
