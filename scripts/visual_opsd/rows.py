@@ -37,18 +37,10 @@ class TrainRow:
     targets: tuple[TextSegment, ...] = ()
 
     @classmethod
-    def of(
-        cls,
-        row: Row,
-        sample: Sample,
-        student: Context,
-        *,
-        teacher: Context | None = None,
-        targets: tuple[TextSegment, ...] = (),
-    ) -> TrainRow:
-        """The row's sample with its contexts."""
+    def of(cls, row: Row, sample: Sample, student: Context, **others: Any) -> TrainRow:
+        """The row's sample with its contexts (others: teacher, targets)."""
         name = f"{sample.dataset}/{sample.pid}"
-        return cls(name, row.position, sample.question, sample.answer, student, teacher, targets)
+        return cls(name, row.position, sample.question, sample.answer, student, **others)
 
 
 def make_builder(tokenizer: Any, model: BagelConfig, settings: PromptSettings) -> ContextBuilder:
@@ -90,8 +82,6 @@ def open_builder(
     return make_builder(tokenizer, model, settings), model
 
 
-
-
 def scoring_limits(model: BagelConfig, sample: SampleSettings) -> ContextLimits:
     """Of contexts that a completion follows: it may be cut, but not to less than one token."""
     return ContextLimits(
@@ -107,8 +97,6 @@ def given_positions(ids: Sequence[int], context: Context, limits: ContextLimits)
     """Rope positions of given text behind a context, cut to what `limits.tokens` leaves."""
     whole = len(ids) + 2
     return whole if limits.tokens is None else min(whole, limits.tokens - context_length(context))
-
-
 
 
 @torch.no_grad()

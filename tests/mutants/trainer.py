@@ -256,7 +256,7 @@ FAULTS = [
          "                pass\n"),
     ]),
     *faults("scripts/visual_opsd/training/metrics.py", "visual_opsd/training/test_metrics.py", [
-        ("seconds are sums over ranks", "seconds = total / world_size", "seconds = total"),
+        ("seconds are sums over ranks", "seconds = {k: s / world_size for", "seconds = {k: s for"),
         ("NaN is written as it is", 'return str(value)  # "nan"', 'return value  # "nan"'),
         ("a phase's seconds are the last one's", "self._seconds[phase] += self._now() - start",
          "self._seconds[phase] = self._now() - start"),

@@ -61,13 +61,13 @@ _BY_CONTENTS = frozenset(("model_path", "prompts", "dataset_config_file", "repla
 # else must be equal.
 # fmt: off
 FREE_FIELDS = _BY_CONTENTS | frozenset((
-    "results_dir", "checkpoint_dir", "output_name", "data_root", "resume", "auto_resume",
-    "resume_from", "take_over", "save_every", "save_release", "keep_last", "log_every",
-    "samples_per_step", "progress", "timeout_s", "num_workers", "prefetch_factor",
-    "max_bad_rate", "max_nonfinite_steps", "device", "sharding_strategy", "num_shard",
-    "num_replicate", "cpu_offload", "teacher_cpu_offload", "gradient_accumulation_steps",
-    "pack_tokens", "sample_batch_size", "loss_chunk_size", "activation_checkpointing",
-    "checkpointed_layers", "compile_blocks", "wandb_project", "wandb_name", "wandb_offline",
+    "results_dir", "checkpoint_dir", "data_root", "resume", "auto_resume", "resume_from",
+    "take_over", "save_every", "save_release", "keep_last", "log_every", "samples_per_step",
+    "progress", "timeout_s", "num_workers", "prefetch_factor", "max_bad_rate",
+    "max_nonfinite_steps", "device", "sharding_strategy", "num_shard", "num_replicate",
+    "cpu_offload", "teacher_cpu_offload", "gradient_accumulation_steps", "pack_tokens",
+    "sample_batch_size", "loss_chunk_size", "activation_checkpointing", "checkpointed_layers",
+    "compile_blocks", "wandb_project", "wandb_name", "wandb_offline",
 ))
 # fmt: on
 

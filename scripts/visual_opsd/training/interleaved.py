@@ -69,14 +69,11 @@ class InterleavedSFT(Objective):
 
     def __init__(self, config: SFTConfig) -> None:
         super().__init__(config)
+        self.identity = {"sft": True}
         self.flow_weight = config.flow.mse_weight
         self.time_shift = config.flow.timestep_shift
         check_weights(ce_weight=config.loss.ce_weight, mse_weight=self.flow_weight)
         check_no_divergence(config)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"sft": True}  # the mode is a setting
 
     def prepare(self, base: Base) -> PrepareInterleaved:
         builder = make_builder(base.tokenizer, base.model, self.config.prompt)

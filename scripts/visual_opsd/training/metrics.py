@@ -256,41 +256,32 @@ class PhaseTimer:
         self._seconds.setdefault(phase, 0.0)
         self._tokens[phase] = self._tokens.get(phase, 0.0) + tokens
 
-    def pop(self) -> dict[str, float]:
-        """This rank's sums since the last call: seconds/PHASE and tokens/PHASE."""
+    def reduce(self, env: DistEnv) -> dict[str, float]:
+        """Since the last call: mean seconds/PHASE and, of all ranks, tokens_per_s/PHASE.
+
+        A collective; all ranks must have run the same phases. Some phases have no tokens.
+        """
         sums = {f"seconds/{p}": s for p, s in self._seconds.items()}
         sums |= {f"tokens/{p}": t for p, t in self._tokens.items()}
         self._seconds, self._tokens = {}, {}
-        return sums
-
-    def reduce(self, env: DistEnv) -> dict[str, float]:
-        """Over all ranks, one collective: mean seconds/PHASE and global tokens_per_s/PHASE.
-
-        All ranks must have run the same phases. Phases without tokens give seconds only.
-        """
-        return phase_metrics(all_reduce_sums(self.pop(), env), env.world_size)
+        return phase_metrics(all_reduce_sums(sums, env), env.world_size)
 
 
 def phase_metrics(sums: Mapping[str, float], world_size: int) -> dict[str, float]:
-    """Turn sums over ranks (the keys of `PhaseTimer.pop`) into what is logged."""
-    metrics: dict[str, float] = {}
-    for key, total in sums.items():
-        kind, _, phase = key.partition("/")
-        if kind == "seconds":
-            seconds = total / world_size
-            metrics[key] = seconds
-            tokens = sums.get(f"tokens/{phase}", 0.0)
-            if tokens and seconds > 0:
-                metrics[f"tokens_per_s/{phase}"] = tokens / seconds
-    return metrics
+    """Sums over ranks (seconds/PHASE, tokens/PHASE) -> what is logged."""
+    seconds = {k: s / world_size for k, s in sums.items() if k.startswith("seconds/")}
+    rates = {}
+    for key, mean in seconds.items():
+        phase = key.removeprefix("seconds/")
+        tokens = sums.get(f"tokens/{phase}", 0.0)
+        if tokens and mean > 0:
+            rates[f"tokens_per_s/{phase}"] = tokens / mean
+    return seconds | rates
 
 
-def peak_memory_gb(device: torch.device, *, reset: bool = False) -> float:
-    """Peak GB (1e9 bytes): allocated on the GPU since the last reset, or resident on the host."""
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak GB (1e9 bytes) of this process: allocated on the GPU, or resident on the host."""
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return peak / 1e9
+        return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

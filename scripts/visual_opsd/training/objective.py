@@ -74,6 +74,7 @@ class Objective(ABC):
         needs: columns of the rows.
         teacher: the model that scores the same labels without gradient; None: there is none.
         flow_weight: weight of the flow-matching loss; None: nothing learns to draw.
+        identity: stored with training states, which a run of another identity does not go on from.
     """
 
     needs: RowNeeds
@@ -83,11 +84,7 @@ class Objective(ABC):
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.loss = config.loss.build()
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Stored with training states: a run of another objective does not go on from them."""
-        return {"objective": type(self).__name__}
+        self.identity: dict[str, Any] = {"objective": type(self).__name__}
 
     @property
     def teacher_reads_latents(self) -> bool:

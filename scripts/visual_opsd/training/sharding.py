@@ -116,12 +116,10 @@ def shard_model(
 ) -> nn.Module:
     """Apply FSDP2 in place, block by block and then the root; returns the same module.
 
-    Shards keep the parameters' dtype (fp32 masters), compute runs in `param_dtype`, gradients
-    are reduced in fp32. Parameter names do not change. The model may be on meta (then
-    `materialise` and `load_sharded` follow) or hold values that are equal on every rank.
-
-    The root re-shards after its forward as well: FSDP2's default would leave its parameters
-    gathered after a forward without a backward, as a teacher's is.
+    Shards keep the parameters' dtype, compute runs in `param_dtype`, gradients are reduced in
+    fp32. The model may be on meta (then `materialise` and `load_sharded` follow) or hold values
+    that are equal on every rank. The root re-shards after its forward as well: FSDP2's default
+    would leave a teacher, which has no backward, gathered.
     """
     classes = tuple(block_classes)
     blocks = [m for m in model.modules() if isinstance(m, classes) and m is not model]
@@ -149,14 +147,10 @@ def shard_model(
 def check_precision(
     model: nn.Module, param_dtype: torch.dtype, *, ema: nn.Module | None = None
 ) -> None:
-    """Check the precision contract at start-up.
+    """Raise ValueError, at start-up, where the precision contract is broken.
 
-    fp32 master shards of everything that trains, fp32 shards of everything in the EMA (a bf16 EMA
-    freezes: one step's change is below its rounding), fp32 buffers (rotary frequencies), and
-    fp32 compute on CPU.
-
-    Raises:
-        ValueError: names the first offending tensors and what to do.
+    It is: fp32 shards of everything that trains and of the whole EMA (a bf16 EMA freezes: one
+    step's change is below its rounding), fp32 buffers (rotary frequencies), fp32 compute on CPU.
     """
     if param_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"compute dtype {param_dtype} is not supported: float32 or bfloat16")
@@ -192,8 +186,7 @@ def check_precision(
 def materialise(model: nn.Module, device: torch.device, *, cpu_offload: bool = False) -> None:
     """Give a sharded meta model uninitialised shards on its device, and computed buffers.
 
-    `model.reset_buffers()` must fill every buffer in place: rotary frequencies are in no
-    checkpoint, position tables may be absent from one.
+    These are filled by `model.reset_buffers()`: rotary frequencies are in no checkpoint.
     """
     model.to_empty(device=torch.device("cpu") if cpu_offload else device)
     for module in model.modules():
@@ -207,12 +200,8 @@ def materialise(model: nn.Module, device: torch.device, *, cpu_offload: bool = F
 def load_sharded(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Fill the shards from (key, full tensor) pairs, one at a time, casting to the shard's dtype.
 
-    Every rank reads the same pairs (memory-mapped safetensors) and keeps its own slice: no
-    collective runs, and no rank ever holds more than one full tensor.
-
-    Args:
-        model: sharded, materialised.
-        weights: in any order; the tensors may be in any float dtype and on any device.
+    Every rank reads the same pairs, in any order, and keeps its own slice: no collective runs, and
+    no rank ever holds more than one full tensor.
 
     Raises:
         ValueError: names all missing, unexpected and mis-shaped keys.
@@ -256,13 +245,11 @@ def copy_shards(target: nn.Module, source: nn.Module) -> None:
 def summon_full_params(model: nn.Module, *, copy: bool | None = None) -> Iterator[nn.Module]:
     """Full weights, in the compute dtype, as a plain module to sample from.
 
-    FSDP1 users know `FSDP.summon_full_params`. FSDP2 has none, on purpose; this is its meaning
-    for FSDP2 (recurse=True, writeback=False): every unit is unsharded once, and a plain twin of
-    the model (made on the meta device before sharding) gets the unsharded weights. The
-    twin has no hooks, so nothing inside communicates: ranks may decode different lengths, which
-    hangs when the sharded model itself is called (its blocks gather on every call, with FSDP1 even
-    inside the context). Gathered is bf16, half of what FSDP1 gathers (fp32 masters). Training
-    afterwards is bit-identical to never having sampled.
+    What FSDP1 calls `summon_full_params` (recurse=True, writeback=False): every unit is unsharded
+    once, and a plain twin of the model (made on the meta device before sharding) gets the
+    unsharded weights. The twin has no hooks, so nothing inside communicates: ranks may decode
+    different lengths, which hangs when the sharded model itself is called. Training afterwards is
+    bit-identical to never having sampled.
 
     copy: True: unit by unit into memory of the twin's own, where projections adjoin and no address
         changes until the end, as fast decoding wants; at most one unit is gathered besides. False:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from data.limits import ContextLimits
 from data.sequence import ContextBuilder
@@ -43,12 +42,9 @@ class TextSFT(Objective):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
+        self.identity = {"sft": True}
         check_weights(jsd_weight=config.loss.jsd_weight, ce_weight=config.loss.ce_weight)
         check_no_divergence(config)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"sft": True}
 
     def prepare(self, base: Base) -> PrepareSFT:
         builder = make_builder(base.tokenizer, base.model, self.config.prompt)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from data.limits import NO_LIMITS, ContextLimits
 from data.parquet import StepRows
@@ -87,15 +86,12 @@ class VisualOPSD(Objective):
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
+        self.identity = {"sft": False}
         check_weights(jsd_weight=config.loss.jsd_weight, ce_weight=config.loss.ce_weight)
         self.teacher = config.teacher if config.loss.jsd_weight else None
         self.settings = config.sample.sampler()
         replay = config.run.replay_samples
         self.recorded = RecordedCompletions.read(replay) if replay else None
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"sft": False}
 
     def prepare(self, base: Base) -> PrepareOPSD:
         config = self.config

@@ -78,8 +78,6 @@ def test_mesh_errors(world: int, local: int, options: dict[str, Any], message: s
 
 
 def test_device_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="use auto, cpu or cuda"):
-        init_distributed("gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="sees no GPU"):
         init_distributed("cuda")

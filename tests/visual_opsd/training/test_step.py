@@ -293,7 +293,7 @@ def test_completion_is_cut_for_both_contexts() -> None:
     assert cut.completion.ids == (7, 8, 9)
     assert cut.completion.scored == (True, True, False, False)  # the forced end is no label
     assert cut.completion.logprobs == (-1.0, -2.0)
-    with pytest.raises(ValueError, match="max_forward_tokens"):
+    with pytest.raises(AssertionError, match="r: its context takes 8 of 10 tokens"):
         score_completion(*contexts(row), completion, 10)
 
 
@@ -303,7 +303,7 @@ def test_sft_targets_are_cut_too() -> None:
     assert score_targets(row, 10).scored == 5
     cut = score_targets(row, 8)
     assert (cut.truncated, cut.scored, cut.length) == (True, 2, 8)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(AssertionError, match="r: 10 of 6 tokens"):
         score_targets(row, 6)
 
 
