@@ -23,11 +23,9 @@ from scripts.visual_opsd.opsd_loss import LossConfig
 
 BLOCK_ELEMENTS = 1 << 22  # of one fp32 temporary: 16 MiB
 
-# Figures of each token. Those from the divergence on are there with a teacher only.
-FIGURES = (
-    "ce", "student_entropy", "label_logprob",
-    "divergence", "teacher_topk_mass", "teacher_entropy", "forward_kl",
-)  # fmt: skip
+# Figures of each token: all of them with a teacher, the first ones without.
+STUDENT_FIGURES = ("ce", "student_entropy", "label_logprob")
+FIGURES = (*STUDENT_FIGURES, "divergence", "teacher_topk_mass", "teacher_entropy", "forward_kl")
 
 
 class Target(NamedTuple):
@@ -98,7 +96,7 @@ def chunk_loss(
     which overwrites them if it is asked for. labels: (c,).
     """
     kind = compute_dtype(logits)
-    count = len(FIGURES) if target is not None else FIGURES.index("divergence")
+    count = len(STUDENT_FIGURES if target is None else FIGURES)
     figures = logits.new_empty(count, logits.shape[0], dtype=kind)
     for part in _blocks(logits):
         block = logits[part].to(kind)
