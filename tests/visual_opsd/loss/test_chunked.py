@@ -45,7 +45,7 @@ def test_equals_the_plain_loss_and_its_gradients(
     form = use_form(name)
     tensors, labels = form.inputs()
     exact = in_double(tensors)
-    expected = plain_loss(*exact, labels, config)
+    expected = plain_loss(exact, labels, config)
     expected_gradients = gradients(-1.5 * expected, exact)
     for size in (1, 4, 11, 512) if name == "torch" else (6,):
         loss, _ = chunked_opsd_loss(*tensors, labels, config, chunk_size=size)
@@ -172,7 +172,7 @@ def test_one_token(form: Form) -> None:
     tensors, labels = form.inputs(tokens=1)
     loss, _ = chunked_opsd_loss(*tensors, labels, CONFIGS["paper"])
     exact = in_double(tensors)
-    expected = plain_loss(*exact, labels, CONFIGS["paper"])
+    expected = plain_loss(exact, labels, CONFIGS["paper"])
     form.assert_close(loss, expected)
     form.assert_close(gradients(loss, tensors), gradients(expected, exact))
 
@@ -263,7 +263,7 @@ def check_bfloat16(form: Form, config: LossConfig, share: float) -> None:
     logits = logits + ((half[0] @ half[1].T).double() - logits).detach()
     eye = torch.eye(form.vocab, dtype=torch.float64, device=labels.device)
     target = (half[2] @ half[3].T).double()
-    expected = plain_loss(logits, eye, target, eye, labels, config)
+    expected = plain_loss([logits, eye, target, eye], labels, config)
 
     loss, stats = chunked_opsd_loss(*half, labels, config, chunk_size=16)
     assert loss.dtype == stats["ce"].dtype == stats["label_logprob"].dtype == torch.float32
@@ -292,7 +292,7 @@ def test_peaked_to_the_limit_stays_finite(
     loss, stats = chunked_opsd_loss(*tensors, labels, config)
     ours = gradients(loss, tensors)
     assert all(torch.isfinite(x).all() for x in (loss, *ours, *stats.values()))
-    expected = plain_loss(*tensors, labels, config)
+    expected = plain_loss(tensors, labels, config)
     torch.testing.assert_close(loss, expected, atol=5e-6, rtol=2e-5)
     torch.testing.assert_close(ours, gradients(expected, tensors), atol=5e-6, rtol=2e-5)
 
@@ -341,7 +341,7 @@ def test_memory_stays_at_chunks_of_logits(
         gradients(loss, tensors)
 
     def whole() -> None:
-        gradients(plain_loss(*tensors, labels, config), tensors)
+        gradients(plain_loss(tensors, labels, config), tensors)
 
     peak = peak_memory(ours, tmp_path / "ours.json")
     logits, gradient = 4 * tokens * vocab, 4 * 8 * (tokens + vocab)
