@@ -28,25 +28,22 @@ Where the release has a defect, `reference_compat=True` brings it back:
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from data.sequence import Segment
 from data.transforms import to_rgb
-from inference.contexts import CachedContext, ContextStore, start_logits
+from inference.contexts import CachedContext, ContextStore
 from inference.interleave import (
+    Conversation,
     EditImage,
     InterleaveEngine,
     InterleaveOptions,
     Part,
-    check_taylorseer,
-    interval,
 )
-from modeling.bagel.flow import Guidance, flow_schedule
 
 GenContext: TypeAlias = MutableMapping[str, Any]
 
@@ -60,16 +57,10 @@ class InterleaveInferencer(InterleaveEngine):
 
     def init_gen_context(self) -> dict[str, Any]:
         """An empty context."""
-        empty = CachedContext.empty(self.model)
-        return {"kv_lens": [0], "ropes": [0], "past_key_values": empty.store}
+        return _as_mapping(CachedContext.empty(self.model))
 
     def _updated(self, context: GenContext, segments: Sequence[Segment]) -> GenContext:
-        state = self.grow([_state(context)], [segments])[0]
-        new = {
-            "kv_lens": [state.length],
-            "ropes": [state.position],
-            "past_key_values": state.store,
-        }
+        new = _as_mapping(self.grow([_state(context)], [segments])[0])
         if self.reference_compat:
             context.update(new)
             return context
@@ -96,9 +87,7 @@ class InterleaveInferencer(InterleaveEngine):
         if not vae and not vit:
             raise ValueError("update_context_image: an image enters through vae, vit or both")
         image = to_rgb(image, upright=not self.reference_compat)
-        segments: list[Segment] = [*self.encode([image], [generator])] if vae else []
-        if vit:
-            segments.append(self.builder.image(image))
+        segments = self.image_segments([image], [generator], vae=vae, vit=vit)[0]
         return self._updated(gen_context, segments)
 
     def gen_image(
@@ -123,19 +112,22 @@ class InterleaveInferencer(InterleaveEngine):
         cfg_text_precontext, cfg_img_precontext: the contexts with the text and with the images
             dropped, needed where the scale is above 1.
         """
-        check_taylorseer(enable_taylorseer)
-        bounds = interval(cfg_interval)
-        guidance = Guidance(cfg_text_scale, cfg_img_scale, bounds, cfg_renorm_type, cfg_renorm_min)
-        contexts = [gen_context, cfg_text_precontext, cfg_img_precontext][: guidance.branches]
-        columns = [[_state(context)] for context in contexts if context is not None]
-        if len(columns) < guidance.branches:
-            raise ValueError(
-                "guidance needs its contexts: pass cfg_text_precontext when cfg_text_scale is "
-                "above 1, and cfg_img_precontext when cfg_img_scale is, or set the scale to 1"
-            )
-        times = flow_schedule(num_timesteps, timestep_shift)
-        height, width = image_shape
-        return self.draw(columns, [(height, width)], [generator], guidance, times)[0]
+        options = InterleaveOptions(
+            cfg_text_scale=cfg_text_scale,
+            cfg_img_scale=cfg_img_scale,
+            cfg_interval=cfg_interval,
+            cfg_renorm_min=cfg_renorm_min,
+            cfg_renorm_type=cfg_renorm_type,
+            num_timesteps=num_timesteps,
+            timestep_shift=timestep_shift,
+            enable_taylorseer=enable_taylorseer,
+        )
+        conversation = Conversation(_state(gen_context), generator, size=image_shape)
+        if cfg_text_precontext is not None:
+            conversation.text_dropped = _state(cfg_text_precontext)
+        if cfg_img_precontext is not None:
+            conversation.image_dropped = _state(cfg_img_precontext)
+        return self.draw([conversation], options)[0]
 
     def gen_text(
         self,
@@ -147,12 +139,10 @@ class InterleaveInferencer(InterleaveEngine):
         generator: torch.Generator | None = None,
     ) -> str:
         """Text after the context, which stays as it is; max_length counts the start token."""
-        contexts = [_state(gen_context)]
-        return self.write(contexts, [generator], max_length, do_sample, temperature)[0][0]
-
-    def next_token_logits(self, gen_context: GenContext) -> Tensor:
-        """Logits (1, V) of the first token that would be written; the context stays as it is."""
-        return start_logits(self.model, self.special, [_state(gen_context)])
+        options = InterleaveOptions(
+            max_think_token_n=max_length, do_sample=do_sample, text_temperature=temperature
+        )
+        return self.write([Conversation(_state(gen_context), generator)], options)[0].text
 
     def interleave_inference(
         self,
@@ -177,6 +167,7 @@ class InterleaveInferencer(InterleaveEngine):
         image_skips: int | None = None,
         seed: int | None = None,
         edit_image: EditImage | None = None,
+        on_part: Callable[[Part], None] | None = None,
     ) -> list[Part]:
         """Answer a list of texts and PIL images; options: see `InterleaveOptions`.
 
@@ -185,6 +176,7 @@ class InterleaveInferencer(InterleaveEngine):
                 torch's global generators, as released.
             edit_image: shows the model something else than what it drew: called with 0, the
                 number of earlier drawings and the picture; None as its result shows nothing.
+            on_part: called with each text and picture when it is made.
 
         Returns:
             texts (str) and drawn images (PIL, RGB) in order; one text in understanding mode,
@@ -194,10 +186,27 @@ class InterleaveInferencer(InterleaveEngine):
             ValueError: no input or one that is neither str nor image, sizes or options that do
                 not fit, or drawing with a model loaded without its drawing branch.
         """
-        # Every parameter that is an option, by its name.
-        options = {k: v for k, v in locals().items() if k in InterleaveOptions.__match_args__}
-        inputs = _checked(input_lists)
-        return self.run([inputs], InterleaveOptions(**options), [_generator(seed)], edit_image)[0]
+        options = InterleaveOptions(
+            think=think,
+            understanding_output=understanding_output,
+            max_think_token_n=max_think_token_n,
+            do_sample=do_sample,
+            text_temperature=text_temperature,
+            cfg_text_scale=cfg_text_scale,
+            cfg_img_scale=cfg_img_scale,
+            cfg_interval=cfg_interval,
+            timestep_shift=timestep_shift,
+            num_timesteps=num_timesteps,
+            cfg_renorm_min=cfg_renorm_min,
+            cfg_renorm_type=cfg_renorm_type,
+            image_shapes=image_shapes,
+            enable_taylorseer=enable_taylorseer,
+            max_rounds=max_rounds,
+            update_cfg_contexts=update_cfg_contexts,
+            image_skips=image_skips,
+        )
+        inputs = [_checked(input_lists)]
+        return self.run(inputs, options, [_generator(seed)], edit_image, on_part)[0]
 
     def __call__(
         self,
@@ -211,7 +220,7 @@ class InterleaveInferencer(InterleaveEngine):
         Returns:
             the list of outputs; with reference_compat and without input, a dict of Nones.
         """
-        inputs = _inputs(image, text, input_list)
+        inputs = [*_given(image, text), *(input_list or ())]
         if not inputs and self.reference_compat:
             return {"image": None, "text": None}
         return self.interleave_inference(inputs, **kwargs)
@@ -272,7 +281,7 @@ class BatchInterleaveInferencer(InterleaveEngine):
         if input_lists is None:
             count = len(images if images is not None else texts or ())
             pairs = zip(images or [None] * count, texts or [None] * count, strict=True)
-            input_lists = [_inputs(image, text, None) for image, text in pairs]
+            input_lists = [_given(image, text) for image, text in pairs]
         return self.interleave_inference(input_lists, **kwargs)
 
 
@@ -286,11 +295,16 @@ def _state(context: GenContext) -> CachedContext:
     return CachedContext(store, context["kv_lens"][0], context["ropes"][0])
 
 
-def _inputs(
-    image: Image.Image | None, text: str | None, input_list: Sequence[Part] | None
-) -> list[Part]:
-    given = [part for part in (image, text) if part is not None]
-    return [*given, *(input_list or ())]
+def _as_mapping(state: CachedContext) -> dict[str, Any]:
+    return {
+        "kv_lens": [state.length],
+        "ropes": [state.position],
+        "past_key_values": state.store,
+    }
+
+
+def _given(*parts: Part | None) -> list[Part]:
+    return [part for part in parts if part is not None]
 
 
 def _checked(parts: Sequence[Part]) -> list[Part]:

@@ -26,7 +26,7 @@ from data.sequence import (
 from modeling.bagel.attention import AttentionLayout, Block
 from modeling.bagel.batch import PackedBatch, PackedLatents
 from modeling.bagel.config import SpecialTokens
-from modeling.bagel.flow import Branches, noised
+from modeling.bagel.flow import Branches, mix_noise
 
 
 def segment_length(segment: Segment) -> int:
@@ -117,7 +117,7 @@ class _Builder:
             if segment.time is None or segment.noise is None:
                 tokens.append(segment.latents)
                 continue
-            seen, target = noised(segment.latents, segment.noise, segment.time)
+            seen, target = mix_noise(segment.latents, segment.noise, segment.time)
             tokens.append(seen)
             targets.append(target)
             predicted.append(own)

@@ -3,8 +3,7 @@
 
 Slot s of step t with global batch size B is position t * B + s. A position picks a dataset by
 weight, then the next row of that dataset's stream: a fresh permutation each epoch. Nothing else
-enters, so ranks, workers and resumed runs agree without a saved cursor. All random numbers are
-raw Philox words, whose sequence NumPy guarantees, keyed by a hash; no library version changes it.
+enters, so ranks, workers and resumed runs agree without a saved cursor, whatever NumPy's version.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.dataset_info import DatasetSource, check_sources, dataset_files
+from data.randomness import budget_permutation, dataset_uniforms, epoch_permutation
 from data.rejects import Reject, RejectLedger, summarise
 from data.row_groups import ParquetDataset, RowSource, iter_rows
 from data.thinkmorph import OPSD_ROWS, BadRow, Row, RowNeeds
@@ -58,16 +58,6 @@ T = TypeVar("T")
 
 MAX_ATTEMPTS = 64
 _CHOICE_BLOCK = 4096
-
-
-def _philox(*key: object) -> np.random.Philox:
-    digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=16).digest()
-    return np.random.Philox(key=int.from_bytes(digest, "little"))
-
-
-def _permutation(size: int, *key: object) -> np.ndarray:
-    """Seeded permutation of range(size), int64: the ranks of Philox words."""
-    return np.argsort(_philox(*key).random_raw(size), kind="stable")
 
 
 @dataclass(frozen=True)
@@ -147,8 +137,7 @@ class StepSampler:
     def _choices(self, block: int) -> np.ndarray:
         """Dataset number of each position of a block, int64 (_CHOICE_BLOCK,)."""
         if block not in self._blocks:
-            words = _philox(self.seed, "dataset", block).random_raw(_CHOICE_BLOCK)
-            uniforms = (words >> np.uint64(11)) * 2.0**-53
+            uniforms = dataset_uniforms(self.seed, block, _CHOICE_BLOCK)
             self._blocks[block] = np.searchsorted(self._edges, uniforms, side="right")
             if len(self._blocks) > 4:
                 self._blocks.popitem(last=False)
@@ -171,10 +160,9 @@ class StepSampler:
         key = (dataset, epoch)
         if key not in self._orders:
             opened, used = self.sources[dataset].dataset, self._used[dataset]
-            rows = len(opened)
-            order = _permutation(used, self.seed, opened.name, opened.split, "epoch", epoch)
-            if used < rows:
-                subset = _permutation(rows, self.seed, opened.name, opened.split, "budget")[:used]
+            order = epoch_permutation(self.seed, opened.name, opened.split, epoch, used)
+            if used < len(opened):
+                subset = budget_permutation(self.seed, opened.name, opened.split, len(opened))
                 order = subset[order]
             self._orders[key] = order
             if len(self._orders) > 2 * len(self.sources):

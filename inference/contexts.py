@@ -3,8 +3,7 @@
 
 A `CachedContext` is a value: growing it gives another one and leaves it as it was. Contexts that
 begin alike share one append-only store, so an earlier state (guidance drops the last text) costs
-nothing; a store is copied only when two contexts continue from the same rows. It is here because
-it joins the packer to the model's cache, and `modeling` does not import `data`.
+nothing; a store is copied only when two contexts continue from the same slots.
 """
 
 from __future__ import annotations
@@ -37,25 +36,25 @@ def device_of(model: Bagel) -> torch.device:
     return model.language_model.lm_head.weight.device
 
 
-def _empty_cache(model: Bagel, batch: int, rows: int) -> KVCache:
+def _empty_cache(model: Bagel, batch: int, slots: int) -> KVCache:
     where = model.layer_devices or device_of(model)
-    return KVCache(model.config.llm, batch, rows, where, model.dtype)
+    return KVCache(model.config.llm, batch, slots, where, model.dtype)
 
 
 class ContextStore:
-    """Keys and values of one conversation; the first `filled` rows are never written again."""
+    """Keys and values of one conversation; the first `filled` slots are never written again."""
 
     def __init__(self, cache: KVCache, filled: int) -> None:
         self.cache, self.filled = cache, filled
 
     def __deepcopy__(self, memo: dict[int, object]) -> ContextStore:
-        """Itself: whoever continues from rows that another context wrote gets a copy then."""
+        """Itself: whoever continues from slots that another context wrote gets a copy then."""
         return self
 
 
 @dataclass(frozen=True)
 class CachedContext:
-    """The first `length` rows of a store; `position` is the next rope position."""
+    """The first `length` slots of a store; `position` is the next rope position."""
 
     store: ContextStore
     length: int = 0
@@ -75,19 +74,18 @@ class CachedContext:
         """What the sampler of images reads."""
         return Prefix(self.store.cache, 0, self.length)
 
-    def reserved(self, rows: int) -> CachedContext:
-        """The same context, with `rows` more rows in its store that nobody else writes."""
-        store, end = self.store, self.length + rows
+    def with_room(self, tokens: int) -> CachedContext:
+        """The same context, with `tokens` more slots in its store that nobody else writes."""
+        store, end = self.store, self.length + tokens
         if store.filled != self.length or store.cache.max_len < end:
             room = end if self.length == 0 else end + end // 4  # later growth copies seldom
             store = ContextStore(store.cache.copy(max_len=room), self.length)
         store.filled = end
         return CachedContext(store, self.length, self.position)
 
-    def prefix_of(self, start: CachedContext, segments: Sequence[Segment]) -> CachedContext:
-        """The state of this context when only `segments` had been added to `start`."""
-        length = start.length + context_length(segments)
-        position = start.position + context_positions(segments)
+    def up_to(self, segments: Sequence[Segment]) -> CachedContext:
+        """The state of this context when it held these first segments of its own only."""
+        length, position = context_length(segments), context_positions(segments)
         assert length <= self.length and position <= self.position
         return CachedContext(self.store, length, position)
 
@@ -101,7 +99,7 @@ class _Together:
     def update(
         self, layer: int, k: Tensor, v: Tensor, layout: AttentionLayout | DecodeLayout
     ) -> tuple[Tensor, Tensor]:
-        """Store k, v (T, nkv, d) behind the rows of their samples; all keys and values."""
+        """Store k, v (T, nkv, d) behind what their samples hold; all keys and values."""
         assert isinstance(layout, AttentionLayout) and len(layout.query_lens) == len(self.caches)
         merged = []
         for new, stores in (
@@ -118,7 +116,7 @@ class _Together:
         return merged[0], merged[1]
 
     def place(self, layer: int, layout: AttentionLayout) -> None:
-        """Several stores are no place in one."""
+        """None: no single tensor holds the keys of several stores, so layers call `update`."""
 
 
 @torch.no_grad()
@@ -132,43 +130,32 @@ def grow(
 ) -> list[CachedContext]:
     """Each context followed by its segments (none: the context itself), in packed forwards.
 
-    max_tokens: new rows of one forward; it bounds memory and never changes a result.
+    max_tokens: new tokens of one forward; it bounds memory and never changes a result.
     """
     results = list(contexts)
     growing = [i for i, new in enumerate(segments) if new]
     lengths = [context_length(segments[i]) for i in growing]
-    for run in group_by_tokens(lengths, max_tokens):
-        rows = [growing[j] for j in run]
-        begun = [contexts[i].reserved(lengths[j]) for i, j in zip(rows, run, strict=True)]
-        batch = pack([segments[i] for i in rows], special, past=[c.past for c in begun])
+    for group in group_by_tokens(lengths, max_tokens):
+        chosen = [growing[j] for j in group]
+        begun = [contexts[i].with_room(context_length(segments[i])) for i in chosen]
+        batch = pack([segments[i] for i in chosen], special, past=[c.past for c in begun])
         model.fill_cache(batch.to(device_of(model)), _Together(begun))
-        for b, i in enumerate(rows):
+        for b, i in enumerate(chosen):
             length, position = batch.layout.key_lens[b], batch.next_positions[b]
             results[i] = CachedContext(begun[b].store, length, position)
     return results
 
 
-def decoding_prompt(model: Bagel, contexts: Sequence[CachedContext], new: int) -> CachedPrompt:
-    """The contexts copied side by side, with room for `new` tokens and one more."""
+def cached_prompt(model: Bagel, contexts: Sequence[CachedContext], new: int) -> CachedPrompt:
+    """What `generate` continues: the contexts copied side by side, with room for `new` tokens."""
     longest = max(context.length for context in contexts)
-    cache = _empty_cache(model, len(contexts), longest + new + 1)
+    cache = _empty_cache(model, len(contexts), longest + new + 1)  # it writes one token more
     for b, context in enumerate(contexts):
         old = context.store.cache
         for target, source in zip(cache.keys + cache.values, old.keys + old.values, strict=True):
             target[b, : context.length] = source[0, : context.length]
     lens = tuple(context.length for context in contexts)
     return CachedPrompt(cache, lens, tuple(context.position for context in contexts))
-
-
-@torch.no_grad()
-def start_logits(model: Bagel, special: SpecialTokens, contexts: Sequence[CachedContext]) -> Tensor:
-    """(B, V) logits after the start token of a reply; nothing is kept of it."""
-    prompt = decoding_prompt(model, contexts, 1)
-    device = device_of(model)
-    tokens = torch.full((len(contexts),), special.bos, device=device)
-    positions = torch.tensor(prompt.next_positions, device=device)
-    slots = torch.tensor(prompt.lens, device=device)
-    return model.decode_step(tokens, positions, slots, prompt.cache)
 
 
 def draw_latents(
@@ -179,34 +166,33 @@ def draw_latents(
     noise: Tensor,
     times: Tensor,
     guidance: Guidance,
-    *,
-    together: bool = True,
 ) -> list[Tensor]:
     """Latent tokens, fp32 (n, 64), of images drawn at once.
+
+    All guidance branches run in one forward a step; if that does not fit the device's memory, they
+    run in turn, with a warning.
 
     Args:
         images: `LatentSegment.blank` of each image.
         branches: of each guidance branch in use, the context of each image.
         noise, times, guidance: see `modeling.bagel.flow.denoise`.
-        together: one forward a step for all branches; if that does not fit the device's memory,
-            they run in turn, with a warning.
     """
     pasts = [[context.past for context in column] for column in branches]
     prefixes = [[context.prefix for context in column] for column in branches]
     device = device_of(model)
 
-    def run(joined: bool) -> Tensor:
-        packed = pack_branches(images, pasts, special, together=joined).to(device)
+    def run(together: bool) -> Tensor:
+        packed = pack_branches(images, pasts, special, together=together).to(device)
         return denoise(model, noise, packed, prefixes, times, guidance)
 
     try:
-        latents = run(together)
+        latents = run(True)
     except torch.OutOfMemoryError:
-        if not together or len(branches) == 1:
+        if len(branches) == 1:
             raise
         warnings.warn(
             f"{len(branches)} guidance branches do not fit the device's memory in one forward; "
-            "they run in turn (guidance_together=False does so from the start)",
+            "they run in turn, which is slower",
             stacklevel=2,
         )
         latents = None

@@ -6,7 +6,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from itertools import zip_longest
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from PIL import Image
@@ -21,15 +22,13 @@ from data.sequence import (
     TextSegment,
 )
 from data.transforms import extrapolated_position_ids, interpolated_position_ids, to_rgb
-from inference.contexts import CachedContext, decoding_prompt, device_of, draw_latents, grow
+from inference.contexts import CachedContext, cached_prompt, device_of, draw_latents, grow
 from modeling.autoencoder import AutoEncoder, decode_tokens, encode_tokens
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import SpecialTokens
 from modeling.bagel.flow import Guidance, flow_schedule, initial_noise
-from modeling.bagel.generate import generate, marker_check
+from modeling.bagel.generate import IMAGE_MARKER, generate, marker_check
 from modeling.host.programs import bounds_problem
-
-IMAGE_MARKER = "<image_start>"
 
 Part: TypeAlias = str | Image.Image
 # (sample, how many it drew before, what it drew) -> what it is shown instead; None: nothing. The
@@ -51,7 +50,7 @@ class InterleaveOptions:
     update_cfg_contexts: written text and drawn images also enter the guidance contexts, by the
         rule for inputs. Off, as released: those contexts end with the inputs.
     image_skips: how often a reply that asks for a picture it cannot have goes on without one,
-        as students do in training. None: the inferencer's setting.
+        as students do in training. None: once, or never with the inferencer's reference_compat.
     """
 
     think: bool = False
@@ -72,32 +71,90 @@ class InterleaveOptions:
     update_cfg_contexts: bool = False
     image_skips: int | None = None
 
-    @property
-    def image_guidance(self) -> bool:
-        """Whether the image-dropped context is ever looked at."""
-        drawing = not self.understanding_output and self.max_rounds > 0
-        return drawing and self.cfg_text_scale > 1 and self.cfg_img_scale > 1
-
     def __post_init__(self) -> None:
         if self.max_rounds < 0 or (self.image_skips or 0) < 0:
             raise ValueError("max_rounds and image_skips must not be negative")
+        if len(self.cfg_interval) != 2:
+            raise ValueError(f"cfg_interval must be (low, high), got {self.cfg_interval!r}")
         for name, value in vars(self).items():
             problem = bounds_problem(value) if isinstance(value, float) else None
             if problem:
                 raise ValueError(f"{name} {problem}")
+        if self.enable_taylorseer:
+            warnings.warn(
+                "enable_taylorseer has no effect here: every step is computed in full, which is "
+                "exact but slower; take a smaller num_timesteps to save time",
+                stacklevel=4,  # who called the inferencer
+            )
+
+    @property
+    def drawings(self) -> int:
+        """How many pictures it may draw."""
+        return 0 if self.understanding_output else self.max_rounds
+
+    @property
+    def times(self) -> Tensor:
+        return flow_schedule(self.num_timesteps, self.timestep_shift)
+
+    def guidance(self, *, joint_global: bool = False) -> Guidance:
+        """See `Guidance` for joint_global."""
+        low, high = self.cfg_interval
+        return Guidance(
+            self.cfg_text_scale,
+            self.cfg_img_scale,
+            (float(low), float(high)),
+            self.cfg_renorm_type,
+            self.cfg_renorm_min,
+            joint_global,
+        )
 
 
 @dataclass
 class Conversation:
-    """One conversation under way."""
+    """One conversation under way.
 
-    index: int
+    full: its context. text_dropped, image_dropped: those of guidance, None where it has none.
+    generator: of its random numbers, on the CPU; None is torch's global one.
+    size: (H, W) of what it draws. index: its number among those that run together.
+    parts: what it wrote and drew; each is also handed to `on_part` when it is made.
+    """
+
     full: CachedContext
-    text_dropped: CachedContext
-    image_dropped: CachedContext
-    size: tuple[int, int]  # (H, W) of what is drawn
-    generator: torch.Generator | None
+    generator: torch.Generator | None = None
+    text_dropped: CachedContext | None = None
+    image_dropped: CachedContext | None = None
+    size: tuple[int, int] = (1024, 1024)
+    index: int = 0
     parts: list[Part] = field(default_factory=list)
+    on_part: Callable[[Part], None] | None = None
+
+    def add(self, part: Part) -> None:
+        self.parts.append(part)
+        if self.on_part is not None:
+            self.on_part(part)
+
+    def branches(self, guidance: Guidance) -> list[CachedContext]:
+        """The contexts that a drawing looks at.
+
+        Raises:
+            ValueError: guidance needs one that is not there.
+        """
+        wanted = [self.full, self.text_dropped, self.image_dropped][: guidance.branches]
+        found = [context for context in wanted if context is not None]
+        if len(found) < len(wanted):
+            raise ValueError(
+                "guidance needs its contexts: pass cfg_text_precontext when cfg_text_scale is "
+                "above 1, and cfg_img_precontext when cfg_img_scale is, or set the scale to 1"
+            )
+        return found
+
+
+class Turn(NamedTuple):
+    """What a conversation wrote, as text and as its context holds it, and the picture it drew."""
+
+    text: str
+    segment: TextSegment
+    picture: Image.Image | None = None
 
 
 class InterleaveEngine:
@@ -114,14 +171,14 @@ class InterleaveEngine:
             start_of_image and end_of_image.
         reference_compat: reproduce the release's defects, see the docstring of `inferencer`.
         system_prompt: what `think=True` puts first.
-        image_skips: default of the option; None is 1, and 0 with reference_compat.
-        guidance_together: the guidance branches of a step in one forward.
-        max_forward_tokens: new rows of one forward; bounds memory, changes no result (under
-            reference_compat images are drawn together whatever their number).
 
     Raises:
         ValueError: a missing token id.
     """
+
+    # New tokens of one forward: bounds memory, changes no result (under reference_compat images
+    # are drawn together whatever their number).
+    max_forward_tokens = 32768
 
     def __init__(
         self,
@@ -134,9 +191,6 @@ class InterleaveEngine:
         *,
         reference_compat: bool = False,
         system_prompt: str = INFERENCER_SYSTEM_PROMPT,
-        image_skips: int | None = None,
-        guidance_together: bool = True,
-        max_forward_tokens: int = 32768,
     ) -> None:
         self.model, self.vae_model, self.tokenizer = model, vae_model, tokenizer
         self.vae_transform, self.vit_transform = vae_transform, vit_transform
@@ -144,10 +198,6 @@ class InterleaveEngine:
         self.new_token_ids = new_token_ids
         self.reference_compat = reference_compat
         self.system_prompt = system_prompt
-        default_skips = 0 if reference_compat else 1
-        self.image_skips = default_skips if image_skips is None else image_skips
-        self.guidance_together = guidance_together
-        self.max_forward_tokens = max_forward_tokens
         config = model.config
         self.pixels = config.latent_patch_size * (
             8 if vae_model is None else vae_model.config.factor
@@ -177,8 +227,8 @@ class InterleaveEngine:
             )
         return self.vae_model
 
-    def _latent_grid(self, height: int, width: int) -> tuple[int, int, Tensor]:
-        """(h, w, position ids) of an image's latent tokens."""
+    def _positions(self, height: int, width: int) -> Tensor:
+        """Position ids of the latent tokens of an image of this size."""
         side, step = self.model.config.max_latent_size, self.pixels
         h, w = height // step, width // step
         if height % step or width % step or not (0 < h <= side and 0 < w <= side):
@@ -189,7 +239,7 @@ class InterleaveEngine:
             )
         interpolate = self.model.config.interpolate_positions
         positions = interpolated_position_ids if interpolate else extrapolated_position_ids
-        return h, w, positions(h, w, side)
+        return positions(h, w, side)
 
     def resized(self, image: Image.Image) -> Image.Image:
         """RGB, at the size the autoencoder takes."""
@@ -203,7 +253,10 @@ class InterleaveEngine:
     def encode(
         self, images: Sequence[Image.Image], generators: Sequence[torch.Generator | None]
     ) -> list[LatentSegment]:
-        """Clean latent segments of resized images, encoded with sampled noise as released."""
+        """Clean latent segments of resized images, encoded with sampled noise as released.
+
+        The result of an image depends on its neighbours under reference_compat only.
+        """
         vae = self._vae()
         if self.vae_transform is None:
             raise ValueError(
@@ -219,7 +272,7 @@ class InterleaveEngine:
                 for p, g in zip(pixels, generators, strict=True)
             ]
         return [
-            LatentSegment(t.cpu(), self._latent_grid(*p.shape[-2:])[2])
+            LatentSegment(t.cpu(), self._positions(*p.shape[-2:]))
             for t, p in zip(tokens, pixels, strict=True)
         ]
 
@@ -239,80 +292,176 @@ class InterleaveEngine:
         markers = (self.special.bos, self.special.eos)
         return self.tokenizer.decode([i for i in ids if i not in markers])
 
-    def write(
+    def image_segments(
         self,
-        contexts: Sequence[CachedContext],
+        images: Sequence[Image.Image],
         generators: Sequence[torch.Generator | None],
-        length: int,
-        do_sample: bool,
-        temperature: float,
-        skips: int = 0,
-    ) -> list[tuple[str, TextSegment]]:
-        """The next part of each conversation, and the segment that puts it into the context."""
+        *,
+        vae: bool = True,
+        vit: bool = True,
+    ) -> list[list[Segment]]:
+        """What each of these resized images is in a context: latent tokens, then ViT patches."""
+        found: list[list[Segment]] = [[] for _ in images]
+        if vae and images:
+            for segments, latent in zip(found, self.encode(images, generators), strict=True):
+                segments.append(latent)
+        if vit:
+            for segments, image in zip(found, images, strict=True):
+                segments.append(self.builder.image(image))
+        return found
+
+    @torch.no_grad()
+    def decode_image(self, latent: Tensor, image_shape: tuple[int, int]) -> Image.Image:
+        """Picture of latent tokens (n, 64), image_shape being its (H, W)."""
+        h, w = (side // self.pixels for side in image_shape)
+        patch = self.model.config.latent_patch_size
+        return Image.fromarray(decode_tokens(self._vae(), latent, h, w, patch).numpy())
+
+    # -- steps of conversations ---------------------------------------------------------------
+
+    def begin(
+        self,
+        conversations: Sequence[Conversation],
+        inputs: Sequence[Sequence[Segment]],
+        options: InterleaveOptions,
+    ) -> None:
+        """Fill the contexts of new conversations with their inputs (a system prompt is the first).
+
+        Text enters the full and the image-dropped context, an image the full one only. The
+        text-dropped context is the full one without a text that was the last input.
+        """
+        texts: list[list[Segment]] = []
+        if options.drawings and options.guidance().branches == 3:
+            texts = [_texts(segments) for segments in inputs]
+        start = CachedContext.empty(self.model)
+        grown = self.grow([start] * (len(inputs) + len(texts)), [*inputs, *texts])
+        for c, segments, context in zip(conversations, inputs, grown, strict=False):
+            c.full = context
+            last = segments[-1:]
+            c.text_dropped = context.up_to(segments[:-1] if _texts(last) else segments)
+        for c, context in zip(conversations, grown[len(inputs) :], strict=False):
+            c.image_dropped = context
+
+    def extend(
+        self,
+        conversations: Sequence[Conversation],
+        new: Sequence[Sequence[Segment]],
+        options: InterleaveOptions,
+    ) -> None:
+        """Append what was written or drawn."""
+        before = [c.full for c in conversations]
+        for c, context in zip(conversations, self.grow(before, new), strict=True):
+            c.full = context
+        if not options.update_cfg_contexts:
+            return
+        texts = [_texts(segments) for segments in new]
+        for c, earlier, text in zip(conversations, before, texts, strict=True):
+            c.text_dropped = earlier if text else c.full  # the rule of `begin`
+        dropped = [c.image_dropped for c in conversations if c.image_dropped is not None]
+        for c, context in zip(conversations, self.grow(dropped, texts), strict=False):
+            c.image_dropped = context
+
+    def write(
+        self, conversations: Sequence[Conversation], options: InterleaveOptions, skips: int = 0
+    ) -> list[Turn]:
+        """The next part of each conversation; its context does not hold it yet.
+
+        skips: how often a text that asks for a picture goes on without one.
+        """
+        length = options.max_think_token_n
         uniforms = None
-        if do_sample:
-            numbers = [torch.rand(length + 1, generator=g, dtype=torch.float64) for g in generators]
+        if options.do_sample:
+            numbers = [
+                torch.rand(length + 1, generator=c.generator, dtype=torch.float64)
+                for c in conversations
+            ]
             uniforms = torch.stack(numbers).to(device_of(self.model))
         generations = generate(
             self.model,
-            decoding_prompt(self.model, contexts, length),
+            cached_prompt(self.model, [c.full for c in conversations], length),
             self.special,
             max_new_tokens=length,
-            temperature=temperature if do_sample else 1.0,
+            temperature=options.text_temperature if options.do_sample else 1.0,
             uniforms=uniforms,
-            continues=marker_check(self._decode_text, IMAGE_MARKER),
+            continues=marker_check(self._decode_text),
             max_image_skips=skips,
         )
-        found = []
-        for generation in generations:
+        turns = []
+        for conversation, generation in zip(conversations, generations, strict=True):
             ids = generation.ids if generation.capped else generation.ids[:-1]
             text = self._decode_text(ids)
             again = self.builder.text(text) if self.reference_compat else TextSegment(tuple(ids))
-            found.append((text, again))
-        return found
+            turns.append(Turn(text, again))
+            conversation.add(text)
+        return turns
 
     def draw(
-        self,
-        branches: Sequence[Sequence[CachedContext]],
-        sizes: Sequence[tuple[int, int]],
-        generators: Sequence[torch.Generator | None],
-        guidance: Guidance,
-        times: Tensor,
+        self, conversations: Sequence[Conversation], options: InterleaveOptions
     ) -> list[Image.Image]:
-        """An image for each context; branches: the contexts of each guidance branch."""
+        """An image after each conversation's context, which does not hold it yet."""
         self._vae()
+        guidance = options.guidance(joint_global=self.reference_compat)
+        branches = [c.branches(guidance) for c in conversations]
         config = self.model.config
         dim = config.latent_patch_size**2 * config.latent_channels
-        grids = [self._latent_grid(*size) for size in sizes]
-        images = [LatentSegment.blank(positions, dim) for _, _, positions in grids]
-        lens = [len(image.latents) for image in images]
-        noise = [initial_noise([n], dim, g) for n, g in zip(lens, generators, strict=True)]
-        used = branches[: guidance.branches]
-        rows = [n * len(used) for n in lens]
-        whole = [list(range(len(images)))]
-        groups = whole if self.reference_compat else group_by_tokens(rows, self.max_forward_tokens)
+        images = [LatentSegment.blank(self._positions(*c.size), dim) for c in conversations]
+        noise = [
+            initial_noise([len(image.latents)], dim, c.generator)
+            for image, c in zip(images, conversations, strict=True)
+        ]
+        groups = [list(range(len(images)))]
+        if not self.reference_compat:
+            tokens = [len(image.latents) * guidance.branches for image in images]
+            groups = group_by_tokens(tokens, self.max_forward_tokens)
         latents: list[Tensor] = []
         for group in groups:
             latents += draw_latents(
                 self.model,
                 self.special,
                 [images[i] for i in group],
-                [[column[i] for i in group] for column in used],
+                list(zip(*(branches[i] for i in group), strict=True)),
                 torch.cat([noise[i] for i in group]),
-                times,
+                options.times,
                 guidance,
-                together=self.guidance_together,
             )
-        return [self.decode_image(x, size) for x, size in zip(latents, sizes, strict=True)]
+        pictures = []
+        for conversation, latent in zip(conversations, latents, strict=True):
+            picture = self.decode_image(latent, conversation.size)
+            pictures.append(picture)
+            conversation.add(picture)
+        return pictures
 
-    @torch.no_grad()
-    def decode_image(self, latent: Tensor, image_shape: tuple[int, int]) -> Image.Image:
-        """Picture of latent tokens (n, 64), image_shape being its (H, W)."""
-        h, w, _ = self._latent_grid(*image_shape)
-        patch = self.model.config.latent_patch_size
-        return Image.fromarray(decode_tokens(self._vae(), latent, h, w, patch).numpy())
+    def take_turns(
+        self, conversations: Sequence[Conversation], options: InterleaveOptions
+    ) -> list[Turn]:
+        """What each conversation writes next and, if that asks for a picture, draws.
 
-    # -- the conversation ---------------------------------------------------------------------
+        The contexts of those that drew then hold the text, but not yet the picture (`look`).
+        """
+        turns = self.write(conversations, options)
+        asking = [i for i, turn in enumerate(turns) if IMAGE_MARKER in turn.text]
+        chosen = [conversations[i] for i in asking]
+        self.extend(chosen, [[turns[i].segment] for i in asking], options)
+        pictures = dict(zip(asking, self.draw(chosen, options) if asking else (), strict=True))
+        return [Turn(text, segment, pictures.get(i)) for i, (text, segment, _) in enumerate(turns)]
+
+    def look(
+        self,
+        conversations: Sequence[Conversation],
+        pictures: Sequence[Image.Image | None],
+        options: InterleaveOptions,
+    ) -> None:
+        """Put a picture into each context, resized like an input; None: nothing."""
+        shown = [
+            (c, self.resized(picture))
+            for c, picture in zip(conversations, pictures, strict=True)
+            if picture is not None
+        ]
+        chosen = [c for c, _ in shown]
+        new = self.image_segments([image for _, image in shown], [c.generator for c in chosen])
+        self.extend(chosen, new, options)
+
+    # -- the whole of them --------------------------------------------------------------------
 
     def run(
         self,
@@ -320,153 +469,71 @@ class InterleaveEngine:
         options: InterleaveOptions,
         generators: Sequence[torch.Generator | None],
         edit_image: EditImage | None = None,
+        on_part: Callable[[Part], None] | None = None,
     ) -> list[list[Part]]:
-        """Outputs of every sample, in order; edit_image: see `EditImage`."""
-        check_taylorseer(options.enable_taylorseer)
-        skips = self.image_skips if options.image_skips is None else options.image_skips
-        guidance = Guidance(
-            options.cfg_text_scale,
-            options.cfg_img_scale,
-            interval(options.cfg_interval),
-            options.cfg_renorm_type,
-            options.cfg_renorm_min,
-            joint_global=self.reference_compat,
-        )
-        times = flow_schedule(options.num_timesteps, options.timestep_shift)
+        """Outputs of every sample, in order.
+
+        edit_image: see `EditImage`. on_part: called with every part when it is made.
+        """
         if not options.understanding_output:
             self._vae()
-        samples = self._begin(inputs, options, generators)
-        active = samples
-        drawings = 0 if options.understanding_output else options.max_rounds
-        for round_ in range(drawings + 1):
-            last = round_ == drawings
-            if last and drawings and self.reference_compat:
+        conversations = self._read(inputs, options, generators)
+        for conversation in conversations:
+            conversation.on_part = on_part
+        active = conversations
+        for drawing in range(options.drawings):
+            turns = self.take_turns(active, options)
+            drawn = [
+                (c, turn.picture)
+                for c, turn in zip(active, turns, strict=True)
+                if turn.picture is not None
+            ]
+            active = [c for c, _ in drawn]
+            if not active:
                 break
-            replies = self.write(
-                [sample.full for sample in active],
-                [sample.generator for sample in active],
-                options.max_think_token_n,
-                options.do_sample,
-                options.text_temperature,
-                skips if last else 0,
-            )
-            for sample, (text, _) in zip(active, replies, strict=True):
-                sample.parts.append(text)
-            pairs = list(zip(active, replies, strict=True))
-            going_on = [(s, segment) for s, (text, segment) in pairs if IMAGE_MARKER in text]
-            if last or not going_on:
-                break
-            active = [sample for sample, _ in going_on]
-            self._extend(active, [[segment] for _, segment in going_on], options)
-            pictures = self.draw(
-                [
-                    [sample.full for sample in active],
-                    [sample.text_dropped for sample in active],
-                    [sample.image_dropped for sample in active],
-                ],
-                [sample.size for sample in active],
-                [sample.generator for sample in active],
-                guidance,
-                times,
-            )
-            for sample, picture in zip(active, pictures, strict=True):
-                sample.parts.append(picture)
-            self._look(active, round_, pictures, options, edit_image)
-        return [sample.parts for sample in samples]
+            shown = [
+                picture if edit_image is None else edit_image(c.index, drawing, picture)
+                for c, picture in drawn
+            ]
+            self.look(active, shown, options)
+        if active and not (self.reference_compat and options.drawings):
+            skips = options.image_skips
+            if skips is None:
+                skips = 0 if self.reference_compat else 1
+            self.write(active, options, skips)
+        return [c.parts for c in conversations]
 
-    def _begin(
+    def _read(
         self,
         inputs: Sequence[Sequence[Part]],
         options: InterleaveOptions,
         generators: Sequence[torch.Generator | None],
     ) -> list[Conversation]:
-        """Contexts after the inputs.
-
-        Text enters the full and the image-dropped context, an image the full one only. The
-        text-dropped context is the full one without a text that was the last input.
-        """
-        system = (self.builder.text(self.system_prompt),) if options.think else ()
-        full: list[list[Segment]] = [list(system) for _ in inputs]
-        dropped: list[list[Segment]] = [list(system) for _ in inputs]
-        cuts = [len(system)] * len(inputs)
+        """Conversations that have read their inputs."""
+        empty = CachedContext.empty(self.model)
         height, width = options.image_shapes
-        sizes = [(height, width)] * len(inputs)
+        conversations = [
+            Conversation(empty, generator, size=(height, width), index=index)
+            for index, generator in enumerate(generators)
+        ]
+        system = [self.builder.text(self.system_prompt)] if options.think else []
+        contexts: list[list[Segment]] = [[*system] for _ in inputs]
         # Input by input over all samples: the order in which a batch of the release encodes.
-        for step in range(max(map(len, inputs), default=0)):
-            images: dict[int, Image.Image] = {}
-            for i, parts in enumerate(inputs):
-                if step < len(parts):
-                    part = parts[step]
-                    if isinstance(part, str):
-                        cuts[i] = len(full[i])
-                        text = self.builder.text(part)
-                        full[i].append(text)
-                        dropped[i].append(text)
-                    else:
-                        images[i] = self.resized(part)
-            latents: list[LatentSegment] = []
-            if images and not options.understanding_output:
-                own = [generators[i] for i in images]
-                latents = self.encode(list(images.values()), own)
-            for place, (i, image) in enumerate(images.items()):
-                sizes[i] = (image.height, image.width)
-                full[i] += [*latents[place : place + 1], self.builder.image(image)]
-                cuts[i] = len(full[i])
-        empty = [CachedContext.empty(self.model) for _ in range(2 * len(inputs))]
-        none: list[list[Segment]] = [[] for _ in inputs]
-        grown = self.grow(empty, [*full, *(dropped if options.image_guidance else none)])
-        cut = [grown[i].prefix_of(empty[i], full[i][: cuts[i]]) for i in range(len(inputs))]
-        return [
-            Conversation(i, grown[i], cut[i], grown[len(inputs) + i], sizes[i], generator)
-            for i, generator in enumerate(generators)
-        ]
-
-    def _look(
-        self,
-        samples: Sequence[Conversation],
-        round_: int,
-        pictures: Sequence[Image.Image],
-        options: InterleaveOptions,
-        edit_image: EditImage | None,
-    ) -> None:
-        """Put what was drawn into the contexts, resized like an input."""
-        shown = {}
-        for sample, picture in zip(samples, pictures, strict=True):
-            image = picture if edit_image is None else edit_image(sample.index, round_, picture)
-            if image is not None:
-                shown[sample.index] = self.resized(image)
-        seeing = [sample for sample in samples if sample.index in shown]
-        if not seeing:
-            return
-        images = list(shown.values())
-        latents = self.encode(images, [sample.generator for sample in seeing])
-        new: list[list[Segment]] = [
-            [latent, self.builder.image(image)]
-            for latent, image in zip(latents, images, strict=True)
-        ]
-        self._extend(seeing, new, options)
-
-    def _extend(
-        self,
-        samples: Sequence[Conversation],
-        new: Sequence[Sequence[Segment]],
-        options: InterleaveOptions,
-    ) -> None:
-        """Append what was written or drawn."""
-        grown = self.grow([sample.full for sample in samples], new)
-        if options.update_cfg_contexts:  # the rule of `_begin`
-            texts = [[s for s in segments if isinstance(s, TextSegment)] for segments in new]
-            if options.image_guidance:
-                dropped = self.grow([sample.image_dropped for sample in samples], texts)
-                for sample, context in zip(samples, dropped, strict=True):
-                    sample.image_dropped = context
-            for sample, after, text in zip(samples, grown, texts, strict=True):
-                sample.text_dropped = sample.full if text else after
-        for sample, context in zip(samples, grown, strict=True):
-            sample.full = context
-
-
-# -- what users pass --------------------------------------------------------------------------
+        for parts in zip_longest(*inputs):
+            images = {}
+            for i, part in enumerate(parts):
+                if isinstance(part, str):
+                    contexts[i].append(self.builder.text(part))
+                elif part is not None:
+                    images[i] = self.resized(part)
+            vae = not options.understanding_output
+            own = [generators[i] for i in images]
+            segments = self.image_segments(list(images.values()), own, vae=vae)
+            for (i, image), new in zip(images.items(), segments, strict=True):
+                contexts[i] += new
+                conversations[i].size = (image.height, image.width)
+        self.begin(conversations, contexts, options)
+        return conversations
 
 
 def _special_tokens(ids: SpecialTokens | Mapping[str, int]) -> SpecialTokens:
@@ -479,16 +546,5 @@ def _special_tokens(ids: SpecialTokens | Mapping[str, int]) -> SpecialTokens:
     return SpecialTokens(*(ids[name] for name in names))
 
 
-def interval(bounds: Sequence[float]) -> tuple[float, float]:
-    if len(bounds) != 2:
-        raise ValueError(f"cfg_interval must be (low, high), got {bounds!r}")
-    return float(bounds[0]), float(bounds[1])
-
-
-def check_taylorseer(enabled: bool) -> None:
-    if enabled:
-        warnings.warn(
-            "enable_taylorseer has no effect here: every step is computed in full, which is "
-            "exact but slower; take a smaller num_timesteps to save time",
-            stacklevel=4,
-        )
+def _texts(segments: Sequence[Segment]) -> list[Segment]:
+    return [segment for segment in segments if isinstance(segment, TextSegment)]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from examples.demo_settings import INTERLEAVE_DEFAULTS, parse
 from examples.interleave_page import InterleavePage
 from scripts.visual_opsd.cli import flat
 from tests.conftest import TINY_BAGEL, assert_golden, load_golden
@@ -129,7 +130,7 @@ def test_flags_reach_the_inferencer(
 ) -> None:
     asked: list[tuple[Any, Any]] = []
     monkeypatch.setattr(
-        demo.TellingInferencer,
+        demo.InterleaveInferencer,
         "__call__",
         lambda self, image, text, **options: asked.append((self, {"text": text, **options})),
     )
@@ -140,6 +141,7 @@ def test_flags_reach_the_inferencer(
     )  # fmt: skip
     assert demo.main([*inputs, "--out", str(tmp_path), *flags, "--prompts", "none"]) == 0
     inferencer, options = asked[0]
+    assert callable(options.pop("on_part"))
     assert options == {
         "text": "<img><|image_1|></img> " + QUESTION, "think": True, "max_think_token_n": 64,
         "do_sample": True, "text_temperature": 0.7, "num_timesteps": 4, "cfg_text_scale": 3.0,
@@ -171,13 +173,13 @@ def test_a_run_without_an_answer(
 
 
 def test_defaults_are_the_wrappers_and_flags_go_before_them() -> None:
-    plain, drawing = flat(demo.parse([])), flat(demo.parse(["--interleave"]))
+    plain, drawing = (flat(parse(flags, "")) for flags in ([], ["--interleave"]))
     changed = {name: drawing[name] for name in plain if drawing[name] != plain[name]}
-    assert changed == {"interleave": True, **demo.INTERLEAVE_DEFAULTS}
+    assert changed == {"interleave": True, **INTERLEAVE_DEFAULTS}
     assert drawing["out"] == "results/interleave" and drawing["num_timesteps"] == 50
     documented = [line for line in demo.__doc__.splitlines() if "--interleave --image" in line]
-    assert demo.parse(documented[0].split()[2:]).drawing.interleave
-    own = demo.parse(["--interleave", "--prompt_style", "packer", "--vit_min_size", "378"])
+    assert parse(documented[0].split()[2:], "").drawing.interleave
+    own = parse(["--interleave", "--prompt_style", "packer", "--vit_min_size", "378"], "")
     assert (own.prompt.prompt_style, own.prompt.vit_min_size) == ("packer", 378)
 
 
@@ -260,8 +262,8 @@ def test_not_enough_memory(
     """The advice is for drawing."""
     given = [*inputs, "--out", str(tmp_path)]
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "free_memory", lambda: {"cpu": 10**8})
-        with pytest.raises(ValueError, match=r"takes about .* GB free\. .*--image_size"):
+        patch.setattr(demo, "free_memory", lambda: {"cpu": 10**6})
+        with pytest.raises(ValueError, match=r"the weights take .* GB free\. .*--image_size"):
             demo.main(given)
 
     def load(*_: Any, **__: Any) -> None:

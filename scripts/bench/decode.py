@@ -26,7 +26,7 @@ from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
 from modeling.bagel.generate import Generation, generate
 from modeling.bagel.kv_cache import KVCache
-from modeling.bagel.streamed_decode import StreamedDecoder, streams
+from modeling.bagel.streamed_decode import StreamedDecoder, can_stream
 from scripts.bench.common import (
     SPECIAL,
     Report,
@@ -117,7 +117,7 @@ def forced_logits(
     with eagerly():
         model.fill_cache(packed, caches[1])
     step: Callable[[Tensor, Tensor, Tensor], Tensor] = partial(model.decode_step, cache=caches[0])
-    if streams(model, batch):
+    if can_stream(model, batch):
         step = StreamedDecoder(model, caches[0], room)
     fed = torch.full((batch,), SPECIAL.bos, device=forced.device)
     for index in range(forced.shape[1]):

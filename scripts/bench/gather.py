@@ -28,7 +28,7 @@ import torch
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.graphs import RepeatedStep
 from modeling.bagel.kv_cache import KVCache
-from modeling.bagel.streamed_decode import StreamedDecoder, streams
+from modeling.bagel.streamed_decode import StreamedDecoder, can_stream
 from scripts.bench.common import (
     TRUE_SIZE,
     Machine,
@@ -69,7 +69,7 @@ def measured(
 
 def record_seconds(plain: Bagel, machine: Machine) -> float | None:
     """Seconds to record a decoding step of two rows, if this device records any."""
-    if not streams(plain, 2):
+    if not can_stream(plain, 2):
         return None
     cache = KVCache(plain.config.llm, 2, 2048, machine.device, plain.dtype)
     step = StreamedDecoder(plain, cache, 2048)

@@ -61,7 +61,7 @@ class Problem:
     def step(self, config: LossConfig) -> None:
         self.drop_gradients()
         loss, _ = chunked_opsd_loss(
-            self.hidden, self.head, self.teacher_hidden, self.teacher_head, self.labels, None,
+            self.hidden, self.head, self.teacher_hidden, self.teacher_head, self.labels,
             config, chunk_size=self.chunk,
         )  # fmt: skip
         loss.backward()

@@ -35,7 +35,7 @@ from scripts.bench.common import (
 from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.opsd_loss import LossConfig
 from scripts.visual_opsd.scored_rows import ScoredRow
-from scripts.visual_opsd.training.step import PackResult, run_pack
+from scripts.visual_opsd.training.step import PackResult, StepContext, run_pack
 from scripts.visual_opsd.training.teacher import Teacher
 
 PACKED = {True: 4, False: 2}  # samples of a pack, with and without checkpointing
@@ -73,12 +73,13 @@ def one_pack(
     rows = [sample(machine, f"row {i}") for i in range(PACKED[checkpointing])]
     teacher = Teacher("self", None, model, 0.0)
 
+    step = StepContext(
+        model, teacher, None, special=SPECIAL, loss=LossConfig(), chunk_size=512,
+        device=machine.device, decode=str, scale=1.0 / sum(row.scored for row in rows),
+    )  # fmt: skip
+
     def pack_once() -> PackResult:
-        return run_pack(
-            model, teacher, None, rows,
-            special=SPECIAL, loss=LossConfig(), chunk_size=512,
-            scale=1.0 / sum(row.scored for row in rows), device=machine.device, decode=str,
-        )  # fmt: skip
+        return run_pack(rows, step)
 
     def one_step() -> None:
         model.zero_grad(set_to_none=True)

@@ -1,7 +1,7 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
 """Completions from the student's current weights (in the paper's Algorithm 1, the rollout).
 
-The sampler is handed a plain module (see `distributed.summon_full_params`) and knows nothing of
+The sampler is handed a plain module (`training.sharding.summon_full_params`) and knows nothing of
 sharding. A row's random numbers are a pure function of (seed, step, row id), one a position, so
 the same row gives the same completion at any batch size and on any rank.
 """
@@ -10,19 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from data.packing import context_length, group_by_tokens, pack
+from data.randomness import position_uniforms
 from data.sequence import Completion, Context
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import SpecialTokens
 from modeling.bagel.generate import Generation, generate, marker_check
-
-IMAGE_MARKER = "<image_start>"
 
 
 @dataclass(frozen=True)
@@ -41,12 +39,6 @@ class SamplerSettings:
 
 class Interrupted(Exception):
     """The rollout was asked to stop (SIGTERM); nothing of it is used."""
-
-
-def position_uniforms(seed: int, step: int, row_id: int, count: int) -> Tensor:
-    """`count` numbers in [0, 1), float64, of one row of one step."""
-    key = np.random.SeedSequence((seed, step, row_id))
-    return torch.from_numpy(np.random.Generator(np.random.Philox(key)).random(count))
 
 
 def to_completion(generation: Generation) -> Completion:
@@ -70,6 +62,7 @@ def sample_completions(
     step: int,
     device: torch.device | str = "cpu",
     should_stop: Callable[[], bool] = lambda: False,
+    on_ids: Callable[[int, list[int]], None] | None = None,
 ) -> list[Completion]:
     """One completion for every context, in order.
 
@@ -77,15 +70,22 @@ def sample_completions(
         model: a plain (unsharded) module on `device`.
         contexts: student contexts; row_ids: a number that names each row within the step.
         should_stop: polled while decoding.
+        on_ids: called at each check with a context's number and the ids decoded for it so far,
+            an `<|im_end|>` that ended a round included.
 
     Raises:
         Interrupted: `should_stop` returned True.
     """
-    continues = marker_check(tokenizer.decode, IMAGE_MARKER)
-
-    def poll(_: object = None) -> None:
+    def stop_if_asked() -> None:
         if should_stop():
             raise Interrupted
+
+    def check(group: Sequence[int], read_ids: Callable[[], list[list[int]]]) -> None:
+        stop_if_asked()
+        if on_ids is not None:
+            for i, ids in zip(group, read_ids(), strict=True):
+                # One token more than the budget has been drawn; no completion holds it.
+                on_ids(i, ids[: settings.max_new_tokens - 1])
 
     completions: list[Completion] = []
     for group in decoding_groups(contexts, settings):
@@ -96,7 +96,7 @@ def sample_completions(
                 for i in group
             ]
             uniforms = torch.stack(numbers).to(device)
-        poll()
+        stop_if_asked()
         generations = generate(
             model,
             pack([contexts[i] for i in group], special).to(device),
@@ -104,10 +104,10 @@ def sample_completions(
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             uniforms=uniforms,
-            continues=continues,
+            continues=marker_check(tokenizer.decode),
             max_image_skips=settings.max_image_skips,
             check_every=settings.check_every,
-            on_check=poll,
+            on_check=partial(check, group),
         )
         completions.extend(to_completion(generation) for generation in generations)
     return completions

@@ -1,21 +1,20 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""From a parquet row to the contexts that are forwarded; run in the loader's workers."""
+"""What a step's rows are made with: contexts, their limits, the latents of their pictures."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.limits import NO_LIMITS, ContextLimits
+from data.limits import ContextLimits
 from data.packing import context_length
 from data.sequence import Context, ContextBuilder, LatentSegment, PixelSegment, Segment, TextSegment
-from data.thinkmorph import OPSD_ROWS, SFT_ROWS, Row, Sample, parse_row
+from data.thinkmorph import Row, Sample
 from data.transforms import ImageTransform, image_path
 from modeling.autoencoder import AE_FILE, AutoEncoder, latent_tokens
 from modeling.bagel.config import BagelConfig
@@ -36,6 +35,20 @@ class TrainRow:
     student: Context
     teacher: Context | None = None
     targets: tuple[TextSegment, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        row: Row,
+        sample: Sample,
+        student: Context,
+        *,
+        teacher: Context | None = None,
+        targets: tuple[TextSegment, ...] = (),
+    ) -> TrainRow:
+        """The row's sample with its contexts."""
+        name = f"{sample.dataset}/{sample.pid}"
+        return cls(name, row.position, sample.question, sample.answer, student, teacher, targets)
 
 
 def make_builder(tokenizer: Any, model: BagelConfig, settings: PromptSettings) -> ContextBuilder:
@@ -77,13 +90,6 @@ def open_builder(
     return make_builder(tokenizer, model, settings), model
 
 
-def noise_generator(seed: int, position: int) -> torch.Generator:
-    """Random numbers of the noise control: those of one row of one step."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + position) % 2**63)
-
-
-def _name(sample: Sample) -> str:
-    return f"{sample.dataset}/{sample.pid}"
 
 
 def scoring_limits(model: BagelConfig, sample: SampleSettings) -> ContextLimits:
@@ -103,56 +109,6 @@ def given_positions(ids: Sequence[int], context: Context, limits: ContextLimits)
     return whole if limits.tokens is None else min(whole, limits.tokens - context_length(context))
 
 
-@dataclass(frozen=True)
-class PrepareOPSD:
-    """Row -> student and teacher context; with `noise_seed` the VTs become Gaussian noise.
-
-    A row whose contexts do not fit the limits is rejected as "too_long".
-    with_latents: the teacher also reads the VTs' latents (still pixels here).
-    """
-
-    builder: ContextBuilder
-    noise_seed: int | None = None
-    limits: ContextLimits = NO_LIMITS
-    with_latents: bool = False
-
-    def __call__(self, row: Row) -> TrainRow:
-        sample = parse_row(row, OPSD_ROWS)
-        student = self.builder.student(sample)
-        noise = None
-        if self.noise_seed is not None:
-            noise = noise_generator(self.noise_seed, row.position)
-        teacher = self.builder.teacher(sample, student, noise, with_latents=self.with_latents)
-        self.limits.check(row, teacher)
-        return TrainRow(
-            _name(sample), row.position, sample.question, sample.answer, student, teacher
-        )
-
-
-@dataclass(frozen=True)
-class PrepareSFT:
-    """Row -> student context and the scored target text; "too_long" as for `PrepareOPSD`."""
-
-    builder: ContextBuilder
-    form: str = "single"
-    limits: ContextLimits = NO_LIMITS
-
-    def __call__(self, row: Row) -> TrainRow:
-        sample = parse_row(row, SFT_ROWS)
-        student = self.builder.student(sample)
-        targets = self.builder.sft_targets(sample, self.form)
-        head = (*student, *targets[:-1])
-        new = given_positions(targets[-1].ids, head, self.limits)
-        self.limits.check(row, head, new_positions=new)
-        return TrainRow(
-            _name(sample), row.position, sample.question, sample.answer, student, targets=targets
-        )
-
-
-def row_generator(purpose: str, seed: int, position: int) -> torch.Generator:
-    """CPU random numbers of one row of one step, another stream for each purpose."""
-    digest = hashlib.blake2b(f"{purpose}\x1f{seed}\x1f{position}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 @torch.no_grad()
@@ -186,13 +142,3 @@ def encode_pictures(
             flow_noise = torch.randn(tokens.shape, generator=generator)
         encoded.append(LatentSegment(tokens, segment.position_ids, time, flow_noise))
     return tuple(encoded)
-
-
-def encode_teachers(rows: Sequence[TrainRow], vae: AutoEncoder, seed: int) -> list[TrainRow]:
-    """The rows, the pictures of their teachers' contexts encoded."""
-    encoded = []
-    for row in rows:
-        assert row.teacher is not None
-        generator = row_generator("teacher", seed, row.position)
-        encoded.append(replace(row, teacher=encode_pictures(row.teacher, vae, generator)))
-    return encoded

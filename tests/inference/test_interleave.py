@@ -13,6 +13,7 @@ from torch import Tensor
 
 import inference.contexts
 from data.sequence import INFERENCER_SYSTEM_PROMPT
+from inference.interleave import Turn
 from inferencer import BatchInterleaveInferencer, InterleaveInferencer
 from modeling import load_bagel
 from tests.test_inferencer import (
@@ -76,25 +77,12 @@ def test_sampled_batch_equals_one_by_one(bundle: Any) -> None:
 
 
 @pytest.mark.parametrize("renorm", ["text_channel", "global", "channel"])
-def test_guidance_in_one_forward_equals_in_turn(bundle: Any, renorm: str) -> None:
-    latents: dict[bool, list[Tensor]] = {}
-
-    class Keeping(BatchInterleaveInferencer):
-        def decode_image(self, latent: Tensor, image_shape: tuple[int, int]) -> Image.Image:
-            latents.setdefault(self.guidance_together, []).append(latent)
-            return super().decode_image(latent, image_shape)
-
-    for together in (True, False):
-        inferencer = make(bundle, Keeping, guidance_together=together)
-        options = {**QUICK, "cfg_renorm_type": renorm, "image_shapes": (64, 80), "max_rounds": 1}
-        inferencer.interleave_inference(SIX, seed=0, **options)
-    assert len(latents[True]) >= 3
-    for one, other in zip(latents[True], latents[False], strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
-
-
-def test_too_little_memory_for_one_forward(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = make(bundle).interleave_inference(SIX[0], seed=0, **QUICK)
+def test_guidance_in_turn_when_memory_ends(
+    bundle: Any, monkeypatch: pytest.MonkeyPatch, renorm: str
+) -> None:
+    """Branches that do not fit in one forward give the same latents one after the other."""
+    latents: dict[str, list[Tensor]] = {"one": [], "turn": []}
+    how = "one"
     original = inference.contexts.denoise
     tried = []
 
@@ -104,11 +92,22 @@ def test_too_little_memory_for_one_forward(bundle: Any, monkeypatch: pytest.Monk
             raise torch.OutOfMemoryError("pretended")
         return original(model, noise, branches, *rest)
 
+    class Keeping(BatchInterleaveInferencer):
+        def decode_image(self, latent: Tensor, image_shape: tuple[int, int]) -> Image.Image:
+            latents[how].append(latent)
+            return super().decode_image(latent, image_shape)
+
+    options = {**QUICK, "cfg_renorm_type": renorm, "image_shapes": (64, 80), "max_rounds": 1}
+    inferencer = make(bundle, Keeping)
+    inferencer.interleave_inference(SIX, seed=0, **options)
     monkeypatch.setattr(inference.contexts, "denoise", small)
+    how = "turn"
     with pytest.warns(UserWarning, match="3 guidance branches do not fit"):
-        outputs = make(bundle).interleave_inference(SIX[0], seed=0, **QUICK)
+        inferencer.interleave_inference(SIX, seed=0, **options)
     assert tried == [True, False]
-    assert_same_parts(outputs, expected)
+    assert len(latents["one"]) >= 3
+    for one, other in zip(latents["one"], latents["turn"], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 # -- rounds -----------------------------------------------------------------------------------
@@ -119,10 +118,12 @@ class Scripted(InterleaveInferencer):
 
     script: tuple[str, ...] = ()
 
-    def write(self, contexts: Any, generators: Any, length: int, *rest: Any) -> Any:
-        self.asked = [*getattr(self, "asked", []), (contexts[0].past, rest[-1])]
+    def write(self, conversations: Any, options: Any, skips: int = 0) -> Any:
+        (conversation,) = conversations
+        self.asked = [*getattr(self, "asked", []), (conversation.full.past, skips)]
         text = self.script[len(self.asked) - 1]
-        return [(text, self.builder.text(text))]
+        conversation.add(text)
+        return [Turn(text, self.builder.text(text))]
 
 
 @pytest.mark.parametrize("compat", [True, False])

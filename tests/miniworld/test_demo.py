@@ -23,7 +23,7 @@ from scripts.miniworld import demo
 from scripts.visual_opsd.analysis.kl_measurement import DiagnosticConfig
 from scripts.visual_opsd.cli import flat, parse_config
 from scripts.visual_opsd.config import TrainConfig
-from scripts.visual_opsd.evaluate import EvaluateConfig
+from scripts.visual_opsd.evaluation.questions import EvaluateConfig
 from scripts.visual_opsd.evaluation.scoring import PairedComparison, compare_paired
 from tests.visual_opsd.training_runs import ROOT
 

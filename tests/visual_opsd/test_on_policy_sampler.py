@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,7 +20,6 @@ from modeling.bagel.generate import choose, generate, marker_check
 from scripts.visual_opsd.on_policy_sampler import (
     Interrupted,
     SamplerSettings,
-    position_uniforms,
     sample_completions,
     to_completion,
 )
@@ -58,17 +58,17 @@ def run_script(bundle: Any, case: dict[str, Any], check_every: int) -> tuple[Any
         assert numbers is not None
         return table[numbers.long()], torch.zeros(len(numbers))
 
-    generation = generate(
-        bundle.model,
-        pack([context], bundle.special_tokens),
-        bundle.special_tokens,
-        max_new_tokens=budget,
-        uniforms=torch.arange(budget + 1)[None].double(),
-        continues=marker_check(bundle.tokenizer.decode, "<image_start>"),
-        max_image_skips=case["max_image_skips"],
-        check_every=check_every,
-        choose_token=scripted,
-    )[0]
+    with patch("modeling.bagel.generate.choose", scripted):
+        generation = generate(
+            bundle.model,
+            pack([context], bundle.special_tokens),
+            bundle.special_tokens,
+            max_new_tokens=budget,
+            uniforms=torch.arange(budget + 1)[None].double(),
+            continues=marker_check(bundle.tokenizer.decode),
+            max_image_skips=case["max_image_skips"],
+            check_every=check_every,
+        )[0]
     return generation, to_completion(generation)
 
 
@@ -162,13 +162,6 @@ def test_greedy_takes_the_most_probable_whatever_the_temperature(bundle: Any) ->
     drawn = [c.ids for c in sample(bundle, contexts, list(range(4)), temperature=3.0)]
     hot = sample(bundle, contexts, list(range(4)), temperature=3.0, do_sample=False)
     assert [c.ids for c in hot] == greedy != drawn
-
-
-def test_random_numbers_belong_to_seed_step_and_row() -> None:
-    base = position_uniforms(1, 2, 3, 5)
-    assert torch.equal(base, position_uniforms(1, 2, 3, 9)[:5])
-    for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4)):
-        assert not torch.equal(base, position_uniforms(*other, 5))
 
 
 def test_inverse_cdf_samples_the_distribution() -> None:

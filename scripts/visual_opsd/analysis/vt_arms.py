@@ -8,19 +8,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
 
 from data.limits import NO_LIMITS, ContextLimits
 from data.packing import context_length
+from data.randomness import row_generator
 from data.sequence import ContextBuilder, ImageSegment, Segment, TextSegment
 from data.thinkmorph import EVALUATION_ROWS, Row, RowNeeds, parse_row
 from data.transforms import ImageTransform
 from data.worlds import get_scorer
 from inference.contexts import CachedContext
-from inference.interleave import IMAGE_MARKER, InterleaveEngine, InterleaveOptions
-from modeling.bagel.flow import Guidance, flow_schedule, initial_noise
+from inference.interleave import Conversation, InterleaveEngine, InterleaveOptions, Turn
 from scripts.visual_opsd.cli import (
     ROUNDS,
     ROWS,
@@ -43,7 +41,7 @@ from scripts.visual_opsd.evaluation.rows import (
     RowName,
     row_name,
 )
-from scripts.visual_opsd.rows import open_builder, row_generator
+from scripts.visual_opsd.rows import open_builder
 
 ARMS = ("kept", "removed", "noise", "other", "truth")
 # The contexts of interleaved inference, not those of training.
@@ -103,7 +101,7 @@ class InterventionSettings(Settings):
     def needs(self) -> RowNeeds:
         """Only `truth` needs the visual thoughts of the data."""
         if "truth" in self.chosen:
-            return RowNeeds("required", "unused", "unused")
+            return RowNeeds(visual_thoughts="required")
         return EVALUATION_ROWS
 
 
@@ -147,13 +145,17 @@ class DrawingSettings(Settings):
             raise ValueError(f"--cfg_from must be at most --cfg_to ({self.cfg_to}), got "
                              f"{self.cfg_from}")  # fmt: skip
 
-    def guidance(self) -> Guidance:
-        return Guidance(
-            self.cfg_text_scale,
-            self.cfg_img_scale,
-            (self.cfg_from, self.cfg_to),
-            self.cfg_renorm_type,
-            self.cfg_renorm_min,
+    def options(self, settings: InterventionSettings) -> InterleaveOptions:
+        return InterleaveOptions(
+            max_think_token_n=settings.max_new_tokens,
+            max_rounds=1,
+            num_timesteps=self.num_timesteps,
+            timestep_shift=self.timestep_shift,
+            cfg_text_scale=self.cfg_text_scale,
+            cfg_img_scale=self.cfg_img_scale,
+            cfg_interval=(self.cfg_from, self.cfg_to),
+            cfg_renorm_type=self.cfg_renorm_type,
+            cfg_renorm_min=self.cfg_renorm_min,
         )
 
 
@@ -228,129 +230,68 @@ class PrepareProblem:
 # ---------------------------------------------------------------------------------- the model
 
 
-@dataclass(frozen=True)
-class Start:
-    """A conversation before the first word: contexts of the guidance branches, size, numbers."""
-
-    full: CachedContext
-    text_dropped: CachedContext
-    image_dropped: CachedContext
-    size: tuple[int, int]  # (H, W) of the drawing
-    generator: torch.Generator
-
-
 class Interventions:
     """Draws for rows, and answers after one picture or another.
 
+    A row's random numbers are of its index: one stream draws, another encodes what an arm shows,
+    so that all arms share its numbers.
+
     Args:
-        engine: over a model with its drawing branch. builder: for texts and ViT images.
+        engine: over a model with its drawing branch.
     """
 
     def __init__(
-        self,
-        engine: InterleaveEngine,
-        builder: ContextBuilder,
-        settings: InterventionSettings,
-        drawing: DrawingSettings,
+        self, engine: InterleaveEngine, settings: InterventionSettings, drawing: DrawingSettings
     ) -> None:
-        self.engine, self.builder = engine, builder
-        self.settings, self.drawing = settings, drawing
-        self.guidance = drawing.guidance()
-        self.times = flow_schedule(drawing.num_timesteps, drawing.timestep_shift)
+        self.engine, self.settings = engine, settings
+        self.options = drawing.options(settings)
+        self.side = drawing.image_size
 
-    def begin(self, rows: Sequence[tuple[int, Problem]]) -> list[Start]:
-        """Contexts after [system, problem, question], and each row's random numbers."""
+    def begin(self, rows: Sequence[tuple[int, Problem]]) -> list[Conversation]:
+        """Conversations after [system, problem, question]."""
+        empty = CachedContext.empty(self.engine.model)
         seed = self.settings.seed
-        generators = [row_generator("drawing", seed, index) for index, _ in rows]
-        latents = self.engine.encode([problem.picture for _, problem in rows], generators)
-        full: list[list[Segment]] = [
+        conversations = [
+            Conversation(
+                empty,
+                row_generator("drawing", seed, index),
+                size=(self.side or p.picture.height, self.side or p.picture.width),
+                index=index,
+            )
+            for index, p in rows
+        ]
+        pictures = [problem.picture for _, problem in rows]
+        latents = self.engine.encode(pictures, [c.generator for c in conversations])
+        inputs: list[list[Segment]] = [
             [*p.system, latent, p.seen, p.asked]
             for (_, p), latent in zip(rows, latents, strict=True)
         ]
-        dropped: list[list[Segment]] = [[] for _ in rows]
-        if self.guidance.branches == 3:
-            dropped = [[*p.system, p.asked] for _, p in rows]
-        empty = [CachedContext.empty(self.engine.model) for _ in range(2 * len(rows))]
-        grown = self.engine.grow(empty, [*full, *dropped])
-        side = self.drawing.image_size
-        return [
-            Start(
-                grown[i],
-                grown[i].prefix_of(empty[i], full[i][:-1]),
-                grown[len(rows) + i],
-                (side, side) if side else (problem.picture.height, problem.picture.width),
-                generators[i],
-            )
-            for i, (_, problem) in enumerate(rows)
-        ]
+        self.engine.begin(conversations, inputs, self.options)
+        return conversations
 
-    def draw(
-        self, rows: Sequence[tuple[int, Problem]]
-    ) -> list[tuple[str, TextSegment, Image.Image | None]]:
+    def draw(self, rows: Sequence[tuple[int, Problem]]) -> list[Turn]:
         """The first text of each row and the picture it asked for (None: it did not ask)."""
-        starts = self.begin(rows)
-        replies = self._write([start.full for start in starts], starts, skips=0)
-        asking = [i for i, (text, _) in enumerate(replies) if IMAGE_MARKER in text]
-        pictures: dict[int, Image.Image] = {}
-        if asking:
-            chosen = [starts[i] for i in asking]
-            full = self.engine.grow([s.full for s in chosen], [[replies[i][1]] for i in asking])
-            branches = [full, [s.text_dropped for s in chosen], [s.image_dropped for s in chosen]]
-            drawn = self.engine.draw(
-                branches,
-                [s.size for s in chosen],
-                [s.generator for s in chosen],
-                self.guidance,
-                self.times,
-            )
-            pictures = dict(zip(asking, drawn, strict=True))
-        return [(text, segment, pictures.get(i)) for i, (text, segment) in enumerate(replies)]
+        return self.engine.take_turns(self.begin(rows), self.options)
 
     def after_text(
         self, rows: Sequence[tuple[int, Problem]], texts: Sequence[TextSegment]
-    ) -> list[Start]:
+    ) -> list[Conversation]:
         """The conversations at the moment after their drawing, none of them shown it yet."""
-        starts = self.begin(rows)
-        full = self.engine.grow([start.full for start in starts], [[text] for text in texts])
-        config = self.engine.model.config
-        dim = config.latent_patch_size**2 * config.latent_channels
-        for start in starts:  # the numbers that the drawing used up
-            height, width = (side // self.engine.pixels for side in start.size)
-            initial_noise([height * width], dim, start.generator)
-        return [replace(start, full=context) for start, context in zip(starts, full, strict=True)]
+        conversations = self.begin(rows)
+        self.engine.extend(conversations, [[text] for text in texts], self.options)
+        return conversations
 
-    def answer(self, starts: Sequence[Start], pictures: Sequence[Image.Image | None]) -> list[str]:
+    def answer(
+        self, starts: Sequence[Conversation], pictures: Sequence[Image.Image | None]
+    ) -> list[str]:
         """The rest of each output when it is shown this picture; `starts` stay as they are."""
-        contexts = [start.full for start in starts]
-        shown = [i for i, picture in enumerate(pictures) if picture is not None]
-        if shown:
-            resized = [self.engine.resized(p) for p in pictures if p is not None]
-            latents = self.engine.encode(resized, [_copy(starts[i].generator) for i in shown])
-            new: list[list[Segment]] = [[] for _ in starts]
-            for i, latent, picture in zip(shown, latents, resized, strict=True):
-                new[i] = [latent, self.builder.image(picture)]
-            contexts = self.engine.grow(contexts, new)
-        return [text for text, _ in self._write(contexts, starts, self.settings.image_skips)]
-
-    def _write(
-        self, contexts: Sequence[CachedContext], starts: Sequence[Start], skips: int
-    ) -> list[tuple[str, TextSegment]]:
-        generators = [start.generator for start in starts]
-        return self.engine.write(
-            contexts, generators, self.settings.max_new_tokens, False, 1.0, skips
-        )
-
-
-def _copy(generator: torch.Generator) -> torch.Generator:
-    copy = torch.Generator()
-    copy.set_state(generator.get_state())
-    return copy
-
-
-def noise_picture(size: tuple[int, int], seed: int, index: int) -> Image.Image:
-    """Uniform random pixels, size (width, height); the same for a row and seed."""
-    numbers = np.random.default_rng([seed, index])
-    return Image.fromarray(numbers.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+        seed, skips = self.settings.seed, self.settings.image_skips
+        shown = [
+            replace(start, generator=row_generator("shown", seed, start.index), parts=[])
+            for start in starts
+        ]
+        self.engine.look(shown, pictures, self.options)
+        return [turn.text for turn in self.engine.write(shown, self.options, skips)]
 
 
 def donors(drawn: Mapping[int, str]) -> dict[int, int]:

@@ -225,30 +225,29 @@ def _one_line(error: Exception) -> str:
 
 
 class PhaseTimer:
-    """Seconds and tokens by phase: `with timer("sample") as count: count(tokens)`.
+    """Seconds and tokens by phase, of `with timer("train", tokens):`.
 
-    A GPU runs behind the host; with `synchronize=True` the phases' boundaries wait for it, so
-    that seconds belong to the phase that caused them (costs a little overlap). Phases may repeat
-    within a step and accumulate until `reduce` or `pop`.
+    A GPU runs behind the host; the phases' boundaries wait for it, so that seconds belong to the
+    phase that caused them (costs a little overlap). Phases may repeat within a step and
+    accumulate until `reduce`.
     """
 
-    def __init__(self, device: torch.device, *, synchronize: bool = False) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._wait = synchronize and device.type == "cuda"
         self._seconds: dict[str, float] = {}
         self._tokens: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, phase: str, tokens: int = 0) -> Iterator[Any]:
+    def __call__(self, phase: str, tokens: int = 0) -> Iterator[None]:
         self.add_tokens(phase, tokens)
         start = self._now()
         try:
-            yield lambda count: self.add_tokens(phase, count)
+            yield
         finally:
             self._seconds[phase] += self._now() - start
 
     def _now(self) -> float:
-        if self._wait:
+        if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from data.parquet import ParquetDataset
+from data.randomness import noise_picture, row_generator
 from data.sequence import PACKER_SYSTEM_PROMPT
 from data.thinkmorph import parse_row
 from data.transforms import ImageTransform
@@ -20,11 +20,11 @@ from data.worlds import get_scorer
 from inference.interleave import InterleaveEngine, InterleaveOptions
 from inferencer import InterleaveInferencer
 from modeling import load_bagel
-from scripts.visual_opsd.analysis.vt_arms import ARMS, Interventions, donors, noise_picture
+from scripts.visual_opsd.analysis.vt_arms import ARMS, Interventions, donors
 from scripts.visual_opsd.analysis.vt_intervention import main, summarise_arms, table
 from scripts.visual_opsd.evaluation.scoring import compare_paired, wilson_interval
-from scripts.visual_opsd.rows import row_generator
 from tests.conftest import TINY_BAGEL, needs_gpu
+from tests.test_inferencer import next_token_logits
 
 ROWS = 5
 VIT, VAE = ImageTransform(56, 14, 14, 2007040), ImageTransform(64, 32, 16)
@@ -115,11 +115,18 @@ def test_every_arm_is_interleaved_inference_with_another_picture(
         for arm in ARMS:
             generator = row_generator("drawing", 7, index)
             picture = shown(arm, finished, index, sample)
+
+            def show(
+                *_: Any, picture: Any = picture, index: int = index, own: Any = generator
+            ) -> Any:
+                own.set_state(row_generator("shown", 7, index).get_state())
+                return picture
+
             parts = inferencer.run(
                 [[sample.problem_image, sample.question]],
                 InterleaveOptions(**OPTIONS),  # type: ignore[arg-type]
                 [generator],
-                lambda *_, picture=picture: picture,
+                show,
             )[0]
             first, drawn, answer = parts
             assert isinstance(drawn, Image.Image)
@@ -138,7 +145,7 @@ def test_arms_differ_in_the_picture_only(
     write = InterleaveEngine.write
 
     def spied(self: Any, given: Any, *args: Any) -> Any:
-        contexts.append(list(given))
+        contexts.append([conversation.full for conversation in given])
         return write(self, given, *args)
 
     monkeypatch.setattr(InterleaveEngine, "write", spied)
@@ -157,27 +164,20 @@ def test_arms_differ_in_the_picture_only(
     context = inferencer.update_context_text(sample.question, context)
     assert context["kv_lens"] == [start]
     context = inferencer.update_context_text(lines[1]["first_text"], context)
-    own = drawing(finished, 1)
-    torch.randn((own.width // 16) * (own.height // 16), 64, generator=numbers)
-    state = numbers.get_state()
     logits = []
     for arm, found in zip(ARMS, by_arm, strict=True):
         # With two rows the next row of row 1 is row 0.
         picture = drawing(finished, 0) if arm == "other" else shown(arm, finished, 1, sample)
         expected = context
         if picture is not None:
-            numbers.set_state(state)
             resized = inferencer.resized(picture)
-            expected = inferencer.update_context_image(resized, context, generator=numbers)
+            expected = inferencer.update_context_image(
+                resized, context, generator=row_generator("shown", 7, 1)
+            )
         place = [i for i, c in enumerate(found) if [c.length] == expected["kv_lens"]]
         assert place, arm
-        got = [
-            inferencer.next_token_logits(
-                {"kv_lens": [c.length], "ropes": [c.position], "past_key_values": c.store}
-            )
-            for c in (found[i] for i in place)
-        ]
-        wanted = inferencer.next_token_logits(expected)
+        got = [next_token_logits(inferencer, found[i]) for i in place]
+        wanted = next_token_logits(inferencer, expected)
         assert min(float((g - wanted).abs().max()) for g in got) < 2e-4, arm
         logits.append(wanted)
     for i in range(len(ARMS)):
@@ -224,7 +224,7 @@ def test_a_killed_run_goes_on(
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
     monkeypatch.setattr(Interventions, "begin", None)  # nothing is left to compute
     assert study(world, tmp_path)["resumed_rows"] == ROWS
-    with pytest.raises(ValueError, match="seed: 7, now 8"):
+    with pytest.raises(ValueError, match="seed: saved 7, now 8"):
         study(world, tmp_path, "--seed", "8")
 
 

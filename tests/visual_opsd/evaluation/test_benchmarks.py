@@ -527,9 +527,9 @@ def test_mistakes_with_benchmarks(
 _KILLED = """
 import os, signal, sys
 from scripts.visual_opsd import evaluate
-from scripts.visual_opsd.evaluation import store
+from scripts.visual_opsd.evaluation.store import RankedLines
 
-append, calls = store.RankedLines.append, []
+append, calls = RankedLines.append, []
 
 def killed(self, rank, records):
     append(self, rank, records)
@@ -540,7 +540,7 @@ def killed(self, rank, records):
                 stream.write('{"index": 3')
             os.kill(os.getpid(), signal.SIGKILL)
 
-store.RankedLines.append = killed
+RankedLines.append = killed
 evaluate.main(sys.argv[1:])
 """
 

@@ -181,14 +181,15 @@ def test_a_rank_without_memory_ends_all(world: Path, tmp_path: Path) -> None:
     program.write_text(
         """
 import os, torch
-from scripts.visual_opsd import train_visual_opsd, trainer
+from scripts.visual_opsd import train_visual_opsd
 from scripts.visual_opsd.cli import run_main
-plain = trainer.run_pack
+from scripts.visual_opsd.training import objective
+plain = objective.run_pack
 def run_pack(*args, **options):
     if os.environ["RANK"] == "1":
         raise torch.OutOfMemoryError("CUDA out of memory")
     return plain(*args, **options)
-trainer.run_pack = run_pack
+objective.run_pack = run_pack
 run_main(train_visual_opsd.main)
 """
     )

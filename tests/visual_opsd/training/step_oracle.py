@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.packing import pack
+from data.randomness import noise_generator, row_generator
 from data.sequence import Completion, Context, ImageSegment, PixelSegment
 from modeling import load_bagel
 from modeling.autoencoder import AutoEncoder, load_autoencoder
 from modeling.bagel.bagel import Bagel
-from scripts.visual_opsd.rows import TrainRow, encode_pictures, row_generator
+from scripts.visual_opsd.rows import TrainRow, encode_pictures
 from tests.conftest import TINY_BAGEL
 from tests.visual_opsd.training.step_cases import Recipe, Run, other_head
 
@@ -97,8 +98,7 @@ class StepOracle:
         assert row.teacher is not None
         shown: Context = row.teacher[len(row.student) :]
         if self.recipe.noise_vt:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
-            shown = _noise(shown, generator)
+            shown = _noise(shown, noise_generator(seed, position))
         if self.vae is not None:
             shown = encode_pictures(shown, self.vae, row_generator("teacher", seed, position))
         return (*row.student, *shown, completion.segment())

@@ -13,6 +13,7 @@ import torch
 
 from data.packing import pack
 from data.parquet import ParquetDataset
+from data.randomness import row_generator
 from data.sequence import ImageSegment, LatentSegment, PixelSegment, TextSegment
 from data.thinkmorph import parse_row
 from modeling import load_bagel
@@ -20,14 +21,9 @@ from modeling.release.checkpoint import is_generation_key
 from scripts.visual_opsd.analysis.baseline import load_divergences
 from scripts.visual_opsd.config import PromptSettings, TeacherSettings
 from scripts.visual_opsd.kl_diagnostic import main as diagnose
-from scripts.visual_opsd.rows import (
-    PrepareOPSD,
-    encode_pictures,
-    encode_teachers,
-    make_builder,
-    row_generator,
-)
+from scripts.visual_opsd.rows import encode_pictures, make_builder
 from scripts.visual_opsd.train_visual_opsd import main as train
+from scripts.visual_opsd.training.visual_opsd import PrepareOPSD, encode_teachers
 from tests.conftest import TINY_BAGEL
 from tests.visual_opsd.training_runs import figures, full_state, train_arguments
 

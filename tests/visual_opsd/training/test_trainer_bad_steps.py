@@ -19,6 +19,7 @@ from torch import Tensor
 
 from scripts.visual_opsd.training import step as step_module
 from scripts.visual_opsd.training.sharding import full_tensor
+from scripts.visual_opsd.training.text_sft import TextSFT
 from tests.data.synthetic import (
     image_cell,
     truncated_png,
@@ -200,7 +201,7 @@ def test_contexts_without_room_are_bad_rows(tmp_path: Path) -> None:
     assert {(line["row"], line["reason"]) for line in listed} == {(2, "too_long")}
     assert "of max_forward_tokens 160: raise the limit" in listed[0]["detail"]
     with one_process() as env:
-        sft = build(tmp_path, tmp_path / "s", env, sft=True, **settings)
+        sft = build(tmp_path, tmp_path / "s", env, TextSFT, **settings)
         assert sft.train() == 0
     assert json.loads((tmp_path / "s" / "bad_rows.jsonl").read_text().splitlines()[0])["row"] == 2
 
