@@ -26,9 +26,8 @@ import torch
 from data.json_lines import write_lines
 from data.limits import NO_LIMITS, PACKED_TOKENS, ContextLimits
 from data.packing import context_length
-from data.parquet import Reject
 from data.randomness import noise_generator
-from data.rejects import summarise
+from data.rejects import Reject, summarise
 from data.sequence import Completion, Context, ContextBuilder
 from data.thinkmorph import EVALUATION_ROWS, Row, RowNeeds, parse_row
 from data.tsv import TsvDataset
