@@ -137,12 +137,11 @@ def check_resumable(
     files = differences(_flatten(held), now)
     if len(settings) + len(files) > 1:  # a consequence of the others
         files = [text for text in files if not text.startswith(ROW_ORDER)]
-    kinds = {"settings": settings, "contents": files}
-    found = [
-        f"the checkpoint was made with other {kind} ({'; '.join(texts)})"
-        for kind, texts in kinds.items()
-        if texts
-    ]
+    found = []
+    if settings:
+        found.append(f"the checkpoint was made with other settings ({'; '.join(settings)})")
+    if files:
+        found.append(f"the checkpoint was made with other contents ({'; '.join(files)})")
     if found:
         raise ValueError(
             f"{'; '.join(found)}: resume with the saved ones, or start a new run from its release "
