@@ -267,7 +267,7 @@ class BatchInterleaveInferencer(InterleaveEngine):
         for first in range(0, len(inputs), batch_size):
             part = slice(first, first + batch_size)
             generators = [_generator(s) for s in seeds[part]]
-            results += self.run(inputs[part], chosen, generators, _shifted(edit_image, first))
+            results += self.run(inputs[part], chosen, generators, edit_image, first=first)
         return results
 
     def __call__(
@@ -316,12 +316,6 @@ def _checked(parts: Sequence[Part]) -> list[Part]:
         if not isinstance(part, str | Image.Image):
             raise ValueError(f"an input must be a text or a PIL image, got {type(part).__name__}")
     return list(parts)
-
-
-def _shifted(edit_image: EditImage | None, first: int) -> EditImage | None:
-    if edit_image is None:
-        return None
-    return lambda sample, drawing, picture: edit_image(first + sample, drawing, picture)
 
 
 def _generator(seed: int | None) -> torch.Generator | None:

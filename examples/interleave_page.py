@@ -8,7 +8,7 @@ can be read while the model works, and what exists is kept when the run is inter
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from PIL import Image
 from modeling.host.programs import make_folder
 
 PAGE, ANSWER, PROBLEM = "index.html", "answer.txt", "problem.png"
+NOT_YET = "not there yet: the model is at work, or was interrupted"
 _EARLIER = re.compile(rf"round_\d+\.png|{PAGE}|{ANSWER}|{PROBLEM}")
 
 _STYLE = """
@@ -54,48 +55,6 @@ def _figure(file: str, size: tuple[int, int], caption: str) -> str:
     )
 
 
-def render(
-    question: str,
-    problem_size: tuple[int, int],
-    parts: Sequence[str | tuple[int, int]],
-    answer: str | None,
-    finished: bool,
-    facts: Mapping[str, object],
-) -> str:
-    """The page. parts: texts, and the (width, height) of pictures, in the order of their making."""
-    lines = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>Interleaved reasoning</title><style>{_STYLE}</style></head><body>",
-        "<h1>Interleaved reasoning</h1>",
-        "<section><h2>Problem</h2>",
-        _figure(PROBLEM, problem_size, "problem image"),
-        f"<p>{escape(question)}</p></section>",
-    ]
-    drawn, open_round = 0, False
-    for part in parts:
-        if not open_round:
-            lines.append(f"<section><h2>Round {drawn + 1}</h2>")
-            open_round = True
-        if isinstance(part, str):
-            lines.append(f"<p>{escape(part)}</p>")
-            continue
-        drawn += 1
-        lines += [_figure(picture_name(drawn), part, f"drawn in round {drawn}"), "</section>"]
-        open_round = False
-    if open_round:
-        lines.append("</section>")
-    if finished:
-        shown = "none: the text holds no answer" if answer is None else answer
-    else:
-        shown = "not there yet: the model is at work, or was interrupted"
-    lines.append(f'<section class="answer"><h2>Answer</h2><p>{escape(shown)}</p></section>')
-    noted = "; ".join(f"{name} {value}" for name, value in facts.items())
-    lines.append(f"<footer><p>{escape(noted)}</p></footer></body></html>")
-    return "\n".join(lines) + "\n"
-
-
 class InterleavePage:
     """Writes round_1.png ..., answer.txt and index.html, part by part.
 
@@ -118,7 +77,7 @@ class InterleavePage:
             if _EARLIER.fullmatch(file.name) and file.is_file():
                 file.unlink()
         problem.save(folder / PROBLEM)
-        self._write(None, finished=False)
+        self._write(NOT_YET)
 
     @property
     def texts(self) -> list[str]:
@@ -137,17 +96,45 @@ class InterleavePage:
             path = self.folder / picture_name(self.drawn + 1)
             part.save(path)
             self.parts.append(part.size)
-        self._write(None, finished=False)
+        self._write(NOT_YET)
         return path
 
     def finish(self, answer: str | None) -> Path:
         """Write the answer (None: an empty answer.txt), and the page for the last time."""
         text = "" if answer is None else answer + "\n"
         (self.folder / ANSWER).write_text(text, encoding="utf-8", errors="replace")
-        return self._write(answer, finished=True)
+        return self._write("none: the text holds no answer" if answer is None else answer)
 
-    def _write(self, answer: str | None, finished: bool) -> Path:
+    def _write(self, answer: str) -> Path:
         page = self.folder / PAGE
-        content = render(self.question, self.problem_size, self.parts, answer, finished, self.facts)
-        page.write_text(content, encoding="utf-8", errors="replace")
+        page.write_text(self._html(answer), encoding="utf-8", errors="replace")
         return page
+
+    def _html(self, answer: str) -> str:
+        lines = [
+            "<!DOCTYPE html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>Interleaved reasoning</title><style>{_STYLE}</style></head><body>",
+            "<h1>Interleaved reasoning</h1>",
+            "<section><h2>Problem</h2>",
+            _figure(PROBLEM, self.problem_size, "problem image"),
+            f"<p>{escape(self.question)}</p>",
+        ]
+        drawn, title = 0, "Round 1"
+        for part in self.parts:
+            if title:
+                lines.append(f"</section><section><h2>{title}</h2>")
+                title = ""
+            if isinstance(part, str):
+                lines.append(f"<p>{escape(part)}</p>")
+            else:
+                drawn += 1
+                lines.append(_figure(picture_name(drawn), part, f"drawn in round {drawn}"))
+                title = f"Round {drawn + 1}"
+        noted = "; ".join(f"{name} {value}" for name, value in self.facts.items())
+        lines += [
+            f'</section><section class="answer"><h2>Answer</h2><p>{escape(answer)}</p></section>',
+            f"<footer><p>{escape(noted)}</p></footer></body></html>",
+        ]
+        return "\n".join(lines) + "\n"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,10 +84,11 @@ class CachedContext:
         store.filled = end
         return CachedContext(store, self.length, self.position)
 
-    def up_to(self, segments: Sequence[Segment]) -> CachedContext:
-        """The state of this context when it held these first segments of its own only."""
-        length, position = context_length(segments), context_positions(segments)
-        assert length <= self.length and position <= self.position
+    def before(self, segments: Sequence[Segment]) -> CachedContext:
+        """The state of this context before these segments, its last ones, were added."""
+        length = self.length - context_length(segments)
+        position = self.position - context_positions(segments)
+        assert length >= 0 and position >= 0
         return CachedContext(self.store, length, position)
 
 
@@ -158,27 +160,32 @@ def cached_prompt(model: Bagel, contexts: Sequence[CachedContext], new: int) -> 
     return CachedPrompt(cache, lens, tuple(context.position for context in contexts))
 
 
+class Drawing(NamedTuple):
+    """One image to be drawn: `LatentSegment.blank`, its noise (n, 64), and the cached context of
+    each guidance branch in use."""
+
+    image: LatentSegment
+    noise: Tensor
+    contexts: Sequence[CachedContext]
+
+
 def draw_latents(
     model: Bagel,
     special: SpecialTokens,
-    images: Sequence[LatentSegment],
-    branches: Sequence[Sequence[CachedContext]],
-    noise: Tensor,
+    drawings: Sequence[Drawing],
     times: Tensor,
     guidance: Guidance,
 ) -> list[Tensor]:
-    """Latent tokens, fp32 (n, 64), of images drawn at once.
+    """Latent tokens, fp32 (n, 64), of images drawn at once; times, guidance: see `denoise`.
 
     All guidance branches run in one forward a step; if that does not fit the device's memory, they
     run in turn, with a warning.
-
-    Args:
-        images: `LatentSegment.blank` of each image.
-        branches: of each guidance branch in use, the context of each image.
-        noise, times, guidance: see `modeling.bagel.flow.denoise`.
     """
-    pasts = [[context.past for context in column] for column in branches]
-    prefixes = [[context.prefix for context in column] for column in branches]
+    images = [drawing.image for drawing in drawings]
+    noise = torch.cat([drawing.noise for drawing in drawings])
+    branches = list(zip(*(drawing.contexts for drawing in drawings), strict=True))
+    pasts = [[context.past for context in contexts] for contexts in branches]
+    prefixes = [[context.prefix for context in contexts] for contexts in branches]
     device = device_of(model)
 
     def run(together: bool) -> Tensor:

@@ -22,7 +22,14 @@ from data.sequence import (
     TextSegment,
 )
 from data.transforms import extrapolated_position_ids, interpolated_position_ids, to_rgb
-from inference.contexts import CachedContext, cached_prompt, device_of, draw_latents, grow
+from inference.contexts import (
+    CachedContext,
+    Drawing,
+    cached_prompt,
+    device_of,
+    draw_latents,
+    grow,
+)
 from modeling.autoencoder import AutoEncoder, decode_tokens, encode_tokens
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import SpecialTokens
@@ -253,10 +260,7 @@ class InterleaveEngine:
     def encode(
         self, images: Sequence[Image.Image], generators: Sequence[torch.Generator | None]
     ) -> list[LatentSegment]:
-        """Clean latent segments of resized images, encoded with sampled noise as released.
-
-        The result of an image depends on its neighbours under reference_compat only.
-        """
+        """Clean latent segments of resized images, encoded with sampled noise as released."""
         vae = self._vae()
         if self.vae_transform is None:
             raise ValueError(
@@ -264,8 +268,8 @@ class InterleaveEngine:
                 'data.transforms.PRESETS["vae"]; or pass vae=False / understanding_output=True'
             )
         pixels = [self.vae_transform(image) for image in images]
-        if self.reference_compat:
-            tokens = encode_tokens(vae, pixels, noise=self._joint_noise(vae, pixels, generators))
+        if self.reference_compat:  # padded to one size, with one tensor of noise
+            tokens = encode_tokens(vae, pixels, generator=generators[0])
         else:
             tokens = [
                 encode_tokens(vae, [p], generator=g)[0]
@@ -275,17 +279,6 @@ class InterleaveEngine:
             LatentSegment(t.cpu(), self._positions(*p.shape[-2:]))
             for t, p in zip(tokens, pixels, strict=True)
         ]
-
-    @staticmethod
-    def _joint_noise(
-        vae: AutoEncoder, pixels: Sequence[Tensor], generators: Sequence[torch.Generator | None]
-    ) -> Tensor | None:
-        """For images padded to one size; None: drawn for all by the autoencoder."""
-        if any(generator is None for generator in generators):
-            return None
-        h, w = (max(p.shape[side] for p in pixels) // vae.config.factor for side in (-2, -1))
-        shape = (vae.config.latent_channels, h, w)
-        return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
     def _decode_text(self, ids: Iterable[int]) -> str:
         """Text of sampled ids without the tokens that begin and end a part."""
@@ -325,41 +318,38 @@ class InterleaveEngine:
         inputs: Sequence[Sequence[Segment]],
         options: InterleaveOptions,
     ) -> None:
-        """Fill the contexts of new conversations with their inputs (a system prompt is the first).
-
-        Text enters the full and the image-dropped context, an image the full one only. The
-        text-dropped context is the full one without a text that was the last input.
-        """
-        texts: list[list[Segment]] = []
+        """Fill the empty contexts of conversations (a system prompt is the first input)."""
         if options.drawings and options.guidance().branches == 3:
-            texts = [_texts(segments) for segments in inputs]
-        start = CachedContext.empty(self.model)
-        grown = self.grow([start] * (len(inputs) + len(texts)), [*inputs, *texts])
-        for c, segments, context in zip(conversations, inputs, grown, strict=False):
-            c.full = context
-            last = segments[-1:]
-            c.text_dropped = context.up_to(segments[:-1] if _texts(last) else segments)
-        for c, context in zip(conversations, grown[len(inputs) :], strict=False):
-            c.image_dropped = context
+            for c in conversations:
+                c.image_dropped = c.full
+        self.extend(conversations, inputs, guidance=True)
 
     def extend(
         self,
         conversations: Sequence[Conversation],
         new: Sequence[Sequence[Segment]],
-        options: InterleaveOptions,
+        *,
+        guidance: bool,
     ) -> None:
-        """Append what was written or drawn."""
-        before = [c.full for c in conversations]
-        for c, context in zip(conversations, self.grow(before, new), strict=True):
-            c.full = context
-        if not options.update_cfg_contexts:
-            return
-        texts = [_texts(segments) for segments in new]
-        for c, earlier, text in zip(conversations, before, texts, strict=True):
-            c.text_dropped = earlier if text else c.full  # the rule of `begin`
-        dropped = [c.image_dropped for c in conversations if c.image_dropped is not None]
-        for c, context in zip(conversations, self.grow(dropped, texts), strict=False):
-            c.image_dropped = context
+        """Append segments to the contexts; guidance: also to those that guidance looks at.
+
+        Text enters the full and the image-dropped context, an image the full one only. The
+        text-dropped context is the full one without a text at its end.
+        """
+        guided = [
+            (c, c.image_dropped, [s for s in segments if isinstance(s, TextSegment)])
+            for c, segments in zip(conversations, new, strict=True)
+            if guidance and c.image_dropped is not None
+        ]
+        contexts = [c.full for c in conversations] + [context for _, context, _ in guided]
+        grown = iter(self.grow(contexts, [*new, *(texts for _, _, texts in guided)]))
+        for c, segments in zip(conversations, new, strict=True):
+            c.full = next(grown)
+            if guidance:
+                last = segments[-1:] if isinstance(segments[-1], TextSegment) else []
+                c.text_dropped = c.full.before(last)
+        for c, _, _ in guided:
+            c.image_dropped = next(grown)
 
     def write(
         self, conversations: Sequence[Conversation], options: InterleaveOptions, skips: int = 0
@@ -401,29 +391,21 @@ class InterleaveEngine:
         """An image after each conversation's context, which does not hold it yet."""
         self._vae()
         guidance = options.guidance(joint_global=self.reference_compat)
-        branches = [c.branches(guidance) for c in conversations]
         config = self.model.config
         dim = config.latent_patch_size**2 * config.latent_channels
-        images = [LatentSegment.blank(self._positions(*c.size), dim) for c in conversations]
-        noise = [
-            initial_noise([len(image.latents)], dim, c.generator)
-            for image, c in zip(images, conversations, strict=True)
-        ]
-        groups = [list(range(len(images)))]
+        drawings = []
+        for c in conversations:
+            image = LatentSegment.blank(self._positions(*c.size), dim)
+            noise = initial_noise([len(image.latents)], dim, c.generator)
+            drawings.append(Drawing(image, noise, c.branches(guidance)))
+        groups = [list(range(len(drawings)))]
         if not self.reference_compat:
-            tokens = [len(image.latents) * guidance.branches for image in images]
+            tokens = [len(drawing.noise) * guidance.branches for drawing in drawings]
             groups = group_by_tokens(tokens, self.max_forward_tokens)
         latents: list[Tensor] = []
         for group in groups:
-            latents += draw_latents(
-                self.model,
-                self.special,
-                [images[i] for i in group],
-                list(zip(*(branches[i] for i in group), strict=True)),
-                torch.cat([noise[i] for i in group]),
-                options.times,
-                guidance,
-            )
+            chosen = [drawings[i] for i in group]
+            latents += draw_latents(self.model, self.special, chosen, options.times, guidance)
         pictures = []
         for conversation, latent in zip(conversations, latents, strict=True):
             picture = self.decode_image(latent, conversation.size)
@@ -441,7 +423,8 @@ class InterleaveEngine:
         turns = self.write(conversations, options)
         asking = [i for i, turn in enumerate(turns) if IMAGE_MARKER in turn.text]
         chosen = [conversations[i] for i in asking]
-        self.extend(chosen, [[turns[i].segment] for i in asking], options)
+        new = [[turns[i].segment] for i in asking]
+        self.extend(chosen, new, guidance=options.update_cfg_contexts)
         pictures = dict(zip(asking, self.draw(chosen, options) if asking else (), strict=True))
         return [Turn(text, segment, pictures.get(i)) for i, (text, segment, _) in enumerate(turns)]
 
@@ -459,7 +442,7 @@ class InterleaveEngine:
         ]
         chosen = [c for c, _ in shown]
         new = self.image_segments([image for _, image in shown], [c.generator for c in chosen])
-        self.extend(chosen, new, options)
+        self.extend(chosen, new, guidance=options.update_cfg_contexts)
 
     # -- the whole of them --------------------------------------------------------------------
 
@@ -470,32 +453,25 @@ class InterleaveEngine:
         generators: Sequence[torch.Generator | None],
         edit_image: EditImage | None = None,
         on_part: Callable[[Part], None] | None = None,
+        first: int = 0,
     ) -> list[list[Part]]:
         """Outputs of every sample, in order.
 
-        edit_image: see `EditImage`. on_part: called with every part when it is made.
+        edit_image: see `EditImage`; there the samples are numbered from `first`. on_part: called
+        with every part when it is made.
         """
         if not options.understanding_output:
             self._vae()
-        conversations = self._read(inputs, options, generators)
-        for conversation in conversations:
-            conversation.on_part = on_part
+        conversations = [
+            Conversation(CachedContext.empty(self.model), generator, index=index, on_part=on_part)
+            for index, generator in enumerate(generators, first)
+        ]
+        self._read(conversations, inputs, options)
         active = conversations
-        for drawing in range(options.drawings):
-            turns = self.take_turns(active, options)
-            drawn = [
-                (c, turn.picture)
-                for c, turn in zip(active, turns, strict=True)
-                if turn.picture is not None
-            ]
-            active = [c for c, _ in drawn]
+        for number in range(options.drawings):
+            active = self._draw_once(active, number, options, edit_image)
             if not active:
                 break
-            shown = [
-                picture if edit_image is None else edit_image(c.index, drawing, picture)
-                for c, picture in drawn
-            ]
-            self.look(active, shown, options)
         if active and not (self.reference_compat and options.drawings):
             skips = options.image_skips
             if skips is None:
@@ -503,37 +479,50 @@ class InterleaveEngine:
             self.write(active, options, skips)
         return [c.parts for c in conversations]
 
+    def _draw_once(
+        self,
+        conversations: Sequence[Conversation],
+        number: int,
+        options: InterleaveOptions,
+        edit_image: EditImage | None,
+    ) -> list[Conversation]:
+        """Write, draw for the `number`-th time and look; those that did draw."""
+        turns = self.take_turns(conversations, options)
+        drew, shown = [], []
+        for c, turn in zip(conversations, turns, strict=True):
+            picture = turn.picture
+            if picture is not None:
+                drew.append(c)
+                shown.append(edit_image(c.index, number, picture) if edit_image else picture)
+        self.look(drew, shown, options)
+        return drew
+
     def _read(
         self,
+        conversations: Sequence[Conversation],
         inputs: Sequence[Sequence[Part]],
         options: InterleaveOptions,
-        generators: Sequence[torch.Generator | None],
-    ) -> list[Conversation]:
-        """Conversations that have read their inputs."""
-        empty = CachedContext.empty(self.model)
-        height, width = options.image_shapes
-        conversations = [
-            Conversation(empty, generator, size=(height, width), index=index)
-            for index, generator in enumerate(generators)
-        ]
+    ) -> None:
+        """Begin the conversations; the last image of each says the size of its drawings."""
         system = [self.builder.text(self.system_prompt)] if options.think else []
-        contexts: list[list[Segment]] = [[*system] for _ in inputs]
+        segments: list[list[Segment]] = [[*system] for _ in inputs]
+        for c in conversations:
+            c.size = (options.image_shapes[0], options.image_shapes[1])
         # Input by input over all samples: the order in which a batch of the release encodes.
         for parts in zip_longest(*inputs):
             images = {}
             for i, part in enumerate(parts):
                 if isinstance(part, str):
-                    contexts[i].append(self.builder.text(part))
+                    segments[i].append(self.builder.text(part))
                 elif part is not None:
                     images[i] = self.resized(part)
-            vae = not options.understanding_output
-            own = [generators[i] for i in images]
-            segments = self.image_segments(list(images.values()), own, vae=vae)
-            for (i, image), new in zip(images.items(), segments, strict=True):
-                contexts[i] += new
+            own = [conversations[i].generator for i in images]
+            read_latents = not options.understanding_output
+            new = self.image_segments(list(images.values()), own, vae=read_latents)
+            for (i, image), found in zip(images.items(), new, strict=True):
+                segments[i] += found
                 conversations[i].size = (image.height, image.width)
-        self.begin(conversations, contexts, options)
-        return conversations
+        self.begin(conversations, segments, options)
 
 
 def _special_tokens(ids: SpecialTokens | Mapping[str, int]) -> SpecialTokens:
@@ -544,7 +533,3 @@ def _special_tokens(ids: SpecialTokens | Mapping[str, int]) -> SpecialTokens:
     if missing:
         raise ValueError(f"new_token_ids lacks {', '.join(missing)}; it needs {', '.join(names)}")
     return SpecialTokens(*(ids[name] for name in names))
-
-
-def _texts(segments: Sequence[Segment]) -> list[Segment]:
-    return [segment for segment in segments if isinstance(segment, TextSegment)]

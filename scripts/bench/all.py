@@ -15,7 +15,6 @@ import json
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,14 +49,12 @@ def run_part(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: it failed; what it said stands above.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "report.json"
-        command = [sys.executable, "-m", f"scripts.bench.{name}", *arguments, "--json", str(path)]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-        if done.returncode:
-            raise ValueError(f"scripts.bench.{name} ended with code {done.returncode}, see above")
-        made: dict[str, Any] = json.loads(path.read_text())
-    return made
+    command = [sys.executable, "-m", f"scripts.bench.{name}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise ValueError(f"scripts.bench.{name} ended with code {done.returncode}, see above")
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
 
 
 def merged(reports: Mapping[str, dict[str, Any]], argv: Sequence[str]) -> dict[str, Any]:

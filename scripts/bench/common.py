@@ -312,10 +312,10 @@ def text(machine: Machine, tokens: int) -> TextSegment:
     return TextSegment(tuple(torch.randint(5, machine.config.llm.vocab_size, (count,)).tolist()))
 
 
-def image(machine: Machine, pixels: int = 518) -> ImageSegment:
-    """A random picture of pixels x pixels."""
+def image(machine: Machine) -> ImageSegment:
+    """A random picture of 518 x 518."""
     config = machine.config
-    side = machine.size(pixels // config.vision.patch_size, 3)
+    side = machine.size(518 // config.vision.patch_size, 3)
     patches = torch.rand(side * side, config.vision.patch_dim) * 2 - 1
     positions = extrapolated_position_ids(side, side, config.vit_max_patches_per_side)
     return ImageSegment(patches, positions)

@@ -61,8 +61,8 @@ class Problem:
     def step(self, config: LossConfig) -> None:
         self.drop_gradients()
         loss, _ = chunked_opsd_loss(
-            self.hidden, self.head, self.teacher_hidden, self.teacher_head, self.labels,
-            config, chunk_size=self.chunk,
+            self.hidden, self.head, self.teacher_hidden, self.teacher_head, self.labels, config,
+            chunk_size=self.chunk,
         )  # fmt: skip
         loss.backward()
 
@@ -113,12 +113,10 @@ def kernel_times(problem: Problem, repeats: int) -> dict[str, float]:
     teacher = problem.teacher_hidden[:rows] @ problem.teacher_head.t()
     norm = loss_kernels.row_statistics(student, 1.0).norm
     theirs, values, index = loss_kernels.statistics_and_top_k(teacher, 1.0, k)
-    their_norm = theirs.norm
-    assert norm is not None and their_norm is not None
     log_t = values.float().log_softmax(-1)
     ones = torch.ones_like(theirs.lse)
     inside = loss_kernels.divergence_on_support(student, index, log_t, ones, paper)[2]
-    sums = loss_kernels.full_divergence(student, teacher, norm, their_norm, full)
+    sums = loss_kernels.full_divergence(student, teacher, norm, theirs.norm, full)
     every_index = index.repeat(problem.rows // rows, 1)
     every_inside = inside.repeat(problem.rows // rows, 1)
     grad_hidden = torch.empty_like(hidden)
@@ -128,7 +126,7 @@ def kernel_times(problem: Problem, repeats: int) -> dict[str, float]:
     def gradient() -> None:
         loss_kernels.write_gradient(
             student, full, problem.labels[:rows], norm, pull=sums.gate, teacher=teacher,
-            teacher_norm=their_norm, slope_sum=sums.slope_sum,
+            teacher_norm=theirs.norm, slope_sum=sums.slope_sum,
         )  # fmt: skip
 
     of_a_chunk: dict[str, Callable[[], Any]] = {
@@ -142,7 +140,7 @@ def kernel_times(problem: Problem, repeats: int) -> dict[str, float]:
             inside, index, head, grad_hidden
         ),
         "full_divergence": lambda: loss_kernels.full_divergence(
-            student, teacher, norm, their_norm, full
+            student, teacher, norm, theirs.norm, full
         ),
         "full_gradient": gradient,
         "zero_and_scatter": lambda: student.zero_().scatter_(-1, index, inside.to(student.dtype)),

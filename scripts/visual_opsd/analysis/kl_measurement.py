@@ -38,46 +38,36 @@ from scripts.visual_opsd.scored_rows import check_same_labels, score_completion
 class DiagnosticSettings(Settings):
     """What is compared with what, on which rows."""
 
-    model_path: str = option("models/ThinkMorph-7B", "student: release folder", path=True)
+    model_path: str = option("models/ThinkMorph-7B", "the student", path=True)
     base_path: str | None = option(
-        None, "teacher and reference student; default: model_path", path=True
+        None, "teacher and reference student; otherwise `--model_path`", path=True
     )
-    baseline: str | None = option(
-        None, "output folder of the base's own diagnostic, whose completions are reused",
-        path=True,
-    )  # fmt: skip
-    dataset_config_file: str = option(
-        "data/configs/opsd.yaml", "datasets and their weights", path=True
-    )
+    baseline: str | None = option(None, "results of the base's own diagnostic", path=True)
+    dataset_config_file: str = option("data/configs/opsd.yaml", "data sets and weights", path=True)
     data: str | None = option(
-        None, "instead: datasets below the data root, folders or parquet files, by commas",
-        path="list",
-    )  # fmt: skip
-    split: str = option("train", "with --data: files of a folder that are read")
-    data_root: str | None = option(
-        None, "folder of the datasets, else VISUAL_OPSD_DATA_ROOT", path=True
+        None, "instead: names, folders or files, separated by commas", path="list"
     )
-    num_samples: int = option(1000, "rows to measure, drawn at random", **ROWS)
+    split: str = option("train", "with `--data`: which files")
+    data_root: str | None = option(
+        None, "folder of the data sets, else `VISUAL_OPSD_DATA_ROOT`", path=True
+    )
+    num_samples: int = option(1000, "rows, drawn at random", **ROWS)
     completions: str = option(
-        "student", "student: the base's own samples; trace: the dataset's text traces",
-        choices=("student", "trace"),
+        "student", "tokens to compare on: samples of the base as `student`, or the data set's "
+        "text `trace`", choices=("student", "trace"),
     )  # fmt: skip
     teacher_vt: str = option(
-        "vit", "what the teacher reads of a visual thought; vae+vit: as at inference",
-        choices=TEACHER_VTS,
+        "vit", "what the teacher reads of a VT: `vit`, its ViT image; `vae+vit`, its latents "
+        "before that, as a released model reads what it drew. `kl_diagnostic.json` names it "
+        "(`teacher_vt`); completions do not depend on it, so two runs compare both on the same "
+        "tokens", choices=TEACHER_VTS,
     )  # fmt: skip
-    seed: int = option(42, "choice of rows, sampling and noise", **SEEDS)
-    go_threshold: float = option(
-        0.05, "GO needs an answer-span KL above this, in nats", at_least=0, at_most=1000
-    )
-    output_dir: str = option(
-        "results/visual_opsd_kl_diagnostic", "tables, figures, completions", path=True
-    )
-    overwrite: bool = option(False, "throw away what output_dir holds of other settings")
-    figures: bool = option(True, "draw kl_distribution.png and token_heatmap.png")
-    heatmap_samples: int = option(
-        3, "completions in the token heat map", at_least=1, at_most=100
-    )
+    seed: int = option(42, "choice of rows, sampling, noise", **SEEDS)
+    go_threshold: float = option(0.05, "nats on the answer", at_least=0, at_most=1000)
+    output_dir: str = option("results/visual_opsd_kl_diagnostic", "where the results go", path=True)
+    overwrite: bool = option(False, "replace the results it holds, which is refused otherwise")
+    figures: bool = option(True, "draw the two figures")
+    heatmap_samples: int = option(3, "completions in the token heat map", at_least=1, at_most=100)
     max_bad_rate: float = option(
         0.01, "share of unusable rows beyond which the run fails", **SHARES
     )
@@ -115,9 +105,7 @@ class DiagnosticConfig:
 # ---------------------------------------------------------------------------------- rows
 
 
-def choose_rows(
-    sizes: Sequence[int], weights: Sequence[float], count: int, seed: int
-) -> list[int]:
+def choose_rows(sizes: Sequence[int], weights: Sequence[float], count: int, seed: int) -> list[int]:
     """Indices (ascending, over all datasets) of `count` rows, or of all if there are fewer.
 
     Datasets share the count by weight (Sainte-Lague's rule); rows of each are drawn at random.

@@ -87,15 +87,18 @@ class InterventionSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unknown = sorted({a.strip() for a in self.arms.split(",") if a.strip()} - set(ARMS))
+        unknown = sorted(self._wished - {"", *ARMS})
         if unknown:
             raise ValueError(f"unknown arms {', '.join(unknown)}: choose from {', '.join(ARMS)}")
 
     @property
+    def _wished(self) -> set[str]:
+        return {arm.strip() for arm in self.arms.split(",")}
+
+    @property
     def chosen(self) -> tuple[str, ...]:
         """The arms, in the order of `ARMS`."""
-        wished = {arm.strip() for arm in self.arms.split(",")}
-        return tuple(arm for arm in ARMS if arm == "kept" or arm in wished)
+        return tuple(arm for arm in ARMS if arm == "kept" or arm in self._wished)
 
     @property
     def needs(self) -> RowNeeds:
@@ -278,7 +281,7 @@ class Interventions:
     ) -> list[Conversation]:
         """The conversations at the moment after their drawing, none of them shown it yet."""
         conversations = self.begin(rows)
-        self.engine.extend(conversations, [[text] for text in texts], self.options)
+        self.engine.extend(conversations, [[text] for text in texts], guidance=False)
         return conversations
 
     def answer(

@@ -244,7 +244,7 @@ def run(config: InterventionConfig, env: DistEnv) -> dict[str, Any]:
         claim_folder(
             folder,
             wanted,
-            [drawings, RankedLines(folder, "outputs")],
+            [drawings, RankedLines(folder, "outputs")],  # whole: donors are not known yet
             result="summary.json",
             overwrite=settings.overwrite,
         )

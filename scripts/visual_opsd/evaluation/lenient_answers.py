@@ -93,36 +93,27 @@ class _Options:
 
     def __init__(self, options: Mapping[str, str]) -> None:
         self.letters = frozenset(options or string.ascii_uppercase)
-        owners: dict[str, set[str]] = {}
-        for key, text in options.items():
+        letters: dict[str, set[str]] = {}  # by text
+        for letter, text in options.items():
             plain = normalise_answer(readable(visible(text)).replace("$", " "))
-            for form in {plain, re.sub(r"^(?:the|an?) ", "", plain)}:
+            for form in (plain, re.sub(r"^(?:the|an?) ", "", plain)):
                 if len(form) > 1:
-                    owners.setdefault(form, set()).add(key)
-        self.owners = [(form, owners[form]) for form in sorted(owners, key=len, reverse=True)]
+                    letters.setdefault(form, set()).add(letter)
+        forms = sorted(letters, key=len, reverse=True)
+        self.masks = {form: chr(_MASKS + i) for i, form in enumerate(forms)}
+        # The option of a masked text, where it is only one's.
+        self.owners = {self.masks[f]: key for f, (key, *more) in letters.items() if not more}
         edge = r"[A-Za-z0-9\u00c0-\u024f]"
-        forms = (re.escape(form).replace(r"\ ", r"\s") for form, _ in self.owners)
-        self.pattern = re.compile(rf"(?<!{edge})(?:{'|'.join(forms)})(?!{edge})", re.I)
-        self.places = {form: i for i, (form, _) in enumerate(self.owners)}
+        texts = "|".join(re.escape(form).replace(r"\ ", r"\s") for form in forms)
+        self.pattern = re.compile(rf"(?<!{edge})(?:{texts})(?!{edge})", re.I)
 
     def mask(self, text: str) -> str:
         """The text with a character of its own in place of each option's text."""
-        if not self.owners:
-            return text
 
         def mark(found: re.Match[str]) -> str:
-            place = self.places.get(re.sub(r"\s", " ", found[0]).casefold())
-            return found[0] if place is None else chr(_MASKS + place)
+            return self.masks.get(re.sub(r"\s", " ", found[0]).casefold(), found[0])
 
-        return self.pattern.sub(mark, text)
-
-    def owner(self, piece: str) -> str | None:
-        """The only option whose text `piece` is, once masked."""
-        place = ord(piece) - _MASKS if len(piece) == 1 else -1
-        if not 0 <= place < len(self.owners):
-            return None
-        owners = self.owners[place][1]
-        return next(iter(owners)) if len(owners) == 1 else None
+        return self.pattern.sub(mark, text) if self.masks else text
 
 
 def _is_word(text: str, letter: str, end: int) -> bool:
@@ -177,10 +168,8 @@ def _texts(text: str, begin: int, end: int, options: _Options) -> set[str]:
     for piece in _PIECES.split(text[begin:end]):
         piece = piece.strip()
         core = piece[_HEAD.match(piece).end() :]  # type: ignore[union-attr]  # matches nothing too
-        owner = options.owner(_TAIL.sub("", core).strip())
-        if owner:
-            found.add(owner)
-    return found
+        found.add(options.owners.get(_TAIL.sub("", core).strip(), ""))
+    return found - {""}
 
 
 def _named(text: str, begin: int, end: int, options: _Options) -> set[str]:

@@ -37,21 +37,20 @@ class EvaluateSettings(RowSettings):
     """What is evaluated on what."""
 
     context: str = option(
-        "text", "text: the student's; vt: the teacher's; noise: the teacher's, noise for its VTs",
+        "text", "`text`: the student's; `vt`: the teacher's; `noise`: the teacher's with noise",
         choices=("text", "vt", "noise"),
     )  # fmt: skip
-    batch_size: int = option(
-        256, "rows decoded together (no effect on the result)", **TOGETHER
-    )
+    batch_size: int = option(256, "rows decoded together", **TOGETHER)
     prefill_tokens: int = option(
-        PACKED_TOKENS, "prompt tokens decoded together at most", **PACKED
+        PACKED_TOKENS, "prompt tokens decoded together at most; a row of more than this and the "
+        "default is unusable", **PACKED,
+    )  # fmt: skip
+    max_new_tokens: int = option(1024, "budget of an answer", **TOKENS)
+    image_skips: int = option(
+        1, "rounds that may follow an `<image_start>`, as in training", **ROUNDS
     )
-    max_new_tokens: int = option(1024, "budget of an answer, over all its rounds", **TOKENS)
-    image_skips: int = option(1, "rounds that may follow an <image_start>", **ROUNDS)
-    noise_seed: int = option(0, "random numbers of --context noise", **SEEDS)
-    compare: str | None = option(
-        None, "output folder of another run on the same rows", path=True
-    )
+    noise_seed: int = option(0, "random numbers of `--context noise`", **SEEDS)
+    compare: str | None = option(None, "results of another run on the same rows", path=True)
 
     @property
     def needs(self) -> RowNeeds:
@@ -65,11 +64,9 @@ class EvaluateSettings(RowSettings):
 class BenchmarkSettings(Settings):
     """Benchmarks by name, instead of `--data`."""
 
-    benchmark: str | None = option(
-        None, "instead of --data: benchmarks by name, separated by commas, or all"
-    )
+    benchmark: str | None = option(None, "instead of `--data`: names separated by commas, or all")
     tsv_root: str | None = option(
-        None, f"folder of the benchmarks' TSV files, else {benchmarks.ROOT_VARIABLE}", path=True
+        None, "folder of the TSV files, else the variable `LMUData`", path=True
     )
 
 

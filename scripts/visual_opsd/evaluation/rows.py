@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from data.dataset_info import dataset_files, is_dataset_folder, split_files
-from data.parquet import attempt
 from data.rejects import Reject
-from data.row_groups import ParquetDataset, RowSource
+from data.row_groups import ParquetDataset, RowSource, prepare_row
 from data.thinkmorph import EVALUATION_ROWS, IMAGE_COLUMNS, PROBLEM_IMAGE, Row, RowNeeds
 from data.tsv import TsvDataset
 from scripts.visual_opsd.config import PromptSettings
@@ -196,7 +195,7 @@ def read_windows(
             if stopped.is_set():
                 return
             dataset, row = pool.locate(index)
-            item = attempt(dataset, row, prepare, position=index)
+            item = prepare_row(dataset, row, prepare, index)
             if isinstance(item, Reject):
                 window.rejects.append((index, item))
             else:

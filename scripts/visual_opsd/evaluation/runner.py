@@ -49,16 +49,18 @@ class RowSettings(Settings):
 
     model_path: str = option("models/ThinkMorph-7B", "release folder", path=True)
     data: str = option(
-        "Spatial_Navigation", "datasets below the data root, folders or parquet files, by commas",
-        path="list",
+        "Spatial_Navigation", "names below the data root, folders or parquet files, separated by "
+        "commas", path="list",
     )  # fmt: skip
-    split: str = option("heldout", "files of a folder that are read (SPLIT-*.parquet)")
+    split: str = option("heldout", "which files of a folder: `SPLIT-*.parquet`")
     data_root: str | None = option(
-        None, "folder of the datasets, else VISUAL_OPSD_DATA_ROOT", path=True
+        None, "folder of the data sets, else `VISUAL_OPSD_DATA_ROOT`", path=True
     )
-    limit: int | None = option(None, "only the first rows of all", **ROWS)
-    output_dir: str = option("results/eval", "records and summary", path=True)
-    overwrite: bool = option(False, "throw away what output_dir holds of other settings")
+    limit: int | None = option(None, "only the first rows", **ROWS)
+    output_dir: str = option(
+        "results/eval", "where the results go; held by one run at a time (`.lock`)", path=True
+    )
+    overwrite: bool = option(False, "throw away results of other settings")
     max_bad_rate: float = option(
         0.01, "share of unusable rows beyond which the run fails", **SHARES
     )
@@ -155,8 +157,8 @@ def run_rows(
     """
     held = attempt(store.read)  # nobody appends before everybody has read
     done = {index for index in indices if index in held and "bad" not in held[index]}
-    todo = [index for index in indices if index not in done]
-    mine = todo[env.rank :: env.world_size]
+    left = [index for index in indices if index not in done]
+    mine = left[env.rank :: env.world_size]
     started = time.perf_counter()
     attempt(lambda: _work_through(pool, mine, prepare, work, store, env, limits))
     seconds = time.perf_counter() - started

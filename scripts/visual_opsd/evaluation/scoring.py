@@ -16,7 +16,6 @@ from typing import Any
 from data.json_lines import read_given
 from scripts.visual_opsd.evaluation.store import SETTINGS_FILE, read_json
 
-CONFIDENCE = 0.95
 # The last complete pair of tags; an earlier, unclosed <answer> is no part of it.
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?")
@@ -96,20 +95,18 @@ def exact_match(answer: str, text: str) -> bool:
 # ---------------------------------------------------------------------------------- intervals
 
 
-def normal_quantile(confidence: float = CONFIDENCE) -> float:
-    """Half width of a two-sided normal interval, in standard errors (1.96 for 95 %)."""
-    return NormalDist().inv_cdf(0.5 + confidence / 2)
+def normal_quantile() -> float:
+    """Half width of a two-sided 95 % normal interval, in standard errors: 1.96."""
+    return NormalDist().inv_cdf(0.975)
 
 
-def wilson_interval(
-    correct: int, total: int, confidence: float = CONFIDENCE
-) -> tuple[float, float]:
-    """Wilson's score interval of a share; (0, 1) without observations."""
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share; (0, 1) without observations."""
     if not 0 <= correct <= total:
         raise ValueError(f"{correct} correct of {total} is no share")
     if total == 0:
         return 0.0, 1.0
-    z2 = normal_quantile(confidence) ** 2
+    z2 = normal_quantile() ** 2
     share = correct / total
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     spread = math.sqrt(z2 * (share * (1 - share) / total + z2 / (4 * total**2))) / (1 + z2 / total)

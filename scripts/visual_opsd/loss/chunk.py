@@ -23,11 +23,9 @@ from scripts.visual_opsd.opsd_loss import LossConfig
 
 BLOCK_ELEMENTS = 1 << 22  # of one fp32 temporary: 16 MiB
 
-# Figures of each token. Those from the divergence on are there with a teacher only.
-FIGURES = (
-    "ce", "student_entropy", "label_logprob",
-    "divergence", "teacher_topk_mass", "teacher_entropy", "forward_kl",
-)  # fmt: skip
+# Figures of each token: all of them with a teacher, the first ones without.
+STUDENT_FIGURES = ("ce", "student_entropy", "label_logprob")
+FIGURES = (*STUDENT_FIGURES, "divergence", "teacher_topk_mass", "teacher_entropy", "forward_kl")
 
 
 class Target(NamedTuple):
@@ -98,7 +96,7 @@ def chunk_loss(
     which overwrites them if it is asked for. labels: (c,).
     """
     kind = compute_dtype(logits)
-    count = len(FIGURES) if target is not None else FIGURES.index("divergence")
+    count = len(STUDENT_FIGURES if target is None else FIGURES)
     figures = logits.new_empty(count, logits.shape[0], dtype=kind)
     for part in _blocks(logits):
         block = logits[part].to(kind)
@@ -135,14 +133,14 @@ def _block_loss(
     gradient = torch.zeros_like(logits) if target is None and form_gradient else None
     if target is not None:
         if target.entries is not None:
-            compared = _compare_top_k(scaled, lse, target, config, form_gradient)
+            comparison = _compare_top_k(scaled, lse, target, config, form_gradient)
         elif target.logits is not None:
-            compared = _compare_vocabulary(scaled, lse, target, config, form_gradient)
+            comparison = _compare_vocabulary(scaled, lse, target, config, form_gradient)
         else:
-            compared = _compare_labels(
+            comparison = _compare_labels(
                 scaled, lse, label_logprob, labels, target, config, form_gradient
             )
-        divergence, forward_kl, gradient = compared
+        divergence, forward_kl, gradient = comparison
         figures += [divergence, target.topk_mass, target.entropy, forward_kl]
     if gradient is not None and config.ce_weight != 0.0:
         gradient.add_((logits - unit_lse[:, None]).exp_().mul_(config.ce_weight))
@@ -152,12 +150,12 @@ def _block_loss(
 
 # Each of these gives divergence (r,), forward KL (r,) and the gradient (r, V) of jsd_weight *
 # divergence, of logits / T (r, V), which they use up, and their log-sum-exp (r,).
-Compared = tuple[Tensor, Tensor, Tensor | None]
+Comparison = tuple[Tensor, Tensor, Tensor | None]
 
 
 def _compare_top_k(
     scaled: Tensor, lse: Tensor, target: Target, config: LossConfig, form_gradient: bool
-) -> Compared:
+) -> Comparison:
     """On the teacher's top-k and, if there is one, the tail."""
     entries = target.entries
     assert entries is not None and target.log_probs is not None
@@ -182,7 +180,7 @@ def _compare_top_k(
 
 def _compare_vocabulary(
     scaled: Tensor, lse: Tensor, target: Target, config: LossConfig, form_gradient: bool
-) -> Compared:
+) -> Comparison:
     """On all of V."""
     assert target.logits is not None and target.norm is not None
     log_s = scaled.sub_(lse[:, None])
@@ -202,7 +200,7 @@ def _compare_labels(
     target: Target,
     config: LossConfig,
     form_gradient: bool,
-) -> Compared:
+) -> Comparison:
     """On the sampled labels (r, 1) alone: -A log s(x), whose gradient is A (s - one-hot) / T."""
     assert target.label_logprob is not None
     advantage = target.label_logprob - label_logprob

@@ -25,7 +25,14 @@ from torch.autograd.function import once_differentiable
 
 from modeling import fast
 from scripts.visual_opsd.loss import chunk
-from scripts.visual_opsd.loss.chunk import FIGURES, ChunkLoss, Target, TopKGradient, compute_dtype
+from scripts.visual_opsd.loss.chunk import (
+    FIGURES,
+    STUDENT_FIGURES,
+    ChunkLoss,
+    Target,
+    TopKGradient,
+    compute_dtype,
+)
 from scripts.visual_opsd.opsd_loss import LossConfig, vocabulary_hint
 
 
@@ -155,7 +162,8 @@ class _GradientInForward(torch.autograd.Function):
         chunk_size: int,
         form_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        form = _choose_form(config, head, *(() if teacher is None else teacher[1:]))
+        heads = (head,) if teacher is None else (head, teacher[1])
+        form = _choose_form(config, *heads)
         wanted = [form_gradient and needed for needed in ctx.needs_input_grad[:2]]
         gradients = _Gradients(hidden, head, *wanted) if any(wanted) else None
         figures = _run_chunks(form, hidden, head, teacher, labels, config, chunk_size, gradients)
@@ -209,7 +217,7 @@ def _run_chunks(
     teacher_buffer = logits_buffer
     if teacher is not None and not shared:
         teacher_buffer = teacher[1].new_empty(logits_buffer.shape)
-    count = len(FIGURES) if teacher is not None else FIGURES.index("divergence")
+    count = len(STUDENT_FIGURES if teacher is None else FIGURES)
     figures = hidden.new_zeros(count, tokens, dtype=compute_dtype(hidden))
     for start in range(0, tokens, chunk_size):
         part = slice(start, min(start + chunk_size, tokens))

@@ -47,14 +47,14 @@ def chunk_loss(
     ce_weight = None
     if config.ce_weight != 0.0:
         ce_weight = torch.full_like(label_logprob, config.ce_weight)
-    compared = None
+    comparison = None
     if target is not None:
         ce = None if ce_weight is None else (labels, student.norm, ce_weight)
-        compared = _compare(logits, target, student.norm, label_logprob, ce, config)
-        figures += [compared.divergence, target.topk_mass, target.entropy, compared.forward_kl]
+        comparison = _compare(logits, target, student.norm, label_logprob, ce, config)
+        figures += [comparison.divergence, target.topk_mass, target.entropy, comparison.forward_kl]
     gradient: Tensor | TopKGradient | None = None
     if form_gradient:
-        gradient = _gradient(logits, labels, student.norm, ce_weight, compared, config)
+        gradient = _gradient(logits, labels, student.norm, ce_weight, comparison, config)
     return ChunkLoss(torch.stack(figures), gradient)
 
 
@@ -63,7 +63,7 @@ def scale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
     return sparse_products.scale_(gradient, factor)
 
 
-class _Compared(NamedTuple):
+class _Comparison(NamedTuple):
     divergence: Tensor  # (c,)
     forward_kl: Tensor  # (c,)
     top_k: TopKGradient | None = None  # the gradient there, the cross-entropy's included
@@ -77,7 +77,7 @@ def _compare(
     label_logprob: Tensor,
     ce: tuple[Tensor, Tensor, Tensor] | None,
     config: LossConfig,
-) -> _Compared:
+) -> _Comparison:
     """Divergence from the target; ce as `divergence_on_support` takes it."""
     scale = torch.full_like(label_logprob, config.jsd_weight / config.temperature)
     if target.entries is not None:
@@ -85,18 +85,18 @@ def _compare(
         divergence, forward_kl, inside = kernels.divergence_on_support(
             logits, target.entries, target.log_probs, scale, config, ce
         )
-        return _Compared(divergence, forward_kl, TopKGradient(inside, target.entries))
+        return _Comparison(divergence, forward_kl, TopKGradient(inside, target.entries))
     if target.label_logprob is not None:  # -A d log s(x) / d logits = A (s - one-hot) / T
         advantage = target.label_logprob - label_logprob
         divergence = -advantage * label_logprob
         slopes = {"pull": scale * advantage}
-        return _Compared(divergence, torch.zeros_like(divergence), slopes=slopes)
+        return _Comparison(divergence, torch.zeros_like(divergence), slopes=slopes)
     assert target.logits is not None and target.norm is not None
     divergence, forward_kl, slope_sum, gate = kernels.full_divergence(
         logits, target.logits, norm, target.norm, config
     )
     slopes = {"teacher": target.logits, "teacher_norm": target.norm, "slope_sum": slope_sum}
-    return _Compared(divergence, forward_kl, slopes={**slopes, "pull": scale * gate})
+    return _Comparison(divergence, forward_kl, slopes={**slopes, "pull": scale * gate})
 
 
 def _gradient(
@@ -104,17 +104,17 @@ def _gradient(
     labels: Tensor,
     norm: Tensor,
     ce_weight: Tensor | None,
-    compared: _Compared | None,
+    comparison: _Comparison | None,
     config: LossConfig,
 ) -> Tensor | TopKGradient:
     """d loss / d logits, written over the logits unless the top-k's entries are enough."""
-    top_k = None if compared is None else compared.top_k
+    top_k = None if comparison is None else comparison.top_k
     if top_k is not None and ce_weight is None:
         if sparse_products.pays(top_k.entries.shape[1], logits.shape[1]):
             return top_k
         logits.zero_()
     else:
-        slopes = {} if compared is None else compared.slopes
+        slopes = {} if comparison is None else comparison.slopes
         kernels.write_gradient(logits, config, labels, norm, ce_weight=ce_weight, **slopes)
     if top_k is not None:
         logits.scatter_(-1, top_k.entries, top_k.values.to(logits.dtype))

@@ -460,6 +460,20 @@ def test_existing_folder(tiny: Tensors, tiny_bagel_path: Path, tmp_path: Path) -
     assert both[HEAD].equal(tiny[HEAD] + 1) and both["connector.fc1.bias"].equal(torch.ones(64))
 
 
+def test_all_is_on_the_disk_before_it_has_its_name(
+    tiny_bagel_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(
+        os, "fsync", lambda number: flushed.append(Path(os.readlink(f"/proc/self/fd/{number}")))
+    )
+    out = save_bagel([], tmp_path / "out", base=tiny_bagel_path)
+    assert out is not None
+    temporary = tmp_path / "out.tmp"
+    assert set(flushed[:-2]) == {temporary / file.name for file in out.iterdir()}
+    assert flushed[-2:] == [temporary, tmp_path], "the entries of the folder, then its name"
+
+
 def test_errors_before_writing(
     tiny: Tensors,
     make_base: Callable[..., Path],

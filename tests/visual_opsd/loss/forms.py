@@ -144,21 +144,13 @@ def plain_divergence(logits: Tensor, target: Tensor, labels: Tensor, config: Los
     return generalized_jsd_loss(logits, target, reduction="sum", **options)
 
 
-def plain_loss(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | None,
-    labels: Tensor,
-    config: LossConfig,
-) -> Tensor:
+def plain_loss(tensors: list[Tensor], labels: Tensor, config: LossConfig) -> Tensor:
     """`chunked_opsd_loss` by whole logits, opsd_loss.py, cross_entropy and autograd."""
+    student_hidden, student_head, teacher_hidden, teacher_head = tensors
     logits = student_hidden @ student_head.t()
-    kind = torch.promote_types(logits.dtype, torch.float32)
-    ce = F.cross_entropy(logits.to(kind), labels, reduction="sum")
-    if teacher_hidden is None or teacher_head is None:
-        return config.ce_weight * ce
     with torch.no_grad():
         target = teacher_hidden @ teacher_head.t()
+    kind = torch.promote_types(logits.dtype, torch.float32)
+    ce = F.cross_entropy(logits.to(kind), labels, reduction="sum")
     divergence = plain_divergence(logits, target, labels, config)
     return config.jsd_weight * divergence + config.ce_weight * ce

@@ -212,7 +212,7 @@ def test_large_logits_lose_no_digits(
     exact = in_double(tensors)
     loss, _ = chunked_opsd_loss(*tensors, labels, config)
     grad = torch.autograd.grad(loss, tensors[0])[0]
-    exact_loss = plain_loss(*exact, labels, config)
+    exact_loss = plain_loss(exact, labels, config)
     exact_grad = torch.autograd.grad(exact_loss, exact[0])[0]
     # A cross-entropy is the difference of two numbers as large as the logits.
     close(loss, exact_loss, atol=4 * abs(offset) * 2**-24 if config.ce_weight else 5e-6)
@@ -285,7 +285,7 @@ def test_the_true_size(config: LossConfig, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv("VISUAL_OPSD_EAGER", eager)
         loss, stats = chunked_opsd_loss(*tensors, labels, config, chunk_size=100)
         results.append((loss, stats, gradients(loss, tensors)))
-    oracle = plain_loss(*tensors, labels, config)
+    oracle = plain_loss(tensors, labels, config)
     results.append((oracle, {}, gradients(oracle, tensors)))
     loss, stats, grads = results[0]
     for other, other_stats, other_grads in results[1:]:
