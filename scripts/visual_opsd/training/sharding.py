@@ -184,16 +184,8 @@ def check_precision(
 
 
 def materialise(model: nn.Module, device: torch.device, *, cpu_offload: bool = False) -> None:
-    """Give a sharded meta model uninitialised shards on its device, and computed buffers.
-
-    These are filled by `model.reset_buffers()`: rotary frequencies are in no checkpoint.
-    """
+    """Give a sharded meta model uninitialised shards on its device (`Bagel` has no buffers)."""
     model.to_empty(device=torch.device("cpu") if cpu_offload else device)
-    for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, buffer.to(device))  # buffers are never offloaded
-    reset: Any = model.reset_buffers
-    reset()
 
 
 @torch.no_grad()

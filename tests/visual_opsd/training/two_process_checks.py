@@ -194,6 +194,7 @@ def check_loading(env: DistEnv, work: Path) -> None:
             param_dtype=torch.float32,
         )
         D.materialise(model, env.device)
+        model.reset_buffers()
         D.load_sharded(model, {k: v.double() for k, v in source.items()}.items())
         loaded = dict(D.iter_full_state(model))
         assert loaded.keys() == source.keys()
