@@ -53,7 +53,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class _Calls:
+class _Call:
     """Row indices and lengths of one variable-length call (None = all rows in order)."""
 
     query_rows: Tensor | None
@@ -279,7 +279,7 @@ def attend_in_place(
 
 def _as_call(
     layout: AttentionLayout, parts: list[tuple[np.ndarray, np.ndarray]], device: torch.device
-) -> _Calls | None:
+) -> _Call | None:
     """One call from (query rows, key rows) of each part; None when there is nothing to do."""
     if not parts:
         return None
@@ -295,7 +295,7 @@ def _as_call(
             return None
         return on_device(joined, torch.int64)
 
-    return _Calls(
+    return _Call(
         query_rows=rows([part[0] for part in parts], layout.total),
         key_rows=rows([part[1] for part in parts], sum(layout.key_lens)),
         cu_query=on_device(np.cumsum([0, *lens_q]), torch.int32),
@@ -328,16 +328,16 @@ def _parts(layout: AttentionLayout) -> tuple[list[Any], list[Any]]:
     return causal, full
 
 
-def _calls(layout: AttentionLayout, device: torch.device) -> tuple[_Calls | None, _Calls | None]:
-    def make() -> tuple[_Calls | None, _Calls | None]:
+def _calls(layout: AttentionLayout, device: torch.device) -> tuple[_Call | None, _Call | None]:
+    def make() -> tuple[_Call | None, _Call | None]:
         causal, full = _parts(layout)
         return _as_call(layout, causal, device), _as_call(layout, full, device)
 
-    result: tuple[_Calls | None, _Calls | None] = layout.memo(("calls", device), make)
+    result: tuple[_Call | None, _Call | None] = layout.memo(("calls", device), make)
     return result
 
 
-def _one_call(q: Tensor, k: Tensor, v: Tensor, call: _Calls, causal: bool, backend: str) -> Tensor:
+def _one_call(q: Tensor, k: Tensor, v: Tensor, call: _Call, causal: bool, backend: str) -> Tensor:
     if backend == "segments":
         return _call_by_segment(q, k, v, call, causal)
     arguments = (q, k, v, call.cu_query, call.cu_key, call.max_query, call.max_key)
@@ -353,7 +353,7 @@ def _one_call(q: Tensor, k: Tensor, v: Tensor, call: _Calls, causal: bool, backe
     return function(*arguments, **extra)
 
 
-def _call_by_segment(q: Tensor, k: Tensor, v: Tensor, call: _Calls, causal: bool) -> Tensor:
+def _call_by_segment(q: Tensor, k: Tensor, v: Tensor, call: _Call, causal: bool) -> Tensor:
     bounds = list(zip(call.cu_query.tolist(), call.cu_key.tolist(), strict=True))
     outs = []
     for (q0, k0), (q1, k1) in itertools.pairwise(bounds):

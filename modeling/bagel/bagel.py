@@ -82,7 +82,7 @@ class Bagel(nn.Module):
         """Where each decoder layer computes; None: all where the prompt is."""
         return self.language_model.model.layer_devices
 
-    def see_images(self, batch: PackedBatch, images: Sequence[int]) -> Tensor:
+    def encode_images(self, batch: PackedBatch, images: Sequence[int]) -> Tensor:
         """ViT outputs of some images of a batch: (their patches, Hv)."""
         assert batch.vit_patches is not None
         patches, positions, lens = batch.vit_patches, batch.vit_position_ids, batch.vit_lens
@@ -101,12 +101,12 @@ class Bagel(nn.Module):
         """ViT outputs of all images of a batch, (Nv, Hv); shared ones are taken as they are."""
         shared, every = batch.shared_features, range(len(batch.vit_lens))
         if shared is None:
-            return self.see_images(batch, every)
+            return self.encode_images(batch, every)
         assert shared.features is not None
         others = [i for i in every if i not in shared.images]
         if not others:
             return shared.features
-        new = self.see_images(batch, others)
+        new = self.encode_images(batch, others)
         whole = new.new_empty(len(batch.vit_position_ids), new.shape[-1])
         whole = whole.index_copy_(0, batch.patch_rows(shared.images), shared.features)
         return whole.index_copy_(0, batch.patch_rows(others), new)
@@ -166,7 +166,7 @@ class Bagel(nn.Module):
             raise ValueError("flow_head needs a sequence with a latent image; pack one")
         if share is not None:
             with torch.enable_grad():
-                share.features = self.see_images(batch, share.images)
+                share.features = self.encode_images(batch, share.images)
             batch = batch.with_features(share.features.detach(), share.images)
         hidden = self._decode(batch, cache)
         velocities = None
@@ -214,8 +214,4 @@ class Bagel(nn.Module):
         """
         x = self.language_model.model.embed_tokens(tokens)
         hidden = self.language_model.model(x, positions, DecodeLayout(slots), cache=cache)
-        return self.language_model.lm_head(hidden)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Text head: (..., H) -> (..., V)."""
         return self.language_model.lm_head(hidden)

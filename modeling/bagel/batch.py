@@ -42,7 +42,7 @@ class PackedLatents:
 
     def to(self, device: torch.device | str) -> PackedLatents:
         """The same with every tensor on `device`."""
-        return _moved(self, device)
+        return _move(self, device)
 
 
 class SharedFeatures:
@@ -97,7 +97,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on `device`."""
-        return _moved(self, device)
+        return _move(self, device)
 
     def with_features(self, features: Tensor, images: tuple[int, ...] | None = None) -> PackedBatch:
         """The same batch with the ViT outputs (patches, Hv) of some images, rising; None: all."""
@@ -120,12 +120,12 @@ class PackedBatch:
 _Batch = TypeVar("_Batch", PackedBatch, PackedLatents)
 
 
-def _moved(batch: _Batch, device: torch.device | str) -> _Batch:
-    moved: dict[str, Any] = {}
+def _move(batch: _Batch, device: torch.device | str) -> _Batch:
+    changes: dict[str, Any] = {}
     for f in fields(batch):
         value = getattr(batch, f.name)
         if isinstance(value, Tensor):
-            moved[f.name] = value.to(device, non_blocking=True)
+            changes[f.name] = value.to(device, non_blocking=True)
         elif isinstance(value, PackedLatents):
-            moved[f.name] = value.to(device)
-    return replace(batch, **moved)
+            changes[f.name] = value.to(device)
+    return replace(batch, **changes)

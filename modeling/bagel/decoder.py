@@ -187,9 +187,9 @@ class Attention(nn.Module):
         """
         layout, cache = shared.layout, shared.cache
         place = None
-        if plan.attends_in_cache and cache is not None:
+        if plan.attends_in_cache and cache is not None and not plan.keys_only:
             assert isinstance(layout, AttentionLayout)
-            place = None if plan.keys_only else cache.place(layer, layout)
+            place = cache.place(layer, layout)
         if place is not None:
             seen = self._attend_in_cache(xs, shared, plan, place)
         else:

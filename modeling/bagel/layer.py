@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -15,13 +16,12 @@ class Layer(nn.Module):
     checkpointing: the backward pass computes the activations again. compiled: set by `compile`.
     """
 
+    compute: Callable[..., Any]
+
     def __init__(self) -> None:
         super().__init__()
         self.checkpointing = False
         self.compiled = False
-
-    def compute(self, *arguments: Any) -> Any:
-        raise NotImplementedError
 
     def compile(self, *arguments: Any, **options: Any) -> None:
         super().compile(*arguments, **options)

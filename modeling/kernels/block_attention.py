@@ -134,7 +134,7 @@ def _read(at, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _see(
+def _add_keys(
     acc, total, peak, q, k_at, v_at, start, stop, limit, k_stride, v_stride, scale, d,
     MASK: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -182,11 +182,11 @@ def _forward(
     total = tl.zeros((BM,), tl.float32)
     peak = tl.full((BM,), -1e30, tl.float32)
     whole = by_all // BN * BN
-    acc, total, peak = _see(
+    acc, total, peak = _add_keys(
         acc, total, peak, query, k_at, v_at, 0, whole, limit, k_stride, v_stride, scale, d,
         False, DIM, WIDTH, BN,
     )  # fmt: skip
-    acc, total, peak = _see(
+    acc, total, peak = _add_keys(
         acc, total, peak, query, k_at, v_at, whole, by_some, limit, k_stride, v_stride, scale, d,
         True, DIM, WIDTH, BN,
     )  # fmt: skip

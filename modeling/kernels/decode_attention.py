@@ -18,7 +18,7 @@ _LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _normed(at, weight, mask, eps, HALF: tl.constexpr):
+def _norm_heads(at, weight, mask, eps, HALF: tl.constexpr):
     """Both halves of heads (R, HALF), normed and scaled, fp32."""
     half = tl.arange(0, HALF)
     left = tl.load(at, mask=mask, other=0.0).to(tl.float32)
@@ -31,7 +31,7 @@ def _normed(at, weight, mask, eps, HALF: tl.constexpr):
 
 
 @triton.jit
-def _part(part_max, part_sum, part_out, parts, part, count, head, dim, real):
+def _read_part(part_max, part_sum, part_out, parts, part, count, head, dim, real):
     """What one program left behind, from beyond the first-level cache; nothing past the last."""
     at = (parts + part) * head.shape[0] + head
     there = head * 0 + part < count
@@ -44,7 +44,7 @@ def _part(part_max, part_sum, part_out, parts, part, count, head, dim, real):
 
 
 @triton.jit
-def _merged(peak, total, acc, other_peak, other_total, other_acc):
+def _merge(peak, total, acc, other_peak, other_total, other_acc):
     """Two partial sums of a softmax as one."""
     top = tl.maximum(peak, other_peak)
     mine, theirs = tl.exp2(peak - top), tl.exp2(other_peak - top)
@@ -80,7 +80,7 @@ def _attend(
         s = tl.load(sin + position * HALF + half).to(tl.float32)[None, :]
         new = qkv + row.to(tl.int64) * ((REPEAT + 2) * GROUPS * DIM)
         q_at = new + (group * REPEAT + head)[:, None] * DIM + half[None, :]
-        left, right = _normed(q_at, q_weight, real, eps, HALF)
+        left, right = _norm_heads(q_at, q_weight, real, eps, HALF)
         q_left = (left * c - right * s).to(kind)
         q_right = (right * c + left * s).to(kind)
 
@@ -109,7 +109,7 @@ def _attend(
         if slot < first + CHUNK:  # this split holds the new position
             one = tl.arange(0, 1)[:, None]
             new_at = new + (REPEAT * GROUPS + group) * DIM + one * DIM + half[None, :]
-            k_one, k_two = _normed(new_at, k_weight, one == 0, eps, HALF)
+            k_one, k_two = _norm_heads(new_at, k_weight, one == 0, eps, HALF)
             new_left = (k_one * c - k_two * s).to(kind)
             new_right = (k_two * c + k_one * s).to(kind)
             new_v = tl.load(new + ((REPEAT + 1) * GROUPS + group) * DIM + dim)
@@ -146,22 +146,22 @@ def _attend(
                 all_acc = tl.zeros((ROWS, DIM), tl.float32)
                 # Four parts at a time, so that their loads are in flight together.
                 for part in range(0, count, 4):
-                    p0, t0, a0 = _part(
+                    p0, t0, a0 = _read_part(
                         part_max, part_sum, part_out, parts, part, count, head, dim, real
                     )
-                    p1, t1, a1 = _part(
+                    p1, t1, a1 = _read_part(
                         part_max, part_sum, part_out, parts, part + 1, count, head, dim, real
                     )
-                    p2, t2, a2 = _part(
+                    p2, t2, a2 = _read_part(
                         part_max, part_sum, part_out, parts, part + 2, count, head, dim, real
                     )
-                    p3, t3, a3 = _part(
+                    p3, t3, a3 = _read_part(
                         part_max, part_sum, part_out, parts, part + 3, count, head, dim, real
                     )
-                    p0, t0, a0 = _merged(p0, t0, a0, p1, t1, a1)
-                    p2, t2, a2 = _merged(p2, t2, a2, p3, t3, a3)
-                    p0, t0, a0 = _merged(p0, t0, a0, p2, t2, a2)
-                    all_peak, all_total, all_acc = _merged(p0, t0, a0, all_peak, all_total, all_acc)
+                    p0, t0, a0 = _merge(p0, t0, a0, p1, t1, a1)
+                    p2, t2, a2 = _merge(p2, t2, a2, p3, t3, a3)
+                    p0, t0, a0 = _merge(p0, t0, a0, p2, t2, a2)
+                    all_peak, all_total, all_acc = _merge(p0, t0, a0, all_peak, all_total, all_acc)
                 tl.store(to, all_acc / all_total[:, None], mask=real)
 
 

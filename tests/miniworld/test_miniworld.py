@@ -274,7 +274,7 @@ def test_padded_batch_scores_like_exact_packs(
         pictures = maze_pictures(banks[size], index, patches, torch.zeros_like(index))
         batch, weights = template.fill([pictures], [words.completions(banks[size], index, walked)])
         assert weights is not None
-        logits = model.logits(model(batch)[batch.score_rows])
+        logits = model.language_model.lm_head(model(batch)[batch.score_rows])
         ce = torch.nn.functional.cross_entropy(logits, batch.score_labels, reduction="none")
         return (ce * weights).sum() / weights.sum()
 

@@ -103,7 +103,7 @@ def dense(bundle: Any, context: Any, line: dict[str, Any]) -> Tensor:
     ids, scored = line["ids"], line["scored"]
     with torch.no_grad():
         hidden = bundle.model(pack([(*context, TextSegment(tuple(ids)))], bundle.special_tokens))
-        logits = bundle.model.logits(hidden).double()
+        logits = bundle.model.language_model.lm_head(hidden).double()
     first = len(hidden) - len(ids) - 2  # the row of the completion's <|im_start|>
     rows = [first + i for i, flag in enumerate(scored) if flag]
     return logits[rows].log_softmax(-1)

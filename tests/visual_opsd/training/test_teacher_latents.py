@@ -162,4 +162,4 @@ def dense(bundle: Any, context: Any, line: dict[str, Any]) -> torch.Tensor:
     hidden = bundle.model(pack([(*context, TextSegment(tuple(ids)))], bundle.special_tokens))
     first = len(hidden) - len(ids) - 2
     rows = [first + i for i, flag in enumerate(scored) if flag]
-    return bundle.model.logits(hidden).double()[rows].log_softmax(-1)
+    return bundle.model.language_model.lm_head(hidden).double()[rows].log_softmax(-1)
