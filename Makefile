@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 # read PYTHON too, as the interpreter to train with).
 unexport PYTHON TORCH_INDEX
 
-.PHONY: help demo test soak lint bench-cpu venv clean FORCE
+.PHONY: help demo test soak lint docs bench-cpu venv clean FORCE
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make test [ARGS=...]  run the test suite (WORKERS=n processes, default 2)"
 	@echo "make soak [ARGS=...]  an hour or so: hostile inputs, random kills, thousands of steps"
 	@echo "make lint             ruff, mypy and shellcheck"
+	@echo "make docs             write the documents' tables anew that mirror the code"
 	@echo "make bench-cpu        every benchmark with a tiny model, on this machine's CPU"
 	@echo "make venv             only set up .venv"
 	@echo "make clean            remove .venv and the tools' caches (never results/)"
@@ -43,6 +44,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy .
 	$(BIN)/shellcheck .ci/run scripts/*.sh scripts/bench/*.sh scripts/visual_opsd/*.sh examples/slurm.sbatch
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m scripts.docs
 
 bench-cpu: $(VENV)/.installed
 	$(BIN)/python -m scripts.bench.all --tiny --device cpu --repeats 1 $(ARGS)

@@ -18,7 +18,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -33,10 +33,9 @@ from huggingface_hub.errors import (
 
 from data.dataset_info import DATA_ROOT_VARIABLE, DATASETS, DEFAULT_DATA_ROOT, data_root
 from modeling.host.disk import check_room
-from modeling.host.programs import expand_path, run_main
+from modeling.host.programs import make_folder, path_argument, run_main
 
 DEFAULT_REPO = "ThinkMorph/ThinkMorph-7B"
-INTERRUPTED = "download_model: interrupted; the same command continues with what is not complete"
 KNOWN_REPOS = (DEFAULT_REPO, "ByteDance-Seed/BAGEL-7B-MoT")
 
 # What a release folder needs, each with the alternatives that will do.
@@ -49,99 +48,91 @@ RELEASE_FILES = (
     ("vocab.json",),
     ("merges.txt",),
 )
-MODEL_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.md", "*.jinja", "LICENSE*", "NOTICE*")
-DATASET_PATTERNS = ("*.parquet", "*.md")
+PATTERNS = {
+    "model": ("*.safetensors", "*.json", "*.txt", "*.md", "*.jinja", "LICENSE*", "NOTICE*"),
+    "dataset": ("*.parquet", "*.md"),
+}
 
 
-def check_release_list(repo_id: str, names: Sequence[str]) -> None:
-    """Raise ValueError if a repository lacks files that a checkpoint folder needs."""
-    lacking = [" or ".join(group) for group in RELEASE_FILES if not set(group) & set(names)]
-    if lacking:
-        raise ValueError(
-            f"{repo_id} is not a complete BAGEL-type release: it lacks {', '.join(lacking)}. "
-            f"Choose one that is, such as {' or '.join(KNOWN_REPOS)}"
-        )
+def list_files(
+    repo_id: str, repo_type: str, revision: str | None
+) -> tuple[str | None, dict[str, int | None]]:
+    """The commit of a repository, and the sizes of its files that are wanted."""
+    is_model = repo_type == "model"
+    describe = HfApi().model_info if is_model else HfApi().dataset_info
+    info = describe(repo_id, revision=revision, files_metadata=True)
+    sizes = {
+        file.rfilename: file.size
+        for file in info.siblings or ()
+        if any(fnmatch(file.rfilename, pattern) for pattern in PATTERNS[repo_type])
+    }
+    return info.sha, sizes
 
 
-def check_parquet_list(repo_id: str, names: Sequence[str]) -> None:
-    """Raise ValueError if a repository holds no parquet file."""
-    if not any(name.endswith(".parquet") for name in names):
+def check_list(repo_id: str, repo_type: str, names: Collection[str]) -> None:
+    """Raise ValueError if a repository lacks files that a checkpoint or a data set needs."""
+    if repo_type == "model":
+        lacking = [" or ".join(group) for group in RELEASE_FILES if not set(group) & set(names)]
+        if lacking:
+            raise ValueError(
+                f"{repo_id} is not a complete BAGEL-type release: it lacks {', '.join(lacking)}. "
+                f"Choose one that is, such as {' or '.join(KNOWN_REPOS)}"
+            )
+    elif not any(name.endswith(".parquet") for name in names):
         raise ValueError(
             f"the data set {repo_id} holds no parquet file (found {', '.join(names) or 'nothing'})"
             "; give the right repository with --dataset-repo NAME=OWNER/REPOSITORY"
         )
 
 
-def check_sizes(folder: Path, sizes: Mapping[str, int | None]) -> None:
-    """Raise ValueError naming the files that are absent or differ in size from the hub's."""
-    wrong = []
-    for name, expected in sorted(sizes.items()):
-        file = folder / name
-        if not file.is_file():
-            wrong.append(f"{name} is absent")
-        elif expected is not None and file.stat().st_size != expected:
-            wrong.append(f"{name} has {file.stat().st_size} bytes, the hub's {expected}")
-    if wrong:
-        raise ValueError(
-            f"{folder} is incomplete or was changed: {'; '.join(wrong)}. Run the same command "
-            "again; if it repeats, add --no-resume to fetch everything afresh"
-        )
-
-
 def fetch(
     repo_id: str,
     folder: Path,
+    flag: str,
     *,
     repo_type: str = "model",
     revision: str | None = None,
     resume: bool = True,
 ) -> None:
-    """Download one repository into `folder` and check it.
+    """Download one repository into the folder that `flag` names.
 
     Raises:
         ValueError: a folder or disk that cannot take it, no network, no such repository or no
             access, files missing on the hub, or a file whose size differs afterwards.
     """
-    disk = _writable(folder)
+    make_folder(folder, flag)
     print(f"fetching {repo_id} into {folder}", flush=True)
-    is_model = repo_type == "model"
-    patterns = MODEL_PATTERNS if is_model else DATASET_PATTERNS
     with _explained(repo_id, folder, revision):
-        api = HfApi()
-        describe = api.model_info if is_model else api.dataset_info
-        info = describe(repo_id, revision=revision, files_metadata=True)
+        commit, sizes = list_files(repo_id, repo_type, revision)
         _remove_partial_files(folder)
-    sizes = {
-        file.rfilename: file.size
-        for file in info.siblings or ()
-        if any(fnmatch(file.rfilename, pattern) for pattern in patterns)
-    }
-    (check_release_list if is_model else check_parquet_list)(repo_id, list(sizes))
-    present = sum((folder / name).stat().st_size for name in sizes if (folder / name).is_file())
+    check_list(repo_id, repo_type, sizes)
     total = sum(size or 0 for size in sizes.values())
-    check_room(disk, total - present, f"what {folder} still lacks")
+    present = sum(_size(folder / name) or 0 for name in sizes)
+    check_room(folder, total - present, f"what {folder} still lacks")
     with _explained(repo_id, folder, revision):
         snapshot_download(
             repo_id,
             repo_type=repo_type,
-            revision=info.sha,  # the very files whose sizes were listed
+            revision=commit,  # the very files that were listed
             local_dir=folder,
-            allow_patterns=list(patterns),
+            allow_patterns=list(PATTERNS[repo_type]),
             force_download=not resume,
         )
-    check_sizes(folder, sizes)
+    wrong = [
+        f"{name} has {_size(folder / name) or 'no'} bytes, the hub's {size}"
+        for name, size in sizes.items()
+        if size is not None and _size(folder / name) != size
+    ]
+    if wrong:
+        raise ValueError(
+            f"{folder} is incomplete or was changed: {'; '.join(wrong)}. Run the same command "
+            "again; if it repeats, add --no-resume to fetch everything afresh"
+        )
     print(f"complete: {len(sizes)} files, {total / 1e9:.2f} GB, sizes as on the hub", flush=True)
 
 
-def _writable(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists; ValueError if files cannot be made there."""
-    existing = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
-    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
-        return existing
-    cause = "is read-only for you" if existing.is_dir() else "is not a folder"
-    raise ValueError(
-        f"cannot write {folder}: {existing} {cause}; choose another place (--save-dir, --data-root)"
-    )
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
 
 
 def _remove_partial_files(folder: Path) -> None:
@@ -180,33 +171,24 @@ def _explain(name: str, folder: Path, error: Exception) -> str:
     local = isinstance(error, OSError) and (error.errno or 0) > 0  # no address for a name: < 0
     if local and not isinstance(error, ConnectionError | TimeoutError):
         return f"cannot write {folder} or the hub's cache (HF_HOME): {error}"
-    if getattr(error, "response", None) is not None:
-        advice = "Try again later; with status 401, 403 or 429 log in first (`hf auth login`)"
-    else:
-        advice = (
-            "Check the network; behind a proxy set HTTPS_PROXY, for a mirror HF_ENDPOINT; or run "
-            f"this command on another machine and copy its folder to {folder}"
-        )
+    advice = (
+        "Try again later; with status 401, 403 or 429 log in first (`hf auth login`)"
+        if getattr(error, "response", None) is not None
+        else "Check the network; behind a proxy set HTTPS_PROXY, for a mirror HF_ENDPOINT; or run "
+        f"this command on another machine and copy its folder to {folder}"
+    )
     return (
         f"fetching {name} from {endpoint} failed ({type(error).__name__}: {reason}). {advice}. If "
         "only large files stall or fail, as with some mirrors, set HF_HUB_DISABLE_XET=1"
     )
 
 
-def fetch_model(args: argparse.Namespace) -> None:
-    """Download and check the checkpoint that the flags name."""
-    repo_id = DEFAULT_REPO if args.repo_id is None else args.repo_id
-    folder = _place("--save-dir", args.save_dir) or Path("models") / repo_id.split("/")[-1]
-    fetch(repo_id, folder, revision=args.revision, resume=args.resume)
-    print(folder)
-
-
 def chosen_datasets(args: argparse.Namespace) -> dict[str, str]:
     """Name -> repository of the data sets that the flags name; ValueError for unknown ones."""
     repos = {name: info.repo_id for name, info in DATASETS.items()}
     for pair in args.dataset_repo:
-        name, separator, repo_id = pair.partition("=")
-        if not separator or name not in repos or not repo_id:
+        name, _, repo_id = pair.partition("=")
+        if name not in repos or not repo_id:
             raise ValueError(
                 f"--dataset-repo {pair!r} is not NAME=OWNER/REPOSITORY with a NAME among "
                 f"{', '.join(repos)}"
@@ -223,7 +205,7 @@ def fetch_datasets(args: argparse.Namespace, repos: Mapping[str, str], root: Pat
     rejected = []
     for name, repo_id in repos.items():
         folder = root / name
-        fetch(repo_id, folder, repo_type="dataset", resume=args.resume)
+        fetch(repo_id, folder, "--data-root", repo_type="dataset", resume=args.resume)
         command = [sys.executable, "-m", "data.check", str(folder.resolve())]
         if subprocess.run(command, cwd=Path(__file__).resolve().parent, check=False).returncode:
             rejected.append(name)
@@ -236,18 +218,6 @@ def fetch_datasets(args: argparse.Namespace, repos: Mapping[str, str], root: Pat
         print(f"now: export {DATA_ROOT_VARIABLE}={root.resolve()}")
 
 
-def _place(flag: str, text: str | None) -> Path | None:
-    """The folder a flag names; None if it was not given."""
-    if text is None:
-        return None
-    if not text.strip():
-        raise ValueError(f"{flag} is empty: name a folder, or leave it out")
-    try:
-        return Path(expand_path(text))
-    except ValueError as error:
-        raise ValueError(f"{flag} {text}: {error}") from None
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -256,7 +226,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repo-id", help=f"checkpoint to fetch: {' (default) or '.join(KNOWN_REPOS)}"
     )
-    parser.add_argument("--save-dir", help="folder of the checkpoint (default: models/NAME)")
+    parser.add_argument(
+        "--save-dir", type=path_argument, help="folder of the checkpoint (default: models/NAME)"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of the checkpoint")
     parser.add_argument(
         "--resume",
@@ -273,6 +245,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--data-root",
+        type=path_argument,
         help=f"folder of the data sets (default: {DATA_ROOT_VARIABLE}, else {DEFAULT_DATA_ROOT})",
     )
     parser.add_argument(
@@ -288,26 +261,22 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        # Every mistake in the flags is found before gigabytes are fetched.
-        root = data_root(_place("--data-root", args.data_root))
-        repos = {} if args.datasets is None else chosen_datasets(args)
-        if args.datasets is None or args.repo_id is not None:
-            fetch_model(args)
-        if repos:
-            fetch_datasets(args, repos, root)
-    except ValueError as error:
-        print(f"download_model: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
-        return 130
+    # Every mistake in the flags is found before gigabytes are fetched.
+    root = data_root(args.data_root)
+    repos = {} if args.datasets is None else chosen_datasets(args)
+    if args.datasets is None or args.repo_id is not None:
+        repo_id = DEFAULT_REPO if args.repo_id is None else args.repo_id
+        folder = Path(args.save_dir or Path("models") / repo_id.split("/")[-1])
+        fetch(repo_id, folder, "--save-dir", revision=args.revision, resume=args.resume)
+        print(folder)
+    if repos:
+        fetch_datasets(args, repos, root)
     return 0
 
 
 def _leave(*_: object) -> NoReturn:
     # At once: the client would first finish the files that its threads are fetching.
-    os.write(2, f"\n{INTERRUPTED}\n".encode())
+    os.write(2, b"\ninterrupted; the same command continues with what is not complete\n")
     os._exit(130)
 
 

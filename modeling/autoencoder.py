@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling.release.finite import check_finite
-from modeling.release.weight_files import FLOAT_DTYPES, StoredTensor, read_file
+from modeling.release.weight_files import StoredTensor, describe_mismatch, read_file
 
 AE_FILE = "ae.safetensors"
 _GROUPS = 32
@@ -226,10 +226,7 @@ class AutoEncoder(nn.Module):
         if noise is None:
             device = generator.device if generator is not None else mean.device
             noise = torch.randn(mean.shape, generator=generator, device=device, dtype=mean.dtype)
-        if noise.shape != mean.shape:
-            raise ValueError(
-                f"the encoder's noise must be {tuple(mean.shape)}, got {tuple(noise.shape)}"
-            )
+        assert noise.shape == mean.shape, (noise.shape, mean.shape)
         return self.sample(mean, logvar, noise)
 
     def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
@@ -320,20 +317,14 @@ def _read_config(stored: Mapping[str, StoredTensor], file: Path) -> AutoEncoderC
     return AutoEncoderConfig(width=width, in_channels=first.shape[1], latent_channels=last.shape[1])
 
 
-def load_autoencoder(
-    path: str | Path,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> AutoEncoder:
-    """Read `ae.safetensors` of a checkpoint folder (or the file itself); sizes from its shapes.
+def load_autoencoder(path: str | Path, *, device: torch.device | str = "cpu") -> AutoEncoder:
+    """Read `ae.safetensors` of a checkpoint folder as fp32; sizes from its shapes.
 
     Raises:
         ValueError: file missing or damaged; tensors missing, unexpected, of another shape, or
             with values that are NaN or infinite.
     """
-    file = Path(path)
-    file = file / AE_FILE if file.is_dir() else file
+    file = Path(path) / AE_FILE
     if not file.is_file():
         raise ValueError(
             f"{file} is missing: drawing and reading latents needs the release's autoencoder "
@@ -343,23 +334,14 @@ def load_autoencoder(
     config = _read_config(stored, file)
     with torch.device("meta"):
         vae = AutoEncoder(config)
-    expected = {key: tuple(value.shape) for key, value in vae.state_dict().items()}
-    problems = [f"{key} is missing" for key in expected if key not in stored]
-    problems += [f"{key} is unexpected" for key in stored if key not in expected]
-    problems += [
-        f"{key}: found {list(stored[key].shape)} {stored[key].dtype}, expected {list(shape)}"
-        for key, shape in expected.items()
-        if key in stored and (stored[key].shape != shape or stored[key].dtype not in FLOAT_DTYPES)
-    ]
+    expected = {key: value.shape for key, value in vae.state_dict().items()}
+    problems = describe_mismatch(expected, stored)
     if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(
-            f"{file} does not hold the autoencoder of a BAGEL release: "
-            + "; ".join(problems[:8])
-            + more
-            + ". Use the ae.safetensors of the same release"
+            f"{file} does not hold the autoencoder of a BAGEL release: {problems}. Use the "
+            "ae.safetensors of the same release"
         )
-    state = {key: stored[key].get(device, dtype) for key in expected}
+    state = {key: stored[key].get(device, torch.float32) for key in expected}
     check_finite(state, stored)
     vae.load_state_dict(state, strict=True, assign=True)
     return vae.requires_grad_(False)

@@ -28,7 +28,6 @@ FAST_PATHS = {
     "graphs": "CUDA graphs of the ViT, of decoding and of denoising steps",
     "loss": "Triton kernels between the two products of the loss",
     "features": "ViT outputs of the problem image computed once where teacher and student agree",
-    "loading": "weight files mapped and streamed through pinned memory to a GPU",
 }
 
 
@@ -82,7 +81,7 @@ def runs_kernels(path: str, tensor: Tensor) -> bool:
 
 def on_its_gpu(function: F) -> F:
     """Runs a function of a model with the model's GPU as the current one: Triton's kernels and
-    recordings go to no other."""
+    graphs go to no other."""
 
     @wraps(function)
     def inner(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

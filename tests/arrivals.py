@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from data.randomness import noise_generator
 from data.sequence import (
     INFERENCER_SYSTEM_PROMPT,
     PACKER_SYSTEM_PROMPT,
@@ -142,7 +143,7 @@ def words(given: Mapping[str, Any]) -> list[str]:
 
 def noise_of(seed: int, position: int, shapes: Sequence[Any]) -> list[Tensor]:
     """The noise control's pictures of the row at a place."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+    generator = noise_generator(seed, position)
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 
 from modeling.bagel.batch import PackedBatch
 from tests.shell import write_program
+from tests.visual_opsd.training_runs import make_world
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
@@ -39,6 +40,22 @@ def programs(tmp_path: Path) -> Path:
     folder = tmp_path / "programs"
     write_program(folder / "nvidia-smi", "#!/bin/sh\nexit 9\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The maze data set of `make_world`, for all tests to read and none to write into."""
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder)
+    made = _contents(folder)
+    yield folder
+    assert _contents(folder) == made, "a test wrote into the shared `world`"
+
+
+def _contents(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Size and time of the last change of everything in a folder."""
+    found = {path: path.stat() for path in folder.rglob("*")}
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
 
 
 def load_golden(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

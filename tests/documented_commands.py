@@ -21,7 +21,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from scripts.visual_opsd.analysis.kl_measurement import DiagnosticConfig
 from scripts.visual_opsd.cli import parse_config
 from scripts.visual_opsd.config import SFT_DEFAULTS, SFTConfig, TrainConfig
-from scripts.visual_opsd.evaluate import EvaluateConfig
+from scripts.visual_opsd.evaluation.questions import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 # Programs whose flags are the fields of a configuration, and the defaults of their own.

@@ -372,7 +372,7 @@ def steps(count: int) -> list[str]:
     with tempfile.TemporaryDirectory() as folder, tqdm(total=count, unit="step") as bar:
         world, results = Path(folder) / "world", Path(folder) / "run"
         world.mkdir()
-        make_world(world)
+        make_world(world, rows=64)
         process = start(
             MODULE,
             train_arguments(

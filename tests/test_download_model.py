@@ -88,11 +88,12 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHub:
     return FakeHub(monkeypatch)
 
 
-def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """Run the command, expect exit code 1 and one message without a traceback."""
-    assert main(argv) == 1
-    message = capsys.readouterr().err
-    assert message.startswith("download_model: ") and "Traceback" not in message
+def fails(*argv: str) -> str:
+    """Run the command and expect a user's mistake, which `run_main` prints as one line."""
+    with pytest.raises(ValueError) as caught:
+        main(argv)
+    message = str(caught.value)
+    assert message and "\n" not in message
     return message
 
 
@@ -121,35 +122,31 @@ def test_flags(hub: FakeHub, tmp_path: Path) -> None:
 
 def test_the_list_is_what_a_release_holds(tiny_bagel_path: Path) -> None:
     names = {file.name for file in tiny_bagel_path.iterdir()}
-    download_model.check_release_list("tiny", sorted(names))
+    download_model.check_list("tiny", "model", names)
     for group in RELEASE_FILES:
         with pytest.raises(ValueError, match="lacks " + " or ".join(group)):
-            download_model.check_release_list("tiny", sorted(names - set(group)))
+            download_model.check_list("tiny", "model", names - set(group))
 
 
-def test_incomplete_repository(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_incomplete_repository(hub: FakeHub) -> None:
     del hub.repos[download_model.DEFAULT_REPO]["ae.safetensors"]
-    assert "lacks ae.safetensors" in fails(capsys)
+    assert "lacks ae.safetensors" in fails()
     assert hub.calls == [], "nothing is downloaded before the list is checked"
 
 
-def test_sizes_are_compared(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
-    hub.lost = {"model.safetensors"}
-    message = fails(capsys)
+def test_sizes_are_compared(hub: FakeHub) -> None:
+    hub.lost = {"model.safetensors", "vocab.json"}
+    hub.repos[download_model.DEFAULT_REPO]["vocab.json"] = b"{"
+    message = fails()
     assert "model.safetensors has 99 bytes, the hub's 100" in message and "--no-resume" in message
-    assert "merges.txt" not in message
-    with pytest.raises(ValueError, match="a is absent"):
-        download_model.check_sizes(Path("nowhere"), {"a": None})
+    assert "vocab.json has no bytes" in message and "merges.txt" not in message
 
 
-def test_disk_too_small(
-    hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_too_small(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(".")._replace(free=60)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert "make room" in fails(capsys)
+    assert "make room" in fails()
     folder = Path("models/ThinkMorph-7B")
-    folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"w" * 100)  # only the rest is still to come
     hub.repos[download_model.DEFAULT_REPO]["ae.safetensors"] = b"a"
     assert main([]) == 0
@@ -174,31 +171,39 @@ def test_what_a_killed_download_left_is_removed(
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--save-dir", "file"], "cannot write file: file is not a folder"),
-        (["--save-dir", "file/below/it"], "file is not a folder"),
-        (["--save-dir", "broken"], "broken is not a folder"),  # a link to nowhere
-        (["--save-dir", ""], "--save-dir is empty"),
-        (["--save-dir", "~nobody-of-this-name/x"], "--save-dir ~nobody-of-this-name/x: "),
-        (["--datasets", "--data-root", " "], "--data-root is empty"),
-        (["--datasets", "--data-root", "file"], "file is not a folder"),
+        (["--save-dir", "file"], "--save-dir file: cannot write there (File exists)"),
+        (["--save-dir", "file/below/it"], "cannot write there (Not a directory)"),
+        (["--save-dir", "broken"], "--save-dir broken: cannot write there"),  # a link to nowhere
+        (["--datasets", "--data-root", "file"], "--data-root file/Visual_Search: cannot write"),
         (["--repo-id", "ThinkMorph/ThinkMorph-7B", "--datasets", "Chess"], "unknown data sets"),
     ],
 )
 def test_places_are_judged_before_the_network(
-    hub: FakeHub, capsys: pytest.CaptureFixture[str], flags: list[str], expected: str
+    hub: FakeHub, flags: list[str], expected: str
 ) -> None:
     hub.listing_error = AssertionError("asked")
     Path("file").write_text("")
     Path("broken").symlink_to("nowhere")
-    assert expected in fails(capsys, *flags)
+    assert expected in fails(*flags)
 
 
-def test_a_folder_without_permission(
-    hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
-    assert "is read-only for you" in fails(capsys)
-    assert not Path("models").exists()
+@pytest.mark.parametrize("flag", ["--save-dir", "--data-root"])
+@pytest.mark.parametrize("text", ["", " ", "~nobody-of-this-name/x"])
+def test_no_places(hub: FakeHub, capsys: pytest.CaptureFixture[str], flag: str, text: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([flag, text])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and f"argument {flag}: must " in said
+    assert not text.strip() or text in said
+
+
+def test_a_folder_without_permission(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    hub.listing_error = AssertionError("asked")
+    monkeypatch.setattr(os, "mkdir", refuse)  # root may write everywhere
+    assert "models/ThinkMorph-7B: cannot write there (Permission denied)" in fails()
 
 
 def test_home_is_expanded(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,9 +212,7 @@ def test_home_is_expanded(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.Monk
     assert hub.calls[0]["local_dir"] == tmp_path / "home" / "model"
 
 
-def test_advice_for_mirrors(
-    hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_advice_for_mirrors(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example")
     for error in (
         RuntimeError("CAS service error : HTTP status client error (401 Unauthorized)"),
@@ -217,7 +220,7 @@ def test_advice_for_mirrors(
         KeyError("location"),  # whatever a client of another version raises
     ):
         hub.download_error = error
-        message = fails(capsys)
+        message = fails()
         assert "HF_HUB_DISABLE_XET=1" in message and "https://mirror.example" in message
 
 
@@ -241,33 +244,18 @@ def _response(status: int) -> Any:
     ],
 )
 @pytest.mark.parametrize("where", ["listing_error", "download_error"])
-def test_hub_errors(
-    error: Exception,
-    expected: str,
-    where: str,
-    hub: FakeHub,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_hub_errors(error: Exception, expected: str, where: str, hub: FakeHub) -> None:
     setattr(hub, where, error)
-    message = fails(capsys)
+    message = fails()
     assert expected in message and "ThinkMorph" in message
-    assert len(message.strip().splitlines()) == 1
 
 
-def test_offline_variable_and_bad_name(
-    hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_variable_and_bad_name(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.listing_error = HFValidationError("Repo id must be in the form 'namespace/name'")
-    assert "no repository name (OWNER/NAME)" in fails(capsys, "--repo-id", "a b/c/d")
+    assert "no repository name (OWNER/NAME)" in fails("--repo-id", "a b/c/d")
     hub.listing_error = OfflineModeIsEnabled("offline mode")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "unset it" in fails(capsys)
-
-
-def test_interrupt(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
-    hub.listing_error = KeyboardInterrupt()
-    assert main([]) == 130
-    assert "the same command continues" in capsys.readouterr().err
+    assert "unset it" in fails()
 
 
 # -- data sets --------------------------------------------------------------------------------
@@ -295,13 +283,12 @@ def _add_datasets(hub: FakeHub) -> None:
 def test_datasets(
     hub: FakeHub,
     checks: list[list[str]],
-    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     _add_datasets(hub)
     monkeypatch.setenv("VISUAL_OPSD_DATA_ROOT", str(tmp_path / "root"))
-    assert "data.check found errors in Chart_Refocus" in fails(capsys, "--datasets")
+    assert "data.check found errors in Chart_Refocus" in fails("--datasets")
     assert [(call["repo_id"], call["repo_type"]) for call in hub.calls] == [
         ("ThinkMorph/Visual_Search", "dataset"),
         ("ThinkMorph/Spatial_Navigation", "dataset"),
@@ -328,10 +315,10 @@ def test_dataset_flags(
     assert (tmp_path / "other" / "Visual_Search" / "train.parquet").is_file()
     hub.repos["me/mine"] = {"README.md": b"nothing here"}
     both = ["--repo-id", download_model.DEFAULT_REPO, "--dataset-repo", "Visual_Search=me/mine"]
-    assert "holds no parquet file (found README.md)" in fails(capsys, *argv, *both)
+    assert "holds no parquet file (found README.md)" in fails(*argv, *both)
     assert hub.calls[-1]["repo_id"] == download_model.DEFAULT_REPO
-    assert "unknown data sets Chess; known: Visual_Search" in fails(capsys, "--datasets", "Chess")
-    assert "is not NAME=" in fails(capsys, *argv, "--dataset-repo", "Visual_Search")
+    assert "unknown data sets Chess; known: Visual_Search" in fails("--datasets", "Chess")
+    assert "is not NAME=" in fails(*argv, "--dataset-repo", "Visual_Search")
 
 
 # -- the real client against a hub on this machine ----------------------------------------------
@@ -426,6 +413,7 @@ def test_with_the_real_client(endpoint: str, tmp_path: Path) -> None:
     assert not list((tmp_path / "model").rglob("*.incomplete"))
     absent = run(endpoint, "me/other")
     assert absent.returncode == 1 and "check the name" in absent.stderr
+    assert absent.stderr.startswith("error: ") and absent.stderr.count("\n") == 1
     down = run("http://127.0.0.1:9", "me/model")
     assert down.returncode == 1 and "Check the network" in down.stderr
     assert "Traceback" not in absent.stderr + down.stderr

@@ -15,12 +15,6 @@ from tests import soak
 from tests.hostile import __main__ as hostile
 from tests.soak import Look, fingerprint, growing, growth
 from tests.visual_opsd.training.trainers import train
-from tests.visual_opsd.training_runs import make_world
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"), rows=8).parent
 
 
 def looks(**slopes: float) -> list[Look]:

@@ -6,13 +6,15 @@ Rule (one sample; i a query, j a key, both positions in the sample): i sees j wh
 Text is therefore causal, an image is bidirectional inside and sees everything before it, and a
 noised image is seen by nobody but itself.
 
-Backends, chosen by `backend_for` (override: environment variable VISUAL_OPSD_ATTENTION):
+Backends, chosen by `choose_backend` (override: environment variable VISUAL_OPSD_ATTENTION):
     blocks  our Triton kernels, which follow the layout in one pass; the default on CUDA, bf16/fp16
     varlen  torch >= 2.11 `varlen_attn`; there without Triton, and where `blocks` can't serve
     flash   flash-attn, when importable and asked for by name
-    sdpa    torch's scaled_dot_product_attention; CPU, and fp32 on CUDA
-varlen and flash make two calls, without a dense mask: one causal call over the rows of samples
-that hold text, then one full call whose queries are the image blocks; its rows replace theirs.
+    sdpa    torch's scaled_dot_product_attention; CPU, and fp32 on CUDA: with one dense mask for
+            short sequences on a CPU ("padded"), else segment by segment ("segments")
+varlen, flash and segments make two calls, without a dense mask: one causal call over the rows of
+samples that hold text, then one full call whose queries are the image blocks; its rows replace
+theirs.
 Shapes: q (T, nh, d), k and v (S, nkv, d), T query rows, S = T + cached rows; result (T, nh, d).
 """
 
@@ -74,27 +76,6 @@ class AttentionLayout:
     past_lens: tuple[int, ...]
     blocks: tuple[tuple[Block, ...], ...]
     _memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    @classmethod
-    def from_splits(
-        cls, sample_lens: Sequence[int], split_lens: Sequence[int], modes: Sequence[str]
-    ) -> AttentionLayout:
-        """From consecutive splits with modes "causal", "full" or "noise"."""
-        blocks: list[tuple[Block, ...]] = []
-        splits = iter(zip(split_lens, modes, strict=True))
-        for sample_len in sample_lens:
-            row, found = 0, []
-            while row < sample_len:
-                length, mode = next(splits)
-                if mode not in ("causal", "full", "noise"):
-                    raise ValueError(f"unknown attention mode {mode!r}: causal, full or noise")
-                if mode != "causal":
-                    found.append(Block(row, row + length, mode == "noise"))
-                row += length
-            if row != sample_len:
-                raise ValueError(f"splits end at row {row} of a sample of {sample_len} rows")
-            blocks.append(tuple(found))
-        return cls(tuple(sample_lens), (0,) * len(sample_lens), tuple(blocks))
 
     @property
     def total(self) -> int:
@@ -169,22 +150,12 @@ def _varlen_has_gqa_flag() -> bool:
     return function is not None and "enable_gqa" in inspect.signature(function).parameters
 
 
-def backend_for(q: Tensor) -> str:
-    """Name of the backend used for queries of this device and dtype.
-
-    Raises:
-        ValueError: VISUAL_OPSD_ATTENTION names an unknown or unusable backend.
-    """
-    half_on_gpu = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+def _wished_backend(half_on_gpu: bool) -> str:
+    """The backend that VISUAL_OPSD_ATTENTION names, as far as it serves; "" if it names none."""
     wish = os.environ.get("VISUAL_OPSD_ATTENTION", "")
-    if not wish:
-        if fast.runs_kernels("attention", q):
-            return "blocks"
-        flash = half_on_gpu and fast.is_ampere(q.device.index) and _varlen() is not None
-        return "varlen" if flash else "sdpa"
-    if wish not in BACKENDS:
+    if wish not in ("", *BACKENDS):
         raise ValueError(f"VISUAL_OPSD_ATTENTION={wish!r}: choose one of {', '.join(BACKENDS)}")
-    if wish == "sdpa" or not half_on_gpu:
+    if wish and not half_on_gpu:
         return "sdpa"
     if wish == "blocks" and not fast.has_triton():
         raise ValueError("VISUAL_OPSD_ATTENTION=blocks, but Triton is not installed")
@@ -193,22 +164,43 @@ def backend_for(q: Tensor) -> str:
     return wish
 
 
-def may_be_recorded(q: Tensor) -> bool:
-    """Whether attention of queries like these reads nothing back, as a CUDA graph needs it."""
-    return backend_for(q) != "sdpa"
+def choose_backend(x: Tensor, layout: AttentionLayout, *, compiled: bool = False) -> str:
+    """Name of the backend for queries of x's device and dtype; sdpa as "padded" or "segments".
+
+    compiled: by torch, which our kernels would stop.
+
+    Raises:
+        ValueError: VISUAL_OPSD_ATTENTION names an unknown or unusable backend.
+    """
+    half_on_gpu = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    backend = _wished_backend(half_on_gpu)
+    if not backend and not compiled and fast.runs_kernels("attention", x):
+        backend = "blocks"
+    elif not backend:
+        flash = half_on_gpu and fast.is_ampere(x.device.index) and _varlen() is not None
+        backend = "varlen" if flash else "sdpa"
+    if backend == "blocks" and layout.limits is None:
+        backend = "varlen" if _varlen() is not None else "sdpa"
+    if backend != "sdpa":
+        return backend
+    widest = max(layout.query_lens) * max(layout.key_lens) * len(layout.query_lens)
+    return "segments" if x.is_cuda or widest > _DENSE_MASK_LIMIT else "padded"
 
 
-def attends_in_place(q: Tensor, layout: AttentionLayout) -> bool:
-    """Whether `attend_in_place` serves queries like these."""
-    return backend_for(q) == "blocks" and layout.limits is not None
+def fits_graphs(backend: str) -> bool:
+    """Whether attention reads nothing back, as a CUDA graph needs it."""
+    return backend in ("blocks", "varlen", "flash")
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout | DecodeLayout) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout | DecodeLayout, backend: str
+) -> Tensor:
     """Scaled dot-product attention under `layout`; grouped key/value heads are shared.
 
     Args:
         q: (T, nh, d). k, v: (S, nkv, d), each sample's cached rows then its new ones; with a
             DecodeLayout T is the batch size and k, v are the static cache (B, M, nkv, d).
+        backend: of `choose_backend`; a DecodeLayout needs none.
 
     Returns:
         (T, nh, d) in q's dtype.
@@ -217,18 +209,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout | DecodeLayo
         return _attend_decode(q, k, v, layout.slots)
     assert q.shape[0] == layout.total, (q.shape, layout.query_lens)
     assert k.shape[0] == sum(layout.key_lens), (k.shape, layout.key_lens)
-    backend = backend_for(q)
     if backend == "blocks":
-        limits = layout.limits
-        if limits is not None:
-            return _attend_blocks(q, k, v, layout, limits)
-        backend = "varlen" if _varlen() is not None else "sdpa"
-    if backend != "sdpa":
-        return _attend_varlen(q, k, v, layout, backend)
-    widest = max(layout.query_lens) * max(layout.key_lens) * len(layout.query_lens)
-    if q.is_cuda or widest > _DENSE_MASK_LIMIT:
-        return _attend_segments(q, k, v, layout)
-    return _attend_padded(q, k, v, layout)
+        return _attend_blocks(q, k, v, layout)
+    if backend == "padded":
+        return _attend_padded(q, k, v, layout)
+    return _attend_in_two_calls(q, k, v, layout, backend)
 
 
 def _attend_decode(q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
@@ -244,14 +229,13 @@ def _attend_decode(q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
     return out.reshape(batch, heads, dim)
 
 
-def _attend_blocks(
-    q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, limits: list[np.ndarray]
-) -> Tensor:
+def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
     from modeling.kernels.block_attention import block_attention, make_plan
 
     def make() -> Any:
+        assert layout.limits is not None
         first_keys = np.cumsum([0, *layout.key_lens])[:-1].tolist()
-        return make_plan(limits, first_keys, q.device, layout.key_lens)
+        return make_plan(layout.limits, first_keys, q.device, layout.key_lens)
 
     return block_attention(q, k, v, layout.memo(("blocks", q.device), make))
 
@@ -264,9 +248,7 @@ def attend_in_place(
     starts: Sequence[int],
     order: Tensor | None,
 ) -> Tensor:
-    """`attend` over keys that stay where a cache has them, for queries in any order.
-
-    Only where `attends_in_place` says so.
+    """`attend` by blocks over keys that stay where a cache has them, for queries in any order.
 
     Args:
         q: (T, nh, d). keys, values: (R, nkv, d). starts: first row of each sample in them.
@@ -356,65 +338,48 @@ def _calls(layout: AttentionLayout, device: torch.device) -> tuple[_Calls | None
 
 
 def _one_call(q: Tensor, k: Tensor, v: Tensor, call: _Calls, causal: bool, backend: str) -> Tensor:
+    if backend == "segments":
+        return _call_by_segment(q, k, v, call, causal)
+    arguments = (q, k, v, call.cu_query, call.cu_key, call.max_query, call.max_key)
     if backend == "flash":
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(
-            q, k, v, call.cu_query, call.cu_key, call.max_query, call.max_key, causal=causal
-        )
+        return flash_attn_varlen_func(*arguments, causal=causal)
     function = _varlen()
     assert function is not None
     extra: dict[str, Any] = {"window_size": (-1, 0) if causal else (-1, -1)}
     if _varlen_has_gqa_flag():
         extra["enable_gqa"] = q.shape[1] != k.shape[1]
-    return function(q, k, v, call.cu_query, call.cu_key, call.max_query, call.max_key, **extra)
+    return function(*arguments, **extra)
 
 
-def _run_calls(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    calls: tuple[_Calls | None, _Calls | None],
-    one_call: Callable[[Tensor, Tensor, Tensor, _Calls, bool], Tensor],
+def _call_by_segment(q: Tensor, k: Tensor, v: Tensor, call: _Calls, causal: bool) -> Tensor:
+    bounds = list(zip(call.cu_query.tolist(), call.cu_key.tolist(), strict=True))
+    outs = []
+    for (q0, k0), (q1, k1) in itertools.pairwise(bounds):
+        mask = causal_lower_right(q1 - q0, k1 - k0) if causal else None
+        outs.append(_sdpa(q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], mask)[0])
+    return torch.cat(outs)
+
+
+def _attend_in_two_calls(
+    q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, backend: str
 ) -> Tensor:
     """The causal call, then the image blocks, whose rows replace the causal call's."""
     out: Tensor | None = None
-    for call, causal in zip(calls, (True, False), strict=True):
+    for call, causal in zip(_calls(layout, q.device), (True, False), strict=True):
         if call is None:
             continue
         q_part = q if call.query_rows is None else q.index_select(0, call.query_rows)
         k_part = k if call.key_rows is None else k.index_select(0, call.key_rows)
         v_part = v if call.key_rows is None else v.index_select(0, call.key_rows)
-        part = one_call(q_part, k_part, v_part, call, causal)
+        part = _one_call(q_part, k_part, v_part, call, causal, backend)
         if call.query_rows is None:
             out = part
         else:
             out = torch.zeros_like(q) if out is None else out
             out = out.index_copy(0, call.query_rows, part)
     return torch.zeros_like(q) if out is None else out
-
-
-def _attend_varlen(
-    q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, backend: str
-) -> Tensor:
-    def one_call(q: Tensor, k: Tensor, v: Tensor, call: _Calls, causal: bool) -> Tensor:
-        return _one_call(q, k, v, call, causal, backend)
-
-    return _run_calls(q, k, v, _calls(layout, q.device), one_call)
-
-
-def _attend_segments(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
-    """The same two calls, one segment at a time through SDPA (fp32 on CUDA, long CPU packs)."""
-
-    def one_call(q: Tensor, k: Tensor, v: Tensor, call: _Calls, causal: bool) -> Tensor:
-        bounds = list(zip(call.cu_query.tolist(), call.cu_key.tolist(), strict=True))
-        outs = []
-        for (q0, k0), (q1, k1) in itertools.pairwise(bounds):
-            mask = causal_lower_right(q1 - q0, k1 - k0) if causal else None
-            outs.append(_sdpa(q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], mask)[0])
-        return torch.cat(outs)
-
-    return _run_calls(q, k, v, _calls(layout, q.device), one_call)
 
 
 # ------------------------------------------------------------------ padded SDPA, short sequences

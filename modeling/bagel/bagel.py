@@ -4,25 +4,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar, overload
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from modeling import fast
 from modeling.bagel.attention import DecodeLayout
-from modeling.bagel.batch import Loan, PackedBatch, PackedLatents
+from modeling.bagel.batch import PackedBatch, PackedLatents, SharedFeatures
 from modeling.bagel.config import BagelConfig
 from modeling.bagel.decoder import DecoderLayer, LanguageModel, Routing
 from modeling.bagel.embeddings import Connector, PositionTable, TimestepEmbedder, sincos_table
 from modeling.bagel.kv_cache import KeyValues, KVCache
-from modeling.bagel.recorded_vision import see
+from modeling.bagel.layer import Layer
 from modeling.bagel.vision import VisionLayer, VisionModel
+from modeling.bagel.vit_graphs import run_vit
 
-T = TypeVar("T")
-U = TypeVar("U")
-Head = Callable[[Tensor, Tensor], T]
-FlowHead = Callable[[Tensor], U]
+Head: TypeAlias = Callable[[Tensor, Tensor], Any]
+FlowHead: TypeAlias = Callable[[Tensor], Any]
 
 
 class Bagel(nn.Module):
@@ -35,8 +34,6 @@ class Bagel(nn.Module):
     def __init__(self, config: BagelConfig) -> None:
         super().__init__()
         self.config = config
-        # Where each decoder layer computes, if not all where the prompt is (release/spread.py).
-        self.layer_devices: tuple[torch.device, ...] | None = None
         width = config.llm.hidden_size
         self.language_model = LanguageModel(config.llm, config.visual_gen)
         self.vit_model = VisionModel(config.vision, config.vit_max_patches_per_side)
@@ -72,13 +69,18 @@ class Bagel(nn.Module):
         for module in self.modules():
             if isinstance(module, DecoderLayer):
                 module.checkpointing = enabled and (layers is None or module.layer < layers)
-            elif isinstance(module, VisionLayer | Connector):
+            elif isinstance(module, Layer):
                 module.checkpointing = enabled
 
     @property
     def dtype(self) -> torch.dtype:
         """Compute dtype: that of the (gathered) embedding."""
         return self.language_model.model.embed_tokens.weight.dtype
+
+    @property
+    def layer_devices(self) -> tuple[torch.device, ...] | None:
+        """Where each decoder layer computes; None: all where the prompt is."""
+        return self.language_model.model.layer_devices
 
     def see_images(self, batch: PackedBatch, images: Sequence[int]) -> Tensor:
         """ViT outputs of some images of a batch: (their patches, Hv)."""
@@ -96,16 +98,17 @@ class Bagel(nn.Module):
         return features + self.vit_pos_embed(position_ids).to(features.dtype)
 
     def vit_features(self, batch: PackedBatch) -> Tensor:
-        """ViT outputs of all images of a batch, (Nv, Hv); known ones are taken as they are."""
-        known, every = batch.vit_known, range(len(batch.vit_lens))
-        if known is None:
+        """ViT outputs of all images of a batch, (Nv, Hv); shared ones are taken as they are."""
+        shared, every = batch.shared_features, range(len(batch.vit_lens))
+        if shared is None:
             return self.see_images(batch, every)
-        others = [i for i in every if i not in known.images]
+        assert shared.features is not None
+        others = [i for i in every if i not in shared.images]
         if not others:
-            return known.features
+            return shared.features
         new = self.see_images(batch, others)
         whole = new.new_empty(len(batch.vit_position_ids), new.shape[-1])
-        whole = whole.index_copy_(0, batch.patch_rows(known.images), known.features)
+        whole = whole.index_copy_(0, batch.patch_rows(shared.images), shared.features)
         return whole.index_copy_(0, batch.patch_rows(others), new)
 
     def embed(self, batch: PackedBatch) -> Tensor:
@@ -130,60 +133,16 @@ class Bagel(nn.Module):
         times = self.time_embedder(latents.times)[latents.images]
         return x + times + self.latent_pos_embed(latents.position_ids).to(x.dtype)
 
-    @overload
-    def forward(
-        self,
-        batch: PackedBatch,
-        *,
-        head: None = ...,
-        flow_head: None = ...,
-        cache: KeyValues | None = ...,
-        loan: Loan | None = ...,
-    ) -> Tensor: ...
-
-    @overload
-    def forward(
-        self,
-        batch: PackedBatch,
-        *,
-        head: Head[T],
-        flow_head: None = ...,
-        cache: KeyValues | None = ...,
-        loan: Loan | None = ...,
-    ) -> T: ...
-
-    @overload
-    def forward(
-        self,
-        batch: PackedBatch,
-        *,
-        head: None = ...,
-        flow_head: FlowHead[U],
-        cache: KeyValues | None = ...,
-        loan: Loan | None = ...,
-    ) -> U: ...
-
-    @overload
-    def forward(
-        self,
-        batch: PackedBatch,
-        *,
-        head: Head[T],
-        flow_head: FlowHead[U],
-        cache: KeyValues | None = ...,
-        loan: Loan | None = ...,
-    ) -> tuple[T, U]: ...
-
     @fast.on_its_gpu
     def forward(
         self,
         batch: PackedBatch,
         *,
-        head: Head[T] | None = None,
-        flow_head: FlowHead[U] | None = None,
+        head: Head | None = None,
+        flow_head: FlowHead | None = None,
         cache: KeyValues | None = None,
-        loan: Loan | None = None,
-    ) -> Tensor | T | U | tuple[T, U]:
+        share: SharedFeatures | None = None,
+    ) -> Any:
         """Run a packed sequence; with a cache its keys and values are stored there.
 
         Args:
@@ -192,7 +151,8 @@ class Bagel(nn.Module):
                 afterwards; its result is returned.
             flow_head: likewise called with the velocities (M, 64) of the noised images' rows,
                 in the compute dtype.
-            loan: images whose ViT outputs are wanted; they are left in it.
+            share: images whose ViT outputs another forward takes; they are left in it, with a
+                gradient if the ViT trains, also where the rest of this forward has none.
 
         Returns:
             hidden states (T, H), or what `head` or `flow_head` returned, or both results.
@@ -202,28 +162,30 @@ class Bagel(nn.Module):
                 no latent tokens.
         """
         latents = batch.latents
-        if loan is not None:
-            with torch.enable_grad():
-                loan.features = self.see_images(batch, loan.images)
-            batch = batch.knowing(loan.features.detach(), loan.images)
-        hidden = self._decode(batch, cache)
-        if flow_head is None:
-            if head is None:
-                return hidden
-            return head(hidden[batch.score_rows], self.language_model.lm_head.weight)
-        if latents is None:
+        if flow_head is not None and latents is None:
             raise ValueError("flow_head needs a sequence with a latent image; pack one")
-        velocities = flow_head(self.llm2vae(hidden[latents.velocity_rows]))
+        if share is not None:
+            with torch.enable_grad():
+                share.features = self.see_images(batch, share.images)
+            batch = batch.with_features(share.features.detach(), share.images)
+        hidden = self._decode(batch, cache)
+        velocities = None
+        if flow_head is not None:
+            assert latents is not None
+            velocities = flow_head(self.llm2vae(hidden[latents.velocity_rows]))
+            if head is None:
+                return velocities
         if head is None:
-            return velocities
-        return head(hidden[batch.score_rows], self.language_model.lm_head.weight), velocities
+            return hidden
+        scored = head(hidden[batch.score_rows], self.language_model.lm_head.weight)
+        return scored if flow_head is None else (scored, velocities)
 
     @fast.on_its_gpu
     def fill_cache(self, batch: PackedBatch, cache: KeyValues) -> None:
         """Keys and values of a packed sequence into `cache`; its hidden states are not wanted."""
-        if batch.vit_patches is not None and batch.vit_known is None:
+        if batch.vit_patches is not None and batch.shared_features is None:
             images = batch.vit_patches, batch.vit_position_ids, batch.vit_lens
-            batch = batch.knowing(see(self.vit_model, *images))
+            batch = batch.with_features(run_vit(self.vit_model, *images))
         self._decode(batch, cache, keys_only=True)
 
     def _decode(

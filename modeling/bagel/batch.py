@@ -45,26 +45,17 @@ class PackedLatents:
         return _moved(self, device)
 
 
-class KnownImages:
-    """ViT outputs that need not be computed: (patches, Hv), of these images, rising.
+class SharedFeatures:
+    """ViT outputs that one forward computes and another takes: (patches, Hv), of these images.
+
+    images: their numbers in a batch, rising. features: None until a forward has left them here.
 
     No dataclass, which FSDP2 would search for tensors with a gradient: it would take them for
     the end of the root's backward pass, though the ViT's is still to come.
     """
 
-    def __init__(self, images: tuple[int, ...], features: Tensor) -> None:
+    def __init__(self, images: tuple[int, ...], features: Tensor | None = None) -> None:
         self.images, self.features = images, features
-
-
-@dataclass
-class Loan:
-    """Images whose ViT outputs a forward is to leave behind, in `features` (patches, Hv).
-
-    They carry a gradient if the ViT trains, also where the rest of the forward has none.
-    """
-
-    images: tuple[int, ...]
-    features: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +72,7 @@ class PackedBatch:
             those labels; score_counts: scored rows of each sample, summing to S.
         next_positions: rope position that follows each sample.
         latents: the VAE images, if there are any.
-        vit_known: images whose ViT outputs are there already, if any.
+        shared_features: ViT outputs that need not be computed, if any.
     """
 
     text_ids: Tensor
@@ -97,7 +88,7 @@ class PackedBatch:
     score_counts: tuple[int, ...]
     next_positions: tuple[int, ...]
     latents: PackedLatents | None = None
-    vit_known: KnownImages | None = None
+    shared_features: SharedFeatures | None = None
 
     @property
     def total(self) -> int:
@@ -108,10 +99,10 @@ class PackedBatch:
         """The same batch with every tensor on `device`."""
         return _moved(self, device)
 
-    def knowing(self, features: Tensor, images: tuple[int, ...] | None = None) -> PackedBatch:
+    def with_features(self, features: Tensor, images: tuple[int, ...] | None = None) -> PackedBatch:
         """The same batch with the ViT outputs (patches, Hv) of some images, rising; None: all."""
-        every = tuple(range(len(self.vit_lens)))
-        return replace(self, vit_known=KnownImages(every if images is None else images, features))
+        images = tuple(range(len(self.vit_lens))) if images is None else images
+        return replace(self, shared_features=SharedFeatures(images, features))
 
     def patch_rows(self, images: Sequence[int]) -> Tensor:
         """(n,) int64: the patches of some images, on the patches' device."""

@@ -71,6 +71,11 @@ class BagelConfig:
     latent_channels: int = 16
     max_latent_size: int = 64
 
+    @property
+    def latent_dim(self) -> int:
+        """Numbers of a latent token."""
+        return self.latent_patch_size**2 * self.latent_channels
+
 
 _LARGEST_SIZE = 2**31 - 1
 # Settings that would change every answer, and what this model does: the only value it takes.

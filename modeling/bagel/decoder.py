@@ -9,25 +9,19 @@ of each expert are held in a tensor of their own and meet in the attention alone
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from modeling import fast
-from modeling.bagel.attention import (
-    AttentionLayout,
-    DecodeLayout,
-    attend,
-    attend_in_place,
-    attends_in_place,
-)
+from modeling.bagel.attention import AttentionLayout, DecodeLayout, attend, attend_in_place
 from modeling.bagel.config import LLMConfig
-from modeling.bagel.kv_cache import KeyValues
-from modeling.bagel.projections import added, few_rows, products
+from modeling.bagel.kv_cache import KeyValues, Placement
+from modeling.bagel.layer import Layer
+from modeling.bagel.plan import PLAIN, LayerPlan, plan_layer, plan_layers
+from modeling.bagel.projections import add_linear, project_rows
 
 # Of the understanding expert, then of the generation expert.
 SUFFIXES = ("", "_moe_gen")
@@ -42,12 +36,31 @@ class Routing:
     und_rows: Tensor
     gen_rows: Tensor
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Routing:
+
+@dataclass(frozen=True)
+class SharedInputs:
+    """What all layers of a forward share.
+
+    cos, sin: (T_e, d) of the rows of each expert, in the compute dtype.
+    """
+
+    cos: Rows
+    sin: Rows
+    layout: AttentionLayout | DecodeLayout
+    routing: Routing | None
+    cache: KeyValues | None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SharedInputs:
         """The same on `device` (a model spread over several devices moves its arguments)."""
-        return Routing(
-            self.und_rows.to(device, non_blocking=non_blocking),
-            self.gen_rows.to(device, non_blocking=non_blocking),
-        )
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=non_blocking)
+
+        routing = self.routing
+        if routing is not None:
+            routing = Routing(move(routing.und_rows), move(routing.gen_rows))
+        cos, sin = tuple(map(move, self.cos)), tuple(map(move, self.sin))
+        return replace(self, cos=cos, sin=sin, routing=routing)
 
 
 def split_rows(x: Tensor, routing: Routing | None) -> Rows:
@@ -75,8 +88,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        if fast.runs_kernels("rows", x):
+    def forward(self, x: Tensor, plan: LayerPlan = PLAIN) -> Tensor:
+        if plan.row_kernels:
             from modeling.kernels.rows import rms_norm
 
             return rms_norm(x, self.weight, self.eps)
@@ -102,31 +115,26 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + torch.cat([-right, left], dim=-1) * sin[:, None]
 
 
-def turns_by_kernel(x: Tensor, dim: int, norms: Sequence[RMSNorm]) -> bool:
-    """Whether kernels norm and rotate the heads, of width dim, of rows like x."""
-    half = dim // 2
-    return (
-        fast.runs_kernels("rows", x)
-        and half & (half - 1) == 0
-        # Not so if a module hook brings a norm for its call.
-        and all(norm.weight.device == x.device for norm in norms)
-    )
-
-
-def turned(
-    q: Tensor, k: Tensor, q_norm: RMSNorm, k_norm: RMSNorm, cos: Tensor, sin: Tensor
+def norm_and_rotate(
+    q: Tensor,
+    k: Tensor,
+    q_norm: RMSNorm,
+    k_norm: RMSNorm,
+    cos: Tensor,
+    sin: Tensor,
+    plan: LayerPlan = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """Norm of each head, then rotation: q (T, nh, d), k (T, nkv, d), cos and sin (T, d)."""
-    if turns_by_kernel(q, q.shape[-1], (q_norm, k_norm)):
+    if plan.head_kernels:
         from modeling.kernels.rows import norm_rotary
 
         return norm_rotary(q, k, q_norm.weight, k_norm.weight, cos, sin, q_norm.eps)
-    return apply_rotary(q_norm(q), cos, sin), apply_rotary(k_norm(k), cos, sin)
+    return apply_rotary(q_norm(q, plan), cos, sin), apply_rotary(k_norm(k, plan), cos, sin)
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
+def apply_gate(gate: Tensor, up: Tensor, *, plan: LayerPlan = PLAIN) -> Tensor:
     """silu(gate) * up; nobody else may hold these two, which a backward pass overwrites."""
-    if fast.runs_kernels("rows", gate):
+    if plan.row_kernels:
         from modeling.kernels.rows import silu_mul
 
         return silu_mul(gate, up)
@@ -134,11 +142,11 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: LLMConfig, experts: tuple[str, ...]) -> None:
+    def __init__(self, config: LLMConfig, experts: Sequence[str]) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         width, dim = config.hidden_size, config.head_dim
-        self.head_dim, self.experts = dim, experts
+        self.head_dim = dim
         for suffix in experts:
             self.add_module(f"q_proj{suffix}", nn.Linear(width, self.heads * dim))
             self.add_module(f"k_proj{suffix}", nn.Linear(width, self.kv_heads * dim))
@@ -147,86 +155,66 @@ class Attention(nn.Module):
             self.add_module(f"q_norm{suffix}", RMSNorm(dim, config.rms_norm_eps))
             self.add_module(f"k_norm{suffix}", RMSNorm(dim, config.rms_norm_eps))
 
-    def _heads_of(self, suffix: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project_heads(
+        self, suffix: str, x: Tensor, plan: LayerPlan
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """q (T_e, nh, d), k and v (T_e, nkv, d) of one expert's rows, not yet rotated."""
-        q, k, v = products(x, [getattr(self, f"{n}_proj{suffix}") for n in "qkv"])
+        q, k, v = project_rows(x, [getattr(self, f"{n}_proj{suffix}") for n in "qkv"], plan)
         kv = (len(x), self.kv_heads, self.head_dim)
         return q.view(len(x), self.heads, self.head_dim), k.view(kv), v.view(kv)
 
-    def _norms_of(self, suffix: str) -> tuple[RMSNorm, RMSNorm]:
+    def _norms(self, suffix: str) -> tuple[RMSNorm, RMSNorm]:
         """Those of queries and of keys."""
         return getattr(self, f"q_norm{suffix}"), getattr(self, f"k_norm{suffix}")
 
     def project(
-        self, xs: Rows, cos: Rows, sin: Rows, routing: Routing | None
+        self, xs: Rows, shared: SharedInputs, plan: LayerPlan
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Packed q (T, nh, d), k and v (T, nkv, d), rotated, from the rows of each expert."""
         parts = []
-        for suffix, x, c, s in zip(SUFFIXES, xs, cos, sin, strict=False):
-            q, k, v = self._heads_of(suffix, x)
-            parts.append((*turned(q, k, *self._norms_of(suffix), c, s), v))
-        q, k, v = (join_rows(part, routing) for part in zip(*parts, strict=True))
+        for suffix, x, cos, sin in zip(SUFFIXES, xs, shared.cos, shared.sin, strict=False):
+            q, k, v = self._project_heads(suffix, x, plan)
+            parts.append((*norm_and_rotate(q, k, *self._norms(suffix), cos, sin, plan), v))
+        q, k, v = (join_rows(part, shared.routing) for part in zip(*parts, strict=True))
         return q, k, v
 
     def forward(
-        self,
-        xs: Rows,
-        cos: Rows,
-        sin: Rows,
-        layout: AttentionLayout | DecodeLayout,
-        routing: Routing | None,
-        cache: KeyValues | None,
-        layer: int,
-        residuals: Rows,
-        keys_only: bool = False,
+        self, xs: Rows, shared: SharedInputs, plan: LayerPlan, layer: int, residuals: Rows
     ) -> Rows:
-        """`residuals`, used up, plus what the normed rows xs of each expert see.
+        """`residuals` with what the normed rows xs of each expert attend to added.
 
-        keys_only: nothing is added: what the cache keeps is all that is wanted.
+        The residuals' memory may be taken for the sum. With `plan.keys_only` nothing is added.
         """
-        if keys_only:
-            assert cache is not None
-            _, k, v = self.project(xs, cos, sin, routing)
-            cache.update(layer, k, v, layout)
-            return residuals
-        seen = None
-        if cache is not None and self._places(xs[0], layout):
+        layout, cache = shared.layout, shared.cache
+        place = None
+        if plan.attends_in_cache and cache is not None:
             assert isinstance(layout, AttentionLayout)
-            seen = self._attend_in_cache(xs, cos, sin, layout, routing, cache, layer)
-        if seen is None:
-            q, k, v = self.project(xs, cos, sin, routing)
+            place = None if plan.keys_only else cache.place(layer, layout)
+        if place is not None:
+            seen = self._attend_in_cache(xs, shared, plan, place)
+        else:
+            q, k, v = self.project(xs, shared, plan)
             if cache is not None:
                 k, v = cache.update(layer, k, v, layout)
-            seen = split_rows(attend(q, k, v, layout).flatten(1), routing)
-        each_part = zip(SUFFIXES, residuals, seen, strict=False)
-        return tuple(added(x, y, getattr(self, f"o_proj{suffix}")) for suffix, x, y in each_part)
-
-    def _places(self, x: Tensor, layout: AttentionLayout | DecodeLayout) -> bool:
-        """Whether `_attend_in_cache` can serve."""
-        if torch.is_grad_enabled() or not isinstance(layout, AttentionLayout):
-            return False
-        norms = [norm for suffix in self.experts for norm in self._norms_of(suffix)]
-        return turns_by_kernel(x, self.head_dim, norms) and attends_in_place(x, layout)
+            if plan.keys_only:
+                return residuals
+            seen = split_rows(attend(q, k, v, layout, plan.backend).flatten(1), shared.routing)
+        return tuple(
+            add_linear(residual, x, getattr(self, f"o_proj{suffix}"), plan)
+            for suffix, residual, x in zip(SUFFIXES, residuals, seen, strict=False)
+        )
 
     def _attend_in_cache(
-        self,
-        xs: Rows,
-        cos: Rows,
-        sin: Rows,
-        layout: AttentionLayout,
-        routing: Routing | None,
-        cache: KeyValues,
-        layer: int,
-    ) -> Rows | None:
+        self, xs: Rows, shared: SharedInputs, plan: LayerPlan, place: Placement
+    ) -> Rows:
         """The same for kernels: nothing is joined, split or gathered.
 
         Keys and values are written where the cache has them, queries stay in the experts' order.
         """
         from modeling.kernels.rows import place_rows
 
-        place = cache.place(layer, layout)
-        if place is None:
-            return None
+        layout, routing = shared.layout, shared.routing
+        assert isinstance(layout, AttentionLayout)
         rows: Rows = (place.rows,)
         order = None
         if routing is not None:
@@ -240,12 +228,12 @@ class Attention(nn.Module):
             )
         sizes = [len(x) for x in xs]
         q_all = xs[0].new_empty(sum(sizes), self.heads, self.head_dim)
-        each_part = zip(SUFFIXES, xs, cos, sin, rows, q_all.split(sizes), strict=False)
-        for suffix, x, c, s, to, q_out in each_part:
-            q_norm, k_norm = self._norms_of(suffix)
+        parts = zip(SUFFIXES, xs, shared.cos, shared.sin, rows, q_all.split(sizes), strict=False)
+        for suffix, x, cos, sin, to, q_out in parts:
+            q_norm, k_norm = self._norms(suffix)
             place_rows(
-                *self._heads_of(suffix, x), q_norm.weight, k_norm.weight, c, s, q_norm.eps,
-                to, q_out, place.keys, place.values,
+                *self._project_heads(suffix, x, plan), q_norm.weight, k_norm.weight, cos, sin,
+                q_norm.eps, to, q_out, place.keys, place.values,
             )  # fmt: skip
         seen = attend_in_place(q_all, place.keys, place.values, layout, place.starts, order)
         return seen.flatten(1).split(sizes)
@@ -258,24 +246,25 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """`residual`, used up, plus the MLP of the normed rows x."""
-        if few_rows(x, self.gate_proj):
+    def forward(self, x: Tensor, residual: Tensor, plan: LayerPlan) -> Tensor:
+        """`residual`, whose memory may be taken, with the MLP of the normed rows x added."""
+        if plan.streams(x):
             from modeling.kernels.stream_linear import stream_linear
 
             hidden = stream_linear(x, self.gate_proj.weight, second=self.up_proj.weight)
         else:
-            hidden = gated(*products(x, [self.gate_proj, self.up_proj]))
-        return added(residual, hidden, self.down_proj)
+            gate_and_up = [self.gate_proj, self.up_proj]
+            hidden = apply_gate(*project_rows(x, gate_and_up, plan), plan=plan)
+        return add_linear(residual, hidden, self.down_proj, plan)
 
 
-def each(module: nn.Module, name: str, *arguments: Rows) -> Rows:
-    """Apply `name` to the understanding rows and its generation twin to the latent rows."""
+def run_experts(module: nn.Module, name: str, plan: LayerPlan, *arguments: Rows) -> Rows:
+    """Call `name` on the understanding rows and its generation twin on the latent rows."""
     of_experts = zip(SUFFIXES, zip(*arguments, strict=True), strict=False)
-    return tuple(getattr(module, name + suffix)(*xs) for suffix, xs in of_experts)
+    return tuple(getattr(module, name + suffix)(*xs, plan) for suffix, xs in of_experts)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Layer):
     """Pre-norm attention and MLP; the same code with or without a cache."""
 
     def __init__(self, config: LLMConfig, layer: int, visual_gen: bool) -> None:
@@ -287,43 +276,15 @@ class DecoderLayer(nn.Module):
             self.add_module(f"mlp{suffix}", MLP(config))
             for name in ("input_layernorm", "post_attention_layernorm"):
                 self.add_module(name + suffix, RMSNorm(config.hidden_size, config.rms_norm_eps))
-        self.checkpointing = False
 
-    def _body(
-        self,
-        xs: Rows,
-        cos: Rows,
-        sin: Rows,
-        layout: AttentionLayout | DecodeLayout,
-        routing: Routing | None,
-        cache: KeyValues | None,
-        keys_only: bool,
-    ) -> Rows:
-        normed = each(self, "input_layernorm", xs)
-        xs = self.self_attn(normed, cos, sin, layout, routing, cache, self.layer, xs, keys_only)
-        if keys_only:
+    def compute(self, xs: Rows, shared: SharedInputs, plan: LayerPlan) -> Rows:
+        """Rows of each expert (T_e, H) -> the same rows, one layer deeper."""
+        normed = run_experts(self, "input_layernorm", plan, xs)
+        xs = self.self_attn(normed, shared, plan, self.layer, xs)
+        if plan.keys_only:
             return xs
-        return each(self, "mlp", each(self, "post_attention_layernorm", xs), xs)
-
-    def forward(
-        self,
-        xs: Rows,
-        cos: Rows,
-        sin: Rows,
-        layout: AttentionLayout | DecodeLayout,
-        routing: Routing | None = None,
-        cache: KeyValues | None = None,
-        keys_only: bool = False,
-    ) -> Rows:
-        """Rows of each expert (T_e, H), their cos and sin (T_e, d) -> the same rows, one deeper.
-
-        keys_only: only the cache's keys and values are wanted; the rows come back as they are.
-        """
-        arguments = (xs, cos, sin, layout, routing, cache, keys_only)
-        if self.checkpointing and any(x.requires_grad for x in xs):
-            # Inside the layer, so that a sharded layer recomputes without gathering twice.
-            return checkpoint(self._body, *arguments, use_reentrant=False)
-        return self._body(*arguments)
+        normed = run_experts(self, "post_attention_layernorm", plan, xs)
+        return run_experts(self, "mlp", plan, normed, xs)
 
 
 class Decoder(nn.Module):
@@ -338,6 +299,8 @@ class Decoder(nn.Module):
         for suffix in SUFFIXES if visual_gen else SUFFIXES[:1]:
             self.add_module(f"norm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps))
         self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        # Where each layer computes, if not all where the prompt is (release/spread.py).
+        self.layer_devices: tuple[torch.device, ...] | None = None
 
     def forward(
         self,
@@ -348,17 +311,24 @@ class Decoder(nn.Module):
         cache: KeyValues | None = None,
         keys_only: bool = False,
     ) -> Tensor:
-        """x (T, H), used up, position_ids (T,) -> hidden states after the final norm (T, H).
+        """x (T, H), position_ids (T,) -> hidden states after the final norm (T, H).
 
-        keys_only: the hidden states are not wanted, so the last layer stops at its keys.
+        x is no one's afterwards: its memory may hold sums. keys_only: the hidden states are not
+        wanted, so the last layer stops at its keys.
         """
         angles = rotary(position_ids, self.head_dim, self.rope_theta)
         cos, sin = (split_rows(angle.to(x.dtype), routing) for angle in angles)
+        shared = SharedInputs(cos, sin, layout, routing, cache)
+        own_plan = plan_layer(x, layout, self.head_dim)
+        plans = plan_layers(self.layers, x, layout, self.head_dim, devices=self.layer_devices)
+        if keys_only:
+            plans[-1] = replace(plans[-1], keys_only=True)
         xs = split_rows(x, routing)
-        last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            xs = layer(xs, cos, sin, layout, routing, cache, keys_only and index == last)
-        return join_rows(xs if keys_only else each(self, "norm", xs), routing)
+        for layer, plan in zip(self.layers, plans, strict=True):
+            xs = layer(xs, shared, plan)
+        if not keys_only:
+            xs = run_experts(self, "norm", own_plan, xs)
+        return join_rows(xs, routing)
 
 
 class LanguageModel(nn.Module):

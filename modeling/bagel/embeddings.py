@@ -8,7 +8,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from modeling.bagel.layer import Layer
 
 
 def sincos_table(dim: int, side: int) -> Tensor:
@@ -63,19 +64,13 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(timestep_frequencies(t).to(first.weight.dtype))
 
 
-class Connector(nn.Module):
+class Connector(Layer):
     """ViT width to decoder width: fc1, tanh-approximated GELU, fc2."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(in_features, out_features)
         self.fc2 = nn.Linear(out_features, out_features)
-        self.checkpointing = False
 
-    def _body(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.checkpointing and x.requires_grad:
-            return checkpoint(self._body, x, use_reentrant=False)
-        return self._body(x)

@@ -10,21 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from modeling import fast
-from modeling.bagel.attention import AttentionLayout, DecodeLayout, may_be_recorded
+from modeling.bagel.attention import AttentionLayout, DecodeLayout, choose_backend, fits_graphs
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
 from modeling.bagel.graphs import RepeatedStep
 from modeling.bagel.kv_cache import KVCache, Placement
 
 RENORMS = ("global", "channel", "text_channel")
-# Latent tokens, of all branches, up to which a denoising step is recorded as a CUDA graph.
-_MOST_RECORDED = 2048
+# Latent tokens, of all branches, up to which a denoising step is captured as a CUDA graph.
+_MOST_CAPTURED = 2048
 
 # -- training ---------------------------------------------------------------------------------
 
@@ -39,7 +40,7 @@ def training_times(z: Tensor, shift: float = 1.0) -> Tensor:
     return shift_times(torch.sigmoid(z), shift)
 
 
-def noised(latents: Tensor, noise: Tensor, time: float) -> tuple[Tensor, Tensor]:
+def mix_noise(latents: Tensor, noise: Tensor, time: float) -> tuple[Tensor, Tensor]:
     """x_t at one flow time, and the velocity to predict there; both shaped like `latents`."""
     return (1 - time) * latents + time * noise, noise - latents
 
@@ -129,26 +130,22 @@ def combine(
     full, text_dropped = full.float(), text_dropped.float()
     guided = text_dropped + guidance.text_scale * (full - text_dropped)
 
-    def shrink(before: Tensor, after: Tensor) -> Tensor:
-        factor = before / (after + 1e-8)
-        return factor.clamp(min=guidance.renorm_min, max=1.0)
-
-    def with_image(velocity: Tensor) -> Tensor:
-        if image_dropped is None:
-            return velocity
-        dropped = image_dropped.float()
-        return dropped + guidance.image_scale * (velocity - dropped)
+    def shrink(before: Tensor, after: Tensor, **of_channels: Any) -> Tensor:
+        factor = before.norm(**of_channels) / (after.norm(**of_channels) + 1e-8)
+        return after * factor.clamp(min=guidance.renorm_min, max=1.0)
 
     if guidance.renorm == "text_channel":
-        norms = (v.norm(dim=-1, keepdim=True) for v in (full, guided))
-        return with_image(guided * shrink(*norms))
-    guided = with_image(guided)
+        guided = shrink(full, guided, dim=-1, keepdim=True)
+    if image_dropped is not None:
+        dropped = image_dropped.float()
+        guided = dropped + guidance.image_scale * (guided - dropped)
+    if guidance.renorm == "text_channel":
+        return guided
     if guidance.renorm == "channel":
-        norms = (v.norm(dim=-1, keepdim=True) for v in (full, guided))
-        return guided * shrink(*norms)
+        return shrink(full, guided, dim=-1, keepdim=True)
     sizes = [len(full)] if lens is None or guidance.joint_global else list(lens)
     parts = zip(full.split(sizes), guided.split(sizes), strict=True)
-    return torch.cat([after * shrink(before.norm(), after.norm()) for before, after in parts])
+    return torch.cat([shrink(before, after) for before, after in parts])
 
 
 # -- cached contexts --------------------------------------------------------------------------
@@ -327,12 +324,12 @@ def denoise(
         velocity.copy_(combine(found[0], found[1], image_dropped, guidance, lens))
         x.sub_(velocity * length)
 
-    # Large pictures keep a GPU busy by themselves; recording them only takes memory. The eager
-    # attention reads lengths back, which no recording may.
-    small = needed * len(x) <= _MOST_RECORDED
-    records = small and model.layer_devices is None and may_be_recorded(x.to(model.dtype))
+    # Large pictures keep a GPU busy by themselves; capturing them only takes memory.
+    small = needed * len(x) <= _MOST_CAPTURED
+    backend = choose_backend(x.new_empty(0, dtype=model.dtype), first.layout)
+    graph = small and model.layer_devices is None and fits_graphs(backend)
     take = {
-        guided: RepeatedStep(step, device, graph=records)
+        guided: RepeatedStep(step, device, graph=graph)
         for guided, step in ((False, plain_step), (True, guided_step))
     }
     schedule = torch.stack([times[:-1], times[:-1] - times[1:]], dim=1).to(device)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -26,11 +27,13 @@ from modeling.bagel.batch import PackedBatch
 from modeling.bagel.config import SpecialTokens
 from modeling.bagel.graphs import RepeatedStep
 from modeling.bagel.kv_cache import KVCache
-from modeling.bagel.streamed_decode import StreamedDecoder, streams
+from modeling.bagel.streamed_decode import StreamedDecoder, can_stream
 
 IMAGE_MARKER = "<image_start>"  # plain text, by which a model asks for a picture
 TEMPERATURES = (1e-4, 1e4)  # below, fp32 logits may overflow; above, all tokens are alike
 
+# (tokens, positions, slots) -> logits
+LogitsOf: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 # (logits, temperature, uniforms) -> (token, log-probability) of each row
 TokenChoice: TypeAlias = Callable[[Tensor, float, Tensor | None], tuple[Tensor, Tensor]]
 
@@ -84,18 +87,39 @@ def choose(logits: Tensor, temperature: float, uniforms: Tensor | None) -> tuple
     return token, logprobs.gather(1, token[:, None]).squeeze(1)
 
 
+@dataclass(frozen=True)
+class DecodePlan:
+    """How the steps of one call compute, decided before the first.
+
+    logits_of: `Bagel.decode_step`, or the chain of weight-streaming kernels. choose_token:
+    `choose`, or its kernels. fits_graphs: a step may be captured as a CUDA graph.
+    """
+
+    logits_of: LogitsOf
+    choose_token: TokenChoice
+    fits_graphs: bool
+
+
+def plan_decoding(model: Bagel, cache: KVCache, positions: int) -> DecodePlan:
+    """positions: rope positions 0..positions-1 may come."""
+    logits_of: LogitsOf = partial(model.decode_step, cache=cache)
+    choose_token: TokenChoice = choose
+    if can_stream(model, cache.batch):
+        logits_of = StreamedDecoder(model, cache, positions)
+    if fast.runs_kernels("decode", model.language_model.lm_head.weight):
+        from modeling.kernels import sampling
+
+        choose_token = sampling.choose_token
+    return DecodePlan(logits_of, choose_token, fits_graphs=model.layer_devices is None)
+
+
 class _Rows:
     """State of every row, on the device; the loop updates it without reading it."""
 
     def __init__(
-        self,
-        lens: Sequence[int],
-        next_positions: Sequence[int],
-        device: torch.device,
-        special: SpecialTokens,
-        budget: int,
+        self, prompt: CachedPrompt, device: torch.device, special: SpecialTokens, budget: int
     ) -> None:
-        batch = len(lens)
+        batch = len(prompt.lens)
         self.budget = budget
         self.eos = special.eos
         self.bos = special.bos
@@ -103,8 +127,8 @@ class _Rows:
         def full(value: int | bool, *shape: int) -> Tensor:
             return torch.full((batch, *shape), value, device=device)
 
-        self.base_slot = torch.tensor(lens, device=device)
-        self.base_position = torch.tensor(next_positions, device=device)
+        self.base_slot = torch.tensor(prompt.lens, device=device)
+        self.base_position = torch.tensor(prompt.next_positions, device=device)
         self.token = full(special.bos)
         self.used = full(0)  # tokens fed so far, before the current one
         self.running = full(True)
@@ -118,7 +142,7 @@ class _Rows:
     def advance(self, token: Tensor, logprob: Tensor) -> None:
         """Record the token that follows the one just fed, and decide who goes on.
 
-        Everything is written in place, so that a recorded step can be replayed.
+        Everything is written in place, so that a captured step can be replayed.
         """
         used = self.used + self.running
         token = torch.where(self.force_start, self.bos, token)
@@ -140,11 +164,28 @@ class _Rows:
         self.running &= ~(ended | capped)
         self.force_start.zero_()
 
+    def start_round(self, row: int) -> None:
+        """Feed the `<|im_end|>` the row sampled, then a new round's start token."""
+        self.running[row] = True
+        self.force_start[row] = True
 
-def _resume(rows: _Rows, row: int) -> None:
-    """Feed the `<|im_end|>` the row sampled, then a new round's start token."""
-    rows.running[row] = True
-    rows.force_start[row] = True
+    def read_ids(self) -> list[list[int]]:
+        """The ids of every row so far."""
+        ids, used = self.ids.tolist(), self.used.tolist()
+        return [row[1 : n + 1] for row, n in zip(ids, used, strict=True)]
+
+    def collect(self, starts: list[list[int]]) -> list[Generation]:
+        """The results, given where the rounds of each row start."""
+        ids, sampled, logprobs = (x.tolist() for x in (self.ids, self.sampled, self.logprobs))
+        used, capped = self.used.tolist(), self.capped.tolist()
+        results = []
+        for b, n in enumerate(used):
+            # The token sampled beyond the budget is no part of the completion.
+            keep = slice(1, n if capped[b] else n + 1)
+            results.append(
+                Generation(ids[b][keep], sampled[b][keep], logprobs[b][keep], capped[b], starts[b])
+            )
+        return results
 
 
 class _Rounds:
@@ -163,7 +204,7 @@ class _Rounds:
                 continue
             if not capped[row] and self._wants_round(rows, row, used[row]):
                 self.starts[row].append(used[row] + 1)
-                _resume(rows, row)
+                rows.start_round(row)
             else:
                 self.finished[row] = True
         return all(self.finished)
@@ -175,6 +216,44 @@ class _Rounds:
             return False
         begin = self.starts[row][-1] + 1
         return self.continues(rows.ids[row, begin:used].tolist())
+
+
+def _check_settings(
+    batch: int, max_new_tokens: int, temperature: float, uniforms: Tensor | None
+) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    low, high = TEMPERATURES
+    if not low <= temperature <= high:
+        raise ValueError(
+            f"temperature must be at least {low:g} and at most {high:g}, got {temperature}; "
+            "greedy: no sampling"
+        )
+    if uniforms is not None and uniforms.shape != (batch, max_new_tokens + 1):
+        raise ValueError(
+            f"uniforms must be {(batch, max_new_tokens + 1)}, one number a position; got "
+            f"{tuple(uniforms.shape)}"
+        )
+
+
+def _fill_cache(
+    model: Bagel, prompt: PackedBatch | CachedPrompt, new: int
+) -> tuple[CachedPrompt, torch.device]:
+    """The prompt in a cache with room for `new` tokens and one more; where tokens are chosen."""
+    if isinstance(prompt, CachedPrompt):
+        cache, batch, longest = prompt.cache, len(prompt.lens), max(prompt.lens) + new + 1
+        if cache.batch != batch or cache.max_len < longest:
+            raise ValueError(
+                f"the cached prompt is {cache.batch} x {cache.max_len}, but {batch} contexts and "
+                f"max_new_tokens need {batch} x {longest}; make room with KVCache.copy"
+            )
+        return prompt, cache.keys[0].device
+    lens = prompt.layout.key_lens
+    device = prompt.text_ids.device
+    where = model.layer_devices or device
+    cache = KVCache(model.config.llm, len(lens), max(lens) + new + 1, where, model.dtype)
+    model.fill_cache(prompt, cache)
+    return CachedPrompt(cache, lens, prompt.next_positions), device
 
 
 @torch.no_grad()
@@ -191,7 +270,6 @@ def generate(
     max_image_skips: int = 0,
     check_every: int = 8,
     on_check: Callable[[Callable[[], list[list[int]]]], None] | None = None,
-    choose_token: TokenChoice = choose,
 ) -> list[Generation]:
     """Decode every sample of a packed or cached prompt.
 
@@ -202,111 +280,38 @@ def generate(
             picture, so that another round may start (at most `max_image_skips` times).
         on_check: called at each check with a function that reads the ids every row has so far;
             it may stream them, or raise to stop the decoding.
-        choose_token: replaces `choose` in tests of the protocol.
 
     Raises:
         ValueError: max_new_tokens < 1, a temperature beyond TEMPERATURES, uniforms of another
             shape, or a cached prompt whose cache has no room for the new tokens.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    low, high = TEMPERATURES
-    if not low <= temperature <= high:
-        raise ValueError(
-            f"temperature must be at least {low:g} and at most {high:g}, got {temperature}; "
-            "greedy: no sampling"
-        )
-    lens = prompt.lens if isinstance(prompt, CachedPrompt) else prompt.layout.key_lens
-    batch = len(lens)
-    if uniforms is not None and uniforms.shape != (batch, max_new_tokens + 1):
-        raise ValueError(
-            f"uniforms must be {(batch, max_new_tokens + 1)}, one number a position; got "
-            f"{tuple(uniforms.shape)}"
-        )
-    longest = max(lens) + max_new_tokens + 1
-    if isinstance(prompt, CachedPrompt):
-        cache = prompt.cache
-        device = cache.keys[0].device
-        if cache.batch != batch or cache.max_len < longest:
-            raise ValueError(
-                f"the cached prompt is {cache.batch} x {cache.max_len}, but {batch} contexts and "
-                f"max_new_tokens need {batch} x {longest}; make room with KVCache.copy"
-            )
-    else:
-        device = prompt.text_ids.device
-        where = model.layer_devices or device
-        cache = KVCache(model.config.llm, batch, longest, where, model.dtype)
-        model.fill_cache(prompt, cache)
-    rows = _Rows(lens, prompt.next_positions, device, special, max_new_tokens)
+    batch = len(prompt.next_positions)
+    _check_settings(batch, max_new_tokens, temperature, uniforms)
+    cached, device = _fill_cache(model, prompt, max_new_tokens)
+    rows = _Rows(cached, device, special, max_new_tokens)
     rounds = _Rounds(batch, continues, max_image_skips)
-    last_position = max(prompt.next_positions) + max_new_tokens + 1
-    logits_of = _logits(model, cache, last_position)
-    if choose_token is choose:
-        choose_token = _choose(model, device)
+    plan = plan_decoding(model, cached.cache, max(cached.next_positions) + max_new_tokens + 1)
 
     def advance() -> None:
-        logits = logits_of(rows.token, rows.base_position + rows.used, rows.base_slot + rows.used)
+        positions, slots = rows.base_position + rows.used, rows.base_slot + rows.used
+        logits = plan.logits_of(rows.token, positions, slots)
         following = rows.used + rows.running  # the position the next token will have
         numbers = None if uniforms is None else uniforms.gather(1, following[:, None]).squeeze(1)
-        rows.advance(*choose_token(logits, temperature, numbers))
+        rows.advance(*plan.choose_token(logits, temperature, numbers))
 
-    records = model.layer_devices is None and max_new_tokens > check_every
-    advance_all = RepeatedStep(advance, device, graph=records)
-    step = 0
-    while True:
-        advance_all()
-        step += 1
-        if step % check_every == 0:
-            done = rounds.check(rows)
-            if on_check is not None:
-                on_check(lambda: _so_far(rows))
-            if done:
-                break
-    return _collect(rows, rounds)
-
-
-def _logits(
-    model: Bagel, cache: KVCache, positions: int
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """(tokens, positions, slots) -> logits: the streamed step where it runs, or the eager one."""
-    if streams(model, cache.batch):
-        return StreamedDecoder(model, cache, positions)
-    return lambda tokens, places, slots: model.decode_step(tokens, places, slots, cache)
-
-
-def _choose(model: Bagel, device: torch.device) -> TokenChoice:
-    """`choose`, or its kernels on a GPU."""
-    if device.type == "cuda" and fast.runs_kernels("decode", model.language_model.lm_head.weight):
-        from modeling.kernels.sampling import choose_token
-
-        return choose_token
-    return choose
-
-
-def _so_far(rows: _Rows) -> list[list[int]]:
-    ids, used = rows.ids.tolist(), rows.used.tolist()
-    return [row[1 : n + 1] for row, n in zip(ids, used, strict=True)]
-
-
-def _collect(rows: _Rows, rounds: _Rounds) -> list[Generation]:
-    ids, sampled, logprobs = (x.tolist() for x in (rows.ids, rows.sampled, rows.logprobs))
-    used, capped = rows.used.tolist(), rows.capped.tolist()
-    results = []
-    for b, n in enumerate(used):
-        # The token sampled beyond the budget is no part of the completion.
-        keep = slice(1, n if capped[b] else n + 1)
-        results.append(
-            Generation(
-                ids[b][keep], sampled[b][keep], logprobs[b][keep], capped[b], rounds.starts[b]
-            )
-        )
-    return results
+    # A capture costs about what a few plain steps do.
+    graph = plan.fits_graphs and max_new_tokens > check_every
+    advance_all = RepeatedStep(advance, device, graph=graph)
+    done = False
+    while not done:
+        for _ in range(check_every):
+            advance_all()
+        done = rounds.check(rows)
+        if on_check is not None:
+            on_check(rows.read_ids)
+    return rows.collect(rounds.starts)
 
 
 def marker_check(decode: Callable[[Sequence[int]], str]) -> Callable[[list[int]], bool]:
     """`continues` for `generate`: does the decoded round ask for a picture?"""
-
-    def continues(ids: list[int]) -> bool:
-        return IMAGE_MARKER in decode(ids)
-
-    return continues
+    return lambda ids: IMAGE_MARKER in decode(ids)

@@ -12,9 +12,9 @@ import torch
 
 from modeling import fast
 
-# Streams of recordings that are gone, by GPU. No two that live may share one: cuBLAS keeps a
-# workspace for each stream, in the memory of the recording that first asked for it. A stream of
-# its own for each recording that ever was would pile such workspaces up.
+# Streams of graphs that are gone, by GPU. No two that live may share one: cuBLAS keeps a workspace
+# for each stream, in the memory of the graph that first asked for it. A stream of its own for each
+# graph that ever was would pile such workspaces up.
 _FREE_STREAMS: defaultdict[int, list[torch.cuda.Stream]] = defaultdict(list)
 
 
@@ -22,10 +22,10 @@ class RepeatedStep:
     """Calls `step`, a function of nothing that changes tensors in place and reads none back.
 
     The first call runs it as it is, which compiles and allocates whatever it needs; the second
-    records it, and from then on the recording is replayed. Addresses are fixed by the recording:
-    what `step` reads and writes must outlive this object, and no tensor may be swapped for another.
-    Recording again costs about as much host time as one plain call, so no graph is kept for later.
-    Where a recording finds no memory, `step` is run plainly for good.
+    captures it, and from then on the graph is replayed. Addresses are fixed by the graph: what
+    `step` reads and writes must outlive this object, and no tensor may be swapped for another.
+    Capturing again costs about as much host time as one plain call, so no graph is kept for later.
+    Where a graph finds no memory, `step` is run plainly for good.
 
     device: where `step` works; anything but CUDA runs it plainly, as VISUAL_OPSD_EAGER=graphs does.
     """
@@ -33,27 +33,24 @@ class RepeatedStep:
     def __init__(self, step: Callable[[], None], device: torch.device, *, graph: bool = True):
         self.step = step
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.records = graph and device.type == "cuda" and fast.is_on("graphs")
+        self.captures = graph and device.type == "cuda" and fast.is_on("graphs")
         self.warm = False
 
     def __call__(self) -> None:
-        if not self.records or not self.warm:
+        if self.captures and self.warm and self.graph is None:
+            self.graph = self._capture_if_it_fits()
+            self.captures = self.graph is not None
+        if self.graph is None:
             self.step()
             self.warm = True
-            return
-        if self.graph is None:
-            self.graph = self._recorded()
-        if self.graph is None:
-            self.records = False
-            self.step()
         else:
             self.graph.replay()
 
-    def _recorded(self) -> torch.cuda.CUDAGraph | None:
-        # A recording has memory of its own, for which torch gives none of its reserve back.
+    def _capture_if_it_fits(self) -> torch.cuda.CUDAGraph | None:
+        # A graph has memory of its own, for which torch gives none of its reserve back.
         for _ in range(2):
             try:
-                return self._record()
+                return self._capture()
             except RuntimeError as error:  # torch's own or the driver's
                 if "out of memory" not in str(error):
                     raise
@@ -61,7 +58,7 @@ class RepeatedStep:
             torch.cuda.empty_cache()
         return None
 
-    def _record(self) -> torch.cuda.CUDAGraph:
+    def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         here = torch.cuda.current_stream()
         free = _FREE_STREAMS[torch.cuda.current_device()]

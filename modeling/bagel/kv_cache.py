@@ -66,30 +66,20 @@ class KVCache:
         self.keys = [torch.zeros(shape, device=d, dtype=dtype) for d in devices]
         self.values = [torch.zeros(shape, device=d, dtype=dtype) for d in devices]
 
-    @classmethod
-    def _of(cls, keys: list[Tensor], values: list[Tensor]) -> KVCache:
-        cache = object.__new__(cls)
-        cache.batch, cache.max_len = keys[0].shape[:2]
-        cache.keys, cache.values = keys, values
-        return cache
+    def copy(self, max_len: int) -> KVCache:
+        """A cache of its own with the same samples and more or less room."""
+        kept = min(max_len, self.max_len)
 
-    def narrow(self, first: int, stop: int) -> KVCache:
-        """Samples first..stop-1; the storage is shared, so what is written shows in both."""
-        return self._of([k[first:stop] for k in self.keys], [v[first:stop] for v in self.values])
-
-    def copy(self, rows: Sequence[int] | None = None, max_len: int | None = None) -> KVCache:
-        """A cache of its own with some samples (all), in this order, and more or less room."""
-        picked = list(range(self.batch)) if rows is None else list(rows)
-        room = self.max_len if max_len is None else max_len
-        kept = min(room, self.max_len)
-
-        def copied(store: Tensor) -> Tensor:
-            new = store.new_zeros((len(picked), room, *store.shape[2:]))
-            for b, row in enumerate(picked):
-                new[b, :kept] = store[row, :kept]
+        def copy_rows(store: Tensor) -> Tensor:
+            new = store.new_zeros((self.batch, max_len, *store.shape[2:]))
+            new[:, :kept] = store[:, :kept]
             return new
 
-        return self._of([copied(k) for k in self.keys], [copied(v) for v in self.values])
+        cache = object.__new__(KVCache)
+        cache.batch, cache.max_len = self.batch, max_len
+        cache.keys = [copy_rows(store) for store in self.keys]
+        cache.values = [copy_rows(store) for store in self.values]
+        return cache
 
     def _rows(self, layout: AttentionLayout, device: torch.device) -> tuple[Tensor, Tensor]:
         """Flat cache rows that the chunk fills, and those that it reads (old, then new)."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling import fast
+from modeling.bagel.plan import LayerPlan
 
 # What layers of the decoder and the ViT apply to the same rows; `_moe_gen` is the decoder's other
 # expert, and the ViT has no gate.
@@ -97,45 +97,31 @@ def joined_weights(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None] 
     return None if bias is None else (weight, bias)
 
 
-def few_rows(x: Tensor, layer: nn.Linear) -> bool:
-    """Whether a product is bound by reading the weight, and our kernel for that case can run."""
-    return (
-        len(x) <= 8
-        and not torch.is_grad_enabled()
-        and fast.runs_kernels("decode", x)
-        and layer.weight.device == x.device
-    )
+def project_rows(x: Tensor, layers: Sequence[nn.Linear], plan: LayerPlan) -> tuple[Tensor, ...]:
+    """x (T, H) through layers side by side, in one product where planned and weights adjoin."""
+    joined = joined_weights(layers) if plan.joins_products else None
+    if joined is None:
+        return tuple(layer(x) for layer in layers)
+    weight, bias = joined
+    if plan.streams(x):
+        from modeling.kernels.stream_linear import stream_linear
+
+        product = stream_linear(x, weight, bias=bias)
+    else:
+        product = F.linear(x, weight, bias)
+    return product.split([layer.out_features for layer in layers], dim=-1)
 
 
-def added(residual: Tensor, x: Tensor, layer: nn.Linear) -> Tensor:
-    """residual + layer(x), where nobody else needs `residual`: without a gradient it is reused.
+def add_linear(residual: Tensor, x: Tensor, layer: nn.Linear, plan: LayerPlan) -> Tensor:
+    """residual + layer(x), for a layer without bias.
 
-    The sum is then formed inside the product, in fp32, and rounded once.
+    Where planned, the sum is formed inside the product, in fp32, and rounded once; it then takes
+    the residual's memory, which nobody else may need.
     """
-    if (
-        torch.is_grad_enabled()
-        or layer.bias is not None
-        or layer.weight.device != x.device
-        or not fast.runs_kernels("rows", x)
-    ):
+    if not plan.adds_in_product:
         return residual + layer(x)
-    if few_rows(x, layer):
+    if plan.streams(x):
         from modeling.kernels.stream_linear import stream_linear
 
         return stream_linear(x, layer.weight, residual=residual, out=residual)
     return residual.addmm_(x, layer.weight.t())
-
-
-def products(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
-    """x (T, H) through layers side by side, in one product where nothing needs a gradient."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cuda:
-        return tuple(layer(x) for layer in layers)
-    joined = joined_weights(layers) if fast.is_on("projections") else None
-    if joined is None or joined[0].device != x.device:
-        return tuple(layer(x) for layer in layers)
-    sizes = [layer.out_features for layer in layers]
-    if not few_rows(x, layers[0]):
-        return F.linear(x, *joined).split(sizes, dim=-1)
-    from modeling.kernels.stream_linear import stream_linear
-
-    return stream_linear(x, joined[0], bias=joined[1]).split(sizes, dim=-1)

@@ -9,6 +9,7 @@ adjoin (`projections.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ from modeling.bagel.projections import adjoin_projections, joined_weights
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _Weights:
+    """Of one layer."""
+
     qkv: Tensor
-    qkv_bias: Tensor
+    qkv_bias: Tensor | None
     o: Tensor
     gate: Tensor
     up: Tensor
@@ -34,26 +37,25 @@ class _Layer:
     q_norm: Tensor
     k_norm: Tensor
 
+    @classmethod
+    def of(cls, layer: Any) -> _Weights:
+        attention, mlp = layer.self_attn, layer.mlp
+        joined = joined_weights([attention.q_proj, attention.k_proj, attention.v_proj])
+        assert joined is not None
+        return cls(
+            *joined,
+            attention.o_proj.weight,
+            mlp.gate_proj.weight,
+            mlp.up_proj.weight,
+            mlp.down_proj.weight,
+            layer.input_layernorm.weight,
+            layer.post_attention_layernorm.weight,
+            attention.q_norm.weight,
+            attention.k_norm.weight,
+        )
 
-def _layer(module: Any) -> _Layer:
-    attention, mlp = module.self_attn, module.mlp
-    joined = joined_weights([attention.q_proj, attention.k_proj, attention.v_proj])
-    assert joined is not None and joined[1] is not None
-    return _Layer(
-        qkv=joined[0],
-        qkv_bias=joined[1],
-        o=attention.o_proj.weight,
-        gate=mlp.gate_proj.weight,
-        up=mlp.up_proj.weight,
-        down=mlp.down_proj.weight,
-        input_norm=module.input_layernorm.weight,
-        mlp_norm=module.post_attention_layernorm.weight,
-        q_norm=attention.q_norm.weight,
-        k_norm=attention.k_norm.weight,
-    )
 
-
-def streams(model: Bagel, batch: int) -> bool:
+def can_stream(model: Bagel, batch: int) -> bool:
     """Whether a model and batch can take the chain: half precision on one GPU, up to 64 rows."""
     head = model.language_model.lm_head.weight
     dim = model.config.llm.head_dim
@@ -71,7 +73,7 @@ class StreamedDecoder:
     """One decoding step of every row against a cache; call it like `Bagel.decode_step`.
 
     Args:
-        model: of which `streams(model, cache.batch)` holds; its projections are made to adjoin.
+        model: of which `can_stream(model, cache.batch)` holds; its projections are made to adjoin.
         positions: rope positions 0..positions-1 may come.
     """
 
@@ -84,18 +86,17 @@ class StreamedDecoder:
         self.embedding = decoder.embed_tokens.weight
         self.norm: Any = decoder.norm.weight  # type: ignore[union-attr]
         self.head = model.language_model.lm_head.weight
-        self.layers = [_layer(module) for module in decoder.layers]
+        self.layers = [_Weights.of(layer) for layer in decoder.layers]
         self.eps = llm.rms_norm_eps
         self.cache = cache
-        places = torch.arange(positions, device=self.head.device)
-        angles = rotary(places, llm.head_dim, llm.rope_theta)
+        device = self.head.device
+        angles = rotary(torch.arange(positions, device=device), llm.head_dim, llm.rope_theta)
         cos, sin = (angle[:, : llm.head_dim // 2].to(self.head.dtype) for angle in angles)
         heads = (llm.num_attention_heads, llm.num_key_value_heads, llm.head_dim)
         self.attention = DecodeAttention(cache.batch, cache.max_len, *heads, cos, sin)
         self.seen = self.head.new_empty(cache.batch, llm.num_attention_heads * llm.head_dim)
         # Launches that begin before the last one has ended: from Hopper on, and where programs
         # are light enough to share a multiprocessor with those of the launch before.
-        device = self.head.device
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         self.chained = hopper and cache.batch <= 8
 
@@ -103,19 +104,16 @@ class StreamedDecoder:
         """tokens, positions, slots (B,) int64 -> logits (B, V)."""
         from modeling.kernels.stream_linear import stream_linear
 
-        eps, chained = self.eps, self.chained
+        product = partial(stream_linear, eps=self.eps, chained=self.chained)
         x = self.embedding[tokens]  # (B, H)
         for index, layer in enumerate(self.layers):
-            qkv = stream_linear(
-                x, layer.qkv, gain=layer.input_norm, eps=eps, bias=layer.qkv_bias, chained=chained
-            )
+            qkv = product(x, layer.qkv, gain=layer.input_norm, bias=layer.qkv_bias)
             seen = self.attention(
-                qkv, layer.q_norm, layer.k_norm, eps, positions, slots,
-                self.cache.keys[index], self.cache.values[index], out=self.seen, chained=chained,
+                qkv, layer.q_norm, layer.k_norm, self.eps, positions, slots,
+                self.cache.keys[index], self.cache.values[index],
+                out=self.seen, chained=self.chained,
             )  # fmt: skip
-            x = stream_linear(seen, layer.o, residual=x, out=x, chained=chained)
-            gated = stream_linear(
-                x, layer.gate, second=layer.up, gain=layer.mlp_norm, eps=eps, chained=chained
-            )
-            x = stream_linear(gated, layer.down, residual=x, out=x, chained=chained)
-        return stream_linear(x, self.head, gain=self.norm, eps=eps, chained=chained)
+            x = product(seen, layer.o, residual=x, out=x)
+            hidden = product(x, layer.gate, second=layer.up, gain=layer.mlp_norm)
+            x = product(hidden, layer.down, residual=x, out=x)
+        return product(x, self.head, gain=self.norm)

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from modeling.bagel.attention import AttentionLayout, Block, attend
 from modeling.bagel.config import VisionConfig
-from modeling.bagel.projections import products
+from modeling.bagel.layer import Layer
+from modeling.bagel.plan import LayerPlan, plan_layers
+from modeling.bagel.projections import project_rows
 
 
 @lru_cache(maxsize=64)
@@ -35,10 +37,10 @@ class VisionAttention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, layout: AttentionLayout) -> Tensor:
-        projected = products(x, [self.q_proj, self.k_proj, self.v_proj])
+    def forward(self, x: Tensor, layout: AttentionLayout, plan: LayerPlan) -> Tensor:
+        projected = project_rows(x, [self.q_proj, self.k_proj, self.v_proj], plan)
         q, k, v = (y.view(len(y), self.heads, -1) for y in projected)  # (N, nh, d)
-        return self.out_proj(attend(q, k, v, layout).flatten(1))
+        return self.out_proj(attend(q, k, v, layout, plan.backend).flatten(1))
 
 
 class VisionMLP(nn.Module):
@@ -51,23 +53,17 @@ class VisionMLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class VisionLayer(nn.Module):
+class VisionLayer(Layer):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = VisionAttention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = VisionMLP(config)
-        self.checkpointing = False
 
-    def _body(self, x: Tensor, layout: AttentionLayout) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), layout)
+    def compute(self, x: Tensor, layout: AttentionLayout, plan: LayerPlan) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x), layout, plan)
         return x + self.mlp(self.layer_norm2(x))
-
-    def forward(self, x: Tensor, layout: AttentionLayout) -> Tensor:
-        if self.checkpointing and x.requires_grad:
-            return checkpoint(self._body, x, layout, use_reentrant=False)
-        return self._body(x, layout)
 
 
 class VisionEmbeddings(nn.Module):
@@ -96,12 +92,15 @@ class VisionTransformer(nn.Module):
         self.encoder = VisionEncoder(config)
         # Applied although layer -2 is selected, as in the releases.
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # Where each layer computes, if not all where the patches are (release/spread.py).
+        self.layer_devices: tuple[torch.device, ...] | None = None
 
     def forward(self, patches: Tensor, position_ids: Tensor, lens: Sequence[int]) -> Tensor:
         layout = image_layout(tuple(lens))
         x = self.embeddings(patches, position_ids)
-        for layer in self.encoder.layers:
-            x = layer(x, layout)
+        plans = plan_layers(self.encoder.layers, x, layout, devices=self.layer_devices)
+        for layer, plan in zip(self.encoder.layers, plans, strict=True):
+            x = layer(x, layout, plan)
         return self.post_layernorm(x)
 
 

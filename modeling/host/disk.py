@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,15 @@ def check_room(folder: Path, needed: float, what: str) -> None:
             f"{what} needs {size_text(needed)} but {folder} has {size_text(free)} free; make room "
             "or choose another disk"
         )
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -39,38 +39,27 @@ def read_text(path: str | Path, what: str, *, fix: str = "") -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ValueError(f"{what} {path} does not exist{_then(fix)}") from None
+        reason = "does not exist"
     except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"{what} {path} cannot be read: {reason}{_then(fix)}") from error
+        reason = f"cannot be read: {error.strerror or error}"
     except UnicodeDecodeError as error:
-        advice = fix or "save it as UTF-8"
-        raise ValueError(
-            f"{what} {path} is not UTF-8 text (byte {error.start}); {advice}"
-        ) from error
-    except ValueError as error:  # a NUL in the path
-        raise ValueError(f"{what} {str(path)!r}: {error}") from error
+        reason, fix = f"is not UTF-8 text (byte {error.start})", fix or "save it as UTF-8"
+    except ValueError as error:
+        path, reason = repr(str(path)), f"cannot be read: {error}"  # a NUL in the path
+    raise _problem(what, path, reason, fix)
 
 
 def read_json(path: str | Path, what: str, *, fix: str = "") -> Any:
     """The value of a JSON file. Raises ValueError as `read_text`, and for what is no JSON."""
-    text = read_text(path, what, fix=fix)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{what} {path} is not valid JSON: {error}{_then(fix)}") from error
-    except RecursionError:
-        raise ValueError(f"{what} {path} is nested too deeply to be read{_then(fix)}") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise ValueError(f"{what} {path}: {error}{_then(fix)}") from error
+    return _parse(json.loads, "JSON", path, what, fix)
 
 
 def read_json_object(path: str | Path, what: str, *, fix: str = "") -> dict[str, Any]:
     """The object of a JSON file. Raises ValueError as `read_json`, and for any other value."""
     value = read_json(path, what, fix=fix)
     if not isinstance(value, dict):
-        found = type(value).__name__
-        raise ValueError(f"{what} {path} must hold a JSON object, found {found}{_then(fix)}")
+        found = f"must hold a JSON object, found {type(value).__name__}"
+        raise _problem(what, path, found, fix)
     return value
 
 
@@ -80,20 +69,19 @@ def read_yaml(path: str | Path, what: str) -> Any:
     Raises:
         ValueError: as `read_text`; no YAML; a key that stands twice; nested too deeply.
     """
-    text = read_text(path, what)
+    return _parse(lambda text: yaml.load(text, _UniqueKeys), "YAML", path, what, "")
+
+
+def _parse(parse: Callable[[str], Any], kind: str, path: str | Path, what: str, fix: str) -> Any:
+    text = read_text(path, what, fix=fix)
     try:
-        return yaml.load(text, _UniqueKeys)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ValueError(f"{what} {path} is not valid YAML: {_one_line(error)}") from error
+        return parse(text)
     except RecursionError:
-        raise ValueError(f"{what} {path} is nested too deeply to be read") from None
-    except (ValueError, TypeError) as error:  # a date or number YAML's own types refuse
-        raise ValueError(f"{what} {path} is not valid YAML: {_one_line(error)}") from error
+        reason = "is nested too deeply to be read"
+    except (ValueError, TypeError, yaml.YAMLError) as error:  # also a date that YAML's types refuse
+        reason = f"is not valid {kind}: {' '.join(str(error).split())}"
+    raise _problem(what, path, reason, fix)
 
 
-def _then(fix: str) -> str:
-    return f"; {fix}" if fix else ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _problem(what: str, path: str | Path, reason: str, fix: str) -> ValueError:
+    return ValueError(f"{what} {path} {reason}" + (f"; {fix}" if fix else ""))

@@ -9,30 +9,12 @@ whichever program of a group finishes last. The order of that sum is fixed.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 _LOG2E = 1.4426950408889634
-
-
-def decode_attention_plain(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor
-) -> Tensor:
-    """The attention alone, in fp32: rotated q (B, nh, d), k and v (B, nkv, d) of the new row."""
-    _, heads, dim = q.shape
-    groups = keys.shape[2]
-    out = []
-    for b, slot in enumerate(slots.tolist()):
-        keys[b, slot], values[b, slot] = k[b], v[b]
-        seen_k, seen_v = keys[b, : slot + 1].float(), values[b, : slot + 1].float()
-        grouped = q[b].float().view(groups, heads // groups, dim)
-        scores = torch.einsum("grd,sgd->grs", grouped, seen_k) / math.sqrt(dim)
-        out.append(torch.einsum("grs,sgd->grd", scores.softmax(-1), seen_v).reshape(heads, dim))
-    return torch.stack(out).to(q.dtype)
 
 
 @triton.jit
@@ -208,16 +190,10 @@ class DecodeAttention:
         dim: int,
         cos: Tensor,
         sin: Tensor,
-        *,
-        chunk: int | None = None,
-        block: int = 64,
-        warps: int = 4,
-        stages: int = 2,
     ) -> None:
         self.heads, self.kv_heads, self.dim, self.max_len = heads, kv_heads, dim, max_len
         self.cos, self.sin = cos.contiguous(), sin.contiguous()
-        self.chunk = chunk or chunk_for(batch, kv_heads, max_len)
-        self.block, self.warps, self.stages = min(block, self.chunk), warps, stages
+        self.chunk = chunk_for(batch, kv_heads, max_len)
         self.splits = triton.cdiv(max_len, self.chunk)
         self.rows = max(16, triton.next_power_of_2(heads // kv_heads))
         parts = batch * kv_heads * self.splits * self.rows
@@ -253,7 +229,7 @@ class DecodeAttention:
             self.part_out, self.part_max, self.part_sum, self.arrived, out,
             self.max_len, eps, self.dim**-0.5 * _LOG2E,
             GROUPS=self.kv_heads, REPEAT=self.heads // self.kv_heads, ROWS=self.rows,
-            HALF=self.dim // 2, CHUNK=self.chunk, BLOCK=self.block, SPLITS=self.splits,
-            PDL=chained, num_warps=self.warps, num_stages=self.stages, **flags,
+            HALF=self.dim // 2, CHUNK=self.chunk, BLOCK=min(64, self.chunk), SPLITS=self.splits,
+            PDL=chained, num_warps=4, num_stages=2, **flags,
         )  # fmt: skip
         return out

@@ -1,9 +1,9 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
 """What a decoder layer does between its matrix products, a kernel each, with gradients.
 
-The plain forms stand in `modeling/bagel/decoder.py`: `RMSNorm`, `turned`, `gated`. Arithmetic is
-fp32 here and results are rounded once, where they round more often. Every backward pass computes
-again what the forward had instead of keeping it.
+The plain forms stand in `modeling/bagel/decoder.py`: `RMSNorm`, `norm_and_rotate`, `apply_gate`.
+Arithmetic is fp32 here and results are rounded once, where they round more often. Every backward
+pass computes again what the forward had instead of keeping it.
 """
 
 from __future__ import annotations
@@ -62,10 +62,15 @@ def _rms_norm_backward(grad, x, weight, rstd, grad_x, partial, rows, width, BLOC
     tl.store(partial + first * width + columns, total, mask=inside)
 
 
-def _normed(
+def norm_rows(
     flat: Tensor, weight: Tensor, eps: float, *, rstd: Tensor | None = None, chained: bool = False
 ) -> Tensor:
-    """The norm of each row; what it was divided by goes into rstd, fp32 (rows,)."""
+    """The norm of each row of a contiguous x (R, H), without a gradient.
+
+    Args:
+        rstd: (R,) fp32, where the factor of each row goes.
+        chained: overlap this launch with the end of the one before (Hopper and later).
+    """
     rows, width = flat.shape
     out = torch.empty_like(flat)
     block = _block(width)
@@ -78,20 +83,12 @@ def _normed(
     return out
 
 
-def rms_norm_rows(x: Tensor, weight: Tensor, eps: float, *, chained: bool = False) -> Tensor:
-    """The same for a contiguous x (R, H) without a gradient.
-
-    chained: overlap this launch with the end of the one before (Hopper and later).
-    """
-    return _normed(x, weight, eps, chained=chained)
-
-
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         rstd = torch.empty(len(flat), device=x.device, dtype=torch.float32)
-        out = _normed(flat, weight, eps, rstd=rstd)
+        out = norm_rows(flat, weight, eps, rstd=rstd)
         ctx.save_for_backward(flat, weight, rstd)
         return out.view(x.shape)
 
@@ -115,7 +112,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm in one pass: x (..., H), weight (H,) -> (..., H)."""
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)
-    return _normed(x.reshape(-1, x.shape[-1]).contiguous(), weight, eps).view(x.shape)
+    return norm_rows(x.reshape(-1, x.shape[-1]).contiguous(), weight, eps).view(x.shape)
 
 
 # --------------------------------------------------------------- norm and rotation of the heads
@@ -131,7 +128,7 @@ def _halves(x, heads, HEADS: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def _turn(x, weight, out, heads, cos, sin, eps, HEADS: tl.constexpr, HALF: tl.constexpr):
+def _rotate(x, weight, out, heads, cos, sin, eps, HEADS: tl.constexpr, HALF: tl.constexpr):
     left_at, right_at, inside = _halves(x, heads, HEADS, HALF)
     left = tl.load(left_at, mask=inside, other=0.0).to(tl.float32)
     right = tl.load(right_at, mask=inside, other=0.0).to(tl.float32)
@@ -156,26 +153,37 @@ def _angles(cos, sin, row, HALF: tl.constexpr):
 
 @triton.jit
 def _norm_rotary(
-    q, k, q_weight, k_weight, cos, sin, q_out, k_out, q_stride, k_stride, heads, kv_heads, eps,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
+    q, k, v, q_weight, k_weight, cos, sin, places, q_out, k_out, v_out,
+    q_stride, k_stride, v_stride, heads, kv_heads, eps,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, PLACE: tl.constexpr,
 ):  # fmt: skip
+    """PLACE: k and v go to the rows of k_out and v_out that `places` names."""
     row = tl.program_id(0).to(tl.int64)
     c, s = _angles(cos, sin, row, HALF)
-    q_to, k_to = q_out + row * heads * (2 * HALF), k_out + row * kv_heads * (2 * HALF)
-    _turn(q + row * q_stride, q_weight, q_to, heads, c, s, eps, HEADS, HALF)
-    _turn(k + row * k_stride, k_weight, k_to, kv_heads, c, s, eps, KV_HEADS, HALF)
+    kv_row = row
+    if PLACE:
+        kv_row = tl.load(places + row)
+    to = kv_row * kv_heads * (2 * HALF)
+    q_to = q_out + row * heads * (2 * HALF)
+    _rotate(q + row * q_stride, q_weight, q_to, heads, c, s, eps, HEADS, HALF)
+    _rotate(k + row * k_stride, k_weight, k_out + to, kv_heads, c, s, eps, KV_HEADS, HALF)
+    if PLACE:
+        left, right, inside = _halves(v + row * v_stride, kv_heads, KV_HEADS, HALF)
+        left_to, right_to, _ = _halves(v_out + to, kv_heads, KV_HEADS, HALF)
+        tl.store(left_to, tl.load(left, mask=inside), mask=inside)
+        tl.store(right_to, tl.load(right, mask=inside), mask=inside)
 
 
 @triton.jit
-def _turn_back(
+def _rotate_back(
     grad, x, weight, grad_x, heads, cos, sin, eps, HEADS: tl.constexpr, HALF: tl.constexpr
 ):
     """Writes the gradient of one row's heads; returns their share of the weight's, by half."""
     left_at, right_at, inside = _halves(grad, heads, HEADS, HALF)
-    turned_left = tl.load(left_at, mask=inside, other=0.0).to(tl.float32)
-    turned_right = tl.load(right_at, mask=inside, other=0.0).to(tl.float32)
-    slope_left = turned_left * cos + turned_right * sin
-    slope_right = turned_right * cos - turned_left * sin
+    grad_left = tl.load(left_at, mask=inside, other=0.0).to(tl.float32)
+    grad_right = tl.load(right_at, mask=inside, other=0.0).to(tl.float32)
+    slope_left = grad_left * cos + grad_right * sin
+    slope_right = grad_right * cos - grad_left * sin
     left_at, right_at, _ = _halves(x, heads, HEADS, HALF)
     left = tl.load(left_at, mask=inside, other=0.0).to(tl.float32)
     right = tl.load(right_at, mask=inside, other=0.0).to(tl.float32)
@@ -207,13 +215,13 @@ def _norm_rotary_backward(
         row = tl.cast(short_row, tl.int64)
         c, s = _angles(cos, sin, row, HALF)
         at = row * heads * (2 * HALF)
-        left, right = _turn_back(
+        left, right = _rotate_back(
             q_grad + at, q + row * q_stride, q_weight, q_grad_x + at, heads, c, s, eps, HEADS, HALF
         )
         q_left += left
         q_right += right
         at = row * kv_heads * (2 * HALF)
-        left, right = _turn_back(
+        left, right = _rotate_back(
             k_grad + at, k + row * k_stride, k_weight, k_grad_x + at, kv_heads, c, s, eps,
             KV_HEADS, HALF,
         )  # fmt: skip
@@ -235,19 +243,46 @@ def _head_sizes(heads: int, kv_heads: int, dim: int) -> dict[str, int]:
     }
 
 
-def _turned(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def place_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    places: Tensor | None,
+    q_out: Tensor,
+    keys: Tensor,
+    values: Tensor | None,
+) -> None:
+    """`norm_rotary` whose results, and v, go where they are wanted; without a gradient.
+
+    Args:
+        q, k, v, q_weight, k_weight, cos, sin: as for `norm_rotary`; v like k.
+        places: (T,) int64 rows of keys and values for the new k and v; None: keys are (T, nkv, d)
+            themselves, and v is left alone.
+        q_out: (T, nh, d), contiguous. keys, values: (R, nkv, d), contiguous.
+    """
     (rows, heads, dim), kv_heads = q.shape, k.shape[1]
-    for x in (q, k):  # views of one wide product are fine, heads must lie side by side
+    v, values = k if v is None else v, keys if values is None else values
+    for x in (q, k, v):  # views of one wide product are fine, heads must lie side by side
         assert x.stride(2) == 1 and x.stride(1) == dim, x.stride()
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
     if rows:
         _norm_rotary[(rows,)](
-            q, k, q_weight, k_weight, cos.contiguous(), sin.contiguous(), q_out, k_out,
-            q.stride(0), k.stride(0), heads, kv_heads, eps, **_head_sizes(heads, kv_heads, dim),
-            num_warps=4,
+            q, k, v, q_weight, k_weight, cos, sin, q if places is None else places,
+            q_out, keys, values, q.stride(0), k.stride(0), v.stride(0), heads, kv_heads, eps,
+            **_head_sizes(heads, kv_heads, dim), PLACE=places is not None, num_warps=4,
         )  # fmt: skip
+
+
+def _norm_and_rotate(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    place_rows(q, k, None, q_weight, k_weight, cos, sin, eps, None, q_out, k_out, None)
     return q_out, k_out
 
 
@@ -263,7 +298,7 @@ class _NormRotary(torch.autograd.Function):
         sin: Tensor,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        q_out, k_out = _turned(q, k, q_weight, k_weight, cos, sin, eps)
+        q_out, k_out = _norm_and_rotate(q, k, q_weight, k_weight, cos, sin, eps)
         ctx.save_for_backward(q, k, q_weight, k_weight, cos.contiguous(), sin.contiguous())
         ctx.eps = eps
         return q_out, k_out
@@ -297,57 +332,7 @@ def norm_rotary(
     """
     if torch.is_grad_enabled():
         return _NormRotary.apply(q, k, q_weight, k_weight, cos, sin, eps)
-    return _turned(q, k, q_weight, k_weight, cos, sin, eps)
-
-
-@triton.jit
-def _place(
-    q, k, v, q_weight, k_weight, cos, sin, places, q_out, keys, values,
-    q_stride, k_stride, v_stride, heads, kv_heads, eps,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    c, s = _angles(cos, sin, row, HALF)
-    to = tl.load(places + row) * kv_heads * (2 * HALF)
-    q_to = q_out + row * heads * (2 * HALF)
-    _turn(q + row * q_stride, q_weight, q_to, heads, c, s, eps, HEADS, HALF)
-    _turn(k + row * k_stride, k_weight, keys + to, kv_heads, c, s, eps, KV_HEADS, HALF)
-    left, right, inside = _halves(v + row * v_stride, kv_heads, KV_HEADS, HALF)
-    left_to, right_to, _ = _halves(values + to, kv_heads, KV_HEADS, HALF)
-    tl.store(left_to, tl.load(left, mask=inside), mask=inside)
-    tl.store(right_to, tl.load(right, mask=inside), mask=inside)
-
-
-def place_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    places: Tensor,
-    q_out: Tensor,
-    keys: Tensor,
-    values: Tensor,
-) -> None:
-    """`norm_rotary` whose results, and v, go where they are wanted; without a gradient.
-
-    Args:
-        q, k, v, q_weight, k_weight, cos, sin: as for `norm_rotary`; v like k.
-        places: (T,) int64 rows of keys and values for the new k and v.
-        q_out: (T, nh, d), contiguous. keys, values: (R, nkv, d), contiguous.
-    """
-    (rows, heads, dim), kv_heads = q.shape, k.shape[1]
-    for x in (q, k, v):
-        assert x.stride(2) == 1 and x.stride(1) == dim, x.stride()
-    if rows:
-        _place[(rows,)](
-            q, k, v, q_weight, k_weight, cos, sin, places, q_out, keys, values,
-            q.stride(0), k.stride(0), v.stride(0), heads, kv_heads, eps,
-            **_head_sizes(heads, kv_heads, dim), num_warps=4,
-        )  # fmt: skip
+    return _norm_and_rotate(q, k, q_weight, k_weight, cos, sin, eps)
 
 
 # ------------------------------------------------------------------------------------- SwiGLU
@@ -382,7 +367,7 @@ def _silu_mul_backward(grad, gate, up, gate_stride, up_stride, width, BLOCK: tl.
 _SILU_BLOCK = 4096
 
 
-def _gated(gate: Tensor, up: Tensor) -> Tensor:
+def _apply_gate(gate: Tensor, up: Tensor) -> Tensor:
     assert gate.dim() == 2 and gate.stride(1) == up.stride(1) == 1
     rows, width = gate.shape
     out = gate.new_empty(gate.shape)
@@ -397,7 +382,7 @@ def _gated(gate: Tensor, up: Tensor) -> Tensor:
 class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        out = _gated(gate, up)
+        out = _apply_gate(gate, up)
         ctx.save_for_backward(gate, up)
         return out
 
@@ -425,7 +410,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled():
         return _SiluMul.apply(gate, up)
-    return _gated(gate, up)
+    return _apply_gate(gate, up)
 
 
 @cache

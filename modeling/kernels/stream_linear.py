@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from modeling.kernels.rows import rms_norm_rows
+from modeling.kernels.rows import norm_rows
 
 MAX_ROWS = 64
 
@@ -40,34 +39,12 @@ class Tile:
     swap: bool = False
 
 
-def stream_linear_plain(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    gain: Tensor | None = None,
-    eps: float = 1e-6,
-    bias: Tensor | None = None,
-    second: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """What `stream_linear` computes, in fp32, rounded where the kernel rounds."""
-    wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if gain is not None:
-        wide = (wide * gain.float()).to(x.dtype).float()
-    y = wide @ weight.float().t()
-    if gain is not None:
-        y = y * scale
-    if bias is not None:
-        y = y + bias.float()
-    if second is not None:
-        other = wide @ second.float().t()
-        if gain is not None:
-            other = other * scale
-        y = F.silu(y.to(x.dtype).float()).to(x.dtype).float() * other.to(x.dtype).float()
-    if residual is not None:
-        y = y.to(x.dtype).float() + residual.float()
-    return y.to(x.dtype)
+@triton.jit
+def _load(at, inside, WHOLE: tl.constexpr):
+    """A tile, with zeros outside `inside` unless all of it is there."""
+    if WHOLE:
+        return tl.load(at)
+    return tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -103,26 +80,16 @@ def _one_row(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     for start in tl.range(0, K, BK, num_stages=STAGES):
-        if WHOLE:
-            w = tl.load(weight + at + start)
-            value = tl.load(x + start + k).to(tl.float32)
-        else:
-            inside = rows[:, None] & (start + k < K)[None, :]
-            w = tl.load(weight + at + start, mask=inside, other=0.0)
-            value = tl.load(x + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+        inside = rows[:, None] & (start + k < K)[None, :]
+        w = _load(weight + at + start, inside, WHOLE)
+        value = _load(x + start + k, start + k < K, WHOLE).to(tl.float32)
         if NORM:
             squares += value * value
-            if WHOLE:
-                g = tl.load(gain + start + k)
-            else:
-                g = tl.load(gain + start + k, mask=start + k < K, other=0.0)
+            g = _load(gain + start + k, start + k < K, WHOLE)
             value = (value * g.to(tl.float32)).to(kind).to(tl.float32)
         total += w.to(tl.float32) * value[None, :]
         if PAIR:
-            if WHOLE:
-                w2 = tl.load(second + at + start)
-            else:
-                w2 = tl.load(second + at + start, mask=inside, other=0.0)
+            w2 = _load(second + at + start, inside, WHOLE)
             other += w2.to(tl.float32) * value[None, :]
     y = tl.sum(total, 1)
     z = tl.sum(other, 1)
@@ -160,22 +127,18 @@ def _few_rows(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     for start in tl.range(0, K, BK, num_stages=STAGES):
-        if WHOLE:
-            w = tl.load(weight + at + start)
-            value = tl.load(x + x_at + start, mask=m < M, other=0.0)
-        else:
-            inside = (start + k_of_w < K) & (n < N)
-            w = tl.load(weight + at + start, mask=inside, other=0.0)
-            value = tl.load(x + x_at + start, mask=(m < M) & (start + k_of_x < K), other=0.0)
+        inside = (start + k_of_w < K) & (n < N)
+        w = _load(weight + at + start, inside, WHOLE)
+        there = m < M
+        if not WHOLE:
+            there = there & (start + k_of_x < K)
+        value = tl.load(x + x_at + start, mask=there, other=0.0)
         if SWAP:
             total = tl.dot(w, value, total, input_precision="ieee")
         else:
             total = tl.dot(value, w, total, input_precision="ieee")
         if PAIR:
-            if WHOLE:
-                w2 = tl.load(second + at + start)
-            else:
-                w2 = tl.load(second + at + start, mask=inside, other=0.0)
+            w2 = _load(second + at + start, inside, WHOLE)
             if SWAP:
                 other = tl.dot(w2, value, other, input_precision="ieee")
             else:
@@ -233,7 +196,6 @@ def stream_linear(
     residual: Tensor | None = None,
     out: Tensor | None = None,
     chained: bool = False,
-    tile: Tile | None = None,
 ) -> Tensor:
     """x (M, K) times weight (N, K), transposed: (M, N), with what belongs around it.
 
@@ -250,7 +212,7 @@ def stream_linear(
     assert m <= MAX_ROWS and weight.shape[1] == k and x.is_contiguous() and weight.is_contiguous()
     if out is None:
         out = x.new_empty(m, n)
-    tile = tile or tile_for(m, n, k, second is not None)
+    tile = tile_for(m, n, k, second is not None)
     columns = min(tile.columns, triton.next_power_of_2(max(k, 16)))
     flags = {
         "PAIR": second is not None,
@@ -276,7 +238,7 @@ def stream_linear(
         )  # fmt: skip
         return out
     if gain is not None:
-        x = rms_norm_rows(x, gain, eps, chained=chained)
+        x = norm_rows(x, gain, eps, chained=chained)
     block = max(8 if tile.swap else 16, triton.next_power_of_2(m))
     if x.is_cuda:
         room = _shared_memory(x.device.index)

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from modeling import fast
 from modeling.autoencoder import AE_FILE, AutoEncoder, load_autoencoder
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import (
@@ -37,32 +34,31 @@ from modeling.bagel.config import (
     read_vision_config,
 )
 from modeling.bagel.projections import empty_adjoining
-from modeling.host.disk import check_room, disk_errors
+from modeling.host.disk import check_room, disk_errors, flush_to_disk
 from modeling.release.finite import check_finite
 from modeling.release.tokenizer import load_tokenizer
 from modeling.release.weight_files import (
     FLOAT_DTYPES,
     ComputedTensor,
+    Layout,
     StoredTensor,
+    TensorSource,
     WeightWriter,
-    WhichWeights,
+    describe_mismatch,
     open_weights,
+    write_weights,
 )
-from modeling.release.weight_stream import calm_interpreter, streaming
-
-TensorSource = StoredTensor | ComputedTensor
 
 VIT_TABLE = "vit_pos_embed.pos_embed"
 LATENT_TABLE = "latent_pos_embed.pos_embed"
 _EMBEDDING = "language_model.model.embed_tokens.weight"
-_HEAD = "language_model.lm_head.weight"
 _PATCH_POSITIONS = "vit_model.vision_model.embeddings.position_embedding.weight"
 _SQUARE_TABLES = (VIT_TABLE, _PATCH_POSITIONS, LATENT_TABLE)
 _GENERATION_PREFIXES = ("time_embedder.", "vae2llm.", "llm2vae.", "latent_pos_embed.")
-_REQUIRED_FILES = ("llm_config.json", "vit_config.json")
 _COPIED_FILES = (
     AE_FILE,
-    *_REQUIRED_FILES,
+    "llm_config.json",
+    "vit_config.json",
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
@@ -79,7 +75,6 @@ _COPIED_FILES = (
     "LICENSE.md",
     "NOTICE",
 )
-_SHOWN = 20  # keys named in an error
 
 
 @dataclass
@@ -140,30 +135,28 @@ def read_bagel_config(
     )
 
 
-def _absent_tables(config: BagelConfig, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
-    """Computed position tables (fp32) for those the model has and the file lacks."""
-    needed = [VIT_TABLE] + [LATENT_TABLE] * config.visual_gen
-    if all(key in stored for key in needed):
+def _computed_tables(
+    config: BagelConfig, stored: Mapping[str, StoredTensor]
+) -> dict[str, ComputedTensor]:
+    """Position tables (fp32) that the model has and the file lacks."""
+    if VIT_TABLE in stored and (LATENT_TABLE in stored or not config.visual_gen):
         return {}
-    return {k: t for k, t in Bagel.fixed_tables(config).items() if k not in stored}
+    tables = Bagel.fixed_tables(config)
+    return {key: ComputedTensor(key, t) for key, t in tables.items() if key not in stored}
 
 
 def locate_weights(
-    path: str | Path,
-    *,
-    visual_gen: bool = False,
-    weights: WhichWeights = "auto",
+    path: str | Path, *, visual_gen: bool = False
 ) -> tuple[BagelConfig, dict[str, TensorSource]]:
     """Where each tensor of `Bagel(config)` comes from, in the module's order; reads no tensor.
 
-    `source.get(device, dtype, rows)` reads one, or the rows a shard needs. Position tables that
-    the file lacks are computed.
+    `source.get(device, dtype)` reads one. Position tables that the file lacks are computed.
 
     Raises:
         ValueError: everything `open_weights` raises, and one that names the missing,
             unexpected and mis-shaped tensors.
     """
-    config, _, sources = _build(path, open_weights(path, weights), visual_gen)
+    config, _, sources = _build(path, open_weights(path), visual_gen)
     return config, sources
 
 
@@ -174,107 +167,47 @@ def _build(
     config = read_bagel_config(path, stored, visual_gen=visual_gen)
     with torch.device("meta"):
         model = Bagel(config)
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    sources: dict[str, TensorSource] = {k: stored[k] for k in expected if k in stored}
-    for key, table in _absent_tables(config, stored).items():
-        sources[key] = ComputedTensor(key, table)
-    _check_match(Path(path), stored, sources, expected, config)
+    expected = {key: value.shape for key, value in model.state_dict().items()}
+    sources: dict[str, TensorSource] = {
+        key: source
+        for key, source in stored.items()
+        if key in expected or visual_gen or not is_generation_key(key)
+    }
+    sources.update(_computed_tables(config, stored))
+    problems = describe_mismatch(expected, sources)
+    if problems:
+        raise ValueError(
+            f"the weights in {path} do not fit the model its configuration describes: {problems}. "
+            + _likely_cause(expected.keys() - sources.keys())
+        )
     return config, model, {key: sources[key] for key in expected}
 
 
-def _check_match(
-    path: Path,
-    stored: Mapping[str, StoredTensor],
-    sources: Mapping[str, TensorSource],
-    expected: Mapping[str, tuple[int, ...]],
-    config: BagelConfig,
-) -> None:
-    """Raise one error for all keys and shapes that do not fit."""
-    missing = [key for key in expected if key not in sources]
-    unexpected = [
-        key
-        for key in stored
-        if key not in expected and (config.visual_gen or not is_generation_key(key))
-    ]
-    shapes = [
-        f"{key}: found {list(sources[key].shape)}, expected {list(shape)}"
-        for key, shape in expected.items()
-        if key in sources and sources[key].shape != shape
-    ]
-    dtypes = [
-        f"{key}: {source.dtype}"
-        for key, source in sources.items()
-        if isinstance(source, StoredTensor) and source.dtype not in FLOAT_DTYPES
-    ]
-    problems = [
-        f"{len(found)} {what}: " + "; ".join(found[:_SHOWN]) + ("; ..." * (len(found) > _SHOWN))
-        for what, found in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", shapes),
-            ("not stored in a floating dtype", dtypes),
-        )
-        if found
-    ]
-    if problems:
-        cause = _likely_cause(missing, unexpected, shapes, dtypes)
-        raise ValueError(
-            f"the weights in {path} do not fit the model its configuration describes: "
-            + ". ".join(problems)
-            + f". Likely cause: {cause}"
-        )
-
-
-def _likely_cause(
-    missing: list[str], unexpected: list[str], shapes: list[str], dtypes: list[str]
-) -> str:
+def _likely_cause(missing: Set[str]) -> str:
     if missing and all(is_generation_key(key) for key in missing):
         return (
-            "the file was saved without the drawing branch; load it with visual_gen=False, or "
+            "The file was saved without the drawing branch: load it with visual_gen=False, or "
             "save it again over a complete base"
         )
-    if missing == [_HEAD] and not unexpected:
-        return "its head is tied to the embedding; save it with the head as a tensor of its own"
-    for key in unexpected[:1]:
-        wrapped = [name for name in missing if key.endswith("." + name)]
-        if wrapped:
-            return (
-                f"its keys carry the prefix {key.removesuffix(wrapped[0])!r} of a wrapper; save "
-                "it with save_bagel, which expects the bare names"
-            )
-    if any("patch_embedding.weight: found" in line and line.count(",") > 3 for line in shapes):
-        return "the patch embedding is SigLIP's convolution; BAGEL releases hold it as a linear"
-    if dtypes:
-        return "these are quantised weights; use the release's bf16 or fp32 files"
-    if len(missing) > len(unexpected) and not shapes:
-        return "the file is incomplete, or num_hidden_layers in a configuration is too large"
-    if unexpected and not missing and not shapes:
-        return "num_hidden_layers in llm_config.json or vit_config.json is too small for the file"
-    return "llm_config.json or vit_config.json belong to another model; use the release's own"
+    return (
+        "llm_config.json or vit_config.json (num_hidden_layers, sizes) belong to another model, or "
+        "the weights were not saved as a release holds them (bare names, a head of their own, "
+        "bf16 or fp32): use the release's own files, or save with save_bagel"
+    )
 
 
 # -- loading ----------------------------------------------------------------------------------
 
 
-def iter_weights(
-    path: str | Path,
-    keys: Iterable[str] | None = None,
-    *,
-    visual_gen: bool = False,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    weights: WhichWeights = "auto",
-) -> Iterator[tuple[str, Tensor]]:
-    """Read the model's tensors one by one (all, or those named) to `device` in `dtype`.
+def iter_weights(path: str | Path, *, visual_gen: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors one by one, on the CPU in the stored dtype.
 
     Raises:
-        ValueError: as `locate_weights`, or a key the model does not have.
+        ValueError: as `locate_weights`.
     """
-    _, sources = locate_weights(path, visual_gen=visual_gen, weights=weights)
-    for key in sources if keys is None else keys:
-        if key not in sources:
-            raise ValueError(f"the model has no tensor {key!r} (visual_gen={visual_gen})")
-        yield key, sources[key].get(device, dtype)
+    _, sources = locate_weights(path, visual_gen=visual_gen)
+    for key, source in sources.items():
+        yield key, source.get()
 
 
 def load_bagel(
@@ -283,21 +216,16 @@ def load_bagel(
     visual_gen: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    weights: WhichWeights = "auto",
-    vae_dtype: torch.dtype = torch.float32,
 ) -> BagelBundle:
-    """Load a checkpoint folder straight to `device` and `dtype`.
-
-    One tensor at a time, or to a GPU as `modeling.release.weight_stream` does.
+    """Load a checkpoint folder to `device` and `dtype`, one tensor at a time.
 
     Args:
-        path: folder with model.safetensors or ema.safetensors (or an index), llm_config.json,
-            vit_config.json and the tokenizer files.
-        visual_gen: also build and read the generation expert; otherwise none of it is read.
+        path: folder with model.safetensors or, without it, ema.safetensors (or an index),
+            llm_config.json, vit_config.json and the tokenizer files.
+        visual_gen: also build and read the generation expert and the autoencoder (always fp32);
+            otherwise nothing of them is read.
         device: where the parameters live.
         dtype: of all parameters, the fixed position tables included.
-        weights: "model" or "ema" names the file; "auto" prefers model.safetensors.
-        vae_dtype: of the autoencoder, which `visual_gen=True` reads from ae.safetensors.
 
     Raises:
         ValueError: folder, file or configuration missing or damaged; tensors missing,
@@ -308,70 +236,36 @@ def load_bagel(
         UserWarning: `visual_gen=True` and no ae.safetensors; `vae` is None then.
     """
     device = torch.device(device)
-    with calm_interpreter():
-        stored = open_weights(path, weights)
-        with _arriving(stored, visual_gen, device, dtype) as arriving:
-            config, model, sources = _build(path, stored, visual_gen)
-            tokenizer, special_tokens = load_tokenizer(path)
-            if len(tokenizer) > config.llm.vocab_size:
-                raise ValueError(
-                    f"{path}: the tokenizer has {len(tokenizer)} tokens but the embedding only "
-                    f"{config.llm.vocab_size} rows; use the tokenizer files of the same release"
-                )
-            state = {
-                key: arriving[key] if key in arriving else source.get(device, dtype)
-                for key, source in sources.items()
-            }
-            model.load_state_dict(state, strict=True, assign=True)
-        check_finite(state, stored)
-    vae = _load_vae(Path(path), device, vae_dtype) if visual_gen else None
+    stored = open_weights(path)
+    config, model, sources = _build(path, stored, visual_gen)
+    tokenizer, special_tokens = load_tokenizer(path)
+    if len(tokenizer) > config.llm.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens but the embedding only "
+            f"{config.llm.vocab_size} rows; use the tokenizer files of the same release"
+        )
+    state = _read(sources, device, dtype)
+    check_finite(state, stored)
+    model.load_state_dict(state, strict=True, assign=True)
+    vae = _load_vae(Path(path), device) if visual_gen else None
     return BagelBundle(model, tokenizer, special_tokens, config, vae)
 
 
-def _streams(device: torch.device) -> bool:
-    """Whether threads read what goes to `device`."""
-    return device.type == "cuda" and fast.is_on("loading")
-
-
-@contextmanager
-def _arriving(
-    stored: Mapping[str, StoredTensor], visual_gen: bool, device: torch.device, dtype: torch.dtype
-) -> Iterator[dict[str, Tensor]]:
-    """The model's stored tensors where threads read them, complete when the block has ended.
-
-    They are chosen by name: reading need not wait for the module. If they do not fit it, the
-    block's error about that comes before any of the reading.
-    """
-    if not _streams(device):
-        yield {}
-        return
-    wanted = {
-        key: source
-        for key, source in stored.items()
-        if (visual_gen or not is_generation_key(key)) and source.dtype in FLOAT_DTYPES
-    }
-    with streaming(wanted, device) as fill:
-        targets = _allocate(wanted, device, dtype)
-        fill(targets)
-        yield targets
-
-
-def _allocate(
+def _read(
     sources: Mapping[str, TensorSource], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Uninitialised memory for each source, on `device` in `dtype`."""
-    if device.type == "cuda":
-        # One request to the driver instead of hundreds: torch keeps the freed block and cuts the
-        # tensors from it. Where no block is as large, they are asked for one by one.
-        elements = sum(math.prod(source.shape) for source in sources.values())
-        with suppress(torch.OutOfMemoryError):
-            torch.empty(elements, dtype=dtype, device=device)
-    return empty_adjoining({k: s.shape for k, s in sources.items()}, dtype, device)
+    """Every tensor; on a GPU, projections that read the same input lie side by side."""
+    if device.type != "cuda":
+        return {key: source.get(device, dtype) for key, source in sources.items()}
+    state = empty_adjoining({k: source.shape for k, source in sources.items()}, dtype, device)
+    for key, source in sources.items():
+        state[key].copy_(source.get(device))
+    return state
 
 
-def _load_vae(path: Path, device: torch.device | str, dtype: torch.dtype) -> AutoEncoder | None:
+def _load_vae(path: Path, device: torch.device) -> AutoEncoder | None:
     if (path / AE_FILE).is_file():
-        return load_autoencoder(path, device=device, dtype=dtype)
+        return load_autoencoder(path, device=device)
     warnings.warn(
         f"{path} lacks {AE_FILE}, so images can be neither encoded to latents nor drawn; "
         "copy it from the release",
@@ -390,8 +284,6 @@ def save_bagel(
     base: str | Path,
     step: int | None = None,
     run_config: Mapping[str, Any] | None = None,
-    base_name: str | None = None,
-    weights: WhichWeights = "auto",
     overwrite: bool = False,
 ) -> Path | None:
     """Write a complete release folder: `tensors` over the base checkpoint they were trained from.
@@ -409,8 +301,6 @@ def save_bagel(
         out_dir: folder to create, or None.
         base: checkpoint folder the tensors belong to.
         step, run_config: recorded in the model card (README.md).
-        base_name: how the card names the base; its folder's name if absent.
-        weights: which of the base's files, as in `load_bagel`.
         overwrite: replace an existing `out_dir` (only once the new one is complete).
 
     Returns:
@@ -428,32 +318,22 @@ def save_bagel(
     items = iter(tensors.items() if isinstance(tensors, Mapping) else tensors)
     try:
         if out_dir is not None:
-            card = _model_card(Path(base), base_name, step, run_config)
+            card = _model_card(Path(base), step, run_config)
             with disk_errors(f"writing {out_dir}", Path(out_dir).parent):
-                return _write_folder(items, Path(out_dir), Path(base), weights, card, overwrite)
+                return _write_folder(items, Path(out_dir), Path(base), card, overwrite)
     except Exception:
-        _exhaust(items)  # other ranks wait in the collectives of the remaining tensors
+        deque(items, 0)  # other ranks wait in the collectives of the remaining tensors
         raise
-    _exhaust(items)
+    deque(items, 0)
     return None
 
 
-def _exhaust(items: Iterator[Any]) -> None:
-    for _ in items:
-        pass
-
-
 def _write_folder(
-    items: Iterator[tuple[str, Tensor]],
-    out_dir: Path,
-    base: Path,
-    weights: WhichWeights,
-    card: str,
-    overwrite: bool,
+    items: Iterator[tuple[str, Tensor]], out_dir: Path, base: Path, card: str, overwrite: bool
 ) -> Path:
     if out_dir.exists() and not overwrite:
         raise ValueError(f"{out_dir} exists already; choose another folder or pass overwrite=True")
-    stored = open_weights(base, weights)
+    stored = open_weights(base)
     layout, tables = _layout(base, stored)
     copied = [base / name for name in _COPIED_FILES if (base / name).is_file()]
     _warn_if_incomplete(base, stored)
@@ -465,14 +345,14 @@ def _write_folder(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        with WeightWriter(temporary / "model.safetensors", layout) as writer:
+        with write_weights(temporary / "model.safetensors", layout) as writer:
             _write_tensors(writer, items, stored, tables)
         for file in copied:
             shutil.copyfile(file, temporary / file.name)
-            _sync(temporary / file.name)
+            flush_to_disk(temporary / file.name)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        _sync(temporary / "README.md")
-        _sync(temporary)
+        flush_to_disk(temporary / "README.md")
+        flush_to_disk(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -482,23 +362,20 @@ def _write_folder(
 
 def _layout(
     base: Path, stored: Mapping[str, StoredTensor]
-) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, Tensor]]:
+) -> tuple[Layout, dict[str, ComputedTensor]]:
     """The output's tensors in file order (base's, then tables it lacks), and those tables."""
-    for name in _REQUIRED_FILES:
-        if not (base / name).is_file():
-            raise ValueError(f"the base {base} lacks {name}; give the complete checkpoint folder")
     odd = [f"{key} ({s.dtype})" for key, s in stored.items() if s.dtype not in FLOAT_DTYPES]
     if odd or not stored:
         raise ValueError(
-            f"the base {base} must hold floating-point weights, found {odd[:_SHOWN] or 'none'}; "
+            f"the base {base} must hold floating-point weights, found {odd[:20] or 'none'}; "
             "use the release's own files"
         )
     draws = any(is_generation_key(key) for key in stored)
     config = read_bagel_config(base, stored, visual_gen=draws)
-    tables = _absent_tables(config, stored)
+    tables = _computed_tables(config, stored)
     usual = Counter(source.dtype for source in stored.values()).most_common(1)[0][0]
     layout = {key: (source.dtype, source.shape) for key, source in stored.items()}
-    layout.update({key: (usual, tuple(table.shape)) for key, table in tables.items()})
+    layout.update({key: (usual, table.shape) for key, table in tables.items()})
     return layout, tables
 
 
@@ -506,7 +383,7 @@ def _write_tensors(
     writer: WeightWriter,
     items: Iterator[tuple[str, Tensor]],
     stored: Mapping[str, StoredTensor],
-    tables: Mapping[str, Tensor],
+    tables: Mapping[str, ComputedTensor],
 ) -> None:
     for key, tensor in items:
         if key not in writer.layout:
@@ -522,12 +399,12 @@ def _write_tensors(
         if key in stored:
             writer.copy(stored[key])
         else:
-            writer.write(key, tables[key])
+            writer.write(key, tables[key].value)
 
 
 def _warn_if_incomplete(base: Path, stored: Mapping[str, StoredTensor]) -> None:
     lacking = [
-        n for n in ("ae.safetensors", "vocab.json", "merges.txt") if not (base / n).is_file()
+        name for name in (AE_FILE, "vocab.json", "merges.txt") if not (base / name).is_file()
     ]
     if not any(is_generation_key(key) for key in stored):
         lacking.insert(0, "the generation weights (*_moe_gen and the VAE connectors)")
@@ -539,36 +416,23 @@ def _warn_if_incomplete(base: Path, stored: Mapping[str, StoredTensor]) -> None:
         )
 
 
-def _sync(path: Path) -> None:
-    """Flush a file or, where the system can, a folder's entries to disk."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _put_in_place(temporary: Path, out_dir: Path) -> None:
     replaced = out_dir.with_name(out_dir.name + ".old")
     if out_dir.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         out_dir.rename(replaced)
     temporary.rename(out_dir)
-    _sync(out_dir.parent)
+    flush_to_disk(out_dir.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _model_card(
-    base: Path, base_name: str | None, step: int | None, run_config: Mapping[str, Any] | None
-) -> str:
+def _model_card(base: Path, step: int | None, run_config: Mapping[str, Any] | None) -> str:
     """README.md: where the weights come from, how they were trained, under which licence."""
     own_card = base / "README.md"
     text = own_card.read_text(encoding="utf-8", errors="replace") if own_card.is_file() else ""
     stated = re.search(r"^license:\s*(\S+)", text, re.MULTILINE)
     licence = stated.group(1) if stated else "unknown"
-    name = base_name or base.resolve().name
+    name = base.resolve().name
     header = {"license": licence, "base_model": name, "tags": ["visual-opsd"]}
     lines = [
         "---",

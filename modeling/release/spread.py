@@ -20,13 +20,13 @@ from torch import nn
 
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
-from modeling.bagel.decoder import DecoderLayer
 from modeling.release.checkpoint import BagelBundle, load_bagel, locate_weights
 from modeling.release.finite import check_finite
-from modeling.release.weight_files import StoredTensor, WhichWeights
+from modeling.release.weight_files import StoredTensor
 
 Place = int | str  # a GPU's index, "cpu" or "disk"
 _DECODER = "language_model.model.layers."
+_VIT = "vit_model.vision_model.encoder.layers."
 
 
 @dataclass(frozen=True)
@@ -150,11 +150,7 @@ def _is_inside(key: str, units: Iterable[str]) -> bool:
 
 
 def load_bagel_spread(
-    path: str | Path,
-    *,
-    dtype: torch.dtype,
-    max_memory: Mapping[Place, int],
-    weights: WhichWeights = "auto",
+    path: str | Path, *, dtype: torch.dtype, max_memory: Mapping[Place, int]
 ) -> tuple[BagelBundle, Placement]:
     """`load_bagel` for a model that no single device holds; prompts go to `placement.main`.
 
@@ -166,10 +162,10 @@ def load_bagel_spread(
     """
     from accelerate import dispatch_model
 
-    bundle = load_bagel(path, device="meta", dtype=dtype, weights=weights)  # reads no weights
+    bundle = load_bagel(path, device="meta", dtype=dtype)  # keeps no weights
     model = bundle.model
     placement = plan_placement(bundle.config, dtype, max_memory)
-    _, sources = locate_weights(path, weights=weights)
+    _, sources = locate_weights(path)
     on_disk: dict[str, dict[str, Any]] = {}
     state = {}
     for key, source in sources.items():
@@ -197,7 +193,10 @@ def load_bagel_spread(
         main_device=placement.main,
         offload_index=on_disk or None,
     )
-    layers = model.language_model.model.layers
-    assert all(isinstance(layer, DecoderLayer) for layer in layers)
-    model.layer_devices = tuple(placement.device(f"{_DECODER}{i}") for i in range(len(layers)))
+    for prefix, stack in (
+        (_DECODER, model.language_model.model),
+        (_VIT, model.vit_model.vision_model),
+    ):
+        units = [unit for unit in placement.units if unit.startswith(prefix)]
+        stack.layer_devices = tuple(map(placement.device, units))
     return bundle, placement

@@ -20,19 +20,8 @@ _FIX = "fetch the tokenizer files of the release again"
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
 
-def add_special_tokens(tokenizer: Any) -> tuple[SpecialTokens, int]:
-    """Make sure the four markers are special tokens; returns their ids and how many were added."""
-    known = tokenizer.get_vocab()
-    missing = [marker for marker in MARKERS if marker not in known]
-    if missing:
-        tokenizer.add_tokens(
-            [AddedToken(m, special=True, normalized=False) for m in missing], special_tokens=True
-        )
-    return SpecialTokens(*(tokenizer.convert_tokens_to_ids(m) for m in MARKERS)), len(missing)
-
-
 def load_tokenizer(folder: str | Path) -> tuple[Any, SpecialTokens]:
-    """Load the tokenizer files of a checkpoint folder.
+    """The tokenizer of a checkpoint folder, with the four markers as special tokens; their ids.
 
     Raises:
         ValueError: neither tokenizer.json nor vocab.json and merges.txt are there, or a file is
@@ -51,8 +40,10 @@ def load_tokenizer(folder: str | Path) -> tuple[Any, SpecialTokens]:
         raise _explain(folder, error) from error
     if not (folder / "tokenizer.json").is_file():
         _check_merges(folder)
-    special, _ = add_special_tokens(tokenizer)
-    return tokenizer, special
+    missing = [marker for marker in MARKERS if marker not in tokenizer.get_vocab()]
+    added = [AddedToken(marker, special=True, normalized=False) for marker in missing]
+    tokenizer.add_tokens(added, special_tokens=True)
+    return tokenizer, SpecialTokens(*(tokenizer.convert_tokens_to_ids(m) for m in MARKERS))
 
 
 def _explain(folder: Path, error: Exception) -> ValueError:

@@ -12,12 +12,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,33 +31,9 @@ FLOAT_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_LONGEST_HEADER = 100_000_000  # the format's own limit
+_NAMES = ("model", "ema")  # of weight files; the first that is there is read
+_SHOWN = 20  # keys named in an error
 _CHUNK_BYTES = 16 * 2**20
-
-WhichWeights = Literal["auto", "model", "ema"]
-
-
-class LazyReader:
-    """The safetensors reader of one file, opened when a tensor is first read through it.
-
-    Opening maps the whole file. Streaming does without, and a machine with less memory than the
-    file has bytes can refuse it.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    @cached_property
-    def opened(self) -> Any:
-        """The open reader.
-
-        Raises:
-            ValueError: the header is malformed.
-        """
-        try:
-            return safe_open(self._file, framework="pt", device="cpu")
-        except SafetensorError as error:
-            raise damaged(self._file, f"its safetensors header is malformed ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -71,26 +46,18 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int  # bytes from the beginning of the file
     stop: int
-    reader: LazyReader  # shared by the tensors of one file
+    reader: Any  # safe_open, which maps the file; shared by the tensors of one file
 
     @property
     def nbytes(self) -> int:
         return self.stop - self.start
 
-    def get(
-        self,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        rows: slice | None = None,
-    ) -> Tensor:
-        """Read the tensor, or some rows of its first dimension, to `device` in `dtype` (stored).
+    def get(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        """Read the tensor to `device` in `dtype` (the stored one if None).
 
         The result owns its memory: a view of the mapped file would change with the file.
         """
-        if rows is None:
-            mapped = self.reader.opened.get_tensor(self.key)
-        else:
-            mapped = self.reader.opened.get_slice(self.key)[rows]
+        mapped = self.reader.get_tensor(self.key)
         # Move first, then cast: a GPU casts faster and half-width weights travel as they are.
         tensor: Tensor = mapped.to(device=device).to(dtype=dtype or mapped.dtype)
         return tensor.clone() if tensor.data_ptr() == mapped.data_ptr() else tensor
@@ -102,124 +69,103 @@ class ComputedTensor:
 
     key: str
     value: Tensor
+    dtype: str = "F32"
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.value.shape)
 
-    def get(
-        self,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        rows: slice | None = None,
-    ) -> Tensor:
-        """The tensor, or some rows of it, on `device` in `dtype`; the result owns its memory."""
-        value = self.value if rows is None else self.value[rows]
-        return value.to(device=device, dtype=dtype or value.dtype, copy=True)
+    def get(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor on `device` in `dtype`; the result owns its memory."""
+        return self.value.to(device=device, dtype=dtype or self.value.dtype, copy=True)
 
 
-def damaged(file: Path, why: str) -> ValueError:
-    """The error about a file that does not hold what it promises."""
+TensorSource = StoredTensor | ComputedTensor
+
+
+def describe_mismatch(
+    expected: Mapping[str, Sequence[int]], found: Mapping[str, TensorSource]
+) -> str:
+    """Every key, shape and dtype of `found` that does not fit a module; "" if all do.
+
+    expected: shapes by key, of the module's state dict.
+    """
+    both = [key for key in expected if key in found]
+    problems = {
+        "missing": [key for key in expected if key not in found],
+        "unexpected": [key for key in found if key not in expected],
+        "of another shape": [
+            f"{key}: found {list(found[key].shape)}, expected {list(expected[key])}"
+            for key in both
+            if found[key].shape != tuple(expected[key])
+        ],
+        "not stored in a floating dtype": [
+            f"{key}: {found[key].dtype}" for key in both if found[key].dtype not in FLOAT_DTYPES
+        ],
+    }
+    return ". ".join(
+        f"{len(lines)} {what}: {'; '.join(lines[:_SHOWN])}" + "; ..." * (len(lines) > _SHOWN)
+        for what, lines in problems.items()
+        if lines
+    )
+
+
+def _damaged(file: Path, why: object) -> ValueError:
     return ValueError(
         f"{file} cannot be read: {why}. The copy or download was probably cut short: "
         "delete the file and fetch it again (python download_model.py checks the sizes)"
     )
 
 
-def _read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The JSON header without its metadata, and the byte at which the data begins."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        first = stream.read(8)
-        if first.startswith(b"version "):
-            raise ValueError(f"{file} is a git-lfs pointer, not the weights: run `git lfs pull`")
-        length = int.from_bytes(first, "little")
-        if len(first) < 8 or 8 + length > size or length > _LONGEST_HEADER:
-            raise damaged(file, f"its {size} bytes end inside the safetensors header")
-        try:
-            header = json.loads(stream.read(length))
-        except (ValueError, RecursionError) as error:  # not JSON, not even text, nested too deeply
-            raise damaged(file, f"its safetensors header is not JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise damaged(file, "its safetensors header is not a JSON object")
-    header.pop("__metadata__", None)
-    return header, 8 + length
-
-
 def read_file(file: str | Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, in file order; reads the header only.
 
     Raises:
-        ValueError: file truncated or damaged, or a git-lfs pointer.
+        ValueError: file absent, truncated or damaged, or a git-lfs pointer.
     """
     file = Path(file)
     try:
-        header, data = _read_header(file)
+        with file.open("rb") as stream:
+            first = stream.read(8)
+            if first == b"version ":
+                raise ValueError(
+                    f"{file} is a git-lfs pointer, not the weights: run `git lfs pull`"
+                )
+            # Checks that the tensors' bytes follow each other, up to the end of the file.
+            reader = safe_open(file, framework="pt", device="cpu")
+            length = int.from_bytes(first, "little")
+            header = json.loads(stream.read(length))
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
-    try:
-        end = data + max((info["data_offsets"][1] for info in header.values()), default=0)
+    except SafetensorError as error:
         size = file.stat().st_size
-        if size != end:
-            raise damaged(file, f"its header promises {end} bytes, the file has {size}")
-        reader = LazyReader(file)
-        for key, info in header.items():
-            numbers = [*info["shape"], *info["data_offsets"]]
-            if not all(type(number) is int and number >= 0 for number in numbers):
-                raise damaged(file, f"its safetensors header is malformed (the shape of {key})")
-        tensors = [
-            StoredTensor(
-                key,
-                file,
-                info["dtype"],
-                tuple(info["shape"]),
-                data + info["data_offsets"][0],
-                data + info["data_offsets"][1],
-                reader,
-            )
-            for key, info in header.items()
-        ]
-        tensors.sort(key=lambda tensor: (tensor.start, tensor.stop, tensor.key))
-        misplaced = _first_misplaced(tensors, data)
-    except (KeyError, TypeError, IndexError) as error:
-        raise damaged(file, f"its safetensors header is malformed ({error})") from error
-    if misplaced is not None:
-        raise damaged(
-            file, f"its safetensors header is malformed (the bytes of {misplaced} do not fit)"
-        )
+        raise _damaged(file, f"its {size} bytes are no safetensors file ({error})") from error
+    header.pop("__metadata__", None)
+    begin = 8 + length
+    tensors = []
+    for key, info in header.items():
+        start, stop = (begin + offset for offset in info["data_offsets"])
+        shape = tuple(info["shape"])
+        tensors.append(StoredTensor(key, file, info["dtype"], shape, start, stop, reader))
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop, tensor.key))
     return {tensor.key: tensor for tensor in tensors}
 
 
-def _first_misplaced(tensors: Iterable[StoredTensor], start: int) -> str | None:
-    """The first key whose bytes do not follow the one before or do not make up its shape."""
-    for tensor in tensors:
-        width = FLOAT_DTYPES[tensor.dtype].itemsize if tensor.dtype in FLOAT_DTYPES else None
-        if tensor.start != start:
-            return tensor.key
-        if width is not None and tensor.nbytes != math.prod(tensor.shape) * width:
-            return tensor.key
-        start = tensor.stop
-    return None
-
-
-def _weight_map(folder: Path, which: WhichWeights) -> dict[Path, list[str] | None]:
+def _weight_map(folder: Path) -> Mapping[Path, set[str] | None]:
     """Weight files of a folder and the keys to take from each (None: all)."""
-    if which not in ("auto", "model", "ema"):
-        raise ValueError(f"weights={which!r} is unknown; choose auto, model or ema")
     if not os.path.isdir(folder):
         raise ValueError(
             f"the checkpoint folder {folder} does not exist; give the path of a local folder "
             "(python download_model.py --save-dir DIR fetches ThinkMorph-7B or BAGEL-7B-MoT)"
         )
-    names = ("model", "ema") if which == "auto" else (which,)
-    for name in names:
+    for name in _NAMES:
         file = folder / f"{name}.safetensors"
         if file.is_file():
             return {file: None}
         index = folder / f"{name}.safetensors.index.json"
         if index.is_file():
             return _read_index(index)
-    wanted = " or ".join(f"{name}.safetensors (or its .index.json)" for name in names)
+    wanted = " or ".join(f"{name}.safetensors (or its .index.json)" for name in _NAMES)
     found = sorted(entry.name for entry in folder.iterdir()) or ["nothing"]
     raise ValueError(
         f"{folder} has no weights: {wanted} is missing (found {', '.join(found[:20])}). "
@@ -227,11 +173,11 @@ def _weight_map(folder: Path, which: WhichWeights) -> dict[Path, list[str] | Non
     )
 
 
-def _read_index(index: Path) -> dict[Path, list[str] | None]:
+def _read_index(index: Path) -> dict[Path, set[str]]:
     weight_map = read_json_object(index, "weight index", fix="fetch it again").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} is not a safetensors index (no weight_map); fetch it again")
-    by_file: dict[Path, list[str] | None] = {}
+    by_file: dict[Path, set[str]] = {}
     for key, name in weight_map.items():
         # Weights are files of this folder: a path could lead to anybody's.
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
@@ -240,9 +186,7 @@ def _read_index(index: Path) -> dict[Path, list[str] | None]:
                 f"{index} is not a safetensors index ({key[:80]!r} is in {shown}, which is no "
                 "NAME.safetensors of its folder); fetch it again"
             )
-        keys = by_file.setdefault(index.parent / name, [])
-        assert keys is not None
-        keys.append(key)
+        by_file.setdefault(index.parent / name, set()).add(key)
     absent = [file.name for file in by_file if not os.path.isfile(file)]
     if absent:
         named = ", ".join(absent[:8]) + f" and {len(absent) - 8} more" * (len(absent) > 8)
@@ -253,47 +197,44 @@ def _read_index(index: Path) -> dict[Path, list[str] | None]:
     return by_file
 
 
-def open_weights(path: str | Path, weights: WhichWeights = "auto") -> dict[str, StoredTensor]:
+def open_weights(path: str | Path) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint folder by key, in file order; only headers are read.
 
-    Args:
-        path: checkpoint folder.
-        weights: "model" or "ema" names the file; "auto" prefers model.safetensors.
+    Those of model.safetensors or, without it, of ema.safetensors; either may be an index.
 
     Raises:
         ValueError: no folder, no weights, or a truncated, damaged or incomplete file.
     """
     found: dict[str, StoredTensor] = {}
-    for file, keys in _weight_map(Path(path), weights).items():
+    for file, keys in _weight_map(Path(path)).items():
         stored = read_file(file)
-        absent = [key for key in keys or () if key not in stored]
+        wanted = stored.keys() if keys is None else keys
+        absent = sorted(wanted - stored.keys())
         if absent:
             raise ValueError(
                 f"{file} lacks {len(absent)} tensors its index promises, e.g. {absent[:3]}; "
                 "fetch the folder again"
             )
-        found.update(stored if keys is None else {k: stored[k] for k in stored if k in set(keys)})
+        found.update({key: tensor for key, tensor in stored.items() if key in wanted})
     return found
 
 
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # key -> (dtype's name, shape)
+
+
 class WeightWriter:
-    """Writes one safetensors file whose tensors arrive in any order.
+    """Writes one safetensors file whose tensors arrive in any order; `write_weights` makes it.
 
-    The header goes first. Tensors are written at their offsets piece by piece, so memory beyond
-    the caller's tensor stays near 16 MiB. A context manager: entering creates the file, leaving
-    without an error checks that every tensor was written and flushes it to disk.
-
-    Args:
-        file: path to create.
-        layout: key -> (dtype name, shape), in the order wanted. Wider dtypes are moved to the
-            front, because readers view the data in place and need aligned offsets.
+    Each goes to its offset piece by piece: memory beyond the caller's tensor stays near 16 MiB.
     """
 
-    def __init__(self, file: str | Path, layout: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    def __init__(self, stream: BinaryIO, layout: Layout) -> None:
         self.layout = layout
         self._missing = set(layout)
+        self._stream = stream
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
+        # Wider dtypes first: readers view the data in place and need aligned offsets.
         for key in sorted(layout, key=lambda k: -FLOAT_DTYPES[layout[k][0]].itemsize):
             name, shape = layout[key]
             stop = offset + math.prod(shape) * FLOAT_DTYPES[name].itemsize
@@ -301,15 +242,13 @@ class WeightWriter:
             offset = stop
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._file = Path(file)
-        self._head = len(text).to_bytes(8, "little") + text
-        self._offsets = {k: len(self._head) + header[k]["data_offsets"][0] for k in layout}
-        self._size = len(self._head) + offset
-        self._stream: BinaryIO
+        begin = 8 + len(text)
+        self._offsets = {key: begin + header[key]["data_offsets"][0] for key in layout}
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(begin + offset)
 
     def _begin(self, key: str, shape: Iterable[int]) -> str:
-        if key not in self.layout:
-            raise ValueError(f"{key!r} has no place in this file")
+        assert key in self.layout, key
         if key not in self._missing:
             raise ValueError(f"{key!r} was given twice")
         name, expected = self.layout[key]
@@ -323,8 +262,7 @@ class WeightWriter:
         """Write a full tensor (any device, any floating dtype), cast to the layout's dtype.
 
         Raises:
-            ValueError: unknown or repeated key, wrong shape, or a finite value that float16
-                cannot hold.
+            ValueError: repeated key, wrong shape, or a finite value that float16 cannot hold.
         """
         dtype = FLOAT_DTYPES[self._begin(key, tensor.shape)]
         flat = tensor.detach().reshape(-1)
@@ -344,7 +282,7 @@ class WeightWriter:
             while left:
                 piece = stream.read(min(left, _CHUNK_BYTES))
                 if not piece:
-                    raise damaged(source.file, f"it ends inside {source.key}")
+                    raise _damaged(source.file, f"it ends inside {source.key}")
                 self._stream.write(piece)
                 left -= len(piece)
 
@@ -353,22 +291,16 @@ class WeightWriter:
         """Keys not yet written, in the layout's order."""
         return [key for key in self.layout if key in self._missing]
 
-    def __enter__(self) -> WeightWriter:
-        self._stream = self._file.open("wb")
-        self._stream.write(self._head)
-        self._stream.truncate(self._size)
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                assert not self._missing, f"never written: {self.missing[:5]}"
-                self._stream.flush()
-                os.fsync(self._stream.fileno())
-        finally:
-            self._stream.close()
+@contextmanager
+def write_weights(file: str | Path, layout: Layout) -> Iterator[WeightWriter]:
+    """Create a safetensors file; when the block ends it is whole and on the disk.
+
+    layout: in the order wanted, wider dtypes before narrower ones.
+    """
+    with Path(file).open("wb") as stream:
+        writer = WeightWriter(stream, layout)
+        yield writer
+        assert not writer.missing, f"never written: {writer.missing[:5]}"
+        stream.flush()
+        os.fsync(stream.fileno())

@@ -15,7 +15,6 @@ import json
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,14 +49,12 @@ def run_part(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: it failed; what it said stands above.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "report.json"
-        command = [sys.executable, "-m", f"scripts.bench.{name}", *arguments, "--json", str(path)]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-        if done.returncode:
-            raise ValueError(f"scripts.bench.{name} ended with code {done.returncode}, see above")
-        made: dict[str, Any] = json.loads(path.read_text())
-    return made
+    command = [sys.executable, "-m", f"scripts.bench.{name}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise ValueError(f"scripts.bench.{name} ended with code {done.returncode}, see above")
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
 
 
 def merged(reports: Mapping[str, dict[str, Any]], argv: Sequence[str]) -> dict[str, Any]:
@@ -67,7 +64,7 @@ def merged(reports: Mapping[str, dict[str, Any]], argv: Sequence[str]) -> dict[s
     assert all(run["hardware"] == first["hardware"] for run in runs.values())
     shared = ("hardware", "versions", "dtype", "tiny", "reference_hardware")
     return {
-        **{k: v for report in reports.values() for k, v in figures(report).items()},
+        **{key: v for report in reports.values() for key, v in report.items() if key != "run"},
         "run": {
             "command": shlex.join(["python", "-m", "scripts.bench.all", *argv]),
             **{key: first[key] for key in shared},
@@ -75,11 +72,6 @@ def merged(reports: Mapping[str, dict[str, Any]], argv: Sequence[str]) -> dict[s
             "notes": {k: v for run in runs.values() for k, v in run["notes"].items()},
         },
     }
-
-
-def figures(report: Mapping[str, Any]) -> dict[str, Any]:
-    """What was measured, without how."""
-    return {key: entry for key, entry in report.items() if key != "run"}
 
 
 def table(report: Mapping[str, Mapping[str, Any]]) -> str:

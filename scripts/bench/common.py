@@ -14,11 +14,12 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -54,6 +55,10 @@ class Machine:
         return torch.bfloat16 if self.on_gpu else torch.float32
 
     @property
+    def hardware(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.on_gpu else "cpu"
+
+    @property
     def config(self) -> BagelConfig:
         return TINY if self.tiny else TRUE_SIZE
 
@@ -67,15 +72,22 @@ class Machine:
         return time.perf_counter()
 
     def timed(self, call: Callable[[], Any], repeats: int, warm_up: int = 2) -> list[float]:
-        """Seconds of each of `repeats` calls, waiting for the device around each."""
+        """Seconds of each of `repeats` calls; on a GPU those that the GPU takes, not the wait."""
         for _ in range(warm_up):
             call()
-        seconds = []
-        for _ in range(repeats):
-            start = self.now()
+        return [self._seconds(call) for _ in range(repeats)]
+
+    def _seconds(self, call: Callable[[], Any]) -> float:
+        start = self.now()
+        if not self.on_gpu:
             call()
-            seconds.append(self.now() - start)
-        return seconds
+            return self.now() - start
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        call()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3
 
     def reset_peak(self) -> float:
         """Bytes allocated now; `peak` counts from here."""
@@ -118,6 +130,8 @@ class Report:
 
     machine: Machine
     ceilings: Ceilings
+    repeats: int
+    brief: bool
     results: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -149,9 +163,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         run = {
-            "hardware": torch.cuda.get_device_name(self.machine.device)
-            if self.machine.on_gpu
-            else "cpu",
+            "hardware": self.machine.hardware,
             "versions": versions(),
             "dtype": str(self.machine.dtype).removeprefix("torch."),
             "tiny": self.machine.tiny,
@@ -165,17 +177,9 @@ class Report:
         return {**self.results, "run": run}
 
 
-@contextmanager
-def eagerly(paths: str = "all") -> Iterator[None]:
-    """Every fast path off while the block runs, or those of `paths`."""
-    before = os.environ.get("VISUAL_OPSD_EAGER")
-    os.environ["VISUAL_OPSD_EAGER"] = paths
-    try:
-        yield
-    finally:
-        os.environ.pop("VISUAL_OPSD_EAGER")
-        if before is not None:
-            os.environ["VISUAL_OPSD_EAGER"] = before
+def eagerly(paths: str = "all") -> AbstractContextManager[Any]:
+    """Every fast path off while a `with` block runs, or those of `paths`."""
+    return mock.patch.dict(os.environ, VISUAL_OPSD_EAGER=paths)
 
 
 def _rounded(value: float) -> float:
@@ -234,14 +238,14 @@ def check(args: argparse.Namespace) -> torch.device:
         raise ValueError("--device cuda, but torch sees no GPU; use --tiny --device cpu")
     if device.type != "cuda" and not args.tiny:
         raise ValueError("the true size needs a GPU of 80 GB; --tiny runs anywhere")
-    if args.repeats is not None and args.repeats < 1:
-        raise ValueError("--repeats must be at least 1")
-    check_place(args)
+    check_report(args)
     return device
 
 
-def check_place(args: argparse.Namespace) -> None:
-    """Raises ValueError unless the report can be written where --json says."""
+def check_report(args: argparse.Namespace) -> None:
+    """Raises ValueError unless there is something to measure, and a place to write it to."""
+    if args.repeats is not None and args.repeats < 1:
+        raise ValueError("--repeats must be at least 1")
     if args.json:
         check_new(args.json, "--json", overwrite=args.overwrite)
 
@@ -255,12 +259,15 @@ def start(args: argparse.Namespace) -> Report:
     device = check(args)
     torch.manual_seed(0)
     machine = Machine(device, args.tiny)
-    return Report(machine, measure_ceilings(machine))
+    return Report(machine, measure_ceilings(machine), args.repeats, args.brief)
 
 
 def finish(report: Report, path: str | None) -> int:
     """Print the report as one line of JSON and write it to `path`."""
-    made = report.as_dict()
+    return write(report.as_dict(), path)
+
+
+def write(made: dict[str, Any], path: str | None) -> int:
     print(json.dumps(made), flush=True)
     if path:
         Path(path).write_text(json.dumps(made, indent=1) + "\n")
@@ -268,6 +275,16 @@ def finish(report: Report, path: str | None) -> int:
 
 
 # ------------------------------------------------------------------------- models and contexts
+
+
+def sized(layers: int) -> BagelConfig:
+    """The true widths with fewer decoder and ViT layers."""
+    llm, vision = TRUE_SIZE.llm, TRUE_SIZE.vision
+    return replace(
+        TRUE_SIZE,
+        llm=replace(llm, num_hidden_layers=layers),
+        vision=replace(vision, num_hidden_layers=min(layers, vision.num_hidden_layers)),
+    )
 
 
 def random_model(config: BagelConfig, machine: Machine, *, adjoin: bool = True) -> Bagel:
@@ -295,10 +312,10 @@ def text(machine: Machine, tokens: int) -> TextSegment:
     return TextSegment(tuple(torch.randint(5, machine.config.llm.vocab_size, (count,)).tolist()))
 
 
-def image(machine: Machine, pixels: int = 518) -> ImageSegment:
-    """A random picture of pixels x pixels."""
+def image(machine: Machine) -> ImageSegment:
+    """A random picture of 518 x 518."""
     config = machine.config
-    side = machine.size(pixels // config.vision.patch_size, 3)
+    side = machine.size(518 // config.vision.patch_size, 3)
     patches = torch.rand(side * side, config.vision.patch_dim) * 2 - 1
     positions = extrapolated_position_ids(side, side, config.vit_max_patches_per_side)
     return ImageSegment(patches, positions)

@@ -26,10 +26,9 @@ from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
 from modeling.bagel.generate import Generation, generate
 from modeling.bagel.kv_cache import KVCache
-from modeling.bagel.streamed_decode import StreamedDecoder, streams
+from modeling.bagel.streamed_decode import StreamedDecoder, can_stream
 from scripts.bench.common import (
     SPECIAL,
-    Machine,
     Report,
     eagerly,
     finish,
@@ -118,7 +117,7 @@ def forced_logits(
     with eagerly():
         model.fill_cache(packed, caches[1])
     step: Callable[[Tensor, Tensor, Tensor], Tensor] = partial(model.decode_step, cache=caches[0])
-    if streams(model, batch):
+    if can_stream(model, batch):
         step = StreamedDecoder(model, caches[0], room)
     fed = torch.full((batch,), SPECIAL.bos, device=forced.device)
     for index in range(forced.shape[1]):
@@ -129,14 +128,14 @@ def forced_logits(
         fed = forced[:, index]
 
 
-def bench_batch(report: Report, model: Bagel, batch: int, repeats: int) -> None:
+def bench_batch(report: Report, model: Bagel, batch: int) -> None:
     machine = report.machine
     tokens = machine.size(256, 24)
     packed = pack([prompt(machine)] * batch, SPECIAL).to(machine.device)
     rows = packed.total // batch
     generator = torch.Generator().manual_seed(0)
     steps, walls, firsts = [], [], []
-    for _ in range(repeats + 1):
+    for _ in range(report.repeats + 1):
         uniforms = torch.rand(batch, tokens + 1, generator=generator, dtype=torch.float64)
         begin = machine.now()
         _, checks = decode(model, packed, tokens, uniforms.to(machine.device))
@@ -161,9 +160,9 @@ def bench_batch(report: Report, model: Bagel, batch: int, repeats: int) -> None:
     }
 
 
-def bench_prefill(report: Report, model: Bagel, repeats: int) -> None:
+def bench_prefill(report: Report, model: Bagel) -> None:
     machine, llm = report.machine, model.config.llm
-    repeats, warm_up = max(repeats, 10), 3
+    repeats, warm_up = max(report.repeats, 10), 3
     # A pack each, as nobody sees the same prompt twice: what a layout remembers is made again.
     segments = prompt(machine)
     packs = [pack([segments], SPECIAL).to(machine.device) for _ in range(2 * (repeats + warm_up))]
@@ -196,14 +195,13 @@ def bench_prefill(report: Report, model: Bagel, repeats: int) -> None:
     report.notes["prefill_of_a_new_size_ms"] = round(1e3 * statistics.median(seconds), 2)
 
 
-def run(
-    machine: Machine, report: Report, batches: Sequence[int], repeats: int, brief: bool
-) -> None:
+def run(report: Report, batches: Sequence[int]) -> None:
+    machine = report.machine
     model = random_model(machine.config, machine)
-    bench_prefill(report, model, repeats)
+    bench_prefill(report, model)
     for batch in batches:
-        bench_batch(report, model, batch, repeats)
-    if brief:
+        bench_batch(report, model, batch)
+    if report.brief:
         return
     packed = pack([prompt(machine) for _ in range(8)], SPECIAL).to(machine.device)
     report.notes["greedy_agreement"] = agreement(model, packed, machine.size(256, 24))
@@ -214,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], choices=TARGETS)
     args = options.parse_args(argv)
     report = start(args)
-    run(report.machine, report, args.batches, args.repeats, args.brief)
+    run(report, args.batches)
     return finish(report, args.json)
 
 

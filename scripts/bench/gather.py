@@ -18,22 +18,26 @@ a form of its own: it has neither targets nor floors.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.config import BagelConfig
 from modeling.bagel.graphs import RepeatedStep
 from modeling.bagel.kv_cache import KVCache
-from modeling.bagel.streamed_decode import StreamedDecoder, streams
-from scripts.bench.common import TRUE_SIZE, Machine, add_report, check_place, versions
+from modeling.bagel.streamed_decode import StreamedDecoder, can_stream
+from scripts.bench.common import (
+    TRUE_SIZE,
+    Machine,
+    add_report,
+    check_report,
+    sized,
+    versions,
+    write,
+)
 from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.processes import DistEnv, barrier, init_distributed, shutdown
 from scripts.visual_opsd.training.sharding import (
@@ -43,16 +47,6 @@ from scripts.visual_opsd.training.sharding import (
     shard_model,
     summon_full_params,
 )
-
-
-def sized(layers: int) -> BagelConfig:
-    """The true widths with fewer decoder and ViT layers."""
-    llm, vision = TRUE_SIZE.llm, TRUE_SIZE.vision
-    return replace(
-        TRUE_SIZE,
-        llm=replace(llm, num_hidden_layers=layers),
-        vision=replace(vision, num_hidden_layers=min(layers, vision.num_hidden_layers)),
-    )
 
 
 def measured(
@@ -75,7 +69,7 @@ def measured(
 
 def record_seconds(plain: Bagel, machine: Machine) -> float | None:
     """Seconds to record a decoding step of two rows, if this device records any."""
-    if not streams(plain, 2):
+    if not can_stream(plain, 2):
         return None
     cache = KVCache(plain.config.llm, 2, 2048, machine.device, plain.dtype)
     step = StreamedDecoder(plain, cache, 2048)
@@ -101,9 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
     add_report(parser)
     args = parser.parse_args(argv)
-    if min(args.repeats, args.layers) < 1:
-        raise ValueError("--repeats and --layers must be at least 1")
-    check_place(args)
+    if args.layers < 1:
+        raise ValueError("--layers must be at least 1")
+    check_report(args)
     env = init_distributed(args.device)
     machine = Machine(env.device, args.tiny)
     mesh = make_mesh(env, num_shard=args.num_shard)
@@ -131,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ways["refreshed"] = measured(env, machine, partial(copy_units, model, kept), args.repeats)
     if env.is_main:
         report = {
-            "hardware": torch.cuda.get_device_name(env.device) if machine.on_gpu else "cpu",
+            "hardware": machine.hardware,
             "versions": versions(),
             "tiny": args.tiny,
             "mesh": list(mesh.shape),
@@ -141,9 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             **ways,
             "record_s": recording,
         }
-        print(json.dumps(report))
-        if args.json:
-            Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        write(report, args.json)
     shutdown()
     return 0
 

@@ -5,15 +5,13 @@
 
 Writes a folder of the true size (29.2 GB; `--tiny` for any machine) with random weights and the
 tokenizer of tests/tiny-bagel, and times `load_bagel` in fresh processes: from the call to the last
-byte on the GPU, CUDA's context made before. Beside it the two floors, taken in the same run:
-reading the same bytes into pinned buffers with as many threads, and copying as many bytes from a
-pinned buffer.
+byte on the GPU, CUDA's context made before. Beside it the floor, taken in the same run: copying as
+many bytes from a pinned buffer.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
 import os
@@ -23,8 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,24 +31,14 @@ import torch
 from modeling import load_bagel
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
-from modeling.bagel.projections import empty_adjoining
 from modeling.host.programs import path_argument
-from modeling.release import weight_stream
 from modeling.release.checkpoint import locate_weights
-from modeling.release.tokenizer import load_tokenizer
-from modeling.release.weight_files import StoredTensor, WeightWriter
-from modeling.release.weight_stream import (
-    MappedFile,
-    plan_pieces,
-    read_piece,
-    staging_memory,
-    stream_weights,
-)
+from modeling.release.weight_files import StoredTensor, write_weights
 from scripts.bench.common import Machine, Report, finish, parser, start
 from scripts.visual_opsd.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGET_RATIO = 1.2
+TARGET_S = 4.0
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
 COPIED_BYTES = 256 * 2**20
 SAMPLE_S = 0.005
@@ -74,44 +61,21 @@ def write_release(folder: Path, config: BagelConfig) -> None:
     values = block.repeat(-(-largest // len(block)))
     ones = torch.ones(max(config.llm.hidden_size, config.vision.hidden_size), dtype=torch.bfloat16)
     layout = {key: ("BF16", shape) for key, shape in shapes.items()}
-    with WeightWriter(folder / "model.safetensors", layout) as writer:
+    with write_weights(folder / "model.safetensors", layout) as writer:
         for key, shape in shapes.items():
             norm = len(shape) == 1 and "norm" in key and key.endswith("weight")
             writer.write(key, (ones if norm else values)[: math.prod(shape)].view(shape))
 
 
-def reading(sources: Mapping[str, StoredTensor], on_gpu: bool) -> Callable[[], None]:
-    """Reads all bytes of `sources` into one buffer a thread, and does nothing with them."""
-    threads, size = weight_stream.usual_readers()
-    buffers = [staging_memory(size, on_gpu) for _ in range(threads)]
-    plan = list(plan_pieces(sources, size))
-    files = {file: MappedFile(file) for file in {piece.file for piece in plan}}
-
-    def work() -> None:
-        pieces, turn = iter(plan), threading.Lock()
-
-        def read(memory: torch.Tensor) -> None:
-            while True:
-                with turn:
-                    piece = next(pieces, None)
-                if piece is None:
-                    return
-                read_piece(files[piece.file], piece, memory)
-
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(read, buffers))
-
-    return work
-
-
 def copying(nbytes: int, device: torch.device) -> Callable[[], None]:
     """Queues copies of `nbytes` from a pinned buffer to the GPU (on the CPU: to memory)."""
-    source = staging_memory(min(nbytes, COPIED_BYTES), device.type == "cuda").fill_(1)
+    size = min(nbytes, COPIED_BYTES)
+    source = torch.ones(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     target = torch.empty_like(source, device=device)
 
     def work() -> None:
-        for done in range(0, nbytes, len(source)):
-            count = min(len(source), nbytes - done)
+        for done in range(0, nbytes, size):
+            count = min(size, nbytes - done)
             target[:count].copy_(source[:count], non_blocking=True)
 
     return work
@@ -154,91 +118,37 @@ def timed_load(folder: Path, machine: Machine) -> dict[str, Any]:
     torch.zeros(1, device=device)  # makes CUDA's context
     with MemoryWatch(SAMPLE_S) as memory:
         begin = machine.now()
-        bundle = load_bagel(folder, device=device, dtype=torch.bfloat16)
+        load_bagel(folder, device=device, dtype=torch.bfloat16)
         taken = machine.now() - begin
-    state = bundle.model.state_dict()
-    _, sources = locate_weights(folder)
-    largest = max(sources, key=lambda key: math.prod(sources[key].shape))
-    for key in [*list(sources)[::50], largest]:
-        expected = sources[key].get(device, torch.bfloat16)
-        assert torch.equal(state[key], expected), f"{key} is not what the file holds"
     return {"seconds": taken, "before": memory.before, "peak": memory.peak}
 
 
-def timed_parts(folder: Path, machine: Machine) -> dict[str, float]:
-    """Seconds of what a load consists of, one by one and no longer the first in the process."""
-    device, marks = machine.device, {}
-    last = machine.now()
-
-    def mark(name: str) -> None:
-        nonlocal last
-        now = machine.now()
-        marks[name] = round(now - last, 4)
-        last = now
-
-    _, sources = locate_weights(folder)
-    mark("locate_s")
-    load_tokenizer(folder)
-    mark("tokenizer_s")
-    stored = {key: s for key, s in sources.items() if isinstance(s, StoredTensor)}
-    for name in ("allocate_singly_s", "allocate_s"):
-        targets: dict[str, torch.Tensor] = {}
-        if machine.on_gpu:
-            torch.cuda.empty_cache()
-        mark("")
-        if name == "allocate_s":  # as modeling.release.checkpoint does: one block first
-            torch.empty(sum(s.nbytes for s in stored.values()), dtype=torch.uint8, device=device)
-        shapes = {key: source.shape for key, source in stored.items()}
-        targets = empty_adjoining(shapes, torch.bfloat16, device)
-        mark(name)
-    for name in ("stream_first_s", "stream_s"):
-        stream_weights(stored, targets)
-        mark(name)
-    del marks[""]
-    return marks
-
-
-def in_fresh_process(folder: Path, args: argparse.Namespace, eager: str = "") -> dict[str, Any]:
+def load_in_fresh_process(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "scripts.bench.load", "--child", "--folder", str(folder)]
     command += ["--device", args.device]
-    if args.readers:
-        command += ["--readers", *map(str, args.readers)]
-    environment = {**os.environ, **({"VISUAL_OPSD_EAGER": eager} if eager else {})}
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(report: Report, folder: Path, args: argparse.Namespace) -> None:
-    """Both floors and all loads of a folder that is there."""
+    """The floor and all loads of a folder that is there."""
     machine = report.machine
     _, sources = locate_weights(folder)
-    stored = {key: s for key, s in sources.items() if isinstance(s, StoredTensor)}
-    nbytes = sum(source.nbytes for source in stored.values())
-    floor_read, floor_copy = (
-        statistics.median(machine.timed(work, args.repeats, warm_up=1))
-        for work in (reading(stored, machine.on_gpu), copying(nbytes, machine.device))
-    )
-    floor = max(floor_read, floor_copy)
-    runs = [in_fresh_process(folder, args) for _ in range(args.repeats)]
-    eager = None if args.brief else in_fresh_process(folder, args, eager="loading")
-    threads, piece_bytes = weight_stream.usual_readers()
+    nbytes = sum(s.nbytes for s in sources.values() if isinstance(s, StoredTensor))
+    copies = machine.timed(copying(nbytes, machine.device), args.repeats, warm_up=1)
+    runs = [load_in_fresh_process(folder, args) for _ in range(args.repeats)]
     report.add(
         "load_s",
         [run["seconds"] for run in runs],
-        floor=floor,
-        target=round(TARGET_RATIO * floor, 3),
+        floor=statistics.median(copies),
+        target=TARGET_S,
         reference=None,
         settings=f"load_bagel in a fresh process, {nbytes / 1e9:.1f} GB of the understanding "
-        f"branch, bf16, warm page cache, readers: {threads}, pieces of {piece_bytes >> 20} MiB; "
-        "CUDA's context is made before, the tokenizer is a tiny one",
+        "branch, bf16, warm page cache; CUDA's context is made before, the tokenizer is a tiny one",
     )
     report.notes["load"] = {
-        "floor_read_s": round(floor_read, 4),
-        "floor_copy_s": round(floor_copy, 4),
         "peak_rss_anon_gb": round(max(run["peak"] for run in runs) / 1e9, 3),
         "before_rss_anon_gb": round(max(run["before"] for run in runs) / 1e9, 3),
-        "eager_s": None if eager is None else round(eager["seconds"], 4),
-        "parts": runs[-1]["parts"],
         "cores": os.cpu_count(),
         "file_bytes": (folder / "model.safetensors").stat().st_size,
     }
@@ -250,21 +160,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument(
         "--folder", type=path_argument, help="kept, and used as it is if it has weights"
     )
-    options.add_argument(
-        "--readers", type=int, nargs=2, metavar=("THREADS", "MIB"), help="threads, MiB of a piece"
-    )
     options.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = options.parse_args(argv)
-    if args.readers:
-        if min(args.readers) < 1:
-            raise ValueError("--readers: at least one thread, and pieces of at least 1 MiB")
-        chosen = (args.readers[0], args.readers[1] * 2**20)
-        weight_stream.ONE_READER = weight_stream.READERS = chosen
     if args.child:
-        place = Path(args.folder), Machine(torch.device(args.device), args.tiny)
-        loaded = timed_load(*place)
-        gc.collect()
-        print(json.dumps({**loaded, "parts": timed_parts(*place)}))
+        machine = Machine(torch.device(args.device), args.tiny)
+        print(json.dumps(timed_load(Path(args.folder), machine)))
         return 0
     if args.folder and not Path(args.folder).resolve().parent.is_dir():
         raise ValueError(f"--folder {args.folder}: its parent does not exist; make it first")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -31,23 +32,6 @@ FORMS = {"paper": LossConfig(), "full": LossConfig(top_k=None, token_clip=None)}
 TARGET_MS = {"paper": 9.0, "full": 14.0}
 TARGET_GB = 1.3
 REFERENCE_MS, REFERENCE_GB = 12.8, 2.49  # of the paper's form; the other is not practical there
-
-
-def event_times(machine: Machine, call: Callable[[], Any], repeats: int) -> list[float]:
-    """Milliseconds of each call on the device; on the CPU by the clock."""
-    if not machine.on_gpu:
-        return [1e3 * s for s in machine.timed(call, repeats)]
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        call()
-        last.record()
-        last.synchronize()
-        times.append(first.elapsed_time(last))
-    return times
 
 
 class Problem:
@@ -77,14 +61,14 @@ class Problem:
     def step(self, config: LossConfig) -> None:
         self.drop_gradients()
         loss, _ = chunked_opsd_loss(
-            self.hidden, self.head, self.teacher_hidden, self.teacher_head, self.labels, None,
-            config, chunk_size=self.chunk,
+            self.hidden, self.head, self.teacher_hidden, self.teacher_head, self.labels, config,
+            chunk_size=self.chunk,
         )  # fmt: skip
         loss.backward()
 
     def measure(self, config: LossConfig, repeats: int) -> tuple[list[float], float]:
         """Milliseconds of each repeat, and bytes beyond what was there."""
-        times = event_times(self.machine, lambda: self.step(config), repeats)
+        times = [1e3 * s for s in self.machine.timed(lambda: self.step(config), repeats, 3)]
         self.drop_gradients()
         before = self.machine.reset_peak()
         self.step(config)
@@ -96,29 +80,24 @@ class Problem:
 def product_times(problem: Problem, rows: int, repeats: int) -> dict[str, float]:
     """Median milliseconds of the dense products alone, in chunks of `rows`."""
     hidden, head = problem.hidden.detach(), problem.head.detach()
-    chunks = problem.rows // rows
     logits = head.new_empty(rows, problem.vocab)
     grad_hidden, grad_head = torch.empty_like(hidden), torch.empty_like(head)
     torch.mm(hidden[:rows], head.t(), out=logits)
 
-    def head_gradient() -> None:
-        for i in range(chunks):
-            part = hidden[i * rows : (i + 1) * rows]
-            torch.addmm(grad_head, logits.t(), part, beta=float(i > 0), out=grad_head)
+    parts = [slice(i * rows, (i + 1) * rows) for i in range(problem.rows // rows)]
 
-    def each(call: Callable[[slice], Any]) -> Callable[[], None]:
-        def all_chunks() -> None:
-            for i in range(chunks):
-                call(slice(i * rows, (i + 1) * rows))
+    def add_head_gradient(part: slice) -> Tensor:
+        beta = float(part.start > 0)
+        return torch.addmm(grad_head, logits.t(), hidden[part], beta=beta, out=grad_head)
 
-        return all_chunks
+    def time(call: Callable[[slice], Tensor]) -> float:
+        return median(problem.machine, lambda: [call(part) for part in parts], repeats)
 
-    calls = {
-        "logits_of_one_model": each(lambda part: torch.mm(hidden[part], head.t(), out=logits)),
-        "hidden_gradient": each(lambda part: torch.mm(logits, head, out=grad_hidden[part])),
-        "head_gradient": head_gradient,
+    return {
+        "logits_of_one_model": time(lambda part: torch.mm(hidden[part], head.t(), out=logits)),
+        "hidden_gradient": time(lambda part: torch.mm(logits, head, out=grad_hidden[part])),
+        "head_gradient": time(add_head_gradient),
     }
-    return {name: median(problem.machine, call, repeats) for name, call in calls.items()}
 
 
 def kernel_times(problem: Problem, repeats: int) -> dict[str, float]:
@@ -134,12 +113,10 @@ def kernel_times(problem: Problem, repeats: int) -> dict[str, float]:
     teacher = problem.teacher_hidden[:rows] @ problem.teacher_head.t()
     norm = loss_kernels.row_statistics(student, 1.0).norm
     theirs, values, index = loss_kernels.statistics_and_top_k(teacher, 1.0, k)
-    their_norm = theirs.norm
-    assert norm is not None and their_norm is not None
     log_t = values.float().log_softmax(-1)
     ones = torch.ones_like(theirs.lse)
     inside = loss_kernels.divergence_on_support(student, index, log_t, ones, paper)[2]
-    sums = loss_kernels.full_divergence(student, teacher, norm, their_norm, full)
+    sums = loss_kernels.full_divergence(student, teacher, norm, theirs.norm, full)
     every_index = index.repeat(problem.rows // rows, 1)
     every_inside = inside.repeat(problem.rows // rows, 1)
     grad_hidden = torch.empty_like(hidden)
@@ -149,7 +126,7 @@ def kernel_times(problem: Problem, repeats: int) -> dict[str, float]:
     def gradient() -> None:
         loss_kernels.write_gradient(
             student, full, problem.labels[:rows], norm, pull=sums.gate, teacher=teacher,
-            teacher_norm=their_norm, slope_sum=sums.slope_sum,
+            teacher_norm=theirs.norm, slope_sum=sums.slope_sum,
         )  # fmt: skip
 
     of_a_chunk: dict[str, Callable[[], Any]] = {
@@ -163,7 +140,7 @@ def kernel_times(problem: Problem, repeats: int) -> dict[str, float]:
             inside, index, head, grad_hidden
         ),
         "full_divergence": lambda: loss_kernels.full_divergence(
-            student, teacher, norm, their_norm, full
+            student, teacher, norm, theirs.norm, full
         ),
         "full_gradient": gradient,
         "zero_and_scatter": lambda: student.zero_().scatter_(-1, index, inside.to(student.dtype)),
@@ -181,11 +158,12 @@ def kernel_times(problem: Problem, repeats: int) -> dict[str, float]:
 
 
 def median(machine: Machine, call: Callable[[], Any], repeats: int) -> float:
-    return round(statistics.median(event_times(machine, call, repeats)), 3)
+    """Of its milliseconds."""
+    return round(1e3 * statistics.median(machine.timed(call, repeats, 3)), 3)
 
 
-def run(report: Report, repeats: int, brief: bool) -> None:
-    problem = Problem(report.machine)
+def run(report: Report) -> None:
+    problem, repeats = Problem(report.machine), report.repeats
     flop = 8.0 * problem.rows * problem.width * problem.vocab
     gradients = (problem.rows + problem.vocab) * problem.width * problem.head.element_size()
     for name, config in FORMS.items():
@@ -205,7 +183,7 @@ def run(report: Report, repeats: int, brief: bool) -> None:
             f"{key}_extra_gb", [extra / 1e9], floor=gradients / 1e9, target=TARGET_GB,
             reference=REFERENCE_GB if in_paper else None, settings=settings,
         )  # fmt: skip
-    if brief:
+    if report.brief:
         return
     for rows in (problem.chunk, problem.chunk // 2):
         report.notes[f"products_ms_in_chunks_of_{rows}"] = product_times(problem, rows, repeats)
@@ -219,12 +197,8 @@ def dense_products(problem: Problem, repeats: int) -> dict[str, float]:
     """The paper's form with the zeros of its gradient multiplied as well."""
     from scripts.visual_opsd.loss import sparse_products as loss_products
 
-    threshold = loss_products.DENSE_PER_SPARSE
-    loss_products.DENSE_PER_SPARSE = problem.vocab
-    try:
+    with mock.patch.object(loss_products, "DENSE_PER_SPARSE", problem.vocab):
         times, extra = problem.measure(FORMS["paper"], repeats)
-    finally:
-        loss_products.DENSE_PER_SPARSE = threshold
     return {"ms": round(statistics.median(times), 3), "gb": round(extra / 1e9, 3)}
 
 
@@ -233,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.set_defaults(repeats=30)
     args = options.parse_args(argv)
     report = start(args)
-    run(report, args.repeats, args.brief)
+    run(report)
     return finish(report, args.json)
 
 

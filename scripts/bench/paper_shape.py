@@ -41,18 +41,20 @@ from typing import Any
 
 import torch
 
-from data.worlds.__main__ import main as write_world
+from data.json_lines import read_log
+from data.worlds.writer import write_spatial_navigation
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
-from scripts.bench.common import TINY, TRUE_SIZE, versions
-from scripts.bench.gather import sized
+from modeling.host.programs import number, path_argument
+from scripts.bench.common import TINY, TRUE_SIZE, sized, versions
 from scripts.bench.load import ROOT, write_release
+from scripts.visual_opsd import on_policy_sampler
 from scripts.visual_opsd.cli import run_main
-from scripts.visual_opsd.training.metrics import read_metrics
 
 LAUNCHER = "scripts/visual_opsd/run_visual_opsd.sh"
 TINY_BAGEL = ROOT / "tests" / "tiny-bagel"
 ROWS, ACCUMULATION = 8, 2  # rows of a GPU's step, forwards they are split into: the paper's 16 on 2
+SIZES = (1, 2, 4, 8)
 WARM_UP = 2
 SAVED_STEP = 3
 LIMIT_S = 240.0  # of one run
@@ -196,9 +198,6 @@ class Lab:
             self.say("bases", name, {"seconds": round(time.monotonic() - start, 2)})
         return folder
 
-    def whole(self) -> Path:
-        return self.base("whole", TRUE_SIZE)
-
     def short(self) -> Path:
         return self.base("short", sized(self.args.layers))
 
@@ -206,9 +205,10 @@ class Lab:
         """Mazes of 520 pixels a side, which the ViT sees at 518 (37 x 37 patches)."""
         folder = self.space / "world"
         if not folder.exists():
-            words = ["spatial_navigation", "--rows", "128", "--heldout-rows", "8", "--sizes", "4"]
-            words += ["--style", "full", "--cell", "14" if self.args.tiny else "130"]
-            assert write_world([*words, "--out", str(folder)]) == 0
+            cell = 14 if self.args.tiny else 130
+            write_spatial_navigation(
+                folder, rows=128, heldout_rows=8, sizes=(4,), style="full", cell=cell
+            )
             (folder / "datasets.yaml").write_text("datasets:\n  - {name: Spatial_Navigation}\n")
         return folder
 
@@ -285,7 +285,7 @@ class Lab:
         text = log.read_text(errors="replace")
         with (self.out / "log.txt").open("a") as file:
             file.write(f"==== {name}: {shlex.join(command)}\n{text[-6000:]}\n")
-        lines = read_metrics(metrics)[: len(arrivals)] if arrivals else []
+        lines = read_log(metrics)[: len(arrivals)] if arrivals else []
         code = None if after is kill else process.returncode
         run = Run(lines, arrivals, memory, text, code, ended - start, ended - reached)
         if not enough:
@@ -345,29 +345,27 @@ def measured(lab: Lab, part: str, name: str, base: Path, n: int, steps: int, **m
     with lab.trying(part, name):
         run = lab.train(f"{part}-{name}", base, n, WARM_UP + steps, **more)
         shards = more.get("num_shard", n)
-        lab.say(
-            part,
-            name,
-            {
-                "gpus": n,
-                "mesh": [n // shards, shards],
-                **run.figures(WARM_UP),
-                **run.memory,
-                **traffic_gb(lab.bases[base.name], n // shards, shards),
-                "seconds": round(run.seconds, 1),
-            },
-        )
+        found = {
+            "gpus": n,
+            "mesh": [n // shards, shards],
+            **run.figures(WARM_UP),
+            **run.memory,
+            **traffic_gb(lab.bases[base.name], n // shards, shards),
+            "seconds": round(run.seconds, 1),
+        }
+        lab.say(part, name, found)
 
 
 def speed(lab: Lab) -> None:
     n = lab.args.gpus
-    measured(lab, "speed", f"1x{n}", lab.whole(), n, lab.args.steps, rows=16, num_shard=n)
+    base = lab.base("whole", TRUE_SIZE)
+    measured(lab, "speed", f"1x{n}", base, n, lab.args.steps, rows=16, num_shard=n)
 
 
 def scaling(lab: Lab) -> None:
     n, steps = lab.args.gpus, max(lab.args.steps // 2, 1)
     base = lab.short()
-    for k in (k for k in (1, 2, 4, 8) if k <= n):
+    for k in (k for k in SIZES if k <= n):
         for shards in shard_counts(k):
             measured(lab, "scaling", f"{k // shards}x{shards}", base, k, steps, num_shard=shards)
     measured(lab, "scaling", f"full{n}", base, n, steps, sharding_strategy="FULL_SHARD")
@@ -394,7 +392,10 @@ def parity(lab: Lab) -> None:
             run = lab.train(
                 f"parity-{name}", TINY_BAGEL, n, 1, rows=rows, num_shard=shards, **small
             )
-            pairs = {key: (run.lines[0][key], one.lines[0][key]) for key in ("loss", "grad_norm")}
+            pairs = {
+                key: (float(run.lines[0][key]), float(one.lines[0][key]))
+                for key in ("loss", "grad_norm")
+            }
             apart = {key: abs(a - b) / abs(b) for key, (a, b) in pairs.items()}
             good = max(apart.values()) <= 1e-6
             lab.say("parity", name, {"relative": apart, "values": pairs, "within_1e-6": good})
@@ -422,8 +423,9 @@ def save(lab: Lab) -> None:
             "step_with_save_s": round(step[SAVED_STEP - 1], 2),  # it stands before the next line
             "step_s": round(statistics.median(step[: SAVED_STEP - 1]), 2),
             "first_line_after_s": [round(run.arrivals[0], 1) for run in (first, again)],
+            **again.memory,
         }
-        lab.say("save", "resume", {**found, **again.memory})
+        lab.say("save", "resume", found)
 
 
 def failures(lab: Lab) -> None:
@@ -443,12 +445,10 @@ def failures(lab: Lab) -> None:
         "killed": {"after": kill_one},
         "out_of_memory": {"after": wait, "starved": n - 1},
     }
+    wanted = re.compile(rf"\brank {n - 1}: |local_rank: {n - 1}\b|out of memory|allocate memory")
     for name, how in ways.items():
         with lab.trying("failures", name):
             run = lab.train(f"failures-{name}", TINY_BAGEL, n, 2, **how, **small)
-            wanted = re.compile(
-                rf"\brank {n - 1}: |local_rank: {n - 1}\b|out of memory|allocate memory"
-            )
             named = [x.strip()[:300] for x in run.output.splitlines() if wanted.search(x)]
             found = {
                 "exit_code": run.code,
@@ -464,50 +464,63 @@ PARTS = {f.__name__: f for f in (speed, scaling, parity, failures, save)}
 
 def starve(rank: int, argv: Sequence[str]) -> int:
     """Train, but rank `rank` asks for a petabyte in its third rollout."""
-    from scripts.visual_opsd import train_visual_opsd
-    from scripts.visual_opsd.training import trainer
-
-    sample = trainer.sample_completions
+    sample = on_policy_sampler.sample_completions
 
     def sample_or_fail(*given: Any, **named: Any) -> Any:
         if named["step"] == 2 and int(os.environ.get("RANK", 0)) == rank:
             torch.empty(1 << 50, dtype=torch.uint8, device=named["device"])
         return sample(*given, **named)
 
-    trainer.sample_completions = sample_or_fail
+    on_policy_sampler.sample_completions = sample_or_fail
+    from scripts.visual_opsd import train_visual_opsd  # only now: it takes the name with it
+
     return train_visual_opsd.main(argv)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, count = parser.add_argument, number(int, at_least=1)
+    add("gpus", type=int, choices=SIZES, help="GPUs of this host to use; with cpu: processes")
+    add("--only", default=",".join(PARTS), help="%(default)s (all of them)")
+    add(
+        "--out",
+        type=path_argument,
+        default="results/paper_shape",
+        help="runs.jsonl, report.json, log",
+    )
+    add("--space", type=path_argument, help="for weights, data and states (default: in --out)")
+    add("--limit_s", type=float, default=3600, help="seconds after which none starts")
+    add("--layers", type=count, default=12, help="of the smaller model")
+    add("--tokens", type=count, default=1024, help="of a completion, at most")
+    add("--steps", type=count, default=8, help="measured after the warm-up")
+    add("--tiny", action="store_true", help="a tiny model, on any machine")
+    add("--device", default="cuda", choices=("cuda", "cpu"))
+    return parser
+
+
+def find_hardware(args: argparse.Namespace) -> str:
+    """Raises ValueError: too few GPUs for what was asked."""
+    if args.device == "cpu":
+        if not args.tiny:
+            raise ValueError("the true size needs GPUs; --tiny --device cpu runs anywhere")
+        return "cpu"
+    names = ask_gpus("name")
+    if len(names) < args.gpus:
+        raise ValueError(f"{args.gpus} GPUs, but nvidia-smi shows {len(names)}; ask for fewer")
+    return f"{args.gpus} x {names[0]}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["--starve"]:
         return starve(int(words[1]), words[2:])
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("gpus", type=int, help="GPUs of this host to use; with cpu: processes")
-    parser.add_argument("--only", default=",".join(PARTS), help="%(default)s (all of them)")
-    parser.add_argument("--out", default="results/paper_shape", help="runs.jsonl, report.json, log")
-    parser.add_argument("--space", help="for weights, data and states (default: in --out)")
-    parser.add_argument(
-        "--limit_s", type=float, default=3600, help="seconds after which none starts"
-    )
-    parser.add_argument("--layers", type=int, default=12, help="of the smaller model")
-    parser.add_argument("--tokens", type=int, default=1024, help="of a completion, at most")
-    parser.add_argument("--steps", type=int, default=8, help="measured after the warm-up")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, on any machine")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    args = parser.parse_args(words)
+    args = build_parser().parse_args(words)
     parts = args.only.split(",")
     if unknown := [part for part in parts if part not in PARTS]:
         raise ValueError(f"--only {','.join(unknown)}: choose among {', '.join(PARTS)}")
-    if min(args.gpus, args.layers, args.tokens, args.steps) < 1 or args.gpus not in (1, 2, 4, 8):
-        raise ValueError("GPUS must be 1, 2, 4 or 8, and --layers, --tokens, --steps at least 1")
-    names = ask_gpus("name")
-    if args.device == "cuda" and len(names) < args.gpus:
-        raise ValueError(f"{args.gpus} GPUs, but nvidia-smi shows {len(names)}; ask for fewer")
-    if args.device == "cpu" and not args.tiny:
-        raise ValueError("the true size needs GPUs; --tiny --device cpu runs anywhere")
+    hardware = find_hardware(args)
     out = Path(args.out).resolve()
     space = Path(args.space).resolve() if args.space else out / "space"
     for folder in (out, space):
@@ -515,7 +528,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (out / "runs.jsonl").exists() or any(space.iterdir()):
         raise ValueError(f"--out {out} or --space {space} holds an earlier run: name other folders")
     lab = Lab(args, out, space)
-    hardware = f"{args.gpus} x {names[0]}" if args.device == "cuda" else "cpu"
     run = {"hardware": hardware, "versions": versions(), "tiny": args.tiny, "cores": os.cpu_count()}
     command = shlex.join(["scripts/bench/paper_shape.sh", *words])
     lab.say("run", "how", {**run, "command": command, "rows_a_gpu": ROWS, "tokens": args.tokens})

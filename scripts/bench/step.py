@@ -35,7 +35,7 @@ from scripts.bench.common import (
 from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.opsd_loss import LossConfig
 from scripts.visual_opsd.scored_rows import ScoredRow
-from scripts.visual_opsd.training.step import PackResult, run_pack
+from scripts.visual_opsd.training.step import PackResult, StepContext, run_pack
 from scripts.visual_opsd.training.teacher import Teacher
 
 PACKED = {True: 4, False: 2}  # samples of a pack, with and without checkpointing
@@ -65,35 +65,37 @@ def step_flop(model: Bagel, row: ScoredRow, checkpointing: bool) -> float:
 
 
 def one_pack(
-    machine: Machine, model: Bagel, checkpointing: bool, repeats: int, layers: int | None = None
+    report: Report, model: Bagel, checkpointing: bool, layers: int | None = None
 ) -> tuple[list[float], float]:
     """Seconds of each repeat, and bytes beyond weights and gradients."""
+    machine = report.machine
     model.set_gradient_checkpointing(checkpointing, layers)
     rows = [sample(machine, f"row {i}") for i in range(PACKED[checkpointing])]
     teacher = Teacher("self", None, model, 0.0)
 
+    step = StepContext(
+        model, teacher, None, special=SPECIAL, loss=LossConfig(), chunk_size=512,
+        device=machine.device, decode=str, scale=1.0 / sum(row.scored for row in rows),
+    )  # fmt: skip
+
     def pack_once() -> PackResult:
-        return run_pack(
-            model, teacher, None, rows,
-            special=SPECIAL, loss=LossConfig(), chunk_size=512,
-            scale=1.0 / sum(row.scored for row in rows), device=machine.device, decode=str,
-        )  # fmt: skip
+        return run_pack(rows, step)
 
     def one_step() -> None:
         model.zero_grad(set_to_none=True)
         pack_once()
 
-    seconds = machine.timed(one_step, repeats)
+    seconds = machine.timed(one_step, report.repeats)
     # Gradients stay, as for the second pack of a step.
     before = machine.reset_peak()
     pack_once()
     return seconds, machine.peak() - before
 
 
-def bench(report: Report, model: Bagel, checkpointing: bool, repeats: int) -> float:
+def bench(report: Report, model: Bagel, checkpointing: bool) -> float:
     """Adds the time a sample; returns the bytes beyond weights and gradients."""
     count, row = PACKED[checkpointing], sample(report.machine, "one")
-    seconds, extra = one_pack(report.machine, model, checkpointing, repeats)
+    seconds, extra = one_pack(report, model, checkpointing)
     flop = step_flop(model, row, checkpointing)
     lengths = (context_length(row.student), context_length(row.teacher or ()))
     report.add(
@@ -108,11 +110,11 @@ def bench(report: Report, model: Bagel, checkpointing: bool, repeats: int) -> fl
     return extra
 
 
-def run(machine: Machine, report: Report, repeats: int, brief: bool) -> None:
+def run(report: Report) -> None:
     # As FSDP2 gathers weights, each for itself.
-    model = random_model(machine.config, machine, adjoin=False).requires_grad_(True)
+    model = random_model(report.machine.config, report.machine, adjoin=False).requires_grad_(True)
     model.vit_pos_embed.requires_grad_(False)
-    extra = bench(report, model, True, repeats)
+    extra = bench(report, model, True)
     report.add(
         "peak_gb",
         [extra / 1e9],
@@ -121,12 +123,12 @@ def run(machine: Machine, report: Report, repeats: int, brief: bool) -> None:
         reference=3.0,
         settings="beyond weights and gradients, 4 samples packed, checkpointing on",
     )
-    extra = bench(report, model, False, repeats)
+    extra = bench(report, model, False)
     report.notes["peak_gb_without_checkpointing"] = round(extra / 1e9, 2)
-    if brief:
+    if report.brief:
         return
     half = model.config.llm.num_hidden_layers // 2
-    seconds, extra = one_pack(report.machine, model, True, repeats, layers=half)
+    seconds, extra = one_pack(report, model, True, layers=half)
     report.notes[f"checkpointed_layers_{half}"] = {
         "ms": round(1e3 * statistics.median(seconds) / PACKED[True], 1),
         "gb": round(extra / 1e9, 2),
@@ -136,7 +138,7 @@ def run(machine: Machine, report: Report, repeats: int, brief: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser(__doc__).parse_args(argv)
     report = start(args)
-    run(report.machine, report, args.repeats, args.brief)
+    run(report)
     return finish(report, args.json)
 
 

@@ -72,15 +72,7 @@ def difference(one: Tensor, other: Tensor) -> dict[str, float]:
     return {"mean": round(float(levels.float().mean()), 3), "worst": int(levels.max())}
 
 
-def bench(
-    report: Report,
-    model: Bagel,
-    vae: AutoEncoder,
-    size: int,
-    steps: int,
-    repeats: int,
-    brief: bool,
-) -> None:
+def bench(report: Report, model: Bagel, vae: AutoEncoder, size: int, steps: int) -> None:
     machine = report.machine
     lengths = TINY_CONTEXTS if machine.tiny else CONTEXTS[size]
     grid = machine.size(size // 16, size // 256)
@@ -96,7 +88,7 @@ def bench(
 
     machine.reset_peak()
     draw(times[:4])  # warms up as well as all steps do
-    seconds = machine.timed(draw, repeats, warm_up=0)
+    seconds = machine.timed(draw, report.repeats, warm_up=0)
     report.add(
         f"vt{size}_s",
         seconds,
@@ -107,7 +99,7 @@ def bench(
         f"contexts of {', '.join(map(str, lengths))}, decoder included",
     )
     note: dict[str, object] = {"peak_gb": round(machine.peak() / 1e9, 2)}
-    if size == min(CONTEXTS) and not brief:  # the eager path takes its time
+    if size == min(CONTEXTS) and not report.brief:  # the eager path takes its time
         ours = draw()
         with eagerly():
             theirs = draw()
@@ -118,14 +110,14 @@ def bench(
     report.notes[f"vt{size}"] = note
 
 
-def run(report: Report, sizes: Sequence[int], steps: int, repeats: int, brief: bool) -> None:
+def run(report: Report, sizes: Sequence[int], steps: int) -> None:
     machine = report.machine
     model = random_model(replace(machine.config, visual_gen=True), machine)
     with torch.device(machine.device):
         vae = AutoEncoder(AutoEncoderConfig(width=32) if machine.tiny else AutoEncoderConfig())
     vae.requires_grad_(False)
     for size in sizes:
-        bench(report, model, vae, size, steps, repeats, brief)
+        bench(report, model, vae, size, steps)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add_argument("--steps", type=steps, default=49, help="Euler steps")
     args = options.parse_args(argv)
     report = start(args)
-    run(report, args.sizes, args.steps, args.repeats, args.brief)
+    run(report, args.sizes, args.steps)
     return finish(report, args.json)
 
 

@@ -9,7 +9,7 @@
 Text-only (the default) it decodes as `scripts.visual_opsd.evaluate` does; with
 `understanding_output=False` the model draws visual thoughts and looks at them. Prompts have the
 form of the ThinkMorph wrapper: pictures first, then one text in which each has left a tag.
-Without VLMEvalKit a stand-in for its base class is used, so that the class can be tried alone.
+Without VLMEvalKit `generate_inner` and `generate_inner_batch` can be tried alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,64 +25,17 @@ import torch
 from PIL import Image
 
 from data.sequence import Context, ContextBuilder, Prompts
-from data.transforms import ImageTransform, decode_image, image_path, to_rgb
+from data.transforms import ImageTransform, decode_image, to_rgb
+from data.transforms import image_path as image_transform
 from inferencer import BatchInterleaveInferencer, InterleaveOptions
 from modeling import load_bagel
 from scripts.visual_opsd.evaluation.benchmarks import build_context, prompt_text
 from scripts.visual_opsd.on_policy_sampler import SamplerSettings, sample_completions
 
-
-class StandInBase:
-    """The part of VLMEvalKit's BaseModel that a model class relies on."""
-
-    INTERLEAVE = False
-    allowed_types = ("text", "image")
-
-    def use_custom_prompt(self, dataset: str) -> bool:
-        return False
-
-    def set_dump_image(self, dump_image: Callable[[Any], Any]) -> None:
-        self.dump_image_func = dump_image
-
-    def dump_image(self, line: Any, dataset: str) -> Any:
-        return self.dump_image_func(line)
-
-    def check_content(self, content: Any) -> str:
-        """ "str", "dict", "liststr", "listdict" or "unknown"."""
-        if isinstance(content, list) and content:
-            kinds = {self.check_content(item) for item in content}
-            return f"list{kinds.pop()}" if kinds in ({"str"}, {"dict"}) else "unknown"
-        if isinstance(content, dict):
-            return "dict"
-        return "str" if isinstance(content, str) else "unknown"
-
-    def preproc_content(self, content: Any) -> list[dict[str, Any]]:
-        """Any of these forms as a list of parts; a string that names an image file is one."""
-        parts = content if isinstance(content, list) else [content]
-        return [part if isinstance(part, dict) else _part(part) for part in parts]
-
-    def generate(self, message: Any, dataset: str | None = None) -> str:
-        if self.check_content(message) == "unknown":
-            raise ValueError(f"a message is a text, a part or a list of one kind; got {message!r}")
-        parts = self.preproc_content(message)
-        wrong = [part for part in parts if part.get("type") not in self.allowed_types]
-        if wrong:
-            raise ValueError(f"parts must be of type text or image, got {wrong[0]!r}")
-        return self.generate_inner(parts, dataset)
-
-    def generate_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:
-        raise TypeError(f"{type(self).__name__} must define generate_inner")
-
-
-def _part(text: str) -> dict[str, str]:
-    is_image = Path(text).suffix.lower() in Image.registered_extensions() and Path(text).is_file()
-    return {"type": "image" if is_image else "text", "value": text}
-
-
 try:
     from vlmeval.vlm.base import BaseModel
 except ImportError:
-    BaseModel = StandInBase
+    BaseModel = object
 
 # The ThinkMorph wrapper's settings of a drawing, where they differ from the inferencer's.
 WRAPPER_DRAWING = {
@@ -175,7 +128,15 @@ class VisualOPSD(BaseModel):
         prompts = Prompts.for_style("inferencer")
         if not think:
             prompts = Prompts(system=None, question_prefix=prompts.question_prefix)
-        self.builder = self._builder(prompts, image_path, vit, vae)
+        config = self.bundle.config
+        self.builder = ContextBuilder(
+            self.bundle.tokenizer,
+            image_transform(image_path, vit, vae),
+            prompts,
+            side=config.vit_max_patches_per_side,
+            patch_size=config.vision.patch_size,
+            interpolate=config.interpolate_positions,
+        )
         self.sampler = SamplerSettings(
             max_new_tokens=max_think_token_n,
             temperature=temperature,
@@ -204,23 +165,6 @@ class VisualOPSD(BaseModel):
                 self.bundle.special_tokens,
             )
             Path(str(save_dir)).mkdir(parents=True, exist_ok=True)
-
-    def _builder(
-        self,
-        prompts: Prompts,
-        kind: str,
-        vit: str | Mapping[str, int],
-        vae: str | Mapping[str, int],
-    ) -> ContextBuilder:
-        config = self.bundle.config
-        return ContextBuilder(
-            self.bundle.tokenizer,
-            image_path(kind, vit, vae),
-            prompts,
-            side=config.vit_max_patches_per_side,
-            patch_size=config.vision.patch_size,
-            interpolate=config.interpolate_positions,
-        )
 
     def generate_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:
         """The answer to one message."""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -97,11 +96,6 @@ def write_skeleton(folder: str | Path, strings: Iterable[str], seed: int) -> Non
     initialise(model, seed)
     state = {key: value.to(torch.bfloat16) for key, value in model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Parameters of a module, fixed tables included."""
-    return sum(math.prod(p.shape) for p in model.parameters())
 
 
 def _card(results: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

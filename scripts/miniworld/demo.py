@@ -347,8 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, train_flags = parser.parse_known_args(argv)
     args.train_flags = train_flags
     if not Path(args.base).is_dir():
-        print(f"error: no base checkpoint at {args.base}; give --base DIR", file=sys.stderr)
-        return 2
+        raise ValueError(f"no base checkpoint at {args.base}; give --base DIR")
     args.base = str(Path(args.base).resolve())
     out = Path(args.out).resolve()
     clear(out)

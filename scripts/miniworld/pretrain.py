@@ -22,7 +22,6 @@ import argparse
 import copy
 import json
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim import AdamW
 
 from data.json_lines import append_records
 from data.sequence import Prompts
@@ -42,7 +42,7 @@ from modeling import load_bagel
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.generate import generate
 from modeling.host.programs import SEED, check_new, make_folder, number, path_argument
-from scripts.miniworld.base import SIDE, parameter_count, save_base, write_skeleton
+from scripts.miniworld.base import SIDE, save_base, write_skeleton
 from scripts.miniworld.batches import (
     STUDENT,
     TEACHER,
@@ -58,6 +58,11 @@ from scripts.visual_opsd.cli import run_main
 
 _SLACK = 4  # moves a walk with detours may take beyond the longest shortest path
 _EVAL_CHUNK = 1024
+# What the card of the base says of its run, of the flags.
+RECORDED = (
+    "steps", "batch_size", "lr", "min_lr_ratio", "warmup_steps", "weight_decay", "text_share",
+    "noise_share", "detour", "seed", "stop_text_accuracy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,6 @@ def accuracy(
     *,
     noise: bool = False,
     rows: int | None = None,
-    seed: int = 0,
 ) -> dict[str, float]:
     """Greedy accuracy over the mazes of `banks` (any valid path counts), over all and by size.
 
@@ -167,7 +171,7 @@ def accuracy(
         rows: use the first `rows` mazes only, shared evenly among the sizes.
     """
     device = patches.device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     solved: dict[int, list[bool]] = {}
     for size, bank in banks.items():
         count = len(bank) if rows is None else min(len(bank), rows // len(banks))
@@ -221,6 +225,16 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return peak * (floor + (1 - floor) * height)
 
 
+def make_optimiser(model: Bagel, args: argparse.Namespace, device: torch.device) -> AdamW:
+    """AdamW that decays matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=device.type == "cuda")
+
+
 def train(
     model: Bagel,
     maker: BatchMaker,
@@ -234,49 +248,38 @@ def train(
     Raises:
         ValueError: the loss is no longer finite.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    fused = maker.device.type == "cuda"
-    optimiser = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=fused)
+    optimiser = make_optimiser(model, args, maker.device)
+    trained = [p for group in optimiser.param_groups for p in group["params"]]
     started = time.perf_counter()
     steps: int = args.steps
-    for step in range(steps):
+    for step in range(1, steps + 1):
+        rate = learning_rate(step - 1, args)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, args)
+            group["lr"] = rate
         losses = train_step(model, maker, dtype, args.text_share)
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        done = step + 1
-        last = done == steps
-        if done % args.log_every == 0 or last:
-            loss, text, vt = (x.item() for x in losses)
+        if step % args.log_every == 0 or step == steps:
+            loss, text, vt = (round(x.item(), 5) for x in losses)
             if not math.isfinite(loss):
                 raise ValueError(
-                    f"the loss is {loss} at step {done}; lower --lr or use --dtype float32"
+                    f"the loss is {loss} at step {step}; lower --lr or use --dtype float32"
                 )
-            seconds = time.perf_counter() - started
-            log(
-                {
-                    "step": done,
-                    "loss": round(loss, 5),
-                    "ce_text": round(text, 5),
-                    "ce_vt": round(vt, 5),
-                    "grad_norm": round(norm.item(), 4),
-                    "lr": optimiser.param_groups[0]["lr"],
-                    "seconds": round(seconds, 1),
-                }
-            )
-        if done % args.eval_every == 0 and not last:
+            line = {"step": step, "loss": loss, "ce_text": text, "ce_vt": vt}
+            seconds = round(time.perf_counter() - started, 1)
+            log({**line, "grad_norm": round(norm.item(), 4), "lr": rate, "seconds": seconds})
+        if step % args.eval_every == 0 and step < steps:
             results = check()
-            log({"step": done, "accuracy": results})
-            target = args.stop_text_accuracy
-            if target and results["text"]["all"] >= target and results["vt"]["all"] >= 0.97:
-                return done
+            log({"step": step, "accuracy": results})
+            if is_good_enough(results, args.stop_text_accuracy):
+                return step
     return steps
+
+
+def is_good_enough(results: Mapping[str, Mapping[str, float]], text: float | None) -> bool:
+    """Whether the text-only accuracy is the wanted one, and that with the VT .97."""
+    return bool(text and results["text"]["all"] >= text and results["vt"]["all"] >= 0.97)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -363,29 +366,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--batch-size must be at least two per size")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Everything the command does.
-
-    Raises:
-        ValueError: bad flags or files, or a diverged run.
-    """
-    _check(args)
-    if args.table:
-        table = MazeTable.load(args.table)
-    else:
-        table = MazeTable.build(
-            sizes=args.sizes,
-            per_size=args.mazes_per_size,
-            heldout_rows=args.heldout_rows,
-            cell=14,
-            seed=args.seed,
-            tile_folders=args.tiles,
-        )
-    if args.export_table:
-        table.save(args.export_table)
-        megabytes = Path(args.export_table).stat().st_size / 1e6
-        print(f"wrote {args.export_table} ({megabytes:.1f} MB), sizes {table.sizes}")
-        return
+def make_base(args: argparse.Namespace, table: MazeTable) -> None:
+    """Train a base on the mazes of `table` and write it. Raises ValueError: the run diverged."""
     device = torch.device(args.device)
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype = getattr(torch, args.dtype) if args.dtype else default
@@ -429,17 +411,15 @@ def run(args: argparse.Namespace) -> None:
                 for name, cases in by_tiles.items()
             },
             "mazes": sum(len(bank) for bank in heldout.values()),
-            "parameters": parameter_count(model),
+            "parameters": sum(p.numel() for p in model.parameters()),
             "steps": steps,
             "seconds": seconds,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         }
-        recorded = "steps batch_size lr min_lr_ratio warmup_steps weight_decay text_share "
-        recorded += "noise_share detour seed stop_text_accuracy"
         settings = {
             "sizes": list(table.sizes),
             "training_mazes": {s: len(b) for s, b in banks.items()},
-            **{name: getattr(args, name) for name in recorded.split()},
+            **{name: getattr(args, name) for name in RECORDED},
             "dtype": str(dtype).removeprefix("torch."),
         }
         save_base(
@@ -456,11 +436,24 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = build_parser().parse_args(argv)
-    try:
-        run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    _check(args)
+    if args.table:
+        table = MazeTable.load(args.table)
+    else:
+        table = MazeTable.build(
+            sizes=args.sizes,
+            per_size=args.mazes_per_size,
+            heldout_rows=args.heldout_rows,
+            cell=14,
+            seed=args.seed,
+            tile_folders=args.tiles,
+        )
+    if args.export_table:
+        table.save(args.export_table)
+        megabytes = Path(args.export_table).stat().st_size / 1e6
+        print(f"wrote {args.export_table} ({megabytes:.1f} MB), sizes {table.sizes}")
+    else:
+        make_base(args, table)
     return 0
 
 

@@ -253,23 +253,12 @@ def parse_config(
     given = vars(parser.parse_args(argv))
     config_file = given.pop("config")
     values = read_config_file(config_file, config_class) if config_file else {}
-    return make_config(config_class, {**(defaults or {}), **values, **given})
-
-
-def make_config(config_class: type[T], values: dict[str, Any]) -> T:
-    """Build the nested dataclasses from flat names."""
-    flags = _flags(config_class)
-    unknown = sorted(set(values) - set(flags))
-    if unknown:
-        raise ValueError(f"unknown settings: {', '.join(unknown)}")
-    hints = get_type_hints(config_class)
-    groups = {
-        group.name: hints[group.name](
-            **{n: v for n, v in values.items() if flags[n].group == group.name}
-        )
-        for group in fields(config_class)  # type: ignore[arg-type]
-    }
-    return config_class(**groups)
+    values = {**(defaults or {}), **values, **given}
+    flags, hints = _flags(config_class), get_type_hints(config_class)
+    groups: dict[str, dict[str, Any]] = {group.name: {} for group in fields(config_class)}  # type: ignore[arg-type]
+    for name, value in values.items():
+        groups[flags[name].group][name] = value
+    return config_class(**{name: hints[name](**group) for name, group in groups.items()})
 
 
 def flat(config: Any) -> dict[str, Any]:

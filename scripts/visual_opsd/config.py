@@ -27,7 +27,7 @@ from scripts.visual_opsd.cli import (
     option,
 )
 from scripts.visual_opsd.on_policy_sampler import SamplerSettings
-from scripts.visual_opsd.opsd_loss import LossConfig
+from scripts.visual_opsd.opsd_loss import CLIP_SCOPES, LOSS_KINDS, LossConfig
 
 TEACHER_MODES = ("ema", "fixed", "self")
 TEACHER_VTS = ("vit", "vae+vit")
@@ -50,20 +50,23 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 class ModelSettings(Settings):
     model_path: str = option("models/ThinkMorph-7B", "release folder to start from", path=True)
     visual_gen: bool = option(
-        False, "kept for the reference's scripts; what a run needs of the drawing branch is loaded"
-    )
-    freeze_llm: bool = option(False, "do not train the decoder, embeddings and head")
+        False, "only `False` is accepted: a run loads what it needs of the drawing branch by "
+        "itself, and only interleaved SFT trains it; otherwise a saved folder holds the base's "
+        "generation weights",
+    )  # fmt: skip
+    freeze_llm: bool = option(False, "do not train decoder, embeddings and head")
     freeze_vit: bool = option(False, "do not train the ViT")
-    freeze_und: bool = option(False, "do not train the vision connector")
+    freeze_und: bool = option(False, "do not train the connector between ViT and decoder")
     precision: str = option(
-        "auto", "compute dtype; auto: bf16 on CUDA, fp32 on CPU", choices=("auto", "bf16", "fp32")
-    )
+        "auto", "compute dtype: `auto` is `bf16` on CUDA and `fp32` on the CPU; masters, EMA and "
+        "gradient reduction are fp32 always", choices=("auto", "bf16", "fp32"),
+    )  # fmt: skip
     activation_checkpointing: bool = option(True, "recompute activations in the backward pass")
     checkpointed_layers: int | None = option(
-        None, "with it: decoder layers that recompute, the first ones; none: all",
-        at_least=0, at_most=10_000,
+        None, "with checkpointing: how many decoder layers recompute, the first ones; `none`: "
+        "all. Where memory is left, fewer layers cost less time", at_least=0, at_most=10_000,
     )  # fmt: skip
-    compile_blocks: bool = option(False, "torch.compile every block, instead of our kernels")
+    compile_blocks: bool = option(False, "`torch.compile` every block, instead of our kernels")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,30 +82,32 @@ class PromptSettings(Settings):
     """What the contexts are made of; shared by training, evaluation and the diagnostic."""
 
     prompt_style: str = option(
-        "packer", "packer: the paper's; inferencer: VLMEvalKit's", choices=("packer", "inferencer")
-    )
+        "packer", "`packer`: the prompt the paper trained with; `inferencer`: the one of the "
+        "VLMEvalKit wrapper", choices=("packer", "inferencer"),
+    )  # fmt: skip
     image_path: str = option(
-        "direct", "direct: ViT resize only; inferencer: VAE resize first",
-        choices=("direct", "inferencer"),
+        "direct", "`direct`: ViT resize only; `inferencer`: first the VAE's resize, as the "
+        "released inferencer does", choices=("direct", "inferencer"),
     )  # fmt: skip
     prompts: str | None = option(
-        None, "YAML file that replaces system, intro, transition, ...", path=True
-    )
+        None, "YAML file that replaces `system`, `intro`, `transition`, `instruction_suffix`, "
+        "`question_prefix`", path=True,
+    )  # fmt: skip
     use_system_prompt: bool = option(True, "begin with the system prompt")
-    use_reference_intro: bool = option(True, "teacher: text before the visual thoughts")
-    use_transition_prompt: bool = option(True, "teacher: text after the visual thoughts")
+    use_reference_intro: bool = option(True, "teacher: text before the VTs")
+    use_transition_prompt: bool = option(True, "teacher: text after the VTs")
     instruction_suffix: str = option("", "appended to every question")
-    vit_max_size: int = option(980, "longest side of a ViT image in pixels", **SIDES)
-    vit_min_size: int = option(378, "shortest side of a ViT image in pixels", **SIDES)
-    vit_stride: int = option(14, "sides are multiples of this (the ViT's patch)", **SIDES)
+    vit_max_size: int = option(980, "longest side of a ViT image, in pixels", **SIDES)
+    vit_min_size: int = option(378, "shortest side of a ViT image", **SIDES)
+    vit_stride: int = option(14, "sides are multiples of this, the ViT's patch", **SIDES)
     vit_max_pixels: int = option(
-        2007040, "pixels of a ViT image at most", at_least=1, at_most=SIDES["at_most"] ** 2
+        2007040, "area of a ViT image at most", at_least=1, at_most=SIDES["at_most"] ** 2
     )
     vae_max_size: int = option(
-        1024, "longest side of a picture that the autoencoder encodes", **SIDES
+        1024, "longest side of a picture that the autoencoder encodes, where one does", **SIDES
     )
     vae_min_size: int = option(
-        512, "shortest side of a picture that the autoencoder encodes", **SIDES
+        512, "shortest side of such a picture; sides are multiples of 16", **SIDES
     )
 
     def __post_init__(self) -> None:
@@ -144,13 +149,13 @@ class PromptSettings(Settings):
 @dataclass(frozen=True)
 class DataSettings(Settings):
     dataset_config_file: str = option(
-        "data/configs/opsd.yaml", "datasets and their weights", path=True
+        "data/configs/opsd.yaml", "data sets, weights, row budgets", path=True
     )
     data_root: str | None = option(
-        None, "folder of the datasets, else VISUAL_OPSD_DATA_ROOT", path=True
+        None, "folder of the data sets, else `VISUAL_OPSD_DATA_ROOT`, else `datasets`", path=True
     )
     num_workers: int = option(
-        2, "decoding processes of each rank; 0: in the trainer", at_least=0, at_most=512
+        2, "decoding processes of each rank; 0 decodes in the trainer", at_least=0, at_most=512
     )
     prefetch_factor: int = option(2, "steps each worker prepares ahead", at_least=1, at_most=1024)
     data_seed: int = option(42, "order of the rows", **SEEDS)
@@ -161,7 +166,7 @@ class DataSettings(Settings):
         0.01, "share of rejected rows beyond which training stops", **SHARES
     )
     sft_format: str = option(
-        "single", "SFT target: single completion, or the reference's two splits",
+        "single", "SFT target: `single` completion, or `reference`: the authors' two text splits",
         choices=("single", "reference"),
     )  # fmt: skip
 
@@ -169,35 +174,38 @@ class DataSettings(Settings):
 @dataclass(frozen=True)
 class TeacherSettings(Settings):
     teacher_mode: str = option(
-        "ema", "ema, fixed (the base) or self (the live weights)", choices=TEACHER_MODES
-    )
-    ema_decay: float = option(0.995, "EMA teacher: share kept at each step", at_least=0, below=1)
-    teacher_vt: str = option(
-        "vit", "what the teacher reads of a visual thought; vae+vit: as at inference",
-        choices=TEACHER_VTS,
+        "ema", "ema (follows the student), fixed (the base) or self (the live weights)",
+        choices=TEACHER_MODES,
     )  # fmt: skip
-    noise_vt: bool = option(False, "control: Gaussian noise in place of the visual thoughts")
+    ema_decay: float = option(0.995, "share the EMA keeps at each step", at_least=0, below=1)
+    teacher_vt: str = option(
+        "vit", "what the teacher reads of a VT: `vit`, its ViT image; `vae+vit`, its latents "
+        "before that, as a released model reads what it drew (loads the drawing branch for the "
+        "teacher, and the autoencoder)", choices=TEACHER_VTS,
+    )  # fmt: skip
+    noise_vt: bool = option(False, "the control: Gaussian noise in place of the VTs")
     teacher_cpu_offload: bool = option(False, "keep the teacher's shards in host memory")
 
 
 @dataclass(frozen=True)
 class SampleSettings(Settings):
     sample_max_new_tokens: int = option(
-        1024, "budget of a completion, over all its rounds", **TOKENS
+        1024, "budget of a completion over all its rounds", **TOKENS
     )
     sample_temperature: float = option(
-        1.0, "temperature of the policy", **TEMPERATURES,
-        hint="for greedy completions use --sample_do_sample False",
+        1.0, "temperature of the policy",
+        **TEMPERATURES, hint="for greedy completions use --sample_do_sample False",
     )  # fmt: skip
-    sample_do_sample: bool = option(True, "False: greedy")
-    sample_max_image_skips: int = option(1, "rounds that may follow an <image_start>", **ROUNDS)
+    sample_do_sample: bool = option(True, "`False`: greedy")
+    sample_max_image_skips: int = option(1, "rounds that may follow an `<image_start>`", **ROUNDS)
     sample_batch_size: int = option(
-        64, "rows decoded together (no effect on the result)", **TOGETHER
+        64, "rows decoded together; no effect on the result", **TOGETHER
     )
     max_forward_tokens: int = option(
-        10240, "rows of one sample's longer pack; a completion is cut to it", **PACKED
-    )
-    pack_tokens: int = option(16384, "rows of a pack of several samples", **PACKED)
+        10240, "longest sequence of one row; a completion is cut to fit the longer of its two "
+        "contexts", **PACKED,
+    )  # fmt: skip
+    pack_tokens: int = option(16384, "tokens of a pack of several rows", **PACKED)
 
     def sampler(self) -> SamplerSettings:
         return SamplerSettings(
@@ -212,27 +220,32 @@ class SampleSettings(Settings):
 @dataclass(frozen=True)
 class LossSettings(Settings):
     jsd_weight: float = option(1.0, "weight of the divergence", **WEIGHTS)
-    jsd_beta: float = option(0.5, "0: KL(teacher||student), 1: KL(student||teacher)", **SHARES)
+    jsd_beta: float = option(
+        0.5, "0: KL(teacher, student); 1: KL(student, teacher); between: generalised JSD", **SHARES
+    )
     jsd_temperature: float = option(1.0, "softens both distributions", **TEMPERATURES)
     jsd_top_k: int | None = option(
-        256, "teacher entries compared; none or 0: whole vocabulary", at_least=0, at_most=2**24
-    )
+        256, "entries compared, the teacher's most probable; `none` or 0: the whole vocabulary; "
+        "1 is refused, it teaches nothing", at_least=0, at_most=2**24,
+    )  # fmt: skip
     jsd_token_clip: float | None = option(
-        0.05, "upper bound of an entry's term; none: no bound", at_least=1e-12, at_most=1e6,
-        hint="for no bound use --jsd_token_clip none",
+        0.05, "upper bound of a term; `none`: no bound",
+        at_least=1e-12, at_most=1e6, hint="for no bound use --jsd_token_clip none",
     )  # fmt: skip
     jsd_clip_scope: str = option(
-        "entry", "what the clip bounds: an entry (the paper) or a token",
-        choices=("entry", "token"),
+        "entry", "what the bound holds for: each vocabulary `entry` (the paper) or the sum of a "
+        "`token`", choices=CLIP_SCOPES,
     )  # fmt: skip
-    jsd_tail_bucket: bool = option(False, "one bucket for the mass outside the top-k")
+    jsd_tail_bucket: bool = option(
+        False, "one more entry for the mass outside the top-k, instead of renormalising"
+    )
     jsd_loss_kind: str = option(
-        "jsd", "jsd, or tinker: sampled-token reverse KL", choices=("jsd", "tinker")
+        "jsd", "`jsd`, or `tinker`: reverse KL on the sampled tokens", choices=LOSS_KINDS
     )
     ce_weight: float = option(0.0, "weight of the cross-entropy on the completion", **WEIGHTS)
     loss_chunk_size: int = option(
-        512, "scored rows whose logits exist at once, both models' counted",
-        at_least=1, at_most=2**20,
+        512, "scored tokens whose logits exist at once, both models' counted: a divergence over "
+        "the whole vocabulary works on half as many at a time", at_least=1, at_most=2**20,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -246,12 +259,12 @@ class LossSettings(Settings):
 
     def build(self) -> LossConfig:
         return LossConfig(
-            loss_kind=self.jsd_loss_kind,  # type: ignore[arg-type]
+            loss_kind=self.jsd_loss_kind,
             beta=self.jsd_beta,
             temperature=self.jsd_temperature,
             top_k=self.jsd_top_k or None,
             token_clip=self.jsd_token_clip,
-            clip_scope=self.jsd_clip_scope,  # type: ignore[arg-type]
+            clip_scope=self.jsd_clip_scope,
             tail_bucket=self.jsd_tail_bucket,
             jsd_weight=self.jsd_weight,
             ce_weight=self.ce_weight,
@@ -263,9 +276,11 @@ class OptimSettings(Settings):
     lr: float = option(1e-5, "peak learning rate", above=0, at_most=1e9)
     min_lr: float = option(1e-7, "floor of the cosine", at_least=0, at_most=1e9)
     warmup_steps: int = option(
-        200, "linear warm-up; must be less than total_steps", at_least=0, at_most=10**9
+        200, "linear warm-up; must be less than `--total_steps`", at_least=0, at_most=10**9
     )
-    lr_scheduler: str = option("cosine", "after the warm-up", choices=("cosine", "constant"))
+    lr_scheduler: str = option(
+        "cosine", "after the warm-up: `cosine` or `constant`", choices=("cosine", "constant")
+    )
     beta1: float = option(0.9, "AdamW", at_least=0, below=1)
     beta2: float = option(0.95, "AdamW", at_least=0, below=1)
     eps: float = option(1e-15, "AdamW", at_least=1e-30, at_most=1)
@@ -275,7 +290,7 @@ class OptimSettings(Settings):
     )
     total_steps: int = option(1000, "optimiser steps", **ROWS)
     gradient_accumulation_steps: int = option(
-        2, "forwards a rank's share is split into at least", at_least=1, at_most=2**20
+        2, "forwards a rank's share is split into, at least", at_least=1, at_most=2**20
     )
     max_nonfinite_steps: int = option(
         5, "skipped steps in a row after which training stops", **ROWS
@@ -295,46 +310,44 @@ class OptimSettings(Settings):
 @dataclass(frozen=True)
 class RunSettings(Settings):
     results_dir: str = option(
-        "results/visual-opsd", "metrics, samples and configuration", path=True
-    )
+        "results/visual-opsd", "metrics, samples and configuration (the launchers name it after "
+        "the run)", path=True,
+    )  # fmt: skip
     checkpoint_dir: str | None = option(
-        None, "checkpoints; default: RESULTS_DIR/checkpoints", path=True
+        None, "checkpoints; otherwise `checkpoints/` in the results folder", path=True
     )
     save_every: int = option(
-        500, "steps between checkpoints (the last step is always saved)", **ROWS
+        500, "steps between checkpoints; the last step is always saved", **ROWS
     )
-    save_release: bool = option(True, "also write a release folder at each checkpoint")
-    keep_last: int = option(2, "training states kept (release folders are all kept)", **ROWS)
-    log_every: int = option(10, "steps between lines of metrics.jsonl", **ROWS)
+    save_release: bool = option(True, "write a release folder at each checkpoint too")
+    keep_last: int = option(2, "training states kept; release folders are all kept", **ROWS)
+    log_every: int = option(10, "steps between lines of `metrics.jsonl`", **ROWS)
     samples_per_step: int = option(
-        2, "completions of rank 0 written to samples.jsonl", at_least=0, at_most=2**20
-    )
+        2, "completions of rank 0 written to `samples.jsonl` at each step",
+        at_least=0, at_most=2**20,
+    )  # fmt: skip
     replay_samples: str | None = option(
-        None, "train on the completions of this samples.jsonl instead of sampling", path=True
+        None, "train on the completions of this `samples.jsonl` instead of sampling", path=True
     )
     resume: str | None = option(
-        None,
-        "latest, last_good (the same, but there must be one), a step, or a state's folder",
-        path=True,
+        None, "`latest`, `last_good`, a step, or the folder of a training state", path=True
     )
-    auto_resume: bool = option(False, "the same as --resume latest")
-    resume_from: str | None = option(
-        None, "the same as --resume PATH; with --auto_resume, only if there is no own state yet",
-        path=True,
-    )  # fmt: skip
+    auto_resume: bool = option(False, "the same as `--resume latest`")
+    resume_from: str | None = option(None, "the same as `--resume PATH`", path=True)
     take_over: bool = option(
-        False, "take folders that a run on another machine held which can no longer be seen"
+        False, "take folders that a run on another machine held, if you know that it has ended"
     )
     global_seed: int = option(4396, "random numbers of sampling and of the noise control", **SEEDS)
-    device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "`auto`, `cpu` or `cuda`", choices=("auto", "cpu", "cuda"))
     sharding_strategy: str = option(
-        "HYBRID_SHARD", "HYBRID_SHARD or FULL_SHARD", choices=("HYBRID_SHARD", "FULL_SHARD")
-    )
+        "HYBRID_SHARD", "`HYBRID_SHARD`: shards within a group, copies across groups; "
+        "`FULL_SHARD`: over all ranks", choices=("HYBRID_SHARD", "FULL_SHARD"),
+    )  # fmt: skip
     num_shard: int | None = option(
-        None, "ranks that share one copy; default: GPUs per node", **TOGETHER
+        None, "ranks that share one copy; otherwise the GPUs of a node", **TOGETHER
     )
-    num_replicate: int | None = option(None, "copies; default: ranks / num_shard", **TOGETHER)
-    cpu_offload: bool = option(False, "keep weights, gradients and optimiser in host memory")
+    num_replicate: int | None = option(None, "copies; otherwise ranks / `--num_shard`", **TOGETHER)
+    cpu_offload: bool = option(False, "weights, gradients and optimiser in host memory")
     timeout_s: float = option(1800.0, "seconds after which a stuck collective fails", **TIMEOUTS)
     progress: bool = option(True, "draw a progress bar")
     wandb_project: str | None = option(None, "log to this wandb project too")
@@ -388,12 +401,11 @@ class TrainConfig:
 class FlowSettings(Settings):
     """What SFT learns besides text."""
 
-    mode: str = option(
-        "text", "text: the text-only baseline; interleaved: thoughts and drawings",
-        choices=("text", "interleaved"),
-    )  # fmt: skip
-    mse_weight: float = option(1.0, "interleaved: weight of the flow-matching loss", **WEIGHTS)
-    timestep_shift: float = option(1.0, "interleaved: moves flow times towards the noise", **SHIFTS)
+    mode: str = option("text", "`text` or `interleaved`", choices=("text", "interleaved"))
+    mse_weight: float = option(
+        1.0, "weight of the flow-matching loss, beside `--ce_weight`", **WEIGHTS
+    )
+    timestep_shift: float = option(1.0, "moves flow times towards the noise", **SHIFTS)
 
 
 @dataclass(frozen=True)
@@ -431,12 +443,12 @@ INTERLEAVED_DEFAULTS: dict[str, Any] = {
 class ComputeSettings(Settings):
     """Where a run computes; shared by evaluation and the diagnostic."""
 
-    device: str = option("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "`auto`, `cpu` or `cuda`", choices=("auto", "cpu", "cuda"))
     precision: str = option(
-        "auto", "weights and compute; auto: bf16 on CUDA, fp32 on CPU",
+        "auto", "weights and compute: `auto` is `bf16` on CUDA and `fp32` on the CPU",
         choices=("auto", "bf16", "fp32"),
     )  # fmt: skip
-    timeout_s: float = option(7200.0, "seconds a rank waits for the slowest one", **TIMEOUTS)
+    timeout_s: float = option(7200.0, "seconds a rank waits for the slowest", **TIMEOUTS)
     progress: bool = option(True, "draw a progress bar")
 
     def dtype(self, device: torch.device) -> torch.dtype:

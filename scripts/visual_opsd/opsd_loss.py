@@ -23,20 +23,21 @@ there is no lower bound, so with beta 0 or 1, whose single terms can be negative
 be negative. `clip_scope="token"` clamps the sum over the vocabulary, once per token, instead. Where
 the clip binds, the gradient is zero.
 
-`chunked_loss.py` computes the same from hidden states without holding the logits of all tokens.
+`loss/chunked.py` computes the same from hidden states without holding the logits of all tokens.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 IGNORE_LABEL = -100
+LOSS_KINDS = ("jsd", "tinker")
+CLIP_SCOPES = ("entry", "token")
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,31 @@ class LossConfig:
     `generalized_jsd_loss`; `temperature` does not touch the cross-entropy.
     """
 
-    loss_kind: Literal["jsd", "tinker"] = "jsd"
+    loss_kind: str = "jsd"
     beta: float = 0.5
     temperature: float = 1.0
     top_k: int | None = 256
     token_clip: float | None = 0.05
-    clip_scope: Literal["entry", "token"] = "entry"
+    clip_scope: str = "entry"
     tail_bucket: bool = False
     jsd_weight: float = 1.0
     ce_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.loss_kind not in ("jsd", "tinker"):
+        if self.loss_kind not in LOSS_KINDS:
             raise ValueError(f"unknown loss_kind {self.loss_kind!r}: use 'jsd' or 'tinker'")
-        check_options(self.beta, self.temperature, self.token_clip, self.clip_scope)
+        if not 0.0 <= self.beta <= 1.0:
+            raise ValueError(
+                f"beta is {self.beta}: it must lie in [0, 1] (0 forward KL, 1 reverse KL, 0.5 JSD)"
+            )
+        if not (self.temperature > 0.0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature is {self.temperature}: it must be positive and finite")
+        if self.token_clip is not None and not self.token_clip >= 0.0:
+            raise ValueError(
+                f"token_clip is {self.token_clip}: it must be >= 0, or None for no clip"
+            )
+        if self.clip_scope not in CLIP_SCOPES:
+            raise ValueError(f"unknown clip_scope {self.clip_scope!r}: use 'entry' or 'token'")
         for name in ("jsd_weight", "ce_weight"):
             value = getattr(self, name)
             if not (value >= 0.0 and math.isfinite(value)):
@@ -92,39 +104,66 @@ def generalized_jsd_loss(
     Args:
         student_logits: (N, V) or (B, T, V), any float dtype; computed in fp32 (fp64 stays fp64).
         teacher_logits: same shape. Not detached here: pass them without a graph.
-        labels: (N,) or (B, T); rows whose label is -100 are dropped, the ids play no other role.
+        labels: (N,) or (B, T); tokens labelled -100 are dropped, the ids play no other role.
         beta: 0 is KL(teacher || student), 1 is KL(student || teacher).
         temperature: divides both logits; the loss is multiplied by its square.
-        reduction: "mean" or "sum" over the kept rows, or "none": the kept rows, one value each.
+        reduction: "mean" or "sum" over the kept tokens, or "none": one value for each of them.
         top_k: restrict both to the teacher's top-k, renormalised. None, <= 0 or >= V: all of V.
         token_clip: upper bound of each vocabulary entry's term (None: no bound).
         tail_bucket: with top-k, one bucket for the mass outside instead of renormalising.
         clip_scope: "entry" as above; "token": the bound holds for a token's sum instead.
 
     Returns:
-        A scalar, or (kept rows,) for "none". Without a kept row: 0 (connected to the graph).
+        A scalar, or (kept tokens,) for "none". Without a kept token: 0 (connected to the graph).
 
     Raises:
         ValueError: shapes that differ, an unknown reduction or scope, a value out of range.
     """
-    check_options(beta, temperature, token_clip, clip_scope)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"unknown reduction {reduction!r}: use 'mean', 'sum' or 'none'")
-    student, teacher, _ = _kept_rows(student_logits, teacher_logits, labels)
-    rows = divergence_per_row(
-        student,
-        teacher,
+    config = LossConfig(
         beta=beta,
         temperature=temperature,
         top_k=top_k,
         token_clip=token_clip,
-        tail_bucket=tail_bucket,
         clip_scope=clip_scope,
+        tail_bucket=tail_bucket,
     )
+    student, teacher, _ = _kept_tokens(student_logits, teacher_logits, labels)
+    divergence = divergence_per_token(student, teacher, config)
     if reduction == "none":
-        return rows
-    total = rows.sum()
-    return total if reduction == "sum" else total / max(rows.numel(), 1)
+        return divergence
+    total = divergence.sum()
+    return total if reduction == "sum" else total / max(divergence.numel(), 1)
+
+
+def divergence_per_token(
+    student_logits: Tensor, teacher_logits: Tensor, config: LossConfig
+) -> Tensor:
+    """The divergence of each token: (N, V), (N, V) -> (N,) in fp32 (fp64 for fp64 logits)."""
+    k = config.top_k_of(student_logits.shape[-1])
+    index = None if k is None else teacher_logits.topk(k, dim=-1).indices  # (N, k)
+    log_s = _log_probs(student_logits, config, index)  # (N, K)
+    log_t = _log_probs(teacher_logits, config, index)
+    terms = divergence_terms(log_s, log_t, config.beta)  # (N, K)
+    if config.token_clip is not None and config.clip_scope == "entry":
+        terms = terms.clamp(max=config.token_clip)
+    divergence = terms.sum(dim=-1)
+    if config.token_clip is not None and config.clip_scope == "token":
+        divergence = divergence.clamp(max=config.token_clip)
+    return divergence * config.temperature**2
+
+
+def divergence_terms(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
+    """What each vocabulary entry adds to the divergence: log-probabilities (N, K) -> (N, K)."""
+    if beta == 0.0:
+        return log_t.exp() * (log_t - log_s)
+    if beta == 1.0:
+        return log_s.exp() * (log_s - log_t)
+    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+    from_teacher = beta * log_t.exp() * (log_t - log_m)
+    from_student = (1.0 - beta) * log_s.exp() * (log_s - log_m)
+    return from_teacher + from_student
 
 
 def tinker_reverse_kl_loss(
@@ -144,100 +183,27 @@ def tinker_reverse_kl_loss(
         student_logits: (N, V) or (B, T, V), any float dtype; computed in fp32 (fp64 stays fp64).
         teacher_logits: same shape; receives no gradient.
         sampled_token_ids: (N,) or (B, T) integer ids the student sampled.
-        labels: (N,) or (B, T); rows whose label is -100 are dropped before the mean.
+        labels: (N,) or (B, T); tokens labelled -100 are dropped before the mean.
         temperature: divides both logits.
 
     Returns:
-        A scalar; 0 (connected to the graph) if no row is kept.
+        A scalar; 0 (connected to the graph) if no token is kept.
 
     Raises:
         ValueError: shapes that differ, or a temperature that is not positive.
     """
-    check_options(0.5, temperature, None, "entry")
+    config = LossConfig(loss_kind="tinker", temperature=temperature)
     if sampled_token_ids.shape != student_logits.shape[:-1]:
         raise ValueError(
-            f"sampled_token_ids has shape {tuple(sampled_token_ids.shape)}, the logits have rows "
-            f"{tuple(student_logits.shape[:-1])}: pass one sampled id for each row of logits"
+            f"sampled_token_ids has shape {tuple(sampled_token_ids.shape)}, the logits are of "
+            f"{tuple(student_logits.shape[:-1])} tokens: pass the sampled id of each token"
         )
-    student, teacher, keep = _kept_rows(student_logits, teacher_logits, labels)
-    ids = sampled_token_ids.reshape(-1)
-    rows = tinker_per_row(student, teacher, ids if keep is None else ids[keep], temperature)
-    return rows.sum() / max(rows.numel(), 1)
-
-
-def divergence_per_row(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    beta: float,
-    temperature: float,
-    top_k: int | None,
-    token_clip: float | None,
-    tail_bucket: bool = False,
-    clip_scope: str = "entry",
-) -> Tensor:
-    """The divergence of each row: (N, V), (N, V) -> (N,) in fp32 (fp64 for fp64 logits)."""
-    student = _at_temperature(student_logits, temperature)  # (N, V)
-    teacher = _at_temperature(teacher_logits, temperature)
-    if top_k is None or not 0 < top_k < student.shape[-1]:
-        log_s, log_t = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
-    else:
-        index = teacher_logits.topk(top_k, dim=-1).indices  # (N, k)
-        if tail_bucket:
-            log_s, log_t = (
-                _log_probs_with_tail(student, index),
-                _log_probs_with_tail(teacher, index),
-            )
-        else:
-            log_s = F.log_softmax(student.gather(-1, index), dim=-1)
-            log_t = F.log_softmax(teacher.gather(-1, index), dim=-1)
-    terms = divergence_terms(log_s, log_t, beta)  # (N, K)
-    if token_clip is not None and clip_scope == "entry":
-        terms = terms.clamp(max=token_clip)
-    rows = terms.sum(dim=-1)
-    if token_clip is not None and clip_scope == "token":
-        rows = rows.clamp(max=token_clip)
-    return rows * temperature**2
-
-
-def divergence_terms(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
-    """What each vocabulary entry adds to the divergence: log-probabilities (N, K) -> (N, K)."""
-    if beta == 0.0:
-        return log_t.exp() * (log_t - log_s)
-    if beta == 1.0:
-        return log_s.exp() * (log_s - log_t)
-    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
-    from_teacher = beta * log_t.exp() * (log_t - log_m)
-    from_student = (1.0 - beta) * log_s.exp() * (log_s - log_m)
-    return from_teacher + from_student
-
-
-def tinker_per_row(
-    student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, temperature: float
-) -> Tensor:
-    """-A log s(x) of each row, A detached: (N, V), (N, V), ids (N,) -> (N,)."""
-    log_s = F.log_softmax(_at_temperature(student_logits, temperature), dim=-1)
-    log_t = F.log_softmax(_at_temperature(teacher_logits, temperature), dim=-1)
-    log_s = log_s.gather(-1, ids[:, None])[:, 0]
-    log_t = log_t.gather(-1, ids[:, None])[:, 0]
+    student, teacher, keep = _kept_tokens(student_logits, teacher_logits, labels)
+    ids = sampled_token_ids.reshape(-1, 1)[keep]  # (N, 1)
+    log_s = _log_probs(student, config).gather(-1, ids)[:, 0]  # (N,)
+    log_t = _log_probs(teacher, config).gather(-1, ids)[:, 0]
     advantage = (log_t - log_s).detach()
-    return -advantage * log_s
-
-
-def check_options(
-    beta: float, temperature: float, token_clip: float | None, clip_scope: str
-) -> None:
-    """Raise ValueError for an option out of its range."""
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(
-            f"beta is {beta}: it must lie in [0, 1] (0 forward KL, 1 reverse KL, 0.5 JSD)"
-        )
-    if not (temperature > 0.0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature is {temperature}: it must be positive and finite")
-    if token_clip is not None and not token_clip >= 0.0:
-        raise ValueError(f"token_clip is {token_clip}: it must be >= 0, or None for no clip")
-    if clip_scope not in ("entry", "token"):
-        raise ValueError(f"unknown clip_scope {clip_scope!r}: use 'entry' or 'token'")
+    return (-advantage * log_s).sum() / max(log_s.numel(), 1)
 
 
 def vocabulary_hint(student_vocab: int, teacher_vocab: int) -> str:
@@ -248,36 +214,39 @@ def vocabulary_hint(student_vocab: int, teacher_vocab: int) -> str:
     )
 
 
-def _kept_rows(
+def _kept_tokens(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Flatten to (rows, V) and drop the rows labelled -100; also the mask (None: all kept)."""
+) -> tuple[Tensor, Tensor, Tensor | slice]:
+    """Both logits as (N, V) without the tokens labelled -100; what picks the tokens that stay."""
     if student_logits.shape != teacher_logits.shape or student_logits.dim() not in (2, 3):
         shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
-        cause = "both must be (N, V) or (B, T, V), with the same rows in the same order"
+        cause = "both must be (N, V) or (B, T, V), with the same tokens in the same order"
         if student_logits.shape[-1:] != teacher_logits.shape[-1:]:
             cause = vocabulary_hint(student_logits.shape[-1], teacher_logits.shape[-1])
         raise ValueError(f"student_logits and teacher_logits have shapes {shapes}: {cause}")
     vocab = student_logits.shape[-1]
-    student, teacher = student_logits.reshape(-1, vocab), teacher_logits.reshape(-1, vocab)
-    if labels is None:
-        return student, teacher, None
-    if labels.shape != student_logits.shape[:-1]:
-        raise ValueError(
-            f"labels has shape {tuple(labels.shape)}, the logits have rows "
-            f"{tuple(student_logits.shape[:-1])}: pass one label for each row of logits"
-        )
-    keep = labels.reshape(-1) != IGNORE_LABEL
-    return student[keep], teacher[keep], keep
+    keep: Tensor | slice = slice(None)
+    if labels is not None:
+        if labels.shape != student_logits.shape[:-1]:
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}, the logits are of "
+                f"{tuple(student_logits.shape[:-1])} tokens: pass one label for each token"
+            )
+        keep = labels.reshape(-1) != IGNORE_LABEL
+    return student_logits.reshape(-1, vocab)[keep], teacher_logits.reshape(-1, vocab)[keep], keep
 
 
-def _at_temperature(logits: Tensor, temperature: float) -> Tensor:
-    """Logits / T in at least fp32, whatever dtype the head computed in."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+def _log_probs(logits: Tensor, config: LossConfig, index: Tensor | None = None) -> Tensor:
+    """Log-probabilities at T, in at least fp32, of what is compared: logits (N, V) -> (N, K).
 
-
-def _log_probs_with_tail(logits: Tensor, index: Tensor) -> Tensor:
-    """Full-softmax log-probabilities at `index`, then that of everything else: (N, k + 1)."""
+    All of V without an index. With one (N, k): the entries there, renormalised, or as they are in
+    the full softmax and then, as entry k + 1, everything else.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / config.temperature
+    if index is None:
+        return F.log_softmax(logits, dim=-1)
+    if not config.tail_bucket:
+        return F.log_softmax(logits.gather(-1, index), dim=-1)
     log_p = F.log_softmax(logits, dim=-1)
     inside = log_p.gather(-1, index)
     # A sum over the others, not 1 - inside: the difference has no digits left when k covers all.

@@ -56,11 +56,9 @@ def init_distributed(device: str = "auto", timeout_s: float = 1800) -> DistEnv:
         timeout_s: after this many seconds a collective that some rank never joined fails.
 
     Raises:
-        ValueError: unknown device, "cuda" without a GPU, (on all ranks) not a GPU for each of them,
-            variables of a launcher that are incomplete, or processes that do not come.
+        ValueError: "cuda" without a GPU, (on all ranks) not a GPU for each of them, variables of a
+            launcher that are incomplete, or processes that do not come.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"unknown device {device!r}: use auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "device cuda was asked for, but torch sees no GPU (CPU build of torch, no driver, or "

@@ -1,21 +1,20 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""From a parquet row to the contexts that are forwarded; run in the loader's workers."""
+"""What a step's rows are made with: contexts, their limits, the latents of their pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.limits import NO_LIMITS, ContextLimits
+from data.limits import ContextLimits
 from data.packing import context_length
-from data.randomness import noise_generator, row_generator
 from data.sequence import Context, ContextBuilder, LatentSegment, PixelSegment, Segment, TextSegment
-from data.thinkmorph import OPSD_ROWS, SFT_ROWS, Row, Sample, parse_row
+from data.thinkmorph import Row, Sample
 from data.transforms import ImageTransform, image_path
 from modeling.autoencoder import AE_FILE, AutoEncoder, latent_tokens
 from modeling.bagel.config import BagelConfig
@@ -36,6 +35,12 @@ class TrainRow:
     student: Context
     teacher: Context | None = None
     targets: tuple[TextSegment, ...] = ()
+
+    @classmethod
+    def of(cls, row: Row, sample: Sample, student: Context, **others: Any) -> TrainRow:
+        """The row's sample with its contexts (others: teacher, targets)."""
+        name = f"{sample.dataset}/{sample.pid}"
+        return cls(name, row.position, sample.question, sample.answer, student, **others)
 
 
 def make_builder(tokenizer: Any, model: BagelConfig, settings: PromptSettings) -> ContextBuilder:
@@ -77,10 +82,6 @@ def open_builder(
     return make_builder(tokenizer, model, settings), model
 
 
-def _name(sample: Sample) -> str:
-    return f"{sample.dataset}/{sample.pid}"
-
-
 def scoring_limits(model: BagelConfig, sample: SampleSettings) -> ContextLimits:
     """Of contexts that a completion follows: it may be cut, but not to less than one token."""
     return ContextLimits(
@@ -96,52 +97,6 @@ def given_positions(ids: Sequence[int], context: Context, limits: ContextLimits)
     """Rope positions of given text behind a context, cut to what `limits.tokens` leaves."""
     whole = len(ids) + 2
     return whole if limits.tokens is None else min(whole, limits.tokens - context_length(context))
-
-
-@dataclass(frozen=True)
-class PrepareOPSD:
-    """Row -> student and teacher context; with `noise_seed` the VTs become Gaussian noise.
-
-    A row whose contexts do not fit the limits is rejected as "too_long".
-    with_latents: the teacher also reads the VTs' latents (still pixels here).
-    """
-
-    builder: ContextBuilder
-    noise_seed: int | None = None
-    limits: ContextLimits = NO_LIMITS
-    with_latents: bool = False
-
-    def __call__(self, row: Row) -> TrainRow:
-        sample = parse_row(row, OPSD_ROWS)
-        student = self.builder.student(sample)
-        noise = None
-        if self.noise_seed is not None:
-            noise = noise_generator(self.noise_seed, row.position)
-        teacher = self.builder.teacher(sample, student, noise, with_latents=self.with_latents)
-        self.limits.check(row, teacher)
-        return TrainRow(
-            _name(sample), row.position, sample.question, sample.answer, student, teacher
-        )
-
-
-@dataclass(frozen=True)
-class PrepareSFT:
-    """Row -> student context and the scored target text; "too_long" as for `PrepareOPSD`."""
-
-    builder: ContextBuilder
-    form: str = "single"
-    limits: ContextLimits = NO_LIMITS
-
-    def __call__(self, row: Row) -> TrainRow:
-        sample = parse_row(row, SFT_ROWS)
-        student = self.builder.student(sample)
-        targets = self.builder.sft_targets(sample, self.form)
-        head = (*student, *targets[:-1])
-        new = given_positions(targets[-1].ids, head, self.limits)
-        self.limits.check(row, head, new_positions=new)
-        return TrainRow(
-            _name(sample), row.position, sample.question, sample.answer, student, targets=targets
-        )
 
 
 @torch.no_grad()
@@ -175,13 +130,3 @@ def encode_pictures(
             flow_noise = torch.randn(tokens.shape, generator=generator)
         encoded.append(LatentSegment(tokens, segment.position_ids, time, flow_noise))
     return tuple(encoded)
-
-
-def encode_teachers(rows: Sequence[TrainRow], vae: AutoEncoder, seed: int) -> list[TrainRow]:
-    """The rows, the pictures of their teachers' contexts encoded."""
-    encoded = []
-    for row in rows:
-        assert row.teacher is not None
-        generator = row_generator("teacher", seed, row.position)
-        encoded.append(replace(row, teacher=encode_pictures(row.teacher, vae, generator)))
-    return encoded

@@ -45,51 +45,43 @@ def score_completion(
 ) -> ScoredRow:
     """Append a sampled completion to both contexts, cut so that the longer one fits.
 
-    Raises:
-        ValueError: the context alone leaves no room for a single token.
+    The contexts leave room for a token at least: those of other rows were rejected as "too_long".
     """
     longest = max(context_length(student), context_length(teacher))
     room = max_forward_tokens - longest - 2  # the completion's two markers
     truncated = len(completion.ids) > room
     if truncated:
-        if room < 1:
-            raise ValueError(
-                f"{name}: its context takes {longest} of max_forward_tokens "
-                f"{max_forward_tokens}; raise the limit or lower vit_max_pixels"
-            )
+        assert room >= 1, f"{name}: its context takes {longest} of {max_forward_tokens} tokens"
         completion = completion.truncated(room)
     segment = completion.segment()
     return ScoredRow(name, (*student, segment), (*teacher, segment), completion, truncated)
 
 
 def score_targets(row: TrainRow, max_forward_tokens: int) -> ScoredRow:
-    """SFT: the given text is the completion, there is no teacher."""
+    """SFT: the given text is the completion, cut so that it fits; there is no teacher."""
     context = (*row.student, *row.targets)
     length = context_length(context)
     if length > max_forward_tokens:
         over = length - max_forward_tokens
         *others, last = row.targets
-        if over >= len(last.ids):
-            raise ValueError(
-                f"{row.name}: {length} rows do not fit max_forward_tokens {max_forward_tokens}; "
-                "raise the limit"
-            )
+        assert over < len(last.ids), f"{row.name}: {length} of {max_forward_tokens} tokens"
         kept = last.ids[: len(last.ids) - over]
         cut = TextSegment(kept, (True,) * len(kept) + (False,))
         return ScoredRow(row.name, (*row.student, *others, cut), None, truncated=True)
     return ScoredRow(row.name, context, None)
 
 
-def empty_row(with_teacher: bool, patch_dim: int, latent_dim: int = 0) -> ScoredRow:
+def empty_row(patch_dim: int, *, with_teacher: bool, latent_dim: int | None = None) -> ScoredRow:
     """A pack of weight zero for a rank without rows: it joins the collectives, scores nothing.
 
-    It holds an image (and latents where drawing is trained, so latent_dim is not 0), because a
-    rank that skipped the ViT would leave the others waiting. The teacher has one more of its own:
-    where it lends the student the images both see, its ViT runs once for those and once for others.
+    It holds an image, and latents where drawing is trained (None: it is not), because a rank that
+    skipped the ViT would leave the others waiting. The teacher has one more of its own: where the
+    student takes its features of the images both see, its ViT runs once for those and once for
+    others.
     """
     first = torch.zeros(1, dtype=torch.int64)
     context: Context = (ImageSegment(torch.zeros(1, patch_dim), first), TextSegment(()))
-    if latent_dim:
+    if latent_dim is not None:
         context = (LatentSegment(torch.zeros(1, latent_dim), first), *context)
     other = ImageSegment(torch.zeros(1, patch_dim), first)
     teacher = (*context[:-1], other, context[-1]) if with_teacher else None

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from scripts.visual_opsd.cli import parse_config, run_main
 from scripts.visual_opsd.config import INTERLEAVED_DEFAULTS, SFT_DEFAULTS, SFTConfig
 from scripts.visual_opsd.processes import init_distributed, shutdown
-from scripts.visual_opsd.training.interleaved import InterleavedTrainer
+from scripts.visual_opsd.training.interleaved import InterleavedSFT
+from scripts.visual_opsd.training.objective import Objective
+from scripts.visual_opsd.training.text_sft import TextSFT
 from scripts.visual_opsd.training.trainer import Trainer
 
 _TITLE = "SFT: the text-only baseline, or (--mode interleaved) thoughts and drawings."
@@ -26,14 +28,17 @@ def read_config(argv: Sequence[str] | None) -> SFTConfig:
     return config
 
 
+def make_objective(config: SFTConfig) -> Objective:
+    """What the mode trains on."""
+    return InterleavedSFT(config) if config.flow.mode == "interleaved" else TextSFT(config)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code."""
     config = read_config(argv)
     env = init_distributed(config.run.device, config.run.timeout_s)
     try:
-        if config.flow.mode == "interleaved":
-            return InterleavedTrainer(config, env).train()
-        return Trainer(config, env, sft=True).train()
+        return Trainer(config, env, make_objective(config)).train()
     finally:
         shutdown()
 

@@ -12,6 +12,7 @@ from scripts.visual_opsd.cli import parse_config, run_main
 from scripts.visual_opsd.config import TrainConfig
 from scripts.visual_opsd.processes import init_distributed, shutdown
 from scripts.visual_opsd.training.trainer import Trainer
+from scripts.visual_opsd.training.visual_opsd import VisualOPSD
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(TrainConfig, argv, "Train with Visual-OPSD.")
     env = init_distributed(config.run.device, config.run.timeout_s)
     try:
-        return Trainer(config, env).train()
+        return Trainer(config, env, VisualOPSD(config)).train()
     finally:
         shutdown()
 

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import data.check
-from data.parquet import attempt
 from data.rejects import Reject
+from data.row_groups import prepare_row
 from data.sequence import Completion
 from data.thinkmorph import EVALUATION_ROWS, Row, parse_row
 from data.tsv import TsvDataset, tsv_images
 from examples import inference_demo
 from modeling.release.tokenizer import load_tokenizer
 from scripts.visual_opsd import evaluate, train_visual_opsd
+from scripts.visual_opsd.evaluation import answers
 from scripts.visual_opsd.evaluation.rows import open_data
 from scripts.visual_opsd.training.trainer import Trainer
 from tests.conftest import TINY_BAGEL
@@ -49,7 +50,7 @@ def read_rows(argv: Sequence[str]) -> int:
             }  # fmt: skip
 
         for index in range(len(dataset)):
-            found = attempt(dataset, index, values)
+            found = prepare_row(dataset, index, values)
             print(json.dumps({"bad": found.reason} if isinstance(found, Reject) else found))
     return 0
 
@@ -63,7 +64,7 @@ def evaluate_without_decoding(argv: Sequence[str]) -> int:
     """The evaluation with a sampler that answers A to everything."""
     ids = load_tokenizer(TINY_BAGEL)[0].encode("<answer>A</answer>", add_special_tokens=False)
     answer = Completion(tuple(ids), (True,) * (len(ids) + 1))
-    evaluate.sample_completions = lambda model, contexts, *_, **__: [answer] * len(contexts)
+    answers.sample_completions = lambda model, contexts, *_, **__: [answer] * len(contexts)
     return evaluate.main([
         "--device", "cpu", "--progress", "False", "--vit_max_size", "56", "--vit_min_size", "14",
         "--max_new_tokens", "64", *argv,

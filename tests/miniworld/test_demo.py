@@ -23,7 +23,7 @@ from scripts.miniworld import demo
 from scripts.visual_opsd.analysis.kl_measurement import DiagnosticConfig
 from scripts.visual_opsd.cli import flat, parse_config
 from scripts.visual_opsd.config import TrainConfig
-from scripts.visual_opsd.evaluate import EvaluateConfig
+from scripts.visual_opsd.evaluation.questions import EvaluateConfig
 from scripts.visual_opsd.evaluation.scoring import PairedComparison, compare_paired
 from tests.visual_opsd.training_runs import ROOT
 
@@ -373,7 +373,8 @@ def test_a_stage_that_fails_ends_with_1(
     error = capsys.readouterr().err
     assert "error: world ended with code 2" in error and "The effect" not in error
     assert not (tmp_path / "result.json").exists()
-    assert demo.main(["--out", str(tmp_path), "--base", str(tmp_path / "none")]) == 2
+    with pytest.raises(ValueError, match=r"no base checkpoint at .*; give --base DIR"):
+        demo.main(["--out", str(tmp_path), "--base", str(tmp_path / "none")])
 
 
 @pytest.mark.slow

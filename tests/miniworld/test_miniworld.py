@@ -338,9 +338,7 @@ def test_accuracy_counts_valid_paths(
     assert result == {"all": right, "4x4": right}
 
 
-def test_command_trains_and_writes_a_release_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_command_trains_and_writes_a_release_folder(tmp_path: Path) -> None:
     npz, out = str(tmp_path / "mazes.npz"), tmp_path / "base"
     flags = ["--mazes-per-size", "40", "--heldout-rows", "6", "--sizes", "3,4"]
     assert pretrain.main(["--export-table", npz, *flags]) == 0
@@ -360,14 +358,17 @@ def test_command_trains_and_writes_a_release_folder(
     bundle = load_bagel(out)
     assert bundle.config.vit_max_patches_per_side == SIDE
     assert bundle.config.vision.num_hidden_layers == 2 and not bundle.config.visual_gen
-    assert pretrain.main(train) == 2 and "--overwrite" in capsys.readouterr().err
-    bad = ["--table", npz, "--out", str(tmp_path / "x"), "--text-share", "0"]
-    assert pretrain.main(bad) == 2 and "--text-share" in capsys.readouterr().err
-    assert pretrain.main(["--out", npz, "--export-table", npz]) == 2
-    capsys.readouterr()
-    for words in (["--export-table", npz], ["--out", str(tmp_path / "x"), "--log", npz]):
-        assert pretrain.main(words) == 2  # neither replaces what is there
-        assert "exists; choose another, or pass --overwrite" in capsys.readouterr().err
+    new = ["--out", str(tmp_path / "x")]
+    for words, message in (
+        (train, "exists; choose another --out or pass --overwrite"),
+        (["--table", npz, *new, "--text-share", "0"], "--text-share 0.0 and --noise-share"),
+        (["--out", npz, "--export-table", npz], "give either --out DIR .* or --export-table FILE"),
+        # Neither replaces what is there.
+        (["--export-table", npz], "exists; choose another, or pass --overwrite"),
+        ([*new, "--log", npz], "exists; choose another, or pass --overwrite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pretrain.main(words)
     assert not (tmp_path / "x").exists()
 
 

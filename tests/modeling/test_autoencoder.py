@@ -87,7 +87,7 @@ def test_noise_of_the_encoder(vae: AutoEncoder) -> None:
     assert torch.equal(vae.encode(image), expected)
     tokens = encode_tokens(vae, list(image), generator=torch.Generator().manual_seed(5))
     assert torch.equal(torch.stack(tokens), torch.stack([latent_tokens(x) for x in expected]))
-    with pytest.raises(ValueError, match=r"noise must be \(2, 16, 2, 4\)"):
+    with pytest.raises(AssertionError, match=r"2, 16, 2, 4"):
         vae.encode(image, noise=drawn[:1])
     with pytest.raises(ValueError, match="multiples of 8"):
         vae.encode(torch.zeros(1, 3, 20, 16))
@@ -117,8 +117,6 @@ def test_loading(vae: AutoEncoder, stored: dict[str, Tensor], tmp_path: Path) ->
     for key, value in vae.state_dict().items():
         assert value.dtype == torch.float32 and torch.equal(value, stored[key].float())
     assert not any(p.requires_grad for p in vae.parameters())
-    half = load_autoencoder(TINY_BAGEL / "ae.safetensors", dtype=torch.bfloat16)
-    assert half.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="is missing: drawing"):
         load_autoencoder(tmp_path)
 
@@ -128,10 +126,10 @@ def test_loading(vae: AutoEncoder, stored: dict[str, Tensor], tmp_path: Path) ->
             load_autoencoder(tmp_path)
 
     key = "decoder.up.1.block.0.nin_shortcut.weight"
-    fails({k: v for k, v in stored.items() if k != key}, f"{key} is missing")
-    fails({**stored, "quant_conv.weight": torch.ones(1)}, "quant_conv.weight is unexpected")
-    fails({**stored, key: torch.ones(3)}, r"found \[3\] F32, expected \[64, 128, 1, 1\]")
-    fails({**stored, key: stored[key].to(torch.int8)}, "I8, expected")
+    fails({k: v for k, v in stored.items() if k != key}, f"1 missing: {key}")
+    fails({**stored, "quant_conv.weight": torch.ones(1)}, "1 unexpected: quant_conv.weight")
+    fails({**stored, key: torch.ones(3)}, r"found \[3\], expected \[64, 128, 1, 1\]")
+    fails({**stored, key: stored[key].to(torch.int8)}, f"{key}: I8")
     fails({"encoder.conv_in.bias": torch.ones(3)}, "not the autoencoder of a BAGEL release")
     thin = {**stored, "encoder.conv_in.weight": torch.ones(48, 3, 3, 3)}
     fails(thin, "width 48 must be a multiple of 32")
@@ -142,10 +140,8 @@ def test_load_bagel_brings_the_autoencoder(
 ) -> None:
     bundle = load_bagel(tiny_bagel_path, visual_gen=True, dtype=torch.bfloat16)
     assert bundle.vae is not None and bundle.vae.dtype == torch.float32
-    half = load_bagel(tiny_bagel_path, visual_gen=True, vae_dtype=torch.bfloat16).vae
-    assert half is not None
-    for key, value in half.state_dict().items():
-        assert torch.equal(value, stored[key])
+    for key, value in bundle.vae.state_dict().items():
+        assert torch.equal(value, stored[key].float())
     assert load_bagel(tiny_bagel_path).vae is None
     bare = tmp_path / "bare"
     shutil.copytree(tiny_bagel_path, bare)

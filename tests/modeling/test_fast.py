@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +19,11 @@ from torch import nn
 from data.packing import pack
 from data.sequence import TextSegment
 from modeling import fast, load_bagel
-from modeling.bagel import decoder
+from modeling.bagel.attention import AttentionLayout, Block, DecodeLayout
 from modeling.bagel.generate import generate
 from modeling.bagel.graphs import RepeatedStep
-from modeling.bagel.projections import adjoin_projections, joined_weights, products
-from modeling.release.tokenizer import load_tokenizer
+from modeling.bagel.plan import LayerPlan, plan_layer, plan_layers
+from modeling.bagel.projections import adjoin_projections, joined_weights, project_rows
 
 TINY_BAGEL = Path(__file__).resolve().parents[1] / "tiny-bagel"
 
@@ -85,10 +86,10 @@ def test_a_name_turns_its_kernels_off_alone(path: str, monkeypatch: pytest.Monke
 
 def test_graphs_turn_off_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VISUAL_OPSD_EAGER", raising=False)
-    assert RepeatedStep(lambda: None, torch.device("cuda")).records
-    assert not RepeatedStep(lambda: None, torch.device("cpu")).records
+    assert RepeatedStep(lambda: None, torch.device("cuda")).captures
+    assert not RepeatedStep(lambda: None, torch.device("cpu")).captures
     monkeypatch.setenv("VISUAL_OPSD_EAGER", "graphs")
-    assert not RepeatedStep(lambda: None, torch.device("cuda")).records
+    assert not RepeatedStep(lambda: None, torch.device("cuda")).captures
 
 
 def three_layers(device: str) -> list[nn.Linear]:
@@ -151,19 +152,51 @@ def test_projections_adjoin_in_inference_mode(loads_inside: bool) -> None:
         assert all(layer.weight.grad is not None for layer in layers)
 
 
-def test_attention_in_place_wants_its_norms_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a model spread over devices, the norms of heads may lie elsewhere than their layer."""
-    model = load_bagel(TINY_BAGEL, visual_gen=True).model
-    attention: Any = model.language_model.model.layers[0].self_attn
+LAYOUT = AttentionLayout((2,), (0,), ((),))
+
+
+def test_a_plan_without_and_with_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one, no memory is reused and no weight is read but through its module."""
     monkeypatch.setattr(fast, "runs_kernels", lambda *_: True)
-    monkeypatch.setattr(decoder, "attends_in_place", lambda *_: True)
-    x = torch.zeros(2, attention.q_proj.in_features)
-    layout = pack([(TextSegment((5, 6)),)], load_tokenizer(TINY_BAGEL)[1]).layout
+    x = torch.zeros(2, 4)
+    assert plan_layer(x, LAYOUT, 32) == LayerPlan("blocks", row_kernels=True, head_kernels=True)
     with torch.no_grad():
-        assert attention._places(x, layout)
-        attention.k_norm_moe_gen.to("meta")
-        assert not attention._places(x, layout)
-    assert not attention._places(x, layout)
+        plan = plan_layer(x, LAYOUT, 32)
+        assert plan.attends_in_cache and plan.adds_in_product and plan.streams(x)
+        assert not plan.streams(torch.zeros(9, 4)) and not plan.streams(x[:0])
+        narrow = plan_layer(x, LAYOUT, 24)  # half a head is no power of two
+        assert narrow == replace(plan, head_kernels=False, attends_in_cache=False)
+        step = plan_layer(x, DecodeLayout(torch.zeros(2, dtype=torch.int64)), 32)
+        assert step == replace(plan, backend="decode", attends_in_cache=False)
+        # A noised image that other rows must not see: the kernels cannot follow.
+        hidden = AttentionLayout((4,), (0,), ((Block(0, 2, True),),))
+        assert plan_layer(x, hidden, 32).backend != "blocks"
+        assert not plan_layer(x, hidden, 32).attends_in_cache
+
+
+def test_layers_whose_weights_are_elsewhere_read_none_directly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a model spread over devices, a hook may bring a weight for the call of its module."""
+    model = load_bagel(TINY_BAGEL, visual_gen=True).model
+    layers: Any = model.language_model.model.layers
+    monkeypatch.setattr(fast, "runs_kernels", lambda *_: True)
+    x, devices = torch.zeros(2, 64), [torch.device("cpu")] * len(layers)
+    layers[1].self_attn.k_norm_moe_gen.to("meta")
+    with torch.no_grad():
+        whole, torn, last = plan_layers(layers, x, LAYOUT, 16, devices=devices)
+        assert whole == last == plan_layer(x, LAYOUT, 16) and whole.attends_in_cache
+    assert torn == LayerPlan("blocks", row_kernels=True)
+
+
+def test_compiled_layers_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers: Any = load_bagel(TINY_BAGEL).model.language_model.model.layers
+    monkeypatch.setattr(fast, "runs_kernels", lambda *_: True)
+    x = torch.zeros(2, 64)
+    with torch.no_grad():
+        assert plan_layers(layers, x, LAYOUT, 16) == [plan_layer(x, LAYOUT, 16)] * len(layers)
+        layers[0].compile()
+        assert plan_layers(layers, x, LAYOUT, 16) == [LayerPlan()] * len(layers)
 
 
 @pytest.mark.cuda
@@ -175,7 +208,7 @@ def test_projections_turn_off_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for eager in ("decode", "projections"):
         monkeypatch.setenv("VISUAL_OPSD_EAGER", eager)
         with torch.no_grad():
-            found.append(products(x, layers))
+            found.append(project_rows(x, layers, plan_layer(x, LAYOUT)))
         shared.append(len({part.untyped_storage().data_ptr() for part in found[-1]}) == 1)
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-4)
     assert shared == [True, False]

@@ -25,7 +25,7 @@ from data.sequence import (
 )
 from data.transforms import ImageTransform, extrapolated_position_ids, patchify, to_rgb
 from modeling import load_bagel
-from modeling.bagel.attention import AttentionLayout
+from modeling.bagel.attention import AttentionLayout, Block
 from modeling.bagel.batch import PackedBatch
 from modeling.bagel.decoder import RMSNorm, apply_rotary, rotary
 from modeling.bagel.embeddings import timestep_frequencies
@@ -97,7 +97,13 @@ def test_units(bundle: Any) -> None:
 def test_mask_rule(name: str) -> None:
     meta, t = load_golden("00_units")
     splits, modes = meta[name]["split_lens"], meta[name]["attn_modes"]
-    layout = AttentionLayout.from_splits([sum(splits)], splits, modes)
+    ends = torch.tensor(splits).cumsum(0).tolist()
+    blocks = tuple(
+        Block(end - length, end, mode == "noise")
+        for end, length, mode in zip(ends, splits, modes, strict=True)
+        if mode != "causal"
+    )
+    layout = AttentionLayout((sum(splits),), (0,), (blocks,))
     assert_golden(meta, f"{name}_allowed", layout.allowed(0), t[f"{name}_allowed"])
 
 

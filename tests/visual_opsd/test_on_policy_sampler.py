@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -57,17 +58,17 @@ def run_script(bundle: Any, case: dict[str, Any], check_every: int) -> tuple[Any
         assert numbers is not None
         return table[numbers.long()], torch.zeros(len(numbers))
 
-    generation = generate(
-        bundle.model,
-        pack([context], bundle.special_tokens),
-        bundle.special_tokens,
-        max_new_tokens=budget,
-        uniforms=torch.arange(budget + 1)[None].double(),
-        continues=marker_check(bundle.tokenizer.decode),
-        max_image_skips=case["max_image_skips"],
-        check_every=check_every,
-        choose_token=scripted,
-    )[0]
+    with patch("modeling.bagel.generate.choose", scripted):
+        generation = generate(
+            bundle.model,
+            pack([context], bundle.special_tokens),
+            bundle.special_tokens,
+            max_new_tokens=budget,
+            uniforms=torch.arange(budget + 1)[None].double(),
+            continues=marker_check(bundle.tokenizer.decode),
+            max_image_skips=case["max_image_skips"],
+            check_every=check_every,
+        )[0]
     return generation, to_completion(generation)
 
 

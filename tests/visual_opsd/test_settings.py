@@ -21,8 +21,8 @@ from scripts.visual_opsd.analysis.kl_measurement import DiagnosticConfig
 from scripts.visual_opsd.analysis.vt_intervention import InterventionConfig
 from scripts.visual_opsd.cli import Settings, _base_type, flat, parse_config
 from scripts.visual_opsd.config import SFTConfig, TrainConfig
-from scripts.visual_opsd.evaluate import EvaluateConfig
 from scripts.visual_opsd.evaluation.benchmark_table import TableConfig, parse_runs
+from scripts.visual_opsd.evaluation.questions import EvaluateConfig
 from scripts.visual_opsd.opsd_loss import generalized_jsd_loss
 
 DemoConfig = importlib.import_module("examples.inference_demo").DemoConfig

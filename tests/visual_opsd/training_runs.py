@@ -17,18 +17,23 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from data.worlds.writer import write_spatial_navigation
+from tests.data.synthetic import split_file
+
 ROOT = Path(__file__).parents[2]
 TINY_BAGEL = ROOT / "tests" / "tiny-bagel"
 # Figures that measure the machine, not the run.
 _MACHINE = ("seconds/", "tokens_per_s/", "peak_memory_gb")
 
 
-def make_world(folder: Path, rows: int = 64) -> Path:
-    """A small maze data set and its dataset config; returns the config's path."""
-    from data.worlds.__main__ import main
+def make_world(folder: Path, rows: int = 16, heldout_rows: int = 12) -> Path:
+    """A small maze data set and its dataset config; returns the config's path.
 
-    arguments = ["spatial_navigation", "--rows", str(rows), "--heldout-rows", "8"]
-    assert main([*arguments, "--out", str(folder), "--seed", "3"]) == 0
+    The held-out rows stand in two files, so that a row's place in its file is not its index.
+    Tests that only read take the session's fixture `world`.
+    """
+    data = write_spatial_navigation(folder, rows=rows, heldout_rows=heldout_rows, seed=3)
+    split_file(data, "heldout", 3)
     config = folder / "datasets.yaml"
     config.write_text("datasets:\n  - {name: Spatial_Navigation}\n")
     return config

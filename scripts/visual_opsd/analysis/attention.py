@@ -6,10 +6,10 @@
 The answer of a row (its text-only trace and answer, as the SFT baseline learns them) is read twice
 by the model: `before` behind the student's context, `after` behind the teacher's, which shows the
 VTs. Each layer's attention is computed again from the layer's input, in fp32, with scores scaled
-by d^-0.5 and masked as the layout says, for the rows that predict the answer; its mass is summed
-over the keys of each part, and averaged over heads, rows, then samples. The parts:
+by d^-0.5 and masked as the layout says, for the tokens that predict the answer; its mass is summed
+over the keys of each part, and averaged over heads, tokens, then samples. The parts:
 
-    first_token    the very first row, on which models park attention they do not need
+    first_token    the very first token, on which models park attention they do not need
     problem_image  the problem, its two markers included
     vt             the VTs likewise, however they are read
     text           system prompt, question and the teacher's strings
@@ -20,7 +20,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,75 +35,62 @@ from data.packing import context_length, group_by_tokens, pack, segment_length
 from data.randomness import noise_generator, row_generator
 from data.sequence import Context, ContextBuilder, TextSegment
 from data.thinkmorph import Row, RowNeeds, parse_row
-from modeling import load_bagel
+from modeling import BagelBundle, load_bagel
 from modeling.bagel.attention import AttentionLayout
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
-from modeling.bagel.config import SpecialTokens
 from modeling.bagel.decoder import Attention
 from modeling.release.fingerprints import weights_fingerprint
 from scripts.visual_opsd.analysis.figures import draw_attention
-from scripts.visual_opsd.cli import (
-    PACKED,
-    ROWS,
-    SEEDS,
-    SHARES,
-    Settings,
-    flat,
-    option,
-    parse_config,
-    run_main,
-)
+from scripts.visual_opsd.cli import PACKED, ROWS, SEEDS, flat, option, parse_config, run_main
 from scripts.visual_opsd.config import ComputeSettings, PromptSettings
 from scripts.visual_opsd.evaluation.rows import (
-    BadRows,
+    THOUGHT_IDENTITY_COLUMNS,
+    RowName,
     RowPool,
-    check_bad_rate,
-    memory_advice,
     open_data,
-    progress_bar,
     prompt_identity,
-    read_windows,
+    row_name,
 )
-from scripts.visual_opsd.evaluation.store import claim_output, write_json
-from scripts.visual_opsd.processes import init_distributed, shutdown
+from scripts.visual_opsd.evaluation.runner import (
+    RowLimits,
+    RowSettings,
+    claim_folder,
+    memory_advice,
+    run_rows,
+)
+from scripts.visual_opsd.evaluation.store import RankedLines, Record, write_json
+from scripts.visual_opsd.evaluation.summary import by_dataset
+from scripts.visual_opsd.processes import DistEnv, init_distributed, on_main, shutdown
 from scripts.visual_opsd.rows import encode_pictures, open_builder
 
 PARTS = ("first_token", "problem_image", "vt", "text", "answer")
 PHASES = ("before", "after")
-NEEDS = RowNeeds("required", "required", "unused")
-_MAX_SCORES = 1 << 26  # entries of one (heads, rows, keys) block, 256 MB in fp32
+NEEDS = RowNeeds(visual_thoughts="required", text_trace="required")
+_MAX_SCORES = 1 << 26  # entries of one (heads, tokens, keys) block, 256 MB in fp32
 
 
 @dataclass(frozen=True)
-class AnalysisSettings(Settings):
+class AnalysisSettings(RowSettings):
     """Whose attention, over what."""
 
-    model_path: str = option("models/ThinkMorph-7B", "release folder", path=True)
-    data: str = option(
-        "Spatial_Navigation", "datasets below the data root, folders or parquet files, by commas",
-        path="list",
-    )  # fmt: skip
-    split: str = option("heldout", "files of a folder that are read (SPLIT-*.parquet)")
-    data_root: str | None = option(
-        None, "folder of the datasets, else VISUAL_OPSD_DATA_ROOT", path=True
-    )
     limit: int | None = option(64, "only the first rows of all; None: every row", **ROWS)
+    output_dir: str = option(
+        "results/attention", "attention.json and attention.png", path=True
+    )
     context: str = option(
         "vit", "how the VTs are read; vae+vit: as at inference; noise: ViT, noise for its VTs",
         choices=("vit", "vae+vit", "noise"),
     )  # fmt: skip
-    output_dir: str = option(
-        "results/attention", "attention.json and attention.png", path=True
-    )
-    overwrite: bool = option(False, "replace the results that output_dir holds")
     max_forward_tokens: int = option(
-        16384, "packed rows of a forward (no effect on the result)", **PACKED
+        16384, "packed tokens of a forward (no effect on the result)", **PACKED
     )
     seed: int = option(0, "random numbers of --context noise, and of the VAE", **SEEDS)
-    max_bad_rate: float = option(
-        0.01, "share of unusable rows beyond which the run fails", **SHARES
-    )
+
+    @property
+    def with_latents(self) -> bool:
+        """Whether the VTs' latents are read too."""
+        return self.context == "vae+vit"
 
 
 @dataclass(frozen=True)
@@ -123,7 +112,7 @@ class Reading:
 
     @property
     def key_parts(self) -> Tensor:
-        """(rows,) int64: the part each row belongs to."""
+        """(tokens,) int64: the part each token belongs to."""
         lens = torch.tensor([segment_length(segment) for segment in self.context])
         found = torch.tensor(self.parts).repeat_interleave(lens)
         found[0] = PARTS.index("first_token")
@@ -142,8 +131,7 @@ def reading(student: Context, extra: Context, answer: TextSegment) -> Reading:
 
 @dataclass(frozen=True)
 class AnalysisRow:
-    dataset: str
-    position: int
+    name: RowName
     student: Context
     extra: Context  # the rest of the teacher's context
     answer: TextSegment
@@ -163,7 +151,7 @@ class PrepareAnalysis:
     def of(cls, settings: AnalysisSettings, prompt: PromptSettings) -> PrepareAnalysis:
         """Raises ValueError: no row can fit the model's positions."""
         builder, model = open_builder(
-            settings.model_path, prompt, visual_gen=settings.context == "vae+vit"
+            settings.model_path, prompt, visual_gen=settings.with_latents
         )
         limits = ContextLimits(
             model.llm.max_position_embeddings,
@@ -178,33 +166,39 @@ class PrepareAnalysis:
         if self.settings.context == "noise":
             noise = noise_generator(self.settings.seed, row.position)
         teacher = self.builder.teacher(
-            sample, student, noise, with_latents=self.settings.context == "vae+vit"
+            sample, student, noise, with_latents=self.settings.with_latents
         )
         (answer,) = self.builder.sft_targets(sample)
         self.limits.check(row, (*teacher, answer))
-        return AnalysisRow(row.dataset, row.position, student, teacher[len(student) :], answer)
+        name = row_name(row, sample.pid, THOUGHT_IDENTITY_COLUMNS)
+        return AnalysisRow(name, student, teacher[len(student) :], answer)
 
 
 # ---------------------------------------------------------------------------------- attention
 
 
 def attention_shares(
-    q: Tensor, k: Tensor, layout: AttentionLayout, rows: Tensor, parts: Sequence[Tensor], count: int
+    q: Tensor,
+    k: Tensor,
+    layout: AttentionLayout,
+    tokens: Tensor,
+    parts: Sequence[Tensor],
+    count: int,
 ) -> Tensor:
     """Attention mass on each part of the own sample's keys, fp32 (samples, heads, count).
 
-    Averaged over the query rows of each sample.
+    Averaged over the queries of each sample.
 
     Args:
-        q: (T, nh, d), k: (T, nkv, d), rotated, of a packed sequence without cached rows.
-        rows: (R,) int64, the packed rows that are looked at; each sample has at least one.
-        parts: for each sample (rows,) int64 in [0, count), the part of each key.
+        q: (T, nh, d), k: (T, nkv, d), rotated, of a packed sequence without a cache.
+        tokens: (R,) int64, places of the queries that are looked at; each sample has at least one.
+        parts: for each sample (tokens,) int64 in [0, count), the part of each key.
     """
     assert not any(layout.past_lens)
     repeat, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
     found, start = [], 0
     for sample, n in enumerate(layout.query_lens):
-        own = rows[(rows >= start) & (rows < start + n)] - start
+        own = tokens[(tokens >= start) & (tokens < start + n)] - start
         keys = k[start : start + n].float().repeat_interleave(repeat, dim=1)  # (n, nh, d)
         mask = layout.allowed(sample)[own.cpu()].to(q.device)  # (R, n)
         one_hot = torch.nn.functional.one_hot(parts[sample].to(q.device), count).float()
@@ -220,13 +214,13 @@ def attention_shares(
 
 
 @contextmanager
-def watched(model: Bagel, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call `see(layer, q, k)` with the rotated queries and keys of every layer of a forward."""
+def watch(model: Bagel, look: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `look(layer, q, k)` with the rotated queries and keys of every layer of a forward."""
 
     def hook(module: Attention, inputs: tuple[Any, ...]) -> None:
-        xs, cos, sin, _, routing, _, layer, *_ = inputs
-        q, k, _ = module.project(xs, cos, sin, routing)
-        see(layer, q, k)
+        xs, shared, plan, layer, *_ = inputs
+        q, k, _ = module.project(xs, shared, plan)
+        look(layer, q, k)
 
     layers = model.language_model.model.layers
     handles = [layer.self_attn.register_forward_pre_hook(hook) for layer in layers]  # type: ignore[union-attr]
@@ -237,12 +231,11 @@ def watched(model: Bagel, see: Callable[[int, Tensor, Tensor], None]) -> Iterato
             handle.remove()
 
 
-
 @torch.no_grad()
 def measure(
     model: Bagel, batch: PackedBatch, readings: Sequence[Reading]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Shares of a packed batch of `readings`, of the rows that predict the answers.
+    """Shares of a packed batch of `readings`, of the tokens that predict the answers.
 
     Returns:
         (samples, layers, heads, parts) attention, and (samples, parts): the same if every visible
@@ -251,11 +244,11 @@ def measure(
     parts = [reading.key_parts for reading in readings]
     found: dict[int, Tensor] = {}
 
-    def see(layer: int, q: Tensor, k: Tensor) -> None:
-        rows = batch.score_rows.to(q.device)
-        found[layer] = attention_shares(q, k, batch.layout, rows, parts, len(PARTS)).cpu()
+    def look(layer: int, q: Tensor, k: Tensor) -> None:
+        tokens = batch.score_rows.to(q.device)
+        found[layer] = attention_shares(q, k, batch.layout, tokens, parts, len(PARTS)).cpu()
 
-    with watched(model, see):
+    with watch(model, look):
         model(batch)
     uniform = attention_shares(
         torch.zeros(batch.total, 1, 1), torch.zeros(batch.total, 1, 1),
@@ -268,27 +261,52 @@ def measure(
 # ---------------------------------------------------------------------------------- the run
 
 
-def measure_rows(
-    model: Bagel,
-    special: SpecialTokens,
-    rows: Sequence[AnalysisRow],
-    *,
-    device: torch.device,
-    max_tokens: int,
-) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """For each row and phase, what `measure` gives of this sample."""
-    results: list[dict[str, tuple[np.ndarray, np.ndarray]]] = [{} for _ in rows]
-    for group in group_by_tokens([row.length for row in rows], max_tokens):
-        for phase in PHASES:
-            readings = [
-                reading(rows[i].student, rows[i].extra if phase == "after" else (), rows[i].answer)
-                for i in group
-            ]
-            batch = pack([r.context for r in readings], special).to(device)
-            shares, uniform = measure(model, batch, readings)
-            for number, i in enumerate(group):
-                results[i][phase] = (shares[number], uniform[number])
-    return results
+class Watching:
+    """Reads rows before and after their VTs. The model is loaded for the first of them.
+
+    A row's two readings share a pack, if they fit, and no other row's does: so its figures depend
+    on neither ranks nor kills.
+    """
+
+    def __init__(self, config: AnalysisConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+
+    @cached_property
+    def bundle(self) -> BagelBundle:
+        settings = self.config.analysis
+        return load_bagel(
+            settings.model_path,
+            visual_gen=settings.with_latents,
+            device=self.device,
+            dtype=self.config.compute.dtype(self.device),
+        )
+
+    def __call__(self, rows: Sequence[tuple[int, AnalysisRow]]) -> Iterator[list[Record]]:
+        most = self.config.analysis.max_forward_tokens
+        for index, row in rows:
+            with memory_advice([row.name], f"lower --max_forward_tokens ({most}) or "
+                               "--vit_max_pixels"):  # fmt: skip
+                phases = self._read(index, row)
+            yield [{"index": index, **asdict(row.name), **phases}]
+
+    def _read(self, index: int, row: AnalysisRow) -> dict[str, dict[str, Any]]:
+        """Of each phase the shares (layers, heads, parts), and the uniform ones (parts,)."""
+        settings, extra = self.config.analysis, row.extra
+        if self.bundle.vae is not None:
+            generator = row_generator("attention", settings.seed, index)
+            extra = encode_pictures(extra, self.bundle.vae, generator)
+        readings = [reading(row.student, shown, row.answer) for shown in ((), extra)]
+        lengths = [context_length(r.context) for r in readings]
+        found = {}
+        for group in group_by_tokens(lengths, settings.max_forward_tokens):
+            together = [readings[i] for i in group]
+            contexts = [r.context for r in together]
+            batch = pack(contexts, self.bundle.special_tokens).to(self.device)
+            for i, shares, uniform in zip(
+                group, *measure(self.bundle.model, batch, together), strict=True
+            ):
+                found[PHASES[i]] = {"shares": shares.tolist(), "uniform": uniform.tolist()}
+        return found
 
 
 def summarise_shares(shares: np.ndarray, uniform: np.ndarray) -> dict[str, Any]:
@@ -312,79 +330,80 @@ def summarise_shares(shares: np.ndarray, uniform: np.ndarray) -> dict[str, Any]:
     }
 
 
-def analyse(config: AnalysisConfig, device: torch.device) -> dict[str, Any]:
-    """Run the analysis; writes and returns the summary.
+def summarise_records(records: Sequence[Record]) -> dict[str, Any]:
+    """`summarise_shares` of both phases."""
+    found = {}
+    for phase in PHASES:
+        shares, uniform = (
+            np.array([record[phase][name] for record in records], dtype=np.float32)
+            for name in ("shares", "uniform")
+        )
+        found[phase] = summarise_shares(shares, uniform)
+    return found
+
+
+def result_settings(config: AnalysisConfig, pool: RowPool, dtype: torch.dtype) -> dict[str, Any]:
+    """Everything the records depend on."""
+    settings = config.analysis
+    return {
+        "model": weights_fingerprint(settings.model_path, drawing=settings.with_latents),
+        "data": pool.signature(),
+        "context": settings.context,
+        "limit": settings.limit,
+        "seed": None if settings.context == "vit" else settings.seed,
+        "precision": str(dtype).removeprefix("torch."),
+        **({"vae": config.prompt.vae_config()} if settings.with_latents else {}),
+        **prompt_identity(config.prompt),
+    }
+
+
+def analyse(config: AnalysisConfig, env: DistEnv) -> dict[str, Any]:
+    """Run (or resume) the analysis on all ranks; returns the summary on rank 0, {} elsewhere.
 
     Raises:
-        ValueError: a missing or damaged checkpoint or dataset, or too many unusable rows.
+        ValueError: a missing or damaged checkpoint or dataset, results of other settings in
+            `output_dir`, or too many unusable rows.
     """
     settings = config.analysis
     folder = Path(settings.output_dir)
-    with_latents = settings.context == "vae+vit"
     pool = RowPool(open_data(settings.data, settings.split, settings.data_root, NEEDS))
     prepare = PrepareAnalysis.of(settings, config.prompt)
-    claim_output(folder, "attention.json", settings.overwrite)
-    bundle = load_bagel(
-        settings.model_path, visual_gen=with_latents, device=device,
-        dtype=config.compute.dtype(device),
-    )  # fmt: skip
-    total = min(len(pool), settings.limit or len(pool))
-    bad = BadRows(settings.max_bad_rate)
-    advice = f"lower --max_forward_tokens ({settings.max_forward_tokens}) or --vit_max_pixels"
-    found: dict[int, tuple[str, dict[str, tuple[np.ndarray, np.ndarray]]]] = {}
-    with progress_bar(total, config.compute.progress) as bar:
-        for window in read_windows(
-            pool, range(total), prepare, max_rows=64, max_tokens=4 * settings.max_forward_tokens
-        ):
-            names = [f"{row.dataset} row {row.position}" for _, row in window.rows]
-            with memory_advice(names, advice):
-                rows = [_encoded(row, bundle.vae, settings.seed) for _, row in window.rows]
-                results = measure_rows(
-                    bundle.model, bundle.special_tokens, rows,
-                    device=device, max_tokens=settings.max_forward_tokens,
-                )  # fmt: skip
-            for (index, row), result in zip(window.rows, results, strict=True):
-                found[index] = (row.dataset, result)
-            bad.add(window)
-            bar.update(window.count)
-    check_bad_rate([reject for _, reject in bad.rejects], total, settings.max_bad_rate)
-    if not found:
-        raise ValueError("no row could be used; `python -m data.check` shows what is wrong")
-    everything = [found[index] for index in sorted(found)]
-    names = list(dict.fromkeys(name for name, _ in everything))
+    wanted = result_settings(config, pool, config.compute.dtype(env.device))
+    store = RankedLines(folder, "rows", itemgetter("dataset", *PHASES))
+    on_main(env, lambda: claim_folder(
+        folder, wanted, [store], result="attention.json", overwrite=settings.overwrite
+    ))  # fmt: skip
+    limits = RowLimits(
+        max_rows=64,
+        max_tokens=4 * settings.max_forward_tokens,
+        max_bad_rate=settings.max_bad_rate,
+        progress=config.compute.progress,
+    )
+    work = Watching(config, env.device)
+    found = run_rows(pool, settings.rows_of(pool), prepare, work, store, env, limits)
+    summary: dict[str, Any] = {}
 
-    def phases(chosen: list[dict[str, tuple[np.ndarray, np.ndarray]]]) -> dict[str, Any]:
-        return {
-            phase: summarise_shares(
-                np.stack([result[phase][0] for result in chosen]),
-                np.stack([result[phase][1] for result in chosen]),
-            )
-            for phase in PHASES
-        }
+    def finish() -> None:
+        records = found.records
+        layers, heads, _ = np.shape(records[0]["before"]["shares"])
+        summary.update(
+            n=len(records),
+            bad_rows=len(found.rejects),
+            layers=layers,
+            heads=heads,
+            parts=list(PARTS),
+            **summarise_records(records),
+            tasks={name: summarise_records(some) for name, some in by_dataset(records).items()},
+            model=wanted["model"],
+            data=wanted["data"],
+            identity=prompt_identity(config.prompt),
+            settings=flat(config),
+        )
+        write_json(folder / "attention.json", summary)
+        draw_attention(folder / "attention.png", summary)
 
-    summary = {
-        "n": len(everything),
-        "bad_rows": len(bad.rejects),
-        "layers": bundle.config.llm.num_hidden_layers,
-        "heads": bundle.config.llm.num_attention_heads,
-        "parts": list(PARTS),
-        **phases([result for _, result in everything]),
-        "tasks": {t: phases([r for name, r in everything if name == t]) for t in names},
-        "model": weights_fingerprint(settings.model_path, drawing=with_latents),
-        "data": pool.signature(),
-        "identity": prompt_identity(config.prompt),
-        "settings": flat(config),
-    }
-    write_json(folder / "attention.json", summary)
-    draw_attention(folder / "attention.png", summary)
+    on_main(env, finish)
     return summary
-
-
-def _encoded(row: AnalysisRow, vae: Any, seed: int) -> AnalysisRow:
-    if vae is None:
-        return row
-    extra = encode_pictures(row.extra, vae, row_generator("attention", seed, row.position))
-    return AnalysisRow(row.dataset, row.position, row.student, extra, row.answer)
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -402,13 +421,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_config(AnalysisConfig, argv, "Where answer tokens look, before and after VTs.")
     env = init_distributed(config.compute.device, config.compute.timeout_s)
     try:
-        if env.world_size > 1:
-            raise ValueError("this analysis runs in one process; start it without torchrun")
-        summary = analyse(config, env.device)
+        summary = analyse(config, env)
     finally:
         shutdown()
-    print(table(summary))
-    print(Path(config.analysis.output_dir) / "attention.json")
+    if env.is_main:
+        print(table(summary))
+        print(Path(config.analysis.output_dir) / "attention.json")
     return 0
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -17,7 +18,8 @@ from data.sequence import Completion
 from modeling.host.disk import disk_errors
 from scripts.visual_opsd.analysis.kl_statistics import COLUMNS, SampleDivergences
 from scripts.visual_opsd.evaluation.rows import RowName
-from scripts.visual_opsd.evaluation.store import differing, read_json, stable_hash
+from scripts.visual_opsd.evaluation.store import read_json
+from scripts.visual_opsd.runs.identity import differences, stable_hash
 
 SUMMARY = "kl_diagnostic.json"
 _DIVERGENCES = "divergences.npz"
@@ -46,9 +48,21 @@ def completions_hash(lines: Iterable[Mapping[str, Any]]) -> str:
     return stable_hash([[x["index"], x["digest"], x["ids"], x["scored"]] for x in lines])
 
 
+def encode_divergences(sample: SampleDivergences) -> dict[str, str]:
+    """A completion's figures as JSON: base64 of each array's bytes."""
+    arrays = {**sample.columns, "answer": sample.answer}
+    return {name: b64encode(array.tobytes()).decode() for name, array in arrays.items()}
+
+
+def decode_divergences(texts: Mapping[str, str]) -> SampleDivergences:
+    """What `encode_divergences` was given."""
+    columns = {n: np.frombuffer(b64decode(texts[n]), dtype=np.float32) for n in COLUMNS}
+    return SampleDivergences(columns, np.frombuffer(b64decode(texts["answer"]), dtype=bool))
+
+
 def save_divergences(folder: Path, blocks: Mapping[str, Sequence[SampleDivergences]]) -> None:
     """Write divergences.npz: for each block BLOCK_counts (samples,), BLOCK_answer and one array
-    (rows,) for each of `COLUMNS`, the samples' rows one after the other."""
+    (tokens,) for each of `COLUMNS`, the samples' tokens one after the other."""
     arrays: dict[str, Any] = {}
     for block, samples in blocks.items():
         arrays[f"{block}_counts"] = np.array([s.answer.size for s in samples], dtype=np.int64)
@@ -85,11 +99,15 @@ def load_divergences(folder: Path, block: str) -> list[SampleDivergences]:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A finished run's completions (lines) and the base's divergences, by row index."""
+    """A finished run's completions (lines) and the base's divergences, by row index.
+
+    hash: of the completions.
+    """
 
     folder: Path
     lines: dict[int, dict[str, Any]]
     base: dict[int, SampleDivergences]
+    hash: str
 
     @property
     def indices(self) -> list[int]:
@@ -124,8 +142,7 @@ def read_baseline(folder: str | Path, wanted: Mapping[str, Any]) -> Baseline:
     """
     folder = Path(folder)
     summary = read_json(folder / SUMMARY, _HINT)
-    held = summary.get("identity") or {}
-    different = differing(held, wanted)
+    different = differences(summary.get("identity") or {}, wanted)
     if different:
         raise ValueError(
             f"the baseline {folder} was measured with other settings ({'; '.join(different)}): "
@@ -135,16 +152,19 @@ def read_baseline(folder: str | Path, wanted: Mapping[str, Any]) -> Baseline:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; {_HINT}")
     lines = read_log(path)
-    if completions_hash(lines) != summary["completions"]["hash"]:
+    digest = completions_hash(lines)
+    if digest != summary["completions"]["hash"]:
         raise ValueError(
             f"{path} is not the file that {folder / SUMMARY} was made with (its "
             "token ids or rows differ): run the baseline again"
         )
     base = load_divergences(folder, "base")
-    rows = [sum(line["scored"]) for line in lines]
-    if rows != [sample.answer.size for sample in base]:
+    if [sum(line["scored"]) for line in lines] != [sample.answer.size for sample in base]:
         raise ValueError(f"{folder / _DIVERGENCES} and {path} do not fit; run the baseline again")
     indices = [int(line["index"]) for line in lines]
     return Baseline(
-        folder, dict(zip(indices, lines, strict=True)), dict(zip(indices, base, strict=True))
+        folder,
+        dict(zip(indices, lines, strict=True)),
+        dict(zip(indices, base, strict=True)),
+        digest,
     )

@@ -1,5 +1,5 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""The diagnostic's figures: distribution of the per-token KL, and completions as a heat map.
+"""Figures of the diagnostic, the interventions and the attention analysis.
 
 Drawn on matplotlib's Agg canvas without pyplot: no display and no global state is needed.
 """
@@ -28,6 +28,8 @@ _LINE_CHARACTERS = 96
 _SHOWN_TOKENS = 160
 # Beyond this, matplotlib's own font has few glyphs (and warns for each it lacks).
 _LAST_DRAWABLE = 0x2FFF
+_BARS = ("#1b6ca8", "#8f8f8f", "#c8553d", "#e0a458", "#4c956c", "#6b4c9a")
+_PARTS = ("#cccccc", "#1b6ca8", "#c8553d", "#e0a458", "#4c956c")
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -36,11 +38,20 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
 
 
+def _clean(axes: Any) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _add_legend_beside(axes: Any) -> None:
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
 def draw_kl_distribution(path: Path, real: np.ndarray, noise: np.ndarray, title: str) -> None:
-    """Histogram of KL per scored row (nats, log axis) for real and for noise VTs.
+    """Histogram of KL per scored token (nats, log axis) for real and for noise VTs.
 
     Args:
-        real, noise: (rows,) KL(teacher || student), of the same rows.
+        real, noise: (tokens,) KL(teacher || student), of the same tokens.
     """
     real, noise = (np.maximum(np.asarray(v, dtype=np.float64), FLOOR) for v in (real, noise))
     top = max(float(v.max(initial=FLOOR)) for v in (real, noise))
@@ -61,20 +72,19 @@ def draw_kl_distribution(path: Path, real: np.ndarray, noise: np.ndarray, title:
     axes.set_title(title, fontsize=10)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    _clean(axes)
     save_figure(figure, path)
 
 
 @dataclass(frozen=True)
 class HeatRow:
-    """One completion of the heat map: its tokens, and the KL of each scored row."""
+    """One completion of the heat map: its tokens, and the KL of each scored token."""
 
     title: str
     tokens: Sequence[str]
-    real: np.ndarray  # (rows,)
+    real: np.ndarray  # (tokens,)
     noise: np.ndarray
-    answer: np.ndarray  # (rows,) bool
+    answer: np.ndarray  # (tokens,) bool
 
 
 def _printable(token: str) -> str:
@@ -96,21 +106,34 @@ def _lines(tokens: Sequence[str]) -> list[list[int]]:
     return lines
 
 
+def _shorten(row: HeatRow) -> HeatRow:
+    """What is shown of a completion: its last tokens, in characters that can be drawn."""
+    first = max(0, len(row.tokens) - _SHOWN_TOKENS)
+    cut = f" (its last {_SHOWN_TOKENS} of {len(row.tokens)} tokens)" if first else ""
+    return HeatRow(
+        row.title + cut,
+        [_printable(token) for token in row.tokens[first:]],
+        row.real[first:],
+        row.noise[first:],
+        row.answer[first:],
+    )
+
+
 def _draw_strip(
-    axes: Any, y: float, label: str, tokens: Sequence[str], numbers: Sequence[int],
-    values: np.ndarray, answer: np.ndarray, norm: LogNorm,
+    axes: Any, y: float, label: str, row: HeatRow, numbers: Sequence[int], values: np.ndarray,
+    norm: LogNorm,
 ) -> None:  # fmt: skip
     axes.text(-1.0, y + 0.5, label, ha="right", va="center", fontsize=7, color="#555555")
     x = 0.0
     for number in numbers:
-        width = float(len(tokens[number]))
+        width = float(len(row.tokens[number]))
         level = float(norm(max(float(values[number]), float(norm.vmin or FLOOR))))
         colour = colormaps["YlOrRd"](level)
         axes.add_patch(Rectangle((x, y), width, 1.0, facecolor=colour, edgecolor="white", lw=0.4))
-        if answer[number]:
+        if row.answer[number]:
             axes.plot([x, x + width], [y + 0.98, y + 0.98], color="black", lw=1.0)
         axes.text(
-            x + width / 2, y + 0.5, tokens[number], ha="center", va="center", fontsize=7,
+            x + width / 2, y + 0.5, row.tokens[number], ha="center", va="center", fontsize=7,
             family="monospace", color="white" if level > 0.65 else "black", parse_math=False,
         )  # fmt: skip
         x += width
@@ -121,35 +144,26 @@ def draw_token_heatmap(path: Path, rows: Sequence[HeatRow], title: str) -> None:
 
     Tokens of the answer are underlined. Of a long completion the last tokens are shown.
     """
-    drawn: list[tuple[str, list[str], HeatRow, int]] = []
-    for row in rows:
-        first = max(0, len(row.tokens) - _SHOWN_TOKENS)
-        cut = f" (its last {_SHOWN_TOKENS} of {len(row.tokens)} tokens)" if first else ""
-        drawn.append((row.title + cut, [_printable(t) for t in row.tokens[first:]], row, first))
-    heights = [1.4 + 2.5 * len(_lines(tokens)) for _, tokens, _, _ in drawn]
-    height = sum(heights)
-    figure = Figure(figsize=(11.0, 0.6 + 0.19 * max(height, 4.0)))
-    axes = figure.add_subplot()
     peak = max(
         (float(np.max(v, initial=0.0)) for row in rows for v in (row.real, row.noise)), default=1.0
     )
     norm = LogNorm(vmin=1e-4, vmax=max(peak, 1e-2), clip=True)
-    y = 0.0
-    for name, tokens, row, first in drawn:
-        axes.text(0.0, y + 0.6, name, va="center", fontsize=8, weight="bold", parse_math=False)
+    drawn = [_shorten(row) for row in rows]
+    lines = [_lines(row.tokens) for row in drawn]
+    height = sum(1.4 + 2.5 * len(some) for some in lines)
+    figure = Figure(figsize=(11.0, 0.6 + 0.19 * max(height, 4.0)))
+    axes = figure.add_subplot()
+    y, widest = 0.0, 60
+    for row, some in zip(drawn, lines, strict=True):
+        axes.text(0.0, y + 0.6, row.title, va="center", fontsize=8, weight="bold", parse_math=False)
         y += 1.4
-        for numbers in _lines(tokens):
+        for numbers in some:
+            widest = max(widest, sum(len(row.tokens[i]) for i in numbers))
             for label, values in (("real", row.real), ("noise", row.noise)):
-                _draw_strip(
-                    axes, y, label, tokens, numbers, values[first:], row.answer[first:], norm
-                )
+                _draw_strip(axes, y, label, row, numbers, values, norm)
                 y += 1.1
             y += 0.3
-    widest = max(
-        (sum(len(tokens[i]) for i in line) for _, tokens, _, _ in drawn for line in _lines(tokens)),
-        default=0,
-    )
-    axes.set_xlim(-8.0, max(widest, 60) + 1.0)
+    axes.set_xlim(-8.0, widest + 1.0)
     axes.set_ylim(max(y, 1.0), -0.2)
     axes.axis("off")
     axes.set_title(title, fontsize=10, loc="left")
@@ -169,17 +183,6 @@ def pick_rows(tasks: Sequence[str], usable: Sequence[bool], count: int) -> list[
     turns = [members[t] for t in range(longest) for members in order.values() if t < len(members)]
     turns.sort(key=lambda i: not usable[i])  # stable: tasks stay in turn
     return turns[: min(count, len(turns))]
-
-
-_BARS = ("#1b6ca8", "#8f8f8f", "#c8553d", "#e0a458", "#4c956c", "#6b4c9a")
-
-
-_PARTS = ("#cccccc", "#1b6ca8", "#c8553d", "#e0a458", "#4c956c")
-
-
-def _clean(axes: Any) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
 
 
 def draw_arms(path: Path, summary: Mapping[str, Any]) -> None:
@@ -210,7 +213,7 @@ def draw_arms(path: Path, summary: Mapping[str, Any]) -> None:
     axes.set_ylim(0, 100)
     axes.set_ylabel("accuracy, % (95 % interval)")
     axes.set_title("Answers after the drawn visual thought, and after others", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _add_legend_beside(axes)
     _clean(axes)
     save_figure(figure, path)
 
@@ -219,12 +222,11 @@ def draw_attention(path: Path, summary: Mapping[str, Any]) -> None:
     """Stacked shares of attention per layer, before and after the VT side by side.
 
     Args:
-        summary: as `attention_analysis.analyse` gives it.
+        summary: as `attention.analyse` gives it.
     """
-    phases = ("before", "after")
     figure = Figure(figsize=(max(7.0, 2.0 + 0.28 * summary["layers"]), 3.6))
     places = np.arange(summary["layers"])
-    for number, phase in enumerate(phases):
+    for number, phase in enumerate(("before", "after")):
         axes = figure.add_subplot(1, 2, number + 1)
         bottom = np.zeros(summary["layers"])
         for part, colour in zip(summary["parts"], _PARTS, strict=True):
@@ -239,7 +241,7 @@ def draw_attention(path: Path, summary: Mapping[str, Any]) -> None:
         if number == 0:
             axes.set_ylabel("attention of the answer's tokens, %")
         else:
-            axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+            _add_legend_beside(axes)
     figure.suptitle(
         f"Mean over heads, tokens and {summary['n']} samples", fontsize=8, y=-0.02, va="top"
     )

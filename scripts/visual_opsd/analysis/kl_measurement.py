@@ -31,53 +31,43 @@ from scripts.visual_opsd.rows import (
     open_builder,
     scoring_limits,
 )
-from scripts.visual_opsd.scored_rows import ScoredRow, check_same_labels, score_completion
+from scripts.visual_opsd.scored_rows import check_same_labels, score_completion
 
 
 @dataclass(frozen=True)
 class DiagnosticSettings(Settings):
     """What is compared with what, on which rows."""
 
-    model_path: str = option("models/ThinkMorph-7B", "student: release folder", path=True)
+    model_path: str = option("models/ThinkMorph-7B", "the student", path=True)
     base_path: str | None = option(
-        None, "teacher and reference student; default: model_path", path=True
+        None, "teacher and reference student; otherwise `--model_path`", path=True
     )
-    baseline: str | None = option(
-        None, "output folder of the base's own diagnostic, whose completions are reused",
-        path=True,
-    )  # fmt: skip
-    dataset_config_file: str = option(
-        "data/configs/opsd.yaml", "datasets and their weights", path=True
-    )
+    baseline: str | None = option(None, "results of the base's own diagnostic", path=True)
+    dataset_config_file: str = option("data/configs/opsd.yaml", "data sets and weights", path=True)
     data: str | None = option(
-        None, "instead: datasets below the data root, folders or parquet files, by commas",
-        path="list",
-    )  # fmt: skip
-    split: str = option("train", "with --data: files of a folder that are read")
-    data_root: str | None = option(
-        None, "folder of the datasets, else VISUAL_OPSD_DATA_ROOT", path=True
+        None, "instead: names, folders or files, separated by commas", path="list"
     )
-    num_samples: int = option(1000, "rows to measure, drawn at random", **ROWS)
+    split: str = option("train", "with `--data`: which files")
+    data_root: str | None = option(
+        None, "folder of the data sets, else `VISUAL_OPSD_DATA_ROOT`", path=True
+    )
+    num_samples: int = option(1000, "rows, drawn at random", **ROWS)
     completions: str = option(
-        "student", "student: the base's own samples; trace: the dataset's text traces",
-        choices=("student", "trace"),
+        "student", "tokens to compare on: samples of the base as `student`, or the data set's "
+        "text `trace`", choices=("student", "trace"),
     )  # fmt: skip
     teacher_vt: str = option(
-        "vit", "what the teacher reads of a visual thought; vae+vit: as at inference",
-        choices=TEACHER_VTS,
+        "vit", "what the teacher reads of a VT: `vit`, its ViT image; `vae+vit`, its latents "
+        "before that, as a released model reads what it drew. `kl_diagnostic.json` names it "
+        "(`teacher_vt`); completions do not depend on it, so two runs compare both on the same "
+        "tokens", choices=TEACHER_VTS,
     )  # fmt: skip
-    seed: int = option(42, "choice of rows, sampling and noise", **SEEDS)
-    go_threshold: float = option(
-        0.05, "GO needs an answer-span KL above this, in nats", at_least=0, at_most=1000
-    )
-    output_dir: str = option(
-        "results/visual_opsd_kl_diagnostic", "tables, figures, completions", path=True
-    )
-    overwrite: bool = option(False, "replace the results that output_dir holds")
-    figures: bool = option(True, "draw kl_distribution.png and token_heatmap.png")
-    heatmap_samples: int = option(
-        3, "completions in the token heat map", at_least=1, at_most=100
-    )
+    seed: int = option(42, "choice of rows, sampling, noise", **SEEDS)
+    go_threshold: float = option(0.05, "nats on the answer", at_least=0, at_most=1000)
+    output_dir: str = option("results/visual_opsd_kl_diagnostic", "where the results go", path=True)
+    overwrite: bool = option(False, "replace the results it holds, which is refused otherwise")
+    figures: bool = option(True, "draw the two figures")
+    heatmap_samples: int = option(3, "completions in the token heat map", at_least=1, at_most=100)
     max_bad_rate: float = option(
         0.01, "share of unusable rows beyond which the run fails", **SHARES
     )
@@ -101,7 +91,7 @@ class DiagnosticSettings(Settings):
     def needs(self) -> RowNeeds:
         """Columns to read."""
         trace: Need = "required" if self.completions == "trace" else "unused"
-        return RowNeeds("required", trace, "unused")
+        return RowNeeds(visual_thoughts="required", text_trace=trace)
 
 
 @dataclass(frozen=True)
@@ -115,9 +105,7 @@ class DiagnosticConfig:
 # ---------------------------------------------------------------------------------- rows
 
 
-def choose_rows(
-    sizes: Sequence[int], weights: Sequence[float], count: int, seed: int
-) -> list[int]:
+def choose_rows(sizes: Sequence[int], weights: Sequence[float], count: int, seed: int) -> list[int]:
     """Indices (ascending, over all datasets) of `count` rows, or of all if there are fewer.
 
     Datasets share the count by weight (Sainte-Lague's rule); rows of each are drawn at random.
@@ -140,8 +128,6 @@ class DiagnosticRow:
     """One row: the three contexts, and the dataset's trace if that is the completion."""
 
     name: RowName
-    question: str
-    answer: str
     student: Context
     teacher: Context
     noise: Context
@@ -185,8 +171,6 @@ class PrepareDiagnostic:
         self.limits.check(row, teacher, new_positions=new)
         return DiagnosticRow(
             row_name(row, sample.pid, THOUGHT_IDENTITY_COLUMNS),
-            sample.question,
-            sample.answer,
             student,
             teacher,
             self.builder.teacher(sample, student, noise, with_latents=latents),
@@ -205,22 +189,18 @@ def encode_row(row: DiagnosticRow, vae: AutoEncoder, seed: int, index: int) -> D
 
 @dataclass(frozen=True)
 class Scored:
-    """A row with its completion appended to every context (cut where the longest did not fit)."""
+    """A row's contexts, its completion (cut where the longest did not fit) appended to each.
+
+    length: packed tokens of the longest.
+    """
 
     index: int
-    row: DiagnosticRow
-    pair: ScoredRow
+    name: RowName
+    completion: Completion
+    student: Context
+    teacher: Context
     noise: Context
-
-    @property
-    def completion(self) -> Completion:
-        assert self.pair.completion is not None
-        return self.pair.completion
-
-    @property
-    def teacher(self) -> Context:
-        assert self.pair.teacher is not None
-        return self.pair.teacher
+    length: int
 
 
 def attach(
@@ -229,16 +209,13 @@ def attach(
     """Append a completion to the row's contexts. Raises ValueError as `score_completion`."""
     name = f"{row.name.dataset}/{row.name.pid}"
     pair = score_completion(name, row.student, row.teacher, completion, max_forward_tokens)
-    assert pair.completion is not None
-    return Scored(index, row, pair, (*row.noise, pair.completion.segment()))
+    cut, teacher = pair.completion, pair.teacher
+    assert cut is not None and teacher is not None
+    noise = (*row.noise, cut.segment())
+    return Scored(index, row.name, cut, pair.student, teacher, noise, pair.length)
 
 
 # ---------------------------------------------------------------------------------- measuring
-
-
-def _score(model: Bagel, batch: PackedBatch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Hidden states of the scored rows (S, H) and the head weight (V, H)."""
-    return model(batch.to(device), head=lambda hidden, weight: (hidden, weight))
 
 
 @torch.no_grad()
@@ -255,44 +232,62 @@ def measure(
     Returns:
         for each student, its figures of every sample, in order.
     """
-    decode = teacher.tokenizer.decode
-    found: list[dict[int, dict[str, np.ndarray]]] = [{} for _ in students]
+    nothing = dict.fromkeys(COLUMNS, np.zeros(0, dtype=np.float32))
+    found = [[nothing] * len(scored) for _ in students]
     # A completion capped before its first whole token has nothing to score.
     order = [i for i, s in enumerate(scored) if s.completion.count]
-    order.sort(key=lambda i: scored[i].pair.length)
-    for group in group_by_tokens([scored[i].pair.length for i in order], pack_tokens):
+    order.sort(key=lambda i: scored[i].length)
+    for group in group_by_tokens([scored[i].length for i in order], pack_tokens):
         numbers = [order[i] for i in group]
-        chosen = [scored[i] for i in numbers]
-        packs = [
-            pack(contexts, teacher.special_tokens)
-            for contexts in (
-                [s.pair.student for s in chosen],
-                [s.teacher for s in chosen],
-                [s.noise for s in chosen],
-            )
-        ]
-        for other in packs[1:]:
-            check_same_labels(packs[0], other, [s.pair.name for s in chosen], decode)
-        real, noise = (_score(teacher.model, batch, device) for batch in packs[1:])
-        counts = list(packs[0].score_counts)
-        for student, into in zip(students, found, strict=True):
-            own = _score(student, packs[0], device)
-            with_real = chunked_divergences(*own, *real)
-            with_noise = chunked_divergences(*own, *noise)
-            columns = {
-                "kl_real": with_real["kl"],
-                "jsd_real": with_real["jsd"],
-                "kl_noise": with_noise["kl"],
-                "jsd_noise": with_noise["jsd"],
-                "student_entropy": with_real["student_entropy"],
-                "teacher_entropy": with_real["teacher_entropy"],
-            }
-            rows = torch.stack([columns[name].float() for name in COLUMNS]).cpu()  # (6, S)
-            for number, part in zip(numbers, rows.split(counts, dim=1), strict=True):
-                into[number] = dict(zip(COLUMNS, part.numpy(), strict=True))
-    nothing = {name: np.zeros(0, dtype=np.float32) for name in COLUMNS}
+        columns = _measure_pack(teacher, students, [scored[i] for i in numbers], device)
+        for into, samples in zip(found, columns, strict=True):
+            for number, sample in zip(numbers, samples, strict=True):
+                into[number] = sample
+    decode = teacher.tokenizer.decode
     masks = [answer_mask(s.completion.ids, s.completion.scored, decode) for s in scored]
     return [
-        [SampleDivergences(into.get(i, nothing), mask) for i, mask in enumerate(masks)]
-        for into in found
+        [SampleDivergences(*sample) for sample in zip(columns, masks, strict=True)]
+        for columns in found
     ]
+
+
+def _measure_pack(
+    teacher: BagelBundle,
+    students: Sequence[Bagel],
+    scored: Sequence[Scored],
+    device: torch.device,
+) -> list[list[dict[str, np.ndarray]]]:
+    """Of samples that are packed together: for each student, the columns of every sample."""
+    text, real, noise = (
+        pack(contexts, teacher.special_tokens)
+        for contexts in (
+            [s.student for s in scored],
+            [s.teacher for s in scored],
+            [s.noise for s in scored],
+        )
+    )
+    names = [f"{s.name.dataset}/{s.name.pid}" for s in scored]
+    for other in (real, noise):
+        check_same_labels(text, other, names, teacher.tokenizer.decode)
+    teachers = [_score(teacher.model, batch, device) for batch in (real, noise)]
+    found = []
+    for student in students:
+        own = _score(student, text, device)
+        with_real, with_noise = (chunked_divergences(*own, *seen) for seen in teachers)
+        columns = {
+            "kl_real": with_real["kl"],
+            "jsd_real": with_real["jsd"],
+            "kl_noise": with_noise["kl"],
+            "jsd_noise": with_noise["jsd"],
+            "student_entropy": with_real["student_entropy"],
+            "teacher_entropy": with_real["teacher_entropy"],
+        }
+        values = torch.stack([columns[name].float() for name in COLUMNS]).cpu()  # (6, S)
+        parts = values.split(list(text.score_counts), dim=1)
+        found.append([dict(zip(COLUMNS, part.numpy(), strict=True)) for part in parts])
+    return found
+
+
+def _score(model: Bagel, batch: PackedBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Hidden states of the scored tokens (S, H) and the head weight (V, H)."""
+    return model(batch.to(device), head=lambda hidden, weight: (hidden, weight))

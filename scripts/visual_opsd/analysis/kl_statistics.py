@@ -1,5 +1,5 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""From divergences per scored row to the diagnostic's figures: means, gap closed, GO or NO-GO."""
+"""From divergences per scored token to the diagnostic's figures: means, gap closed, GO or NO-GO."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ PAPER_NOTE = (
     "that differ, cut to the shorter length and aligned from the end, so that most rows compare "
     "different tokens. Here both models score the same tokens; do not set the two side by side."
 )
-# Of each scored row: KL(teacher || student) and JSD in nats against the teacher with the real
+# Of each scored token: KL(teacher || student) and JSD in nats against the teacher with the real
 # VTs and against the one with noise in their place, and the entropies of the first pair.
 COLUMNS = ("kl_real", "jsd_real", "kl_noise", "jsd_noise", "student_entropy", "teacher_entropy")
 
 
 @dataclass(frozen=True)
 class SampleDivergences:
-    """One completion's figures, a float32 array (rows,) for each of `COLUMNS`, and which of its
-    rows score a token of the answer, bool (rows,)."""
+    """One completion's figures, a float32 array (tokens,) for each of `COLUMNS`, and which of its
+    scored tokens belong to the answer, bool (tokens,)."""
 
     columns: dict[str, np.ndarray]
     answer: np.ndarray
@@ -38,7 +38,7 @@ class SampleDivergences:
 def answer_mask(
     ids: Sequence[int], scored: Sequence[bool], decode: Callable[[list[int]], str]
 ) -> np.ndarray:
-    """Which scored rows have a label inside the last complete <answer>...</answer>, bool (rows,).
+    """Which scored tokens are inside the last complete <answer>...</answer>, bool (tokens,).
 
     A token that holds both a part of a tag and a part of the answer counts. Tokens are decoded
     one by one: a character split over tokens becomes replacement marks, which moves no tag, as
@@ -71,18 +71,18 @@ def _standard_error(values: np.ndarray) -> float | None:
     return float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else None
 
 
-def _describe(rows: np.ndarray, per_sample: np.ndarray) -> dict[str, float | None]:
-    """Figures of one divergence: over rows (float64), and over the samples' means."""
-    if not rows.size:
+def _describe(values: np.ndarray, per_sample: np.ndarray) -> dict[str, float | None]:
+    """Figures of one divergence: over tokens (float64), and over the samples' means."""
+    if not values.size:
         names = ("mean", "median", "p95", "max", "top5_share", "sample_mean", "sample_se")
         return dict.fromkeys(names)
-    top = np.sort(rows)[::-1][: max(1, round(0.05 * rows.size))]
-    total = float(rows.sum())
+    top = np.sort(values)[::-1][: max(1, round(0.05 * values.size))]
+    total = float(values.sum())
     return {
-        "mean": float(rows.mean()),
-        "median": float(np.median(rows)),
-        "p95": float(np.quantile(rows, 0.95)),
-        "max": float(rows.max()),
+        "mean": float(values.mean()),
+        "median": float(np.median(values)),
+        "p95": float(np.quantile(values, 0.95)),
+        "max": float(values.max()),
         "top5_share": float(top.sum()) / total if total > 0 else None,
         "sample_mean": _mean(per_sample),
         "sample_se": _standard_error(per_sample),
@@ -94,18 +94,18 @@ def _select(sample: SampleDivergences, column: str, answer: bool) -> np.ndarray:
     return values[sample.answer] if answer else values
 
 
-def describe_rows(samples: Sequence[SampleDivergences], *, answer: bool) -> dict[str, Any]:
-    """Figures of all scored rows, or of those in the answer.
+def describe_tokens(samples: Sequence[SampleDivergences], *, answer: bool) -> dict[str, Any]:
+    """Figures of all scored tokens, or of those in the answer.
 
     Returns:
-        rows, samples (those with such rows); for "real" and "noise" the figures of kl and jsd:
-        mean, median, p95, max over rows, share of the sum in the top 5 % of rows, mean and
+        rows (their number), samples (those with any); for "real" and "noise" the figures of kl
+        and jsd: mean, median, p95, max over tokens, share of the sum in the top 5 %, mean and
         standard error of the samples' means; "difference": real - noise of the samples' means
         with its standard error, paired; mean entropies. None where there is nothing to average.
     """
     values = {name: [_select(s, name, answer) for s in samples] for name in COLUMNS}
-    used = [i for i, rows in enumerate(values["kl_real"]) if rows.size]
-    rows = {
+    used = [i for i, some in enumerate(values["kl_real"]) if some.size]
+    tokens = {
         name: np.concatenate([columns[i] for i in used]) if used else np.zeros(0)
         for name, columns in values.items()
     }
@@ -114,10 +114,10 @@ def describe_rows(samples: Sequence[SampleDivergences], *, answer: bool) -> dict
     }
     kinds = ("kl", "jsd")
     return {
-        "rows": int(rows["kl_real"].size),
+        "rows": int(tokens["kl_real"].size),
         "samples": len(used),
         **{
-            vt: {k: _describe(rows[f"{k}_{vt}"], means[f"{k}_{vt}"]) for k in kinds}
+            vt: {k: _describe(tokens[f"{k}_{vt}"], means[f"{k}_{vt}"]) for k in kinds}
             for vt in ("real", "noise")
         },
         "difference": {
@@ -127,18 +127,18 @@ def describe_rows(samples: Sequence[SampleDivergences], *, answer: bool) -> dict
             }
             for k in kinds
         },
-        "student_entropy": _mean(rows["student_entropy"]),
-        "teacher_entropy": _mean(rows["teacher_entropy"]),
+        "student_entropy": _mean(tokens["student_entropy"]),
+        "teacher_entropy": _mean(tokens["teacher_entropy"]),
     }
 
 
 def describe(samples: Sequence[SampleDivergences], tasks: Sequence[str]) -> dict[str, Any]:
-    """`describe_rows` of all rows ("all") and of the answers ("answer"), also for each task."""
+    """`describe_tokens` of all tokens ("all") and of the answers ("answer"), also for each task."""
 
     def both(chosen: Sequence[SampleDivergences]) -> dict[str, Any]:
         return {
-            "all": describe_rows(chosen, answer=False),
-            "answer": describe_rows(chosen, answer=True),
+            "all": describe_tokens(chosen, answer=False),
+            "answer": describe_tokens(chosen, answer=True),
         }
 
     names = list(dict.fromkeys(tasks))
@@ -155,11 +155,11 @@ def _closed(
 ) -> dict[str, float | None]:
     before = [_select(sample, column, answer) for sample in base]
     after = [_select(sample, column, answer) for sample in student]
-    rows = [sum(part.size for part in side) for side in (before, after)]
+    counts = [sum(part.size for part in side) for side in (before, after)]
     total = sum(float(part.sum()) for part in before)
-    if min(rows) == 0 or total <= 0.0:
+    if min(counts) == 0 or total <= 0.0:
         return {"value": None, "se": None}
-    ratio = (sum(float(part.sum()) for part in after) / rows[1]) / (total / rows[0])
+    ratio = (sum(float(part.sum()) for part in after) / counts[1]) / (total / counts[0])
     error = None
     if paired and len(before) > 1:
         # Delta method for a ratio of sums over samples.
@@ -177,11 +177,11 @@ def gap_closed(
     *,
     paired: bool = True,
 ) -> dict[str, dict[str, float | None]]:
-    """1 - D(base teacher || student) / D(base teacher || base), means over rows, real VTs.
+    """1 - D(base teacher || student) / D(base teacher || base), means over tokens, real VTs.
 
-    Keys kl, jsd (all rows), answer_kl, answer_jsd, each with a value and a standard error over
+    Keys kl, jsd (all tokens), answer_kl, answer_jsd, each with a value and a standard error over
     samples. `paired`: both scored the same tokens; otherwise (the student's own samples) there is
-    no standard error. None where the base's divergence is 0 or there are no rows.
+    no standard error. None where the base's divergence is 0 or there are no tokens.
     """
     assert not paired or all(
         a.answer.shape == b.answer.shape for a, b in zip(base, student, strict=True)
@@ -274,7 +274,7 @@ def table(result: dict[str, Any]) -> str:
     """The diagnostic as text, from what kl_diagnostic.json holds."""
     top = f"{'nats per scored token':40}{'real VT':^36}{'noise VT':^36}"
     names = "".join(f"{name:>9}" for name in ("KL mean", "median", "JSD mean", "median") * 2)
-    lines = [top, f"{'':32}{'rows':>8}{names}", *_block("base", result["base"])]
+    lines = [top, f"{'':32}{'tokens':>8}{names}", *_block("base", result["base"])]
     if not result["is_baseline"]:
         lines += _block("student", result["student"])
         lines.append(_gap_line("gap closed (same tokens)", result["gap_closed"]))

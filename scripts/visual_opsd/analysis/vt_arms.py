@@ -104,7 +104,7 @@ class InterventionSettings(Settings):
     def needs(self) -> RowNeeds:
         """Only `truth` needs the visual thoughts of the data."""
         if "truth" in self.chosen:
-            return replace(EVALUATION_ROWS, visual_thoughts="required")
+            return RowNeeds(visual_thoughts="required")
         return EVALUATION_ROWS
 
 

@@ -22,7 +22,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.json_lines import write_lines
-from data.parquet import Reject
 from data.randomness import noise_picture
-from data.rejects import summarise
 from data.sequence import TextSegment
 from data.transforms import decode_image
 from inference.interleave import InterleaveEngine
@@ -54,16 +52,12 @@ from scripts.visual_opsd.analysis.vt_arms import (
 from scripts.visual_opsd.cli import flat, parse_config, run_main
 from scripts.visual_opsd.config import ComputeSettings, PromptSettings
 from scripts.visual_opsd.evaluation.benchmark_scoring import SCORING_VERSION
-from scripts.visual_opsd.evaluation.rows import (
-    BadRows,
-    RowPool,
-    Window,
-    check_bad_rate,
+from scripts.visual_opsd.evaluation.rows import RowPool, open_data, prompt_identity
+from scripts.visual_opsd.evaluation.runner import (
+    RowLimits,
+    claim_folder,
     memory_advice,
-    open_data,
-    progress_bar,
-    prompt_identity,
-    read_windows,
+    run_rows,
 )
 from scripts.visual_opsd.evaluation.scoring import (
     compare_paired,
@@ -72,21 +66,10 @@ from scripts.visual_opsd.evaluation.scoring import (
     normal_quantile,
     wilson_interval,
 )
-from scripts.visual_opsd.evaluation.store import (
-    RankedLines,
-    claim_folder,
-    hold_output,
-    stable_hash,
-    write_json,
-)
-from scripts.visual_opsd.evaluation.summary import share, split_bad
-from scripts.visual_opsd.processes import (
-    DistEnv,
-    attempt,
-    init_distributed,
-    on_main,
-    shutdown,
-)
+from scripts.visual_opsd.evaluation.store import RankedLines, Record, write_json
+from scripts.visual_opsd.evaluation.summary import by_dataset, share
+from scripts.visual_opsd.processes import DistEnv, init_distributed, on_main, shutdown
+from scripts.visual_opsd.runs.identity import stable_hash
 
 
 @dataclass(frozen=True)
@@ -98,28 +81,6 @@ class InterventionConfig:
 
 
 # ---------------------------------------------------------------------------------- the run
-
-
-@dataclass(frozen=True)
-class Stores:
-    folder: Path
-    drawings: RankedLines
-    outputs: RankedLines
-
-    @classmethod
-    def of(cls, folder: Path) -> Stores:
-        return cls(folder, RankedLines(folder, "drawings"), RankedLines(folder, "outputs"))
-
-    def picture(self, index: int) -> Path:
-        return self.folder / "drawings" / f"{index:06d}.png"
-
-    def save(self, index: int, picture: Image.Image) -> None:
-        """Whole or not at all: a killed run must not leave half a picture."""
-        path = self.picture(index)
-        temporary = path.with_suffix(".tmp")
-        with disk_errors(f"writing {path}", path.parent):
-            picture.save(temporary, "PNG")
-            temporary.replace(path)
 
 
 def result_settings(
@@ -143,126 +104,116 @@ def result_settings(
     }
 
 
-class Runner:
-    """One rank's part of a run."""
+class Study:
+    """What a process does with rows: draw for them, then answer. The model is loaded for the first.
+
+    drawn: after the drawing, the line of every row that drew. donor_of: whose drawing a row is
+    shown in the arm `other`.
+    """
 
     def __init__(
-        self, config: InterventionConfig, env: DistEnv, pool: RowPool, prepare: PrepareProblem
+        self, config: InterventionConfig, env: DistEnv, prepare: PrepareProblem
     ) -> None:
-        self.config, self.env, self.pool, self.prepare = config, env, pool, prepare
-        self.settings = settings = config.intervention
+        self.config, self.env, self.prepare = config, env, prepare
+        self.settings = config.intervention
+        self.pictures = Path(self.settings.output_dir) / "drawings"
+        self.drawn: dict[int, Record] = {}
+        self.donor_of: dict[int, int] = {}
+
+    @cached_property
+    def model(self) -> Interventions:
         bundle = load_bagel(
-            settings.model_path,
+            self.settings.model_path,
             visual_gen=True,
-            device=env.device,
-            dtype=config.compute.dtype(env.device),
+            device=self.env.device,
+            dtype=self.config.compute.dtype(self.env.device),
         )
-        builder = prepare.builder
+        builder = self.prepare.builder
         engine = InterleaveEngine(
             bundle.model,
             bundle.vae,
             bundle.tokenizer,
-            prepare.vae_transform,
+            self.prepare.vae_transform,
             builder.vit_transform,
             bundle.special_tokens,
         )
-        self.model = Interventions(engine, settings, config.drawing)
+        return Interventions(engine, self.settings, self.config.drawing)
 
-    def _windows(self, indices: Sequence[int], title: str) -> Iterator[Window[Problem]]:
-        size = self.settings.batch_size
-        bad = BadRows(self.settings.max_bad_rate)
-        shown = self.config.compute.progress and self.env.is_main
-        with progress_bar(len(indices), shown) as bar:
-            bar.set_description(title)
-            for window in read_windows(
-                self.pool, indices, self.prepare, max_rows=size, max_tokens=262144
-            ):
-                yield window
-                bar.update(window.count)
-                bad.add(window)
-
-    def draw(self, indices: Sequence[int], stores: Stores) -> None:
-        """First texts and drawings of these rows."""
-        for window in self._windows(indices, "drawing"):
-            lines = [{"index": i, "bad": asdict(reject)} for i, reject in window.rejects]
-            with self._memory_advice(window.rows):
-                replies = self.model.draw(window.rows) if window.rows else []
-            for (index, problem), (text, segment, picture) in zip(
-                window.rows, replies, strict=True
-            ):
-                if picture is not None:
-                    stores.save(index, picture)  # first: a line on file has its picture
-                lines.append(
-                    {
-                        "index": index,
-                        **asdict(problem.name),
-                        "text": text,
-                        "ids": list(segment.ids),
-                        "drawn": picture is not None,
-                        **_verdicts(problem, text),
-                    }
-                )
-            stores.drawings.append(self.env.rank, sorted(lines, key=lambda line: line["index"]))
-
-    def answer(
-        self,
-        indices: Sequence[int],
-        drawn: Mapping[int, Mapping[str, Any]],
-        donor_of: Mapping[int, int],
-        stores: Stores,
-    ) -> None:
-        """Answers of these rows in every arm."""
-        for window in self._windows(indices, "answering"):
-            rows = window.rows
-            if window.rejects:
-                index, reject = window.rejects[0]
-                raise ValueError(f"row {index} could be read before, and now not: {reject.detail}")
-            first = [TextSegment(tuple(drawn[index]["ids"])) for index, _ in rows]
-            with self._memory_advice(rows):
-                starts = self.model.after_text(rows, first)
-            answers: list[dict[str, Any]] = [{} for _ in rows]
-            for arm in self.settings.chosen:
-                pictures = [self._picture(arm, i, p, donor_of, stores) for i, p in rows]
-                with self._memory_advice(rows):
-                    texts = self.model.answer(starts, pictures)
-                for found, (index, problem), text in zip(answers, rows, texts, strict=True):
-                    whole = drawn[index]["text"] + "\n" + text
-                    found[arm] = {
-                        "text": text,
-                        **_verdicts(problem, whole),
-                        "answered": extract_answer(whole) is not None,
-                    }
-            lines = [
+    def draw(self, rows: Sequence[tuple[int, Problem]]) -> Iterator[list[Record]]:
+        """First texts (drawings.jsonl) and pictures."""
+        with self._memory_advice(rows):
+            replies = self.model.draw(rows)
+        lines = []
+        for (index, problem), (text, segment, picture) in zip(rows, replies, strict=True):
+            if picture is not None:
+                self._save(index, picture)  # first: a line on file has its picture
+            lines.append(
                 {
                     "index": index,
                     **asdict(problem.name),
-                    "question": problem.question,
-                    "answer": problem.answer,
-                    "first_text": drawn[index]["text"],
-                    "donor": donor_of.get(index),
-                    "arms": found,
+                    "text": text,
+                    "ids": list(segment.ids),
+                    "drawn": picture is not None,
+                    **_verdicts(problem, text),
                 }
-                for (index, problem), found in zip(rows, answers, strict=True)
-            ]
-            stores.outputs.append(self.env.rank, sorted(lines, key=lambda line: line["index"]))
+            )
+        yield lines
+
+    def answer(self, rows: Sequence[tuple[int, Problem]]) -> Iterator[list[Record]]:
+        """Answers in every arm (outputs.jsonl)."""
+        first = [TextSegment(tuple(self.drawn[index]["ids"])) for index, _ in rows]
+        with self._memory_advice(rows):
+            starts = self.model.after_text(rows, first)
+        lines = [
+            {
+                "index": index,
+                **asdict(problem.name),
+                "question": problem.question,
+                "answer": problem.answer,
+                "first_text": self.drawn[index]["text"],
+                "donor": self.donor_of.get(index),
+                "arms": {},
+            }
+            for index, problem in rows
+        ]
+        for arm in self.settings.chosen:
+            pictures = [self._picture(arm, index, problem) for index, problem in rows]
+            with self._memory_advice(rows):
+                texts = self.model.answer(starts, pictures)
+            for line, (_, problem), text in zip(lines, rows, texts, strict=True):
+                whole = line["first_text"] + "\n" + text
+                line["arms"][arm] = {
+                    "text": text,
+                    **_verdicts(problem, whole),
+                    "answered": extract_answer(whole) is not None,
+                }
+        yield lines
 
     def _memory_advice(self, rows: Sequence[tuple[int, Problem]]) -> AbstractContextManager[None]:
         settings = self.settings
         return memory_advice(
             [problem.name for _, problem in rows],
             f"lower --batch_size ({settings.batch_size}) or --max_new_tokens "
-            f"({settings.max_new_tokens}); what was drawn and answered is kept, and the same "
-            "command goes on from there",
+            f"({settings.max_new_tokens})",
         )
 
-    def _picture(
-        self, arm: str, index: int, problem: Problem, donor_of: Mapping[int, int], stores: Stores
-    ) -> Image.Image | None:
+    def _file(self, index: int) -> Path:
+        return self.pictures / f"{index:06d}.png"
+
+    def _save(self, index: int, picture: Image.Image) -> None:
+        """Whole or not at all: a killed run must not leave half a picture."""
+        path = self._file(index)
+        temporary = path.with_suffix(".tmp")
+        with disk_errors(f"writing {path}", path.parent):
+            picture.save(temporary, "PNG")
+            temporary.replace(path)
+
+    def _picture(self, arm: str, index: int, problem: Problem) -> Image.Image | None:
         if arm == "removed":
             return None
         if arm == "truth":
             return problem.truth
-        own = decode_image(stores.picture(donor_of[index] if arm == "other" else index))
+        own = decode_image(self._file(self.donor_of[index] if arm == "other" else index))
         return noise_picture(own.size, self.settings.seed, index) if arm == "noise" else own
 
 
@@ -279,117 +230,82 @@ def run(config: InterventionConfig, env: DistEnv) -> dict[str, Any]:
             of other settings in `output_dir`, too many unusable rows, or a model that never drew.
     """
     settings = config.intervention
-    stores = Stores.of(Path(settings.output_dir))
+    folder = Path(settings.output_dir)
     pool = RowPool(open_data(settings.data, settings.split, settings.data_root, settings.needs))
     wanted = result_settings(config, pool, config.compute.dtype(env.device))
-    prepare = PrepareProblem.of(settings, config.prompt)
-    on_main(env, lambda: _prepare_folder(stores, wanted, settings))
-    started = time.perf_counter()
-    total = min(len(pool), settings.limit or len(pool))
-    runner: list[Runner] = []
-
-    def worker() -> Runner:
-        if not runner:
-            runner.append(Runner(config, env, pool, prepare))
-        return runner[0]
-
-    # After each `attempt` everybody has read: only then may somebody append or merge.
-    held = {i for i, line in attempt(stores.drawings.read).items() if "bad" not in line}
-    todo = [i for i in range(total) if i not in held]
-    mine = todo[env.rank :: env.world_size]
-    attempt(lambda: worker().draw(mine, stores) if mine else None)
-    good, rejects = split_bad(attempt(stores.drawings.read))
-    on_main(env, lambda: _merge_drawings(stores, good, rejects, total, settings))
-
-    drawn = {int(line["index"]): line for line in good if line["drawn"]}
-    donor_of: dict[int, int] = {}
-    if "other" in settings.chosen:
-        donor_of = donors({index: line["dataset"] for index, line in drawn.items()})
+    study = Study(config, env, PrepareProblem.of(settings, config.prompt))
+    drawings = RankedLines(folder, "drawings")
     # A row that could be read only now may have become another row's donor.
-    finished = {
-        index: line
-        for index, line in attempt(stores.outputs.read).items()
-        if index in drawn and line["donor"] == donor_of.get(index)
-    }
-    answering = [i for i in drawn if i not in finished]
-    own = answering[env.rank :: env.world_size]
-    attempt(lambda: worker().answer(own, drawn, donor_of, stores) if own else None)
+    outputs = RankedLines(
+        folder, "outputs", lambda line: line["donor"] == study.donor_of.get(line["index"])
+    )
+
+    def claim() -> None:
+        claim_folder(
+            folder,
+            wanted,
+            [drawings, RankedLines(folder, "outputs")],  # whole: donors are not known yet
+            result="summary.json",
+            overwrite=settings.overwrite,
+        )
+        with disk_errors(f"writing to {folder}", folder):
+            study.pictures.mkdir(exist_ok=True)
+            for picture in study.pictures.glob("*.png") if settings.overwrite else ():
+                picture.unlink()
+
+    on_main(env, claim)
+    started = time.perf_counter()
+    limits = RowLimits(
+        max_rows=settings.batch_size,
+        max_tokens=262144,
+        max_bad_rate=settings.max_bad_rate,
+        progress=config.compute.progress,
+    )
+    rows = range(min(len(pool), settings.limit or len(pool)))
+    first = run_rows(pool, rows, study.prepare, study.draw, drawings, env, limits)
+    study.drawn = {line["index"]: line for line in first.records if line["drawn"]}
+    if not study.drawn:
+        raise ValueError(
+            f"none of {len(first.records)} rows asked for a picture ({IMAGE_MARKER}), so there is "
+            "nothing to compare: take a model that draws, the prompts it was trained with "
+            "(--prompt_style), or a larger --max_new_tokens; the texts are in drawings.jsonl"
+        )
+    if "other" in settings.chosen:
+        study.donor_of = donors({i: line["dataset"] for i, line in study.drawn.items()})
+    limits = replace(limits, good_in="the drawing")
+    second = run_rows(pool, list(study.drawn), study.prepare, study.answer, outputs, env, limits)
     summary: dict[str, Any] = {}
 
     def finish() -> None:
-        lines = [line for index, line in stores.outputs.read().items() if index in drawn]
-        stores.outputs.merge(lines)
-        summary.update(summarise_arms(lines, settings.chosen))
-        without = [line for line in good if not line["drawn"]]
+        without = [line for line in first.records if not line["drawn"]]
         summary.update(
-            rows=len(good),
+            summarise_arms(second.records, settings.chosen),
+            rows=len(first.records),
             not_drawn={
                 "n": len(without),
                 "correct": sum(bool(x["correct"]) for x in without),
                 "lenient_correct": sum(bool(x["lenient"]) for x in without),
             },
-            bad_rows=len(rejects),
+            bad_rows=len(first.rejects),
             seconds=time.perf_counter() - started,
-            resumed_drawings=len(held),
-            resumed_rows=len(finished),
+            resumed_drawings=first.resumed,
+            resumed_rows=second.resumed,
             settings_hash=stable_hash(wanted),
             settings=flat(config),
         )
-        write_json(stores.folder / "summary.json", summary)
-        draw_arms(stores.folder / "arms.png", summary)
+        write_json(folder / "summary.json", summary)
+        draw_arms(folder / "arms.png", summary)
 
     on_main(env, finish)
     return summary
 
 
-def _prepare_folder(
-    stores: Stores, wanted: Mapping[str, Any], settings: InterventionSettings
-) -> None:
-    hold_output(stores.folder)
-    if settings.overwrite:
-        for lines in (stores.drawings, stores.outputs):
-            lines.clear()
-        for picture in (stores.folder / "drawings").glob("*.png"):
-            picture.unlink()
-    claim_folder(
-        stores.folder,
-        wanted,
-        has_results=stores.drawings.exists(),
-        hint="choose another --output_dir, or pass --overwrite to throw them away",
-    )
-    for lines in (stores.drawings, stores.outputs):
-        lines.settle()
-    with disk_errors(f"writing to {stores.folder}", stores.folder):
-        (stores.folder / "drawings").mkdir(exist_ok=True)
-
-
-def _merge_drawings(
-    stores: Stores,
-    good: Sequence[Mapping[str, Any]],
-    rejects: Sequence[Reject],
-    total: int,
-    settings: InterventionSettings,
-) -> None:
-    stores.drawings.merge(good)
-    write_lines(stores.folder / "bad_rows.jsonl", [asdict(reject) for reject in rejects])
-    check_bad_rate(rejects, total, settings.max_bad_rate)
-    if not good:
-        raise ValueError(f"no row could be used: {summarise(rejects)}")
-    if not any(line["drawn"] for line in good):
-        raise ValueError(
-            f"none of {len(good)} rows asked for a picture ({IMAGE_MARKER}), so there is nothing "
-            "to compare: take a model that draws, the prompts it was trained with "
-            "(--prompt_style), or a larger --max_new_tokens; the texts are in drawings.jsonl"
-        )
-
-
 # ---------------------------------------------------------------------------------- figures
 
 
-def summarise_arms(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> dict[str, Any]:
+def summarise_arms(lines: Sequence[Record], arms: Sequence[str]) -> dict[str, Any]:
     """Figures of the arms over all rows that drew, and for each dataset."""
-    names = list(dict.fromkeys(str(line["dataset"]) for line in lines))
-    tasks = {n: _figures([x for x in lines if x["dataset"] == n], arms) for n in names}
+    tasks = {name: _figures(some, arms) for name, some in by_dataset(lines).items()}
     return {**_figures(lines, arms), "tasks": tasks}
 
 

@@ -8,12 +8,16 @@ that a text of any length is read at once.
 from __future__ import annotations
 
 import html
+import itertools
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from scripts.visual_opsd.evaluation.scoring import plain_characters
+
+Read = TypeVar("Read")
 
 # ------------------------------------------------------------------------- characters and markup
 
@@ -95,6 +99,14 @@ class Part:
     text: str
     stated: bool
 
+    def whole(self, text: str, words: int = 4) -> str:
+        """`text` (this part's, maybe rewritten) if all of it is an answer: stated or short; else
+        its last line if that is short, else ""."""
+        if self.stated or is_short(text, words):
+            return text
+        last = text.strip().rpartition("\n")[2]
+        return last if is_short(last, words) else ""
+
 
 def answer_parts(text: str) -> Iterator[Part]:
     """Where the answer is looked for, in this order, in readable form.
@@ -105,29 +117,31 @@ def answer_parts(text: str) -> Iterator[Part]:
     """
     text = visible(html.unescape(text))
     tags = list(_TAG.finditer(text))
-    ends = [tag.start() for tag in tags[1:]] + [len(text)] * bool(tags)
-    held = [text[tag.end() : end] for tag, end in zip(tags, ends, strict=True)]
-    closed = [
-        content
-        for content, tag, after in zip(held, tags, tags[1:], strict=False)
-        if not tag[1] and after[1]
+    opened = [
+        (text[tag.end() : after.start() if after else None].strip(), after is not None and after[1])
+        for tag, after in itertools.zip_longest(tags, tags[1:])
+        if not tag[1]
     ]
-    opened = [content for content, tag in zip(held, tags, strict=True) if not tag[1]]
+    closed = [content for content, end in opened if end]
+    begun = [content for content, _ in opened if content]
     if closed:
-        yield Part(readable(closed[-1].strip()[:LONGEST]), True)
-        return
-    begun = next((content.strip() for content in reversed(opened) if content.strip()), "")
-    if begun:
-        content = readable(begun[:LONGEST]).strip()
+        yield Part(readable(closed[-1][:LONGEST]), True)
+    elif begun:
+        content = readable(begun[-1][:LONGEST]).strip()
         first = content.partition("\n")[0]
         if first != content:
             yield Part(first, True)
         yield Part(content, True)
-        return
-    if tags:
-        text = text[: tags[0].start()]
-    after = text.rpartition("</think>")[2]
-    yield Part(readable((after if after.strip() else text).strip()[-LONGEST:]), False)
+    else:
+        if tags:
+            text = text[: tags[0].start()]
+        after = text.rpartition("</think>")[2]
+        yield Part(readable((after if after.strip() else text).strip()[-LONGEST:]), False)
+
+
+def read_parts(text: str, read: Callable[[Part], set[Read]]) -> set[Read]:
+    """What the first part that says anything says."""
+    return next(filter(None, map(read, answer_parts(text))), set())
 
 
 # "the answer is", "Answer:", "my choice would be", a \boxed{}: what follows is given as the answer.

@@ -104,26 +104,27 @@ def chosen_option(given: str, options: Mapping[str, str]) -> str | None:
         options: letter -> text; {} if the question does not list them, then any letter will do.
     """
     known = options or dict.fromkeys(string.ascii_uppercase, "")
-    plain = normalise_answer(_unboxed(given))
-    letter = plain.upper()
-    if letter in known:
-        return letter
+    given = _unboxed(given)
+    plain = normalise_answer(given)
+    if plain.upper() in known:
+        return plain.upper()
     same = [key for key, text in options.items() if normalise_answer(text) == plain]
-    if len(same) == 1:
-        return same[0]
-    folded = plain_characters(_unboxed(given)).casefold().replace("*", "")
+    return same[0] if len(same) == 1 else _labelling_letter(given, known)
+
+
+def _labelling_letter(given: str, options: Mapping[str, str]) -> str | None:
+    """The letter that an answer begins with, unless what follows names another option."""
+    folded = plain_characters(given).casefold().replace("*", "")
     labelled = _LABEL.fullmatch(re.sub(r"\s+", " ", folded).strip())
-    if labelled is None:
+    letter = (labelled[1] or labelled[2] or labelled[3]).upper() if labelled else ""
+    if labelled is None or letter not in options:
         return None
-    letter = (labelled[1] or labelled[2] or labelled[3]).upper()
     rest = normalise_answer(labelled[4])
-    own = normalise_answer(options.get(letter, ""))
-    seconds = {next(filter(None, m.groups())) for m in _SECOND.finditer(labelled[4])}
-    if rest != own and {second.upper() for second in seconds} & (known.keys() - {letter}):
-        return None
-    others = {normalise_answer(text) for key, text in options.items() if key != letter}
-    contradicts = rest in others and rest != own
-    return letter if letter in known and not contradicts else None
+    if rest == normalise_answer(options[letter]):
+        return letter
+    seconds = {next(filter(None, m.groups())).upper() for m in _SECOND.finditer(labelled[4])}
+    others = {key: normalise_answer(text) for key, text in options.items() if key != letter}
+    return None if rest in others.values() or seconds & others.keys() else letter
 
 
 def choice_verdict(text: str, gold: str, options: Mapping[str, str]) -> Verdict:
@@ -143,17 +144,9 @@ def number(text: str) -> float | None:
     percent sign."""
     plain = normalise_answer(text).rstrip("%").strip()
     sign = plain[:1] if plain[:1] in "+-" else ""
-    plain = normalise_answer(sign + _without_currency(plain.removeprefix(sign)))
+    currencies = "".join(c for c in plain if unicodedata.category(c) == "Sc")
+    plain = normalise_answer(sign + plain.removeprefix(sign).strip(currencies).strip())
     return float(plain) if _NUMBER.fullmatch(plain) else None
-
-
-def _without_currency(text: str) -> str:
-    start, stop = 0, len(text)
-    while start < stop and unicodedata.category(text[start]) == "Sc":
-        start += 1
-    while start < stop and unicodedata.category(text[stop - 1]) == "Sc":
-        stop -= 1
-    return text[start:stop].strip()
 
 
 def _within(a: float, b: float, tolerance: float) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,8 @@ def benchmark_figures(
     `n` counts questions: rows, or groups of rows where the benchmark is circular.
     """
     benchmark = find_benchmark(dataset)
-    groups = _all_right(predictions, [line["group"] for line in predictions], "correct")
-    lenient = _all_right(predictions, [line["group"] for line in predictions], "lenient")
+    names = [line["group"] for line in predictions]
+    groups = _all_right(predictions, names, "correct")
     n, correct = len(groups), sum(groups.values())
     official = None if benchmark.md5 is None else dataset.md5 == benchmark.md5
     return {
@@ -81,7 +81,7 @@ def benchmark_figures(
         "correct": correct,
         "accuracy": correct / n,
         "interval": list(wilson_interval(correct, n)),
-        **lenient_figures(sum(lenient.values()), n),
+        **lenient_figures(sum(_all_right(predictions, names, "lenient").values()), n),
         "rows": len(predictions),
         "row_accuracy": sum(bool(line["correct"]) for line in predictions) / len(predictions),
         **(_pair_figures(predictions) if benchmark.pairs else {}),
@@ -97,10 +97,10 @@ def benchmark_figures(
 
 
 def _all_right(
-    predictions: Sequence[Mapping[str, Any]], names: Sequence[str], verdict: str
-) -> dict[str, bool]:
+    predictions: Sequence[Mapping[str, Any]], names: Sequence[str | int], verdict: str
+) -> dict[str | int, bool]:
     """Group -> is every row of it right?"""
-    groups: dict[str, bool] = {}
+    groups: dict[str | int, bool] = {}
     for line, name in zip(predictions, names, strict=True):
         groups[name] = groups.get(name, True) and bool(line[verdict])
     return groups
@@ -123,8 +123,8 @@ def _pair_figures(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return {}
     found = {"pairs": len(both), "pair_rule": PAIR_RULE}
     for verdict, prefix in (("correct", ""), ("lenient", "lenient_")):
-        right = _all_right(predictions, [str(name) for name in names], verdict)
-        correct = sum(right[str(name)] for name in both)
+        right = _all_right(predictions, names, verdict)
+        correct = sum(right[name] for name in both)
         found[f"{prefix}pair_accuracy"] = correct / len(both)
         found[f"{prefix}pair_interval"] = list(wilson_interval(correct, len(both)))
     return found
@@ -233,9 +233,7 @@ def read_figures(folders: Iterable[str | Path]) -> dict[str, dict[str, Any]]:
 
 
 def _cell(e: Estimate | None) -> str:
-    return "-" if e is None else (
-        f"{100 * e.value:.2f} ({100 * e.low:.1f} - {100 * e.high:.1f})"
-    )  # fmt: skip
+    return f"{100 * e.value:.2f} ({100 * e.low:.1f} - {100 * e.high:.1f})" if e else "-"
 
 
 def _grid(title: str, names: Sequence[str], rows: Mapping[str, Sequence[Estimate | None]]) -> str:
@@ -254,20 +252,32 @@ def pair_estimates(figures: Mapping[str, Mapping[str, Any]]) -> list[Estimate | 
     ]  # fmt: skip
 
 
-def markdown_table(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """The tables of both verdicts and of MMVP's pairs, per cent, and the rules below them.
+@dataclass(frozen=True)
+class Tables:
+    """Estimates of runs, by label: every column by both verdicts, and MMVP's pairs."""
 
-    runs: label -> benchmark -> its figures.
-    """
-    names = [*COLUMNS, MEAN]
+    rows: dict[str, dict[str, Estimate | None]]
+    lenient_rows: dict[str, dict[str, Estimate | None]]
+    mmvp_pairs: dict[str, list[Estimate | None]]
+
+    @classmethod
+    def of(cls, runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Tables:
+        """runs: label -> benchmark -> its figures."""
+        return cls(
+            {label: row_estimates(figures) for label, figures in runs.items()},
+            {label: row_estimates(figures, "lenient_correct") for label, figures in runs.items()},
+            {label: pair_estimates(figures) for label, figures in runs.items()},
+        )
+
+
+def markdown_table(tables: Tables) -> str:
+    """The tables of both verdicts and of MMVP's pairs, per cent, and the rules below them."""
     parts = []
-    for title, verdict in (("model", "correct"), ("lenient", "lenient_correct")):
-        rows = {label: row_estimates(figures, verdict) for label, figures in runs.items()}
-        ordered = {label: [row[name] for name in names] for label, row in rows.items()}
-        parts += [_grid(title, names, ordered), ""]
-    pairs = {label: pair_estimates(figures) for label, figures in runs.items()}
-    if any(estimate for row in pairs.values() for estimate in row):
-        parts += [_grid("MMVP, pairs", ["strict", "lenient"], pairs), ""]
+    for title, rows in (("model", tables.rows), ("lenient", tables.lenient_rows)):
+        shown = {label: list(row.values()) for label, row in rows.items()}
+        parts += [_grid(title, [*COLUMNS, MEAN], shown), ""]
+    if any(estimate for row in tables.mmvp_pairs.values() for estimate in row):
+        parts += [_grid("MMVP, pairs", ["strict", "lenient"], tables.mmvp_pairs), ""]
     parts.append("Accuracy in per cent with 95 % interval; greedy answers judged without a judge.")
     parts += [f"- {name}: {rule}" for name, rule in COLUMN_RULES.items()]
     parts += [f"- {LENIENT_RULE}", f"- MMVP, pairs: {PAIR_RULE}"]
@@ -316,20 +326,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = parse_runs(settings.runs)
     if settings.json:
         check_new(settings.json, "--json", overwrite=settings.overwrite)
-    figures = {label: read_figures(folders) for label, folders in runs.items()}
-    print(markdown_table(figures))
+    tables = Tables.of({label: read_figures(folders) for label, folders in runs.items()})
+    print(markdown_table(tables))
     if settings.json:
-        tables = {
-            name: {
-                label: {column: e and vars(e) for column, e in row_estimates(one, verdict).items()}
-                for label, one in figures.items()
-            }
-            for name, verdict in (("rows", "correct"), ("lenient_rows", "lenient_correct"))
-        }
-        pairs = {
-            label: [e and vars(e) for e in pair_estimates(one)] for label, one in figures.items()
-        }
-        write_json(Path(settings.json), {**versions(), **tables, "mmvp_pairs": pairs})
+        write_json(Path(settings.json), {**versions(), **asdict(tables)})
     return 0
 
 

@@ -109,8 +109,7 @@ def open_benchmarks(names: str, root: str | Path | None) -> list[TsvDataset]:
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if wanted == ["all"]:
         wanted = list(BENCHMARKS)
-    unknown = [name for name in wanted if name not in BENCHMARKS]
-    if unknown or not wanted or len(set(wanted)) < len(wanted):
+    if not wanted or len(set(wanted) & BENCHMARKS.keys()) < len(wanted):
         raise ValueError(
             f"--benchmark {names!r}: give each name once, out of {', '.join(BENCHMARKS)}, or all; "
             "any other TSV file goes to --data"
@@ -121,13 +120,14 @@ def open_benchmarks(names: str, root: str | Path | None) -> list[TsvDataset]:
             "--benchmark needs the folder of the TSV files: --tsv_root DIR, or the environment "
             f"variable {ROOT_VARIABLE}"
         )
-    absent = [name for name in wanted if not os.path.isfile(Path(folder) / f"{name}.tsv")]
+    files = {name: Path(folder) / f"{name}.tsv" for name in wanted}
+    absent = [file.name for file in files.values() if not os.path.isfile(file)]
     if absent:
         raise ValueError(
-            f"{folder} lacks {', '.join(f'{name}.tsv' for name in absent)}: download what "
-            "VLMEvalKit_Thinkmorph lists for them (EVAL.md), or name fewer benchmarks"
+            f"{folder} lacks {', '.join(absent)}: download what VLMEvalKit_Thinkmorph lists for "
+            "them (EVAL.md), or name fewer benchmarks"
         )
-    return [TsvDataset(name, Path(folder) / f"{name}.tsv") for name in wanted]
+    return [TsvDataset(name, file) for name, file in files.items()]
 
 
 # ---------------------------------------------------------------------------------- prompts
@@ -249,20 +249,17 @@ def parse_row(benchmark: Benchmark, row: Row) -> BenchmarkRow:
             answer_not_an_option, bad_maze.
     """
 
-    def bad(reason: str, detail: str) -> BadRow:
-        return BadRow(reason, detail, file=row.file, row=row.row)
-
     values = row.values
     for name in ("question", "answer"):
         # A maze is judged by its map, and CV-Bench asks in its column `prompt`.
         needed = benchmark.answer != "maze" if name == "answer" else benchmark.prompt != "column"
         if needed and name not in values:
-            raise bad(f"missing_{name}", f"column {name} is empty")
+            raise row.bad(f"missing_{name}", f"column {name} is empty")
     images: list[Image.Image] = tsv_images(row)
     try:
         parts = make_parts(benchmark.prompt, values, images)
     except ValueError as error:
-        raise bad("missing_prompt", str(error)) from error
+        raise row.bad("missing_prompt", str(error)) from error
     index = plain_index(str(values.get("index", row.row)))
     return BenchmarkRow(
         index=index,
@@ -271,7 +268,7 @@ def parse_row(benchmark: Benchmark, row: Row) -> BenchmarkRow:
         answer=str(values.get("answer", "")),
         group=_group(benchmark, values, index),
         category=str(values.get("category", "")),
-        judge=_judge(benchmark.answer, values, bad),
+        judge=_judge(benchmark.answer, values, row.bad),
     )
 
 

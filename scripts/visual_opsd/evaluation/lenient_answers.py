@@ -13,8 +13,9 @@ import math
 import re
 import string
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from scripts.visual_opsd.evaluation.answer_parts import (
     BECAUSE,
@@ -23,6 +24,7 @@ from scripts.visual_opsd.evaluation.answer_parts import (
     Part,
     answer_parts,
     is_short,
+    read_parts,
     readable,
     said,
     visible,
@@ -58,6 +60,7 @@ _GLUED = re.compile(
     r"(?<![A-Za-z0-9])(?!(?:option|choice|answer|letter)[-&/])[A-Za-z0-9]+[-&/]$", re.I
 )
 _GLUED_TO = re.compile(r"[-&/](?!(?:option|choice|answer|letter)\b)[A-Za-z0-9]", re.I)
+_JOINED = re.compile(r"\W{0,3}(?:or|nor|and)\W{1,3}(?:option\s)?", re.I)
 _DOUBTED = re.compile(r"[\ue000-\uf8ff]\?\s?(?:no|nope|not)\b", re.I)
 _RIGHTLY = re.compile(  # "B is correct": a statement by itself
     r"(?<![A-Za-z])(?=[(\[\"']?[A-Z][)\]\"']?\s(?:is|seems|must be|would be)\s(?:the\s)?(?:most\s)?"
@@ -90,36 +93,27 @@ class _Options:
 
     def __init__(self, options: Mapping[str, str]) -> None:
         self.letters = frozenset(options or string.ascii_uppercase)
-        owners: dict[str, set[str]] = {}
-        for key, text in options.items():
+        letters: dict[str, set[str]] = {}  # by text
+        for letter, text in options.items():
             plain = normalise_answer(readable(visible(text)).replace("$", " "))
-            for form in {plain, re.sub(r"^(?:the|an?) ", "", plain)}:
+            for form in (plain, re.sub(r"^(?:the|an?) ", "", plain)):
                 if len(form) > 1:
-                    owners.setdefault(form, set()).add(key)
-        self.owners = [(form, owners[form]) for form in sorted(owners, key=len, reverse=True)]
+                    letters.setdefault(form, set()).add(letter)
+        forms = sorted(letters, key=len, reverse=True)
+        self.masks = {form: chr(_MASKS + i) for i, form in enumerate(forms)}
+        # The option of a masked text, where it is only one's.
+        self.owners = {self.masks[f]: key for f, (key, *more) in letters.items() if not more}
         edge = r"[A-Za-z0-9\u00c0-\u024f]"
-        forms = (re.escape(form).replace(r"\ ", r"\s") for form, _ in self.owners)
-        self.pattern = re.compile(rf"(?<!{edge})(?:{'|'.join(forms)})(?!{edge})", re.I)
-        self.places = {form: i for i, (form, _) in enumerate(self.owners)}
+        texts = "|".join(re.escape(form).replace(r"\ ", r"\s") for form in forms)
+        self.pattern = re.compile(rf"(?<!{edge})(?:{texts})(?!{edge})", re.I)
 
     def mask(self, text: str) -> str:
         """The text with a character of its own in place of each option's text."""
-        if not self.owners:
-            return text
 
         def mark(found: re.Match[str]) -> str:
-            place = self.places.get(re.sub(r"\s", " ", found[0]).casefold())
-            return found[0] if place is None else chr(_MASKS + place)
+            return self.masks.get(re.sub(r"\s", " ", found[0]).casefold(), found[0])
 
-        return self.pattern.sub(mark, text)
-
-    def owner(self, piece: str) -> str | None:
-        """The only option whose text `piece` is, once masked."""
-        place = ord(piece) - _MASKS if len(piece) == 1 else -1
-        if not 0 <= place < len(self.owners):
-            return None
-        owners = self.owners[place][1]
-        return next(iter(owners)) if len(owners) == 1 else None
+        return self.pattern.sub(mark, text) if self.masks else text
 
 
 def _is_word(text: str, letter: str, end: int) -> bool:
@@ -141,28 +135,28 @@ def _letters(text: str, begin: int, end: int, known: frozenset[str]) -> set[str]
     """Letters that a statement text[begin:end] names, without negated ones and articles."""
     found: set[str] = set()
     because = BECAUSE.search(text, begin, end)
-    small = _SMALL.match(text, begin, end)
-    spans = [(m[1] or m[2], m.start(), m.end()) for m in _LETTER.finditer(text, begin, end)]
-    if small and small[1].islower():
-        spans.insert(0, (small[1], small.start(1), small.end(1)))
-    denied = -1  # where the last negated letter ends
-    for letter, start, stop in spans:
+    denied: int | None = None  # where the last negated letter ends
+    for letter, start, stop in _letter_places(text, begin, end):
         if because and start > because.start() and found:
             break  # a reason names others
-        letter = letter.upper()
-        if letter in found or letter not in known:
-            continue
         before = text[max(0, start - 100) : start]
-        joined = denied >= 0 and re.fullmatch(
-            r"\W{0,3}(?:or|nor|and)\W{1,3}(?:option\s)?", text[denied:start], re.I
-        )
-        if _GLUED.search(before) or _GLUED_TO.match(text, stop):
-            continue  # "N/A", "B-52", "A/B": a name, or two
+        if letter not in known - found or _GLUED.search(before) or _GLUED_TO.match(text, stop):
+            continue  # glued: "N/A", "B-52", "A/B" is a name, or two
+        joined = denied is not None and _JOINED.fullmatch(text, denied, start)
         if joined or NOT.search(before) or _NOT_AFTER.match(text, stop, end):
             denied = stop
         elif not _is_word(text, letter, stop):
             found.add(letter)
     return found
+
+
+def _letter_places(text: str, begin: int, end: int) -> Iterator[tuple[str, int, int]]:
+    """Letters that stand alone, with where each begins and ends."""
+    small = _SMALL.match(text, begin, end)
+    if small and small[1].islower():
+        yield small[1].upper(), small.start(1), small.end(1)
+    for found in _LETTER.finditer(text, begin, end):
+        yield (found[1] or found[2]).upper(), found.start(), found.end()
 
 
 def _texts(text: str, begin: int, end: int, options: _Options) -> set[str]:
@@ -174,10 +168,8 @@ def _texts(text: str, begin: int, end: int, options: _Options) -> set[str]:
     for piece in _PIECES.split(text[begin:end]):
         piece = piece.strip()
         core = piece[_HEAD.match(piece).end() :]  # type: ignore[union-attr]  # matches nothing too
-        owner = options.owner(_TAIL.sub("", core).strip())
-        if owner:
-            found.add(owner)
-    return found
+        found.add(options.owners.get(_TAIL.sub("", core).strip(), ""))
+    return found - {""}
 
 
 def _named(text: str, begin: int, end: int, options: _Options) -> set[str]:
@@ -188,15 +180,17 @@ def _labelled(text: str, options: _Options) -> set[str]:
     """The letter of a text that states nothing: its first or last line begins with it, and no
     other line begins with another."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
-    labels = [_LABEL_LINE.fullmatch(line) for line in lines]
-    labels = [x if x and not _NOT_AFTER.match(x[0], x.end(1)) else None for x in labels]
-    letters = {label[1] for label in labels if label} & options.letters
-    ends = [label for label in (*labels[:1], *labels[-1:]) if label]
-    if ends and len(letters) == 1:
-        return letters
-    if lines and not letters:
-        return _texts(lines[-1], 0, len(lines[-1]), options) if is_short(lines[-1]) else set()
-    return set()
+    labels = [_label(line) for line in lines]
+    letters = set(filter(None, labels)) & options.letters
+    if not letters and lines and is_short(lines[-1]):
+        return _texts(lines[-1], 0, len(lines[-1]), options)
+    return letters if len(letters) == 1 and (labels[0] or labels[-1]) else set()
+
+
+def _label(line: str) -> str | None:
+    """The letter that a line begins with, unless it is a wrong one."""
+    label = _LABEL_LINE.fullmatch(line)
+    return label[1] if label and not _NOT_AFTER.match(line, label.end(1)) else None
 
 
 def _part_option(part: Part, options: _Options) -> set[str]:
@@ -219,12 +213,8 @@ def lenient_option(text: str, options: Mapping[str, str]) -> str | None:
     Args:
         options: letter -> text; {} if the question does not list them, then any letter will do.
     """
-    known = _Options(options)
-    for part in answer_parts(text):
-        found = _part_option(part, known)
-        if found:
-            return found.pop() if len(found) == 1 else None
-    return None
+    found = read_parts(text, partial(_part_option, options=_Options(options)))
+    return found.pop() if len(found) == 1 else None
 
 
 # ------------------------------------------------------------------------- numbers
@@ -263,6 +253,8 @@ _SPELLINGS = [
 ]
 _CODES = re.compile(r"\b(?:USD|EUR|GBP|JPY|CNY|RMB|INR|CHF|CAD|AUD|US|Rs\.?)\s?(?=[-+.\d])")
 _GROUPS = re.compile(r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d])")
+_SIGN = re.compile(r"(?<![^\W_])(?<![)%])[-+]\Z")
+_LIST_MARK = re.compile(r"(?:^|\n)\s?[-+] $")  # "- 5" is a minus or a list's mark
 _LIMIT = re.compile(
     r"(?:\b(?:more|less|greater|fewer|higher|lower) than|\b(?:over|under|above|below|at least|"
     r"at most)|[<>\u2264\u2265])\s?(?:about\s)?$",
@@ -296,26 +288,31 @@ def _numbers(text: str, begin: int, end: int) -> set[Number | None]:
         after = _AFTER_DIGITS.match(text, match.end(), end)
         assert after is not None  # every part of it may be absent
         place = after.end()
-        start = match.start()
-        signed = start > 0 and text[start - 1] in "+-" and not (
-            start > 1 and (text[start - 2].isalnum() or text[start - 2] in ")%")
-        )  # fmt: skip
-        before = text[max(0, start - 60) : start - signed]
+        before = text[max(0, match.start() - 60) : match.start()]
+        sign = _SIGN.search(before)
+        if sign:
+            before = before[:-1]
         if NOT.search(before) or _LIMIT.search(before):
             continue
-        value = _value(match[0])
-        if value is not None and after["power"]:
-            value = 10.0 ** _exponent(after["power"][1:]) if match[0] == "10" else None
-        if value is None or re.search(r"(?:^|\n)\s?[-+] $", text[max(0, start - 4) : start]):
-            found.add(None)  # "- 5" is a minus or a list's mark
-            continue
-        value *= 10.0 ** (_exponent(after[1]) + _exponent(after[2]))
-        scale = after[4] or after[5] or after[6]
-        if scale:
-            value *= _SCALES.get(scale) or _SCALES[scale.lower()]
-        negative = signed and text[start - 1] == "-" and value != 0
-        found.add(Number(-value if negative else value, bool(after["percent"])))
+        value = None if _LIST_MARK.search(before) else _scaled(match[0], after)
+        if value is None:
+            found.add(None)
+        else:
+            negative = sign is not None and sign[0] == "-" and value != 0
+            found.add(Number(-value if negative else value, bool(after["percent"])))
     return found
+
+
+def _scaled(digits: str, after: re.Match[str]) -> float | None:
+    """The value of digits with the powers and scales after them."""
+    value = _value(digits)
+    if value is not None and after["power"]:
+        value = 10.0 ** _exponent(after["power"][1:]) if digits == "10" else None
+    if value is None:
+        return None
+    value *= 10.0 ** (_exponent(after[1]) + _exponent(after[2]))
+    scale = after[4] or after[5] or after[6]
+    return value * (_SCALES.get(scale) or _SCALES[scale.lower()]) if scale else value
 
 
 def _exponent(text: str | None) -> int:
@@ -331,19 +328,13 @@ def _part_number(part: Part) -> set[Number | None]:
         found = _numbers(text, begin, end)
         if found:
             return found
-    if part.stated or is_short(text):
-        return _numbers(text, 0, len(text))
-    last = text.strip().rpartition("\n")[2]
-    return _numbers(last, 0, len(last)) if is_short(last) else set()
+    whole = part.whole(text)
+    return _numbers(whole, 0, len(whole))
 
 
 def lenient_number(text: str) -> Number | None:
     """The one number a generated text gives as its answer."""
-    for part in answer_parts(text):
-        found = _part_number(part)
-        if found:
-            return _only(found)
-    return None
+    return _only(read_parts(text, _part_number))
 
 
 def _only(found: set[Number | None]) -> Number | None:
@@ -395,9 +386,7 @@ def lenient_text(text: str, wanted: str) -> bool:
     for part in answer_parts(text):
         content = part.text.strip()
         given = [content[begin:end] for begin, end in said(content)]
-        last = content.rpartition("\n")[2]
-        whole = content if part.stated or is_short(content) else last if is_short(last) else ""
-        for form in given or [whole]:
+        for form in given or [part.whole(content)]:
             if form.strip():
                 return bool(goal & _plain_forms(form))
     return False

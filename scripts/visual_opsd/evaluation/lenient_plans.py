@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 
-from scripts.visual_opsd.evaluation.answer_parts import Part, answer_parts, is_short
+from scripts.visual_opsd.evaluation.answer_parts import Part, is_short, read_parts
 
 _ARROWS = {
     "R": "\u2192\u21d2\u27a1\u27f6\u2794\u25b6\u25ba\u279c\u2b95\u21e8\U0001f449\U0001f846",
@@ -14,6 +14,7 @@ _ARROWS = {
     "D": "\u2193\u21d3\u2b07\u25bc\u21e9\U0001f447\U0001f53d\U0001f847",
 }
 _ARROW_MOVES = {ord(c): move for move, arrows in _ARROWS.items() for c in arrows}
+_ONE_ARROW = dict.fromkeys(_ARROW_MOVES, "\u2192")
 _DIAGONALS = re.compile("[\u2196-\u2199\u2b08-\u2b0b]")
 _MOVE_WORDS = {
     **{word + end: word[0].upper() for word in ("up", "down", "left", "right")
@@ -26,7 +27,8 @@ _COUNTS = {
     "once": 1, "twice": 2, "thrice": 3,
 }  # fmt: skip
 _FILLER = re.compile(
-    r"(?:moves?|go|goes|steps?|then|and|first|second|third|fourth|fifth|sixth|seventh|eighth|next|finally|lastly|the|to|cells?|"
+    r"(?:moves?|go|goes|steps?|then|and|first|second|third|fourth|fifth|sixth|seventh|eighth|"
+    r"next|finally|lastly|the|to|cells?|"
     r"squares?|tiles?|blocks?|spaces?|units?|times?|by|now|turn|walk|head)$"
 )
 _BREAK = re.compile(r"[,;\n|.]+|\bthen\b|\band\b|[>\u2192]+|->", re.I)
@@ -77,24 +79,28 @@ def _tokens(piece: str) -> list[str | int | None]:
     made: list[str | int | None] = []
     pending = 0  # of a "2x" before its move
     for found in _TOKEN.finditer(_MARKS.sub(" ", piece.lower())):
-        word = found["word"]
         if found["before"]:
             pending = int(found["before"])
         elif found["after"]:
-            last = made[-1] if made else None
-            made[-1:] = [last * int(found["after"])] if isinstance(last, str) else [None]
-        elif found["number"] or word in _COUNTS:
-            made.append(int(found["number"] or _COUNTS[word]))
-        elif word in _MOVE_WORDS:
-            made.append(_MOVE_WORDS[word] * (pending or 1))
-            pending = 0
-        elif word and set(word) <= set("udlr"):
-            made += [letter * (pending or 1 if i == 0 else 1) for i, letter in
-                     enumerate(word.upper())]  # fmt: skip
-            pending = 0
-        elif not word or not _FILLER.match(word):
-            made.append(None)
+            last = made.pop() if made else None
+            made.append(last * int(found["after"]) if isinstance(last, str) else None)
+        else:
+            for meant in _meaning(found[0]):
+                if pending and isinstance(meant, str):
+                    meant, pending = meant * pending, 0
+                made.append(meant)
     return [None] if pending else made
+
+
+def _meaning(word: str) -> list[str | int | None]:
+    """Moves, a count, nothing for a filler, None for a foreign word."""
+    if word.isdecimal() or word in _COUNTS:
+        return [_COUNTS.get(word) or int(word)]
+    if word in _MOVE_WORDS:
+        return [_MOVE_WORDS[word]]
+    if set(word) <= set("udlr"):
+        return list(word.upper())
+    return [] if _FILLER.match(word) else [None]
 
 
 def _counted(tokens: list[str | int | None]) -> str | None:
@@ -144,23 +150,27 @@ def _plan_runs(text: str) -> tuple[list[str], bool]:
 def _plan(text: str) -> set[str]:
     """Plans a statement gives: all of it, or its only run of two or more moves."""
     if re.fullmatch(r"[<>^v\s,;]+", text):
-        plan = text.translate(str.maketrans("<>^v", "LRUD", " ,;\n\t"))
-        return {plan} if plan else set()
-    arrows = "".join(_ARROW_MOVES[ord(c)] for c in text if ord(c) in _ARROW_MOVES)
+        return {text.translate(str.maketrans("<>^v", "LRUD", " ,;\n\t"))} - {""}
     if _DIAGONALS.search(text):
         return set()
-    worded = "".join("\u2192" if ord(c) in _ARROW_MOVES else c for c in text)
+    worded = text.translate(_ONE_ARROW)
     runs, foreign = _plan_runs(worded)
     if foreign and _DENIED.search(worded):
         return set()
     plans = {run for run in runs if len(run) > (1 if foreign else 0)}
+    arrows = "".join(_ARROW_MOVES.get(ord(c), "") for c in text)
     if not plans and arrows:
-        counted = "".join(_ARROW_MOVES.get(ord(c), c) for c in text)
-        runs, foreign = _plan_runs(re.sub(r"(?<=[UDLR])(?=[UDLR])", ",", counted))
-        return set() if foreign else {run for run in runs if run}
+        counted = text.translate(_ARROW_MOVES)
+        return _moves_alone(re.sub(r"(?<=[UDLR])(?=[UDLR])", ",", counted), 1)
     if set(arrows) - {"R"} and plans != {arrows}:
         return plans | {arrows}
     return plans
+
+
+def _moves_alone(text: str, at_least: int) -> set[str]:
+    """The runs of a text without foreign words, of so many moves."""
+    runs, foreign = _plan_runs(text)
+    return set() if foreign else {run for run in runs if len(run) >= at_least}
 
 
 def _part_plan(part: Part) -> set[str]:
@@ -173,16 +183,11 @@ def _part_plan(part: Part) -> set[str]:
                 return plans
     if part.stated or is_short(text, 12):
         return _plan(text)
-    last = text.rpartition("\n")[2]
-    runs, foreign = _plan_runs(last)
-    return {run for run in runs if len(run) > 1} if not foreign else set()
+    return _moves_alone(text.rpartition("\n")[2], 2)
 
 
 def lenient_plan(text: str) -> str | None:
     """The one plan ("RRDD") a generated text gives as its answer."""
-    for part in answer_parts(text):
-        plans = _part_plan(part)
-        if plans:
-            plan = plans.pop()
-            return plan if not plans and len(plan) <= _LONGEST_PLAN else None
-    return None
+    plans = read_parts(text, _part_plan)
+    plan = plans.pop() if len(plans) == 1 else ""
+    return plan if 0 < len(plan) <= _LONGEST_PLAN else None

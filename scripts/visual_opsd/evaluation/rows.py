@@ -8,25 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-import queue
-import sys
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from tqdm import tqdm
-
-from data.dataset_info import dataset_files, is_dataset_folder, load_dataset_config, split_files
-from data.parquet import ParquetDataset, Reject, attempt
-from data.rejects import summarise
-from data.row_groups import RowSource
+from data.dataset_info import dataset_files, is_dataset_folder, split_files
+from data.rejects import Reject
+from data.row_groups import ParquetDataset, RowSource, prepare_row
 from data.thinkmorph import EVALUATION_ROWS, IMAGE_COLUMNS, PROBLEM_IMAGE, Row, RowNeeds
 from data.tsv import TsvDataset
-from modeling.host.memory import memory_errors
 from scripts.visual_opsd.config import PromptSettings
 
 IDENTITY_COLUMNS = ("question", "answer", PROBLEM_IMAGE, "world_state")
@@ -43,21 +37,6 @@ def prompt_identity(settings: PromptSettings) -> dict[str, Any]:
     if settings.image_path == "inferencer":  # the only path through the VAE's resize
         identity["vae"] = settings.vae_config()
     return identity
-
-
-def progress_bar(total: int, shown: bool) -> Any:
-    """A bar of rows on stderr: moving on a terminal, a line now and then in a log file."""
-    interval = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm(
-        total=total, unit="row", dynamic_ncols=True, mininterval=interval, disable=not shown
-    )
-
-
-def memory_advice(rows: Sequence[object], advice: str) -> AbstractContextManager[None]:
-    """Turn a lack of memory into `OutOfMemory` that names the rows under way, and what to do."""
-    shown = ", ".join(map(str, rows[:3]))
-    more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-    return memory_errors(f"with {len(rows)} rows at once ({shown}{more})", advice)
 
 
 # ------------------------------------------------------------------------------ which rows
@@ -103,18 +82,6 @@ def open_data(data: str, split: str, root: str | Path | None, needs: RowNeeds) -
     if not found or len(set(names)) < len(names):
         raise ValueError(f"--data {data!r}: need at least one dataset and each name once: {names}")
     return found
-
-
-def open_config(
-    path: str | Path, root: str | Path | None, needs: RowNeeds
-) -> tuple[list[RowSource], list[float]]:
-    """Datasets and weights of a YAML config (its row budgets concern training and do not apply)."""
-    sources = [source for source in load_dataset_config(path) if source.weight > 0]
-    datasets: list[RowSource] = [
-        ParquetDataset(s.name, dataset_files(s.name, s.split, root), needs, split=s.split)
-        for s in sources
-    ]
-    return datasets, [source.weight for source in sources]
 
 
 class RowPool:
@@ -182,7 +149,7 @@ def row_name(row: Row, pid: str, columns: Sequence[str]) -> RowName:
 
 
 class Sized(Protocol):
-    """A prepared row that knows how many packed rows its longest context takes."""
+    """A prepared row that knows how many packed tokens its longest context takes."""
 
     @property
     def length(self) -> int: ...
@@ -202,11 +169,6 @@ class Window(Generic[P]):
     def count(self) -> int:
         return len(self.rows) + len(self.rejects)
 
-    def reject(self, index: int, reject: Reject) -> None:
-        """Count a row as unusable after all."""
-        self.rows[:] = [row for row in self.rows if row[0] != index]
-        self.rejects.append((index, reject))
-
 
 def read_windows(
     pool: RowPool,
@@ -215,97 +177,43 @@ def read_windows(
     *,
     max_rows: int,
     max_tokens: int,
-) -> Iterator[Window[P]]:
+) -> Generator[Window[P], None, None]:
     """Prepare the rows of `indices` (ascending), some at a time.
 
-    A window holds at most `max_rows` rows and, but for its last row, `max_tokens` packed rows, so
-    that image patches of a long run never pile up. Inside it rows come in order of length: what
+    A window holds at most `max_rows` rows and, but for its last row, `max_tokens` packed tokens,
+    so that image patches of a long run never pile up. Inside it rows come in order of length: what
     is then decoded or packed together is alike. The next window is read by a thread meanwhile.
 
     `row.position` of what `prepare` gets is the row's index in the pool.
     """
+    stopped = threading.Event()
 
     def windows() -> Iterator[Window[P]]:
         window: Window[P] = Window([], [])
         tokens = 0
         for index in indices:
+            if stopped.is_set():
+                return
             dataset, row = pool.locate(index)
-            item = attempt(dataset, row, prepare, position=index)
+            item = prepare_row(dataset, row, prepare, index)
             if isinstance(item, Reject):
                 window.rejects.append((index, item))
             else:
                 window.rows.append((index, item))
                 tokens += item.length
             if window.count >= max_rows or tokens >= max_tokens:
-                window.rows.sort(key=lambda pair: pair[1].length)
                 yield window
                 window, tokens = Window([], []), 0
         if window.count:
-            window.rows.sort(key=lambda pair: pair[1].length)
             yield window
 
-    return _ahead(windows())
-
-
-def _ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items, made by a thread that stays one ahead of the consumer."""
-    made: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=1)
-    stopped = threading.Event()
-
-    def put(kind: str, value: Any) -> bool:
-        while not stopped.is_set():
-            try:
-                made.put((kind, value), timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
+    made = windows()
+    with ThreadPoolExecutor(1, "row reader") as reader:
         try:
-            for item in items:
-                if not put("item", item):
-                    return
-            put("end", None)
-        except BaseException as error:  # raised again where the items are consumed
-            put("error", error)
-
-    thread = threading.Thread(target=work, name="row reader", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = made.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
-    finally:
-        stopped.set()
-        thread.join(timeout=5)  # it ends by itself with the window it is reading
-
-
-class BadRows:
-    """Counts rows left out and refuses to go on above a rate."""
-
-    def __init__(self, max_rate: float, *, check_from: int = 200) -> None:
-        self.max_rate, self.check_from = max_rate, check_from
-        self.read = 0
-        self.rejects: list[tuple[int, Reject]] = []
-
-    def add(self, window: Window[Any]) -> None:
-        """Count a window; raises ValueError from `check_from` rows on."""
-        self.read += window.count
-        self.rejects += window.rejects
-        if self.read >= self.check_from:
-            check_bad_rate([r for _, r in self.rejects], self.read, self.max_rate)
-
-
-def check_bad_rate(rejects: Sequence[Reject], rows: int, max_rate: float) -> None:
-    """Raises ValueError if more than `max_rate` of `rows` rows could not be used."""
-    if len(rejects) > max_rate * rows:
-        raise ValueError(
-            f"{len(rejects)} of {rows} rows cannot be used: {summarise(rejects)}. That is more "
-            f"than {max_rate:.2%}: repair the data (`python -m data.check` shows it as a whole) "
-            "or raise --max_bad_rate; such rows are left out of every figure"
-        )
+            ahead = reader.submit(next, made, None)
+            while (window := ahead.result()) is not None:
+                ahead = reader.submit(next, made, None)
+                window.rows.sort(key=lambda pair: pair[1].length)
+                yield window
+        finally:
+            stopped.set()  # whoever stops early waits for the row under way, not for the window

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -16,7 +16,6 @@ from typing import Any
 from data.json_lines import read_given
 from scripts.visual_opsd.evaluation.store import SETTINGS_FILE, read_json
 
-CONFIDENCE = 0.95
 # The last complete pair of tags; an earlier, unclosed <answer> is no part of it.
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?")
@@ -96,20 +95,18 @@ def exact_match(answer: str, text: str) -> bool:
 # ---------------------------------------------------------------------------------- intervals
 
 
-def normal_quantile(confidence: float = CONFIDENCE) -> float:
-    """Half width of a two-sided normal interval, in standard errors (1.96 for 95 %)."""
-    return NormalDist().inv_cdf(0.5 + confidence / 2)
+def normal_quantile() -> float:
+    """Half width of a two-sided 95 % normal interval, in standard errors: 1.96."""
+    return NormalDist().inv_cdf(0.975)
 
 
-def wilson_interval(
-    correct: int, total: int, confidence: float = CONFIDENCE
-) -> tuple[float, float]:
-    """Wilson's score interval of a share; (0, 1) without observations."""
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share; (0, 1) without observations."""
     if not 0 <= correct <= total:
         raise ValueError(f"{correct} correct of {total} is no share")
     if total == 0:
         return 0.0, 1.0
-    z2 = normal_quantile(confidence) ** 2
+    z2 = normal_quantile() ** 2
     share = correct / total
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     spread = math.sqrt(z2 * (share * (1 - share) / total + z2 / (4 * total**2))) / (1 + z2 / total)
@@ -184,9 +181,7 @@ def compare_paired(a: Sequence[bool], b: Sequence[bool]) -> PairedComparison:
 # ---------------------------------------------------------------------------------- runs
 
 
-def read_verdicts(
-    folder: str | Path, verdict: str = "correct"
-) -> dict[tuple[Any, ...], bool]:
+def read_verdicts(folder: str | Path, verdict: str = "correct") -> dict[tuple[Any, ...], bool]:
     """A verdict ("correct" or "lenient") on each row of a finished evaluation, by `ROW_KEY`.
 
     Raises:
@@ -233,10 +228,6 @@ def check_same_rules(run_a: str | Path, run_b: str | Path) -> None:
         )
 
 
-def _first_missing(a: Mapping[Any, bool], b: Mapping[Any, bool]) -> tuple[Any, ...] | None:
-    return next((key for key in a if key not in b), None)
-
-
 def compare_runs(
     run_a: str | Path, run_b: str | Path, verdict: str = "correct"
 ) -> PairedComparison:
@@ -252,7 +243,7 @@ def compare_runs(
     a, b = read_verdicts(run_a, verdict), read_verdicts(run_b, verdict)
     check_same_rules(run_a, run_b)
     for (here, first), (there, second) in (((run_a, a), (run_b, b)), ((run_b, b), (run_a, a))):
-        key = _first_missing(first, second)
+        key = next((key for key in first if key not in second), None)
         if key is not None:
             named = dict(zip(ROW_KEY, key, strict=True))
             place = (named["dataset"], named["file"], named["row"])

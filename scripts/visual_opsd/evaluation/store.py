@@ -1,5 +1,5 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""Files of a run that only reads a model: JSON lines that survive a kill, and settings.
+"""Files of a run that only reads a model: JSON lines that survive a kill.
 
 Rank k appends to NAME.rank_k.jsonl; at the end rank 0 merges these and an earlier NAME.jsonl, in
 row order, into NAME.jsonl. A killed run leaves rank files, from which the next one goes on with
@@ -8,26 +8,18 @@ any number of ranks; it gathers them before anybody appends, so that what it add
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from data.json_lines import append_records, read_log, write_lines
 from modeling.host.disk import disk_errors
-from modeling.host.programs import make_folder
 from modeling.host.text_files import read_json_object
-from scripts.visual_opsd.runs.folder_lock import hold_folder
 
 SETTINGS_FILE = "settings.json"
-
-
-def stable_hash(value: Any) -> str:
-    """Digest of a JSON-able value; the order of keys does not matter."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+Record = dict[str, Any]
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -47,17 +39,19 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 class RankedLines:
     """JSON lines of one kind, appended to by every rank and merged by rank 0.
 
+    A record is known by its "index", an integer; one that was read twice counts once. That of an
+    unusable row has "bad" (`data.rejects.Reject`) and nothing else.
+
     Args:
         folder: the run's; must exist. name: stem of the files.
-        key: field that names a record (an integer); a record read twice counts once.
-        fields: what else a record must hold, unless it holds "bad"; others are left out, so that
-            their rows are computed again.
+        is_usable: whether a record holds what is needed of it (False, or KeyError for a damaged
+            one); others are left out, so that their rows are computed again.
     """
 
     def __init__(
-        self, folder: Path, name: str, key: str = "index", fields: Iterable[str] = ()
+        self, folder: Path, name: str, is_usable: Callable[[Record], object] = bool
     ) -> None:
-        self.folder, self.name, self.key, self.fields = folder, name, key, tuple(fields)
+        self.folder, self.name, self.is_usable = folder, name, is_usable
         self.merged = folder / f"{name}.jsonl"
         self.earlier = folder / f"{name}.rank_earlier.jsonl"
 
@@ -76,22 +70,19 @@ class RankedLines:
             for file in [self.merged, *self._rank_files()]:
                 file.unlink(missing_ok=True)
 
-    def read(self) -> dict[int, dict[str, Any]]:
-        """The newest record of every key, in the order of the keys (see `settle`)."""
-        found: dict[int, dict[str, Any]] = {}
+    def read(self) -> dict[int, Record]:
+        """The newest record of every row, in the order of the rows (see `settle`)."""
+        found: dict[int, Record] = {}
         merged = [self.merged] if self.merged.is_file() else []
         for file in [*merged, *self._rank_files()]:
             for record in read_log(file, self._is_ours):
-                found[record[self.key]] = record
+                found[record["index"]] = record
         return dict(sorted(found.items()))
 
-    def _is_ours(self, record: dict[str, Any]) -> bool:
-        if type(record[self.key]) is not int:
-            raise TypeError(f"{self.key} is no integer")
-        missing = [name for name in self.fields if name not in record]
-        if missing and "bad" not in record:
-            raise KeyError(*missing)
-        return True
+    def _is_ours(self, record: Record) -> bool:
+        if type(record["index"]) is not int:
+            raise TypeError("index is no integer")
+        return "bad" in record or bool(self.is_usable(record))
 
     def settle(self) -> None:
         """Gather what killed runs left, before anybody appends: it is then older than every line
@@ -114,65 +105,3 @@ class RankedLines:
         with disk_errors(f"writing {self.merged}", self.folder):
             for file in self._rank_files():
                 file.unlink()
-
-
-def hold_output(folder: str | Path) -> None:
-    """Make an output folder and hold it: rank 0, before it reads anything there.
-
-    Raises:
-        ValueError: it cannot be written to, or another run holds it.
-    """
-    make_folder(folder, "--output_dir")
-    hold_folder(Path(folder), "output_dir")
-
-
-def claim_output(folder: str | Path, result: str, overwrite: bool) -> None:
-    """Make the folder of a run that writes everything at its end.
-
-    Raises:
-        ValueError: it cannot be written to, or holds the file `result` and is not to be replaced.
-    """
-    hold_output(folder)
-    if (Path(folder) / result).exists() and not overwrite:
-        raise ValueError(
-            f"--output_dir {folder} holds results ({result}); choose another, or pass --overwrite "
-            "to replace them"
-        )
-
-
-def claim_folder(
-    folder: Path, settings: Mapping[str, Any], *, has_results: bool, hint: str
-) -> None:
-    """Make `folder`, which rank 0 holds, the run's: write settings.json, or find the same there.
-
-    Args:
-        settings: everything the results depend on.
-        has_results: the folder holds results that other settings would spoil.
-        hint: what the user can do about other settings.
-
-    Raises:
-        ValueError: the results are of other settings; names the ones that differ.
-    """
-    path = folder / SETTINGS_FILE
-    if has_results:
-        held = read_json(path, "it says what the results beside it were made with; " + hint)
-        if held.get("hash") != stable_hash(settings):
-            different = "; ".join(differing(held.get("settings", {}), settings))
-            raise ValueError(f"{folder} holds results of other settings ({different}); {hint}")
-        return
-    write_json(path, {"hash": stable_hash(settings), "settings": settings})
-
-
-def differing(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """"name: old, now new" of every setting in which two runs differ."""
-
-    def short(value: Any) -> str:
-        text = json.dumps(value, ensure_ascii=False)
-        return text if len(text) <= 60 else text[:57] + "..."
-
-    wanted = json.loads(json.dumps(wanted))  # tuples become lists, as in what was read
-    return [
-        f"{name}: {short(held.get(name))}, now {short(wanted.get(name))}"
-        for name in sorted({*held, *wanted})
-        if held.get(name) != wanted.get(name)
-    ]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,34 +13,31 @@ import numpy as np
 
 from data.rejects import Reject, summarise
 from scripts.visual_opsd.evaluation.scoring import compare_runs, lenient_figures, wilson_interval
+from scripts.visual_opsd.evaluation.store import Record
 
 
-def split_bad(
-    records: Mapping[int, Mapping[str, Any]],
-) -> tuple[list[Mapping[str, Any]], list[Reject]]:
-    """Predictions, and the rows that could not be used."""
-    good = [record for record in records.values() if "bad" not in record]
-    return good, [Reject(**record["bad"]) for record in records.values() if "bad" in record]
+def by_dataset(lines: Sequence[Record]) -> dict[str, list[Record]]:
+    """The lines of each dataset, in the order in which these come."""
+    found: dict[str, list[Record]] = {}
+    for line in lines:
+        found.setdefault(line["dataset"], []).append(line)
+    return found
 
 
 def summarise_run(
-    predictions: Sequence[Mapping[str, Any]], rejects: Sequence[Reject]
+    predictions: Sequence[Record], rejects: Sequence[Reject]
 ) -> dict[str, Any]:
     """The figures of summary.json, over all rows and for each dataset."""
-    names = list(dict.fromkeys(str(line["dataset"]) for line in predictions))
     return {
         **_figures(predictions),
-        "tasks": {n: _figures([p for p in predictions if p["dataset"] == n]) for n in names},
+        "tasks": {name: _figures(lines) for name, lines in by_dataset(predictions).items()},
         "bad_rows": len(rejects),
-        "bad_reasons": {
-            reason: sum(reject.reason == reason for reject in rejects)
-            for reason in sorted({reject.reason for reject in rejects})
-        },
+        "bad_reasons": dict(sorted(Counter(reject.reason for reject in rejects).items())),
         "bad_summary": summarise(rejects) if rejects else "",
     }
 
 
-def _figures(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _figures(predictions: Sequence[Record]) -> dict[str, Any]:
     n = len(predictions)
 
     def share(name: str) -> float:
@@ -133,12 +131,10 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def summarise_timing(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise_timing(lines: Sequence[Record]) -> dict[str, Any]:
     """Statistics of all rows and of each dataset; {} without lines."""
     if not lines:
         return {}
-    names = list(dict.fromkeys(str(line["dataset"]) for line in lines))
-    groups = {"all": list(lines)} | {n: [x for x in lines if x["dataset"] == n] for n in names}
     return {
         name: {
             "n": len(group),
@@ -149,7 +145,7 @@ def summarise_timing(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "output_tokens": _spread([line["output_tokens"] for line in group]),
             "decoded_together": _spread([line["decoded_together"] for line in group]),
         }
-        for name, group in groups.items()
+        for name, group in {"all": lines, **by_dataset(lines)}.items()
     }
 
 

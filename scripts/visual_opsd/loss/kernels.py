@@ -1,5 +1,5 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""The arithmetic of `loss_chunk.py` as Triton kernels, for logits on a GPU.
+"""The arithmetic of `chunk.py` as Triton kernels, for logits on a GPU.
 
 Logits are (c, V), contiguous, in any float dtype but fp64, and are read as often as the loss needs
 them and no more; everything computed from them is fp32. Rows are cut into segments, one program
@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scripts.visual_opsd.loss.statistics import RowStatistics
 from scripts.visual_opsd.opsd_loss import LossConfig
 
 GROUP = 32  # neighbours that share one maximum
@@ -39,6 +38,17 @@ _ENTRY, _TOKEN = 1, 2
 # Exponentials are taken to base 2, which is the one instruction that the hardware has.
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LOG_2 = tl.constexpr(math.log(2.0))
+
+
+class RowStatistics(NamedTuple):
+    """Of each row of (c, V) logits, (c,) fp32 where nothing is said."""
+
+    lse: Tensor  # log-sum-exp of logits / T
+    entropy: Tensor  # at T, in nats
+    unit_lse: Tensor  # log-sum-exp at T = 1
+    # (c, 3): both log-sum-exps taken apart, so that no digit is lost where logits are large: the
+    # largest logit, and the logs of the sums of exponentials less it, at T and at T = 1
+    norm: Tensor
 
 
 class FullDivergence(NamedTuple):
@@ -206,7 +216,7 @@ def _statistics(logits: Tensor, temperature: float, maxima: Tensor | None) -> Ro
             sums, lse, entropy, unit_lse, norm, segments, sums.stride(0), 1.0 / temperature,
             _rate(temperature), BLOCK=triton.next_power_of_2(segments), UNIT=unit, num_warps=1,
         )  # fmt: skip
-    return RowStatistics(lse, entropy, lse if unit else unit_lse, norm=norm)
+    return RowStatistics(lse, entropy, lse if unit else unit_lse, norm)
 
 
 def _rate(temperature: float) -> float:

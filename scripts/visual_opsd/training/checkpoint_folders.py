@@ -1,5 +1,5 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""Names, finding and housekeeping of checkpoint folders (what is in one: training_state.py)."""
+"""Names, finding and housekeeping of checkpoint folders (what is in one: checkpoints.py)."""
 
 from __future__ import annotations
 
@@ -164,21 +164,22 @@ def choose_checkpoint(checkpoint_dir: Path, specs: Sequence[str], env: DistEnv) 
     """
     rejected: dict[Path, ValueError] = {}
 
-    def choose() -> Path | None:
+    def choose() -> tuple[Path | None, str]:
+        """The state, or what is wrong with the one asked for and an older one."""
         for spec in specs:
             try:
                 found = find_checkpoint(checkpoint_dir, spec, rejected)
             except DamagedState as error:
                 if spec in _NEWEST:
                     raise
-                older = _next_older(checkpoint_dir, spec, env)
-                raise ValueError(f"--resume {spec}: {error}; {older}") from error
+                fault = f"--resume {spec}: {error}"
+                return _next_older(checkpoint_dir, spec, rejected, fault), fault
             if found is not None:
-                return found
-        return None
+                return found, ""
+        return None, ""
 
     while True:
-        path = on_main(env, choose)
+        path, fault = on_main(env, choose)
         if path is None:
             return None
         try:
@@ -186,6 +187,8 @@ def choose_checkpoint(checkpoint_dir: Path, specs: Sequence[str], env: DistEnv) 
         except DamagedState as error:
             rejected[path] = error
             continue
+        if fault:
+            raise ValueError(f"{fault}; the next older whole state is {path}: --resume {path}")
         if env.is_main and not set(_NEWEST).isdisjoint(specs) and path.parent == checkpoint_dir:
             _tell_damage(path, _sort_out(checkpoint_dir, rejected)[1])
         return path
@@ -199,18 +202,17 @@ def _tell_damage(chosen: Path, faulty: Mapping[int, ValueError]) -> None:
         logger.warning("resuming the next older whole state: %s", chosen)
 
 
-def _next_older(checkpoint_dir: Path, spec: str, env: DistEnv) -> str:
-    """What to resume instead of a damaged state: the next older one whose bytes are right."""
+def _next_older(
+    checkpoint_dir: Path, spec: str, rejected: Mapping[Path, ValueError], fault: str
+) -> Path:
+    """The newest state before a damaged one that seems whole. Raises ValueError: none does."""
     path = step_folder(checkpoint_dir, int(spec)) if _STEP.fullmatch(spec) else Path(spec)
     named = STEP_NAME.fullmatch(path.name)
-    for step, older in reversed(complete_steps(path.parent).items()):
-        if named and step < int(named[1]):
-            try:
-                check_digests(older, env, alone=True)
-            except DamagedState:
-                continue
-            return f"the next older whole state is {older}: --resume {older}"
-    return f"there is no older whole state in {path.parent}"
+    whole, _ = _sort_out(path.parent, rejected)
+    older = [step for step in whole if named and step < int(named[1])]
+    if not older:
+        raise ValueError(f"{fault}; there is no older whole state in {path.parent}")
+    return whole[max(older)]
 
 
 def check_claim(checkpoint_dir: Path, resumed_from: Path | None) -> int:

@@ -1,5 +1,5 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""Training checkpoints: a checkpoint exists whole, or it does not exist.
+"""Writing and restoring training checkpoints: one exists whole, or it does not exist.
 
     <dir>/step_0000500/              appears by one rename, when everything below is on disk
         state/                       student, EMA, optimiser: sharded (torch.distributed.checkpoint)
@@ -10,10 +10,10 @@
     <dir>/step_0000500.tmp/          being written, or left by a killed run (removed at start)
     <dir>/superseded/                steps later than the one a run was resumed from
 
-The folder must be on storage that all ranks share. Order of calls in a trainer:
-`choose_checkpoint`, `check_resumable` (nothing is loaded yet), `load_checkpoint`,
-`claim_checkpoint_dir`, `truncate_jsonl` (nothing was moved or cut before), then training with
-`save_checkpoint`.
+The folder must be on storage that all ranks share. Order of calls in a trainer (those without a
+file are in checkpoint_folders.py): `choose_checkpoint`, `check_resumable` (nothing is loaded yet),
+`load_checkpoint`, `claim_checkpoint_dir`, `restart_logs` (nothing was moved or cut before), then
+training with `save_checkpoint`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import random
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,45 +45,14 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_sharded_s
 
 from modeling.host.disk import check_room, disk_errors, size_text
 from scripts.visual_opsd.processes import DistEnv, attempt, gather_objects, on_main
-from scripts.visual_opsd.training.checkpoint_folders import (
-    choose_checkpoint,
-    claim_checkpoint_dir,
-    complete_steps,
-    delete_old_states,
-    find_checkpoint,
-    release_folder,
-    remove,
-    step_folder,
-    truncate_jsonl,
-)
+from scripts.visual_opsd.training.checkpoint_folders import remove, step_folder
 from scripts.visual_opsd.training.run_contents import ROW_ORDER, differences
 from scripts.visual_opsd.training.state_files import (
-    MARKER,
     DamagedState,
-    check_digests,
     describe_files,
     read_marker,
     write_marker,
 )
-
-__all__ = [
-    "FREE_FIELDS",
-    "MARKER",
-    "DamagedState",
-    "Resumed",
-    "TrainingState",
-    "check_resumable",
-    "choose_checkpoint",
-    "claim_checkpoint_dir",
-    "complete_steps",
-    "config_hash",
-    "find_checkpoint",
-    "flat_config",
-    "load_checkpoint",
-    "release_folder",
-    "save_checkpoint",
-    "truncate_jsonl",
-]
 
 # Files whose contents are compared, not their paths (but in states of format 1, without contents).
 _BY_CONTENTS = frozenset(("model_path", "prompts", "dataset_config_file", "replay_samples"))
@@ -92,13 +61,13 @@ _BY_CONTENTS = frozenset(("model_path", "prompts", "dataset_config_file", "repla
 # else must be equal.
 # fmt: off
 FREE_FIELDS = _BY_CONTENTS | frozenset((
-    "results_dir", "checkpoint_dir", "output_name", "data_root", "resume", "auto_resume",
-    "resume_from", "take_over", "save_every", "save_release", "keep_last", "log_every",
-    "samples_per_step", "progress", "timeout_s", "num_workers", "prefetch_factor",
-    "max_bad_rate", "max_nonfinite_steps", "device", "sharding_strategy", "num_shard",
-    "num_replicate", "cpu_offload", "teacher_cpu_offload", "gradient_accumulation_steps",
-    "pack_tokens", "sample_batch_size", "loss_chunk_size", "activation_checkpointing",
-    "checkpointed_layers", "compile_blocks", "wandb_project", "wandb_name", "wandb_offline",
+    "results_dir", "checkpoint_dir", "data_root", "resume", "auto_resume", "resume_from",
+    "take_over", "save_every", "save_release", "keep_last", "log_every", "samples_per_step",
+    "progress", "timeout_s", "num_workers", "prefetch_factor", "max_bad_rate",
+    "max_nonfinite_steps", "device", "sharding_strategy", "num_shard", "num_replicate",
+    "cpu_offload", "teacher_cpu_offload", "gradient_accumulation_steps", "pack_tokens",
+    "sample_batch_size", "loss_chunk_size", "activation_checkpointing", "checkpointed_layers",
+    "compile_blocks", "wandb_project", "wandb_name", "wandb_offline",
 ))
 # fmt: on
 
@@ -115,31 +84,23 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Resumed:
-    """What `load_checkpoint` found.
-
-    `same_world` is False when the number of ranks changed: weights, EMA and optimiser are exact
-    all the same, only the global random states are derived anew (nothing in a step depends on
-    them: batches and samples are keyed by seed, step and row).
-    """
+    """The step that `load_checkpoint` found, and the caller's extra values."""
 
     step: int
-    same_world: bool
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any]
 
 
 # ------------------------------------------------------------------------------------- config
 
 
-def flat_config(
-    config: Mapping[str, Any], free_fields: Collection[str] = FREE_FIELDS
-) -> dict[str, Any]:
-    """Dotted name -> JSON value of every setting that must not change over a resume."""
+def _flatten(mapping: Mapping[str, Any], left_out: Collection[str] = ()) -> dict[str, Any]:
+    """Dotted name -> JSON value of a mapping of mappings."""
     flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if name in free_fields:
+    for name, value in mapping.items():
+        if name in left_out:
             continue
         if isinstance(value, Mapping):
-            inner = flat_config(value, free_fields)
+            inner = _flatten(value, left_out)
             flat.update({f"{name}.{key}": leaf for key, leaf in inner.items()})
         else:
             # Through JSON, as the saved side went: tuples become lists, paths strings.
@@ -147,17 +108,14 @@ def flat_config(
     return flat
 
 
-def config_hash(config: Mapping[str, Any], free_fields: Collection[str] = FREE_FIELDS) -> str:
+def config_hash(config: Mapping[str, Any]) -> str:
     """Short hash of the settings that must not change over a resume."""
-    text = json.dumps(flat_config(config, free_fields), sort_keys=True)
+    text = json.dumps(_flatten(config, FREE_FIELDS), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_resumable(
-    path: Path,
-    config: Mapping[str, Any],
-    contents: Mapping[str, Any] | None = None,
-    free_fields: Collection[str] = FREE_FIELDS,
+    path: Path, *, config: Mapping[str, Any], contents: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The marker of a training state that a run of these settings and contents can go on from.
 
@@ -170,13 +128,13 @@ def check_resumable(
     except DamagedState as error:
         raise DamagedState(f"{path} is not a complete training checkpoint: {error}") from error
     saved, held = dict(marker["config"]), marker.get("contents")
-    now = flat_config(contents or {}, ())
+    free, now = FREE_FIELDS, _flatten(contents)
     if held is None:  # format 1, which knew of contents only the order of the rows
-        free_fields = frozenset(free_fields) - _BY_CONTENTS
+        free -= _BY_CONTENTS
         held = {ROW_ORDER: saved.pop("rows")} if "rows" in saved else {}
-        now = {key: now[key] for key in held if contents is not None}
-    settings = differences(flat_config(saved, free_fields), flat_config(config, free_fields))
-    files = [] if contents is None else differences(flat_config(held, ()), now)
+        now = {key: now[key] for key in held}
+    settings = differences(_flatten(saved, free), _flatten(config, free))
+    files = differences(_flatten(held), now)
     if len(settings) + len(files) > 1:  # a consequence of the others
         files = [text for text in files if not text.startswith(ROW_ORDER)]
     found = []
@@ -202,9 +160,8 @@ def save_checkpoint(
     *,
     env: DistEnv,
     config: Mapping[str, Any],
-    contents: Mapping[str, Any] | None = None,
-    extra: Mapping[str, Any] | None = None,
-    keep_last: int | None = None,
+    contents: Mapping[str, Any],
+    extra: Mapping[str, Any],
 ) -> Path:
     """Write `step`'s checkpoint; called by all ranks. Returns its folder.
 
@@ -214,14 +171,10 @@ def save_checkpoint(
     Args:
         config: the resolved configuration (JSON-like). contents: as `run_contents` gives them.
         extra: small values for the next run (counters); numbers, strings, lists, dicts, tensors.
-        keep_last: how many newest checkpoints to keep in the folder; None keeps all.
 
     Raises:
-        ValueError: the step's folder exists already, keep_last < 1, too little room, or the disk
-            refuses.
+        ValueError: the step's folder exists already, too little room, or the disk refuses.
     """
-    if keep_last is not None and keep_last < 1:
-        raise ValueError(f"keep_last must be at least 1 (or None: keep all), not {keep_last}")
     final = step_folder(checkpoint_dir, step)
     tmp = final.with_name(final.name + ".tmp")
     tensors = _sharded_state(state, bool(state.optimizer.state))
@@ -233,9 +186,8 @@ def save_checkpoint(
         "torch": torch.__version__,
         "config_hash": config_hash(config),
         "config": config,
+        "contents": contents,
     }
-    if contents is not None:
-        marker["contents"] = contents
     needed = _state_bytes(tensors, env)
     refused = partial(
         disk_errors,
@@ -257,7 +209,7 @@ def save_checkpoint(
     def add_ours() -> dict[str, tuple[int, str]]:
         _save_synced(_rng_state(env), tmp / f"rng_{env.rank:05d}.pt")
         if env.is_main:
-            trainer = {"scheduler": state.scheduler.state_dict(), "extra": dict(extra or {})}
+            trainer = {"scheduler": state.scheduler.state_dict(), "extra": dict(extra)}
             _save_synced(trainer, tmp / "trainer.pt")
             # Better to fail here than when the run is resumed: loading accepts simple types only.
             torch.load(tmp / "trainer.pt", weights_only=True)
@@ -270,8 +222,6 @@ def save_checkpoint(
         _fsync(tmp)
         os.replace(tmp, final)
         _fsync(checkpoint_dir)
-        if keep_last is not None:
-            delete_old_states(checkpoint_dir, keep_last)
 
     try:
         on_main(env, start)
@@ -350,28 +300,23 @@ def load_checkpoint(
     *,
     env: DistEnv,
     config: Mapping[str, Any],
-    contents: Mapping[str, Any] | None = None,
-    free_fields: Collection[str] = FREE_FIELDS,
-    digests: bool = True,
+    contents: Mapping[str, Any],
 ) -> Resumed:
     """Restore `state` in place, bit-exactly; called by all ranks, on any mesh.
 
-    Call it after everything that draws from the global random states (worker processes, model
-    construction), or the continuation is not exact.
-
-    Args:
-        digests: compare the bytes of all files first (`choose_checkpoint` does).
+    `choose_checkpoint` has compared the files' bytes. With another number of ranks the global
+    random states are derived anew (nothing in a step depends on them: batches and samples are
+    keyed by seed, step and row); all else is exact. Call it after everything that draws from
+    them (worker processes, model construction), or the continuation is not exact.
 
     Raises:
-        ValueError: not a complete checkpoint, a damaged one, other settings or contents, or an
-            EMA on one side only.
+        ValueError: not a complete checkpoint, one that cannot be read, other settings or contents,
+            or an EMA on one side only.
     """
-    marker = check_resumable(path, config, contents, free_fields)
+    marker = check_resumable(path, config=config, contents=contents)
     if marker["has_ema"] != (state.ema is not None):
         has = "has an" if marker["has_ema"] else "has no"
         raise ValueError(f"{path} {has} EMA model, this run's teacher mode says otherwise")
-    if digests:
-        check_digests(path, env)
     same_world = marker["world_size"] == env.world_size
     trainer = _load(path / "trainer.pt")
     rng = _load(path / f"rng_{env.rank:05d}.pt") if same_world else None
@@ -400,7 +345,7 @@ def load_checkpoint(
     else:
         key = f"{marker['config_hash']}:{marker['step']}:{env.rank}"
         _seed_all(zlib.crc32(key.encode()))
-    return Resumed(marker["step"], same_world, trainer["extra"])
+    return Resumed(marker["step"], trainer["extra"])
 
 
 def _load(path: Path) -> Any:

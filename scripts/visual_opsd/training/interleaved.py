@@ -10,7 +10,7 @@ so ranks, packs and resumed runs see the same targets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +18,19 @@ from data.limits import ContextLimits
 from data.parquet import StepRows
 from data.randomness import row_generator
 from data.sequence import ContextBuilder
-from data.thinkmorph import INTERLEAVED_ROWS, BadRow, Row, RowNeeds, parse_row
+from data.thinkmorph import INTERLEAVED_ROWS, Row, parse_row
 from modeling.host.memory import memory_errors
 from scripts.visual_opsd.config import SFTConfig
-from scripts.visual_opsd.processes import DistEnv
 from scripts.visual_opsd.rows import TrainRow, encode_pictures, make_builder
 from scripts.visual_opsd.scored_rows import ScoredRow
-from scripts.visual_opsd.training.step import PackResult
-from scripts.visual_opsd.training.trainer import ENCODING, Trainer
+from scripts.visual_opsd.training.objective import (
+    ENCODING,
+    Base,
+    Objective,
+    Workplace,
+    check_weights,
+)
+from scripts.visual_opsd.training.text_sft import check_no_divergence
 
 
 @dataclass(frozen=True)
@@ -43,61 +48,56 @@ class PrepareInterleaved:
         sample = parse_row(row, INTERLEAVED_ROWS)
         images, thoughts = len(sample.thought_images), len(sample.thoughts)
         if thoughts != images + 1:
-            raise BadRow(
+            raise row.bad(
                 "thoughts_do_not_fit",
                 f"{images} visual thoughts need {images + 1} thoughts around them, not {thoughts}",
-                file=row.file,
-                row=row.row,
             )
         context = self.builder.interleaved(sample)
         self.limits.check(row, context)
-        name = f"{sample.dataset}/{sample.pid}"
-        return TrainRow(name, row.position, sample.question, sample.answer, context)
+        return TrainRow.of(row, sample, context)
 
 
-class InterleavedTrainer(Trainer):
-    """The trainer with the drawing branch: other rows, the frozen autoencoder, a second loss.
+class InterleavedSFT(Objective):
+    """Trains the drawing branch too: other rows, the frozen autoencoder, a second loss.
 
     Raises:
-        ValueError: as `Trainer`; also a base without generation weights or autoencoder.
+        ValueError: neither cross-entropy nor flow matching, or a divergence.
     """
 
-    draws = True
-    config: SFTConfig
+    needs = INTERLEAVED_ROWS
+    flow_weight: float
 
-    def __init__(self, config: SFTConfig, env: DistEnv) -> None:
-        if config.loss.ce_weight == 0 and config.flow.mse_weight == 0:
-            raise ValueError("ce_weight and mse_weight are both 0: there is nothing to train on")
-        super().__init__(config, env, sft=True)
+    def __init__(self, config: SFTConfig) -> None:
+        super().__init__(config)
+        self.identity = {"sft": True}
+        self.flow_weight = config.flow.mse_weight
+        self.time_shift = config.flow.timestep_shift
+        check_weights(ce_weight=config.loss.ce_weight, mse_weight=self.flow_weight)
+        check_no_divergence(config)
 
-    def _needs(self) -> RowNeeds:
-        return INTERLEAVED_ROWS
-
-    def _prepare(self) -> Callable[[Row], TrainRow]:
-        builder = make_builder(self.tokenizer, self.model_config, self.config.prompt)
+    def prepare(self, base: Base) -> PrepareInterleaved:
+        builder = make_builder(base.tokenizer, base.model, self.config.prompt)
         limits = ContextLimits(
-            self.model_config.llm.max_position_embeddings,
+            base.model.llm.max_position_embeddings,
             tokens=self.config.sample.max_forward_tokens,
         )
         return PrepareInterleaved(builder, limits.check_settings(builder))
 
-    def _score(self, batch: StepRows[TrainRow]) -> list[ScoredRow]:
+    def label(self, batch: StepRows[TrainRow], place: Workplace) -> list[ScoredRow]:
         """The rows with latents in the place of pixels."""
-        assert self.vae is not None
-        seed, shift = self.config.run.global_seed, self.config.flow.timestep_shift
+        assert place.base.vae is not None
+        seed, shift = self.config.run.global_seed, self.time_shift
         scored = []
-        with self.timer("encode"), memory_errors(*ENCODING):
+        with place.timer("encode"), memory_errors(*ENCODING):
             for row in batch.values:
                 generator = row_generator("interleaved", seed, row.position)
-                context = encode_pictures(row.student, self.vae, generator, time_shift=shift)
+                context = encode_pictures(
+                    row.student, place.base.vae, generator, time_shift=shift
+                )
                 scored.append(ScoredRow(row.name, context, None))
         return scored
 
-    def _flow_scale(self, sums: dict[str, float]) -> float:
-        # FSDP2 averages gradients over ranks; the loss is divided by the global row count.
-        return self.config.flow.mse_weight * self.env.world_size / max(sums["noised"], 1.0)
-
-    def _reduce(self, results: Sequence[PackResult], scored: Sequence[ScoredRow]) -> dict[str, Any]:
-        figures = super()._reduce(results, scored)
-        figures["loss"] += self.config.flow.mse_weight * figures["mse"]
+    def figures(self, sums: Mapping[str, float]) -> dict[str, Any]:
+        figures = super().figures(sums)
+        figures["loss"] += self.flow_weight * figures["mse"]
         return figures

@@ -225,30 +225,29 @@ def _one_line(error: Exception) -> str:
 
 
 class PhaseTimer:
-    """Seconds and tokens by phase: `with timer("sample") as count: count(tokens)`.
+    """Seconds and tokens by phase, of `with timer("train", tokens):`.
 
-    A GPU runs behind the host; with `synchronize=True` the phases' boundaries wait for it, so
-    that seconds belong to the phase that caused them (costs a little overlap). Phases may repeat
-    within a step and accumulate until `reduce` or `pop`.
+    A GPU runs behind the host; the phases' boundaries wait for it, so that seconds belong to the
+    phase that caused them (costs a little overlap). Phases may repeat within a step and
+    accumulate until `reduce`.
     """
 
-    def __init__(self, device: torch.device, *, synchronize: bool = False) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._wait = synchronize and device.type == "cuda"
         self._seconds: dict[str, float] = {}
         self._tokens: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, phase: str, tokens: int = 0) -> Iterator[Any]:
+    def __call__(self, phase: str, tokens: int = 0) -> Iterator[None]:
         self.add_tokens(phase, tokens)
         start = self._now()
         try:
-            yield lambda count: self.add_tokens(phase, count)
+            yield
         finally:
             self._seconds[phase] += self._now() - start
 
     def _now(self) -> float:
-        if self._wait:
+        if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
@@ -257,41 +256,32 @@ class PhaseTimer:
         self._seconds.setdefault(phase, 0.0)
         self._tokens[phase] = self._tokens.get(phase, 0.0) + tokens
 
-    def pop(self) -> dict[str, float]:
-        """This rank's sums since the last call: seconds/PHASE and tokens/PHASE."""
+    def reduce(self, env: DistEnv) -> dict[str, float]:
+        """Since the last call: mean seconds/PHASE and, of all ranks, tokens_per_s/PHASE.
+
+        A collective; all ranks must have run the same phases. Some phases have no tokens.
+        """
         sums = {f"seconds/{p}": s for p, s in self._seconds.items()}
         sums |= {f"tokens/{p}": t for p, t in self._tokens.items()}
         self._seconds, self._tokens = {}, {}
-        return sums
-
-    def reduce(self, env: DistEnv) -> dict[str, float]:
-        """Over all ranks, one collective: mean seconds/PHASE and global tokens_per_s/PHASE.
-
-        All ranks must have run the same phases. Phases without tokens give seconds only.
-        """
-        return phase_metrics(all_reduce_sums(self.pop(), env), env.world_size)
+        return phase_metrics(all_reduce_sums(sums, env), env.world_size)
 
 
 def phase_metrics(sums: Mapping[str, float], world_size: int) -> dict[str, float]:
-    """Turn sums over ranks (the keys of `PhaseTimer.pop`) into what is logged."""
-    metrics: dict[str, float] = {}
-    for key, total in sums.items():
-        kind, _, phase = key.partition("/")
-        if kind == "seconds":
-            seconds = total / world_size
-            metrics[key] = seconds
-            tokens = sums.get(f"tokens/{phase}", 0.0)
-            if tokens and seconds > 0:
-                metrics[f"tokens_per_s/{phase}"] = tokens / seconds
-    return metrics
+    """Sums over ranks (seconds/PHASE, tokens/PHASE) -> what is logged."""
+    seconds = {k: s / world_size for k, s in sums.items() if k.startswith("seconds/")}
+    rates = {}
+    for key, mean in seconds.items():
+        phase = key.removeprefix("seconds/")
+        tokens = sums.get(f"tokens/{phase}", 0.0)
+        if tokens and mean > 0:
+            rates[f"tokens_per_s/{phase}"] = tokens / mean
+    return seconds | rates
 
 
-def peak_memory_gb(device: torch.device, *, reset: bool = False) -> float:
-    """Peak GB (1e9 bytes): allocated on the GPU since the last reset, or resident on the host."""
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak GB (1e9 bytes) of this process: allocated on the GPU, or resident on the host."""
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return peak / 1e9
+        return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

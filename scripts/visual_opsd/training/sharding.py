@@ -1,13 +1,12 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""Processes, the (replicate, shard) mesh, sharding with FSDP2, and full weights for sampling.
+"""The (replicate, shard) mesh, sharding with FSDP2, and full weights for sampling.
 
 One process without torchrun takes exactly the same path (a group of one), so what the tests run
 is what a cluster runs. Only public torch APIs are used.
 
 Three things a caller must know:
 
-* FSDP2 *averages* gradients over all ranks. A loss that is already divided by the global token
-  count must be multiplied by `env.world_size` before `backward()`.
+* FSDP2 *averages* gradients over all ranks: `step.loss_scale` makes up for it.
 * Every rank must run the same number of forwards and backwards through the sharded model, each
   touching the same blocks; the sequence lengths are free to differ.
 * Nothing may call a block of a sharded model before the root's own first forward.
@@ -37,48 +36,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from modeling import fast
 from modeling.bagel.projections import empty_adjoining
-from modeling.bagel.recorded_vision import forget
+from modeling.bagel.vit_graphs import drop_vit_graphs
 from modeling.release.finite import check_finite
 from modeling.release.weight_files import StoredTensor
-from scripts.visual_opsd.processes import (
-    DistEnv,
-    agree,
-    all_reduce_max_int,
-    all_reduce_sums,
-    attempt,
-    barrier,
-    gather_objects,
-    init_distributed,
-    raise_together,
-    shutdown,
-)
+from scripts.visual_opsd.processes import DistEnv, attempt
 
-__all__ = [
-    "DistEnv",
-    "agree",
-    "all_reduce_max_int",
-    "all_reduce_sums",
-    "barrier",
-    "check_precision",
-    "check_shards",
-    "clip_grad_norm",
-    "copy_shards",
-    "copy_units",
-    "ema_update",
-    "full_tensor",
-    "gather_objects",
-    "init_distributed",
-    "iter_full_state",
-    "load_sharded",
-    "make_mesh",
-    "materialise",
-    "mesh_shape",
-    "raise_together",
-    "shard_model",
-    "shutdown",
-    "summon_full_params",
-]
-
+# What to do where a GPU has too little memory for its shards.
+OFFLOAD_ADVICE = "use more GPUs, or --cpu_offload True and --teacher_cpu_offload True"
 # Sharded model -> its plain twin on the meta device (see `summon_full_params`).
 _PLAIN_TWINS: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
 
@@ -99,14 +63,8 @@ def mesh_shape(
     FULL_SHARD shards over all ranks.
 
     Raises:
-        ValueError: unknown strategy, or replicas x shards is not the world size.
+        ValueError: replicas x shards is not the world size.
     """
-    if sharding_strategy not in ("HYBRID_SHARD", "FULL_SHARD"):
-        raise ValueError(
-            f"unknown sharding strategy {sharding_strategy!r}: use HYBRID_SHARD or FULL_SHARD"
-        )
-    if any(n is not None and n < 1 for n in (num_shard, num_replicate)):
-        raise ValueError("num_shard and num_replicate must be at least 1")
     if sharding_strategy == "FULL_SHARD":
         shards, replicas = num_shard or world_size, num_replicate or 1
         if (replicas, shards) != (1, world_size):
@@ -153,35 +111,20 @@ def shard_model(
     *,
     block_classes: Sequence[type[nn.Module]],
     param_dtype: torch.dtype,
-    activation_checkpointing: bool = False,
     compile_blocks: bool = False,
     cpu_offload: bool = False,
 ) -> nn.Module:
     """Apply FSDP2 in place, block by block and then the root; returns the same module.
 
-    Shards keep the parameters' dtype (fp32 masters), compute runs in `param_dtype`, gradients
-    are reduced in fp32. Parameter names do not change. The model may be on meta (then
-    `materialise` and `load_sharded` follow) or hold values that are equal on every rank.
-
-    The root re-shards after its forward as well: FSDP2's default would leave its parameters
-    gathered after a forward without a backward, as a teacher's is.
-
-    Raises:
-        ValueError: no block found, or checkpointing asked of a model that cannot.
+    Shards keep the parameters' dtype, compute runs in `param_dtype`, gradients are reduced in
+    fp32. The model may be on meta (then `materialise` and `load_sharded` follow) or hold values
+    that are equal on every rank. The root re-shards after its forward as well: FSDP2's default
+    would leave a teacher, which has no backward, gathered.
     """
     classes = tuple(block_classes)
     blocks = [m for m in model.modules() if isinstance(m, classes) and m is not model]
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} holds no {[c.__name__ for c in classes]} block")
+    assert blocks, f"{type(model).__name__} holds no {[c.__name__ for c in classes]} block"
     _PLAIN_TWINS[model] = _plain_twin(model)
-    if activation_checkpointing:
-        set_checkpointing = getattr(model, "set_gradient_checkpointing", None)
-        if set_checkpointing is None:
-            raise ValueError(
-                f"{type(model).__name__} has no set_gradient_checkpointing(bool): "
-                "switch activation checkpointing off"
-            )
-        set_checkpointing(True)
     if compile_blocks:
         for block in blocks:
             block.compile()
@@ -204,14 +147,10 @@ def shard_model(
 def check_precision(
     model: nn.Module, param_dtype: torch.dtype, *, ema: nn.Module | None = None
 ) -> None:
-    """Check the precision contract at start-up.
+    """Raise ValueError, at start-up, where the precision contract is broken.
 
-    fp32 master shards of everything that trains, fp32 shards of everything in the EMA (a bf16 EMA
-    freezes: one step's change is below its rounding), fp32 buffers (rotary frequencies), and
-    fp32 compute on CPU.
-
-    Raises:
-        ValueError: names the first offending tensors and what to do.
+    It is: fp32 shards of everything that trains and of the whole EMA (a bf16 EMA freezes: one
+    step's change is below its rounding), fp32 buffers (rotary frequencies), fp32 compute on CPU.
     """
     if param_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"compute dtype {param_dtype} is not supported: float32 or bfloat16")
@@ -247,42 +186,28 @@ def check_precision(
 def materialise(model: nn.Module, device: torch.device, *, cpu_offload: bool = False) -> None:
     """Give a sharded meta model uninitialised shards on its device, and computed buffers.
 
-    `model.reset_buffers()` must fill every buffer in place: rotary frequencies are in no
-    checkpoint, position tables may be absent from one.
+    These are filled by `model.reset_buffers()`: rotary frequencies are in no checkpoint.
     """
     model.to_empty(device=torch.device("cpu") if cpu_offload else device)
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))  # buffers are never offloaded
-    reset = getattr(model, "reset_buffers", None)
-    if reset is not None:
-        reset()
-    elif next(model.buffers(), None) is not None:
-        raise ValueError(f"{type(model).__name__} has buffers but no reset_buffers() to fill them")
+    reset: Any = model.reset_buffers
+    reset()
 
 
 @torch.no_grad()
-def load_sharded(
-    model: nn.Module,
-    weights: Iterable[tuple[str, Tensor]],
-    *,
-    may_be_absent: Collection[str] = (),
-) -> None:
+def load_sharded(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Fill the shards from (key, full tensor) pairs, one at a time, casting to the shard's dtype.
 
-    Every rank reads the same pairs (memory-mapped safetensors) and keeps its own slice: no
-    collective runs, and no rank ever holds more than one full tensor.
-
-    Args:
-        model: sharded, materialised.
-        weights: in any order; the tensors may be in any float dtype and on any device.
-        may_be_absent: keys that keep their present value when `weights` lacks them.
+    Every rank reads the same pairs, in any order, and keeps its own slice: no collective runs, and
+    no rank ever holds more than one full tensor.
 
     Raises:
         ValueError: names all missing, unexpected and mis-shaped keys.
     """
     targets = model.state_dict()
-    missing, problems = set(targets) - set(may_be_absent), []
+    missing, problems = set(targets), []
     for key, full in weights:
         target = targets.get(key)
         if target is None:
@@ -320,13 +245,11 @@ def copy_shards(target: nn.Module, source: nn.Module) -> None:
 def summon_full_params(model: nn.Module, *, copy: bool | None = None) -> Iterator[nn.Module]:
     """Full weights, in the compute dtype, as a plain module to sample from.
 
-    FSDP1 users know `FSDP.summon_full_params`. FSDP2 has none, on purpose; this is its meaning
-    for FSDP2 (recurse=True, writeback=False): every unit is unsharded once, and a plain twin of
-    the model (made on the meta device before sharding) gets the unsharded weights. The
-    twin has no hooks, so nothing inside communicates: ranks may decode different lengths, which
-    hangs when the sharded model itself is called (its blocks gather on every call, with FSDP1 even
-    inside the context). Gathered is bf16, half of what FSDP1 gathers (fp32 masters). Training
-    afterwards is bit-identical to never having sampled.
+    What FSDP1 calls `summon_full_params` (recurse=True, writeback=False): every unit is unsharded
+    once, and a plain twin of the model (made on the meta device before sharding) gets the
+    unsharded weights. The twin has no hooks, so nothing inside communicates: ranks may decode
+    different lengths, which hangs when the sharded model itself is called. Training afterwards is
+    bit-identical to never having sampled.
 
     copy: True: unit by unit into memory of the twin's own, where projections adjoin and no address
         changes until the end, as fast decoding wants; at most one unit is gathered besides. False:
@@ -336,13 +259,8 @@ def summon_full_params(model: nn.Module, *, copy: bool | None = None) -> Iterato
     to parameters are lost; buffers are shared with the model. Works before any forward. Sample
     under `torch.inference_mode()` *inside* the context only: entered under it, later training
     would meet inference tensors.
-
-    Raises:
-        ValueError: the model did not go through `shard_model`.
     """
-    plain = _PLAIN_TWINS.get(model)
-    if plain is None:
-        raise ValueError("summon_full_params needs a model sharded by shard_model")
+    plain = _PLAIN_TWINS[model]
     assert not torch.is_inference_mode_enabled(), "enter summon_full_params outside inference_mode"
     assert all(p.is_meta for p in plain.parameters()), "summon_full_params does not nest"
     units = [m for m in model.modules() if isinstance(m, FSDPModule)]
@@ -359,7 +277,7 @@ def summon_full_params(model: nn.Module, *, copy: bool | None = None) -> Iterato
             _bind(plain, model, dict(model.named_parameters(remove_duplicate=False)))
         yield plain
     finally:
-        forget(plain)
+        drop_vit_graphs(plain)
         plain.to(device="meta")
         for unit in units:
             unit.reshard()
@@ -460,14 +378,10 @@ def iter_full_state(
     Args:
         keys: only these, all when None.
         dtype_of: the dtype wanted of a key (the base checkpoint's); None keeps the shard's.
-
-    Raises:
-        ValueError: a key that the model does not have.
     """
     state = model.state_dict()
     unknown = sorted(set(keys or ()) - set(state))
-    if unknown:
-        raise ValueError(f"{type(model).__name__} has no tensor named {', '.join(unknown)}")
+    assert not unknown, f"no tensors of these names: {unknown}"
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     for key, tensor in state.items():
         if keys is None or key in keys:

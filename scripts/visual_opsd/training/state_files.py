@@ -128,20 +128,19 @@ def read_marker(path: Path) -> dict[str, Any]:
     return marker
 
 
-def check_digests(path: Path, env: DistEnv, *, alone: bool = False) -> None:
-    """Compare the files of a state with what was written; called by all ranks (or `alone`).
+def check_digests(path: Path, env: DistEnv) -> None:
+    """Compare the files of a state with what was written; called by all ranks.
 
     Raises:
         DamagedState: on all ranks, naming files of any.
     """
     try:
         digests = read_marker(path).get("digests", {})
-        mine = {name: digest for name, digest in digests.items() if alone or _is_mine(name, env)}
+        mine = {name: digest for name, digest in digests.items() if _is_mine(name, env)}
         faults = list(_faults(path, mine, _threads(env)))
     except ValueError as error:  # on this rank alone, maybe: the others must hear of it
         faults = [str(error)]
-    if not alone:
-        faults = [fault for part in gather_objects(faults) for fault in part]
+    faults = [fault for part in gather_objects(faults) for fault in part]
     if faults:
         more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise DamagedState("; ".join(faults[:_SHOWN]) + more)

@@ -1,14 +1,10 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""One optimiser step as Algorithm 1 of the paper has it: pack, score twice, compare, descend.
-
-What differs between Visual-OPSD, its noise control and the SFT baseline is only what stands in
-a `ScoredRow`; the road is the same.
-"""
+"""One optimiser step as Algorithm 1 of the paper has it: pack, score twice, compare, descend."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,16 +15,14 @@ from torch import Tensor
 from data.packing import group_by_tokens, pack
 from data.sequence import ImageSegment
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.batch import Loan
+from modeling.bagel.batch import SharedFeatures
 from modeling.bagel.config import SpecialTokens
 from modeling.bagel.flow import flow_loss
-from scripts.visual_opsd.config import TrainConfig
+from scripts.visual_opsd.config import OptimSettings
 from scripts.visual_opsd.loss.chunked import chunked_opsd_loss
 from scripts.visual_opsd.opsd_loss import LossConfig
-from scripts.visual_opsd.scored_rows import (
-    ScoredRow,
-    check_same_labels,
-)
+from scripts.visual_opsd.processes import DistEnv
+from scripts.visual_opsd.scored_rows import ScoredRow, check_same_labels
 from scripts.visual_opsd.training.teacher import Teacher
 
 
@@ -57,7 +51,7 @@ class PackResult:
         return math.isfinite(float(self.loss + self.stats.get("mse", 0.0)))
 
 
-def shared_images(rows: Sequence[ScoredRow]) -> Loan:
+def shared_images(rows: Sequence[ScoredRow]) -> SharedFeatures:
     """The student's images among the teacher's: of each row the first ones of its context."""
     images: list[int] = []
     first = 0
@@ -68,76 +62,89 @@ def shared_images(rows: Sequence[ScoredRow]) -> Loan:
         )
         images += range(first, first + ours)
         first += theirs
-    return Loan(tuple(images))
+    return SharedFeatures(tuple(images))
 
 
-def run_pack(
-    student: Bagel,
-    teacher: Teacher | None,
-    teacher_head: Tensor | None,
-    rows: Sequence[ScoredRow],
-    *,
-    special: SpecialTokens,
-    loss: LossConfig,
-    chunk_size: int,
-    scale: float,
-    device: torch.device,
-    decode: Callable[..., str],
-    flow_scale: float | None = None,
-) -> PackResult:
+@dataclass(frozen=True)
+class StepContext:
+    """What the packs of one optimiser step have in common.
+
+    teacher_head: the teacher's gathered head, None when it is the student's own.
+    scale: what the summed loss is multiplied by before the backward pass.
+    flow_scale: the same for the flow-matching loss; None: nothing learns to draw.
+    """
+
+    student: Bagel
+    teacher: Teacher | None
+    teacher_head: Tensor | None
+    special: SpecialTokens
+    loss: LossConfig
+    chunk_size: int
+    device: torch.device
+    decode: Callable[..., str]
+    scale: float
+    flow_scale: float | None = None
+
+
+def loss_scale(count: float, env: DistEnv, weight: float = 1.0) -> float:
+    """Factor that makes a summed loss the mean over all ranks' `count` scored things.
+
+    FSDP2 averages gradients over ranks, which is undone here.
+    """
+    return weight * env.world_size / max(count, 1.0)
+
+
+def run_pack(rows: Sequence[ScoredRow], step: StepContext) -> PackResult:
     """Forward (teacher without gradient, then student) and backward of one pack.
 
-    Args:
-        teacher_head: the teacher's gathered head, None when it is the student's own.
-        scale: what the summed loss is multiplied by before the backward pass.
-        flow_scale: the same for the flow-matching loss, where drawing is trained; its unscaled
-            sum and number of rows are the statistics mse and mse_rows.
+    Where drawing is trained, the unscaled sum of its loss and the number of its tokens are the
+    statistics mse and mse_rows.
     """
-    student_batch = pack([row.student for row in rows], special)
+    student_batch = pack([row.student for row in rows], step.special)
     teacher_hidden: Tensor | None = None
-    if teacher is not None:
+    if step.teacher is not None:
         contexts = [row.teacher for row in rows if row.teacher is not None]
-        teacher_batch = pack(contexts, special)
-        check_same_labels(student_batch, teacher_batch, [row.name for row in rows], decode)
-        loan = shared_images(rows) if teacher.lends(device) else None
-        teacher_hidden = teacher.hidden(teacher_batch.to(device), loan)
-        if loan is not None and loan.features is not None:
-            student_batch = student_batch.knowing(loan.features)
-    student_batch = student_batch.to(device)
+        teacher_batch = pack(contexts, step.special)
+        check_same_labels(student_batch, teacher_batch, [row.name for row in rows], step.decode)
+        shared = shared_images(rows) if step.teacher.shares_features(step.device) else None
+        teacher_hidden = step.teacher.hidden(teacher_batch.to(step.device), shared)
+        if shared is not None and shared.features is not None:
+            student_batch = student_batch.with_features(shared.features)
+    student_batch = student_batch.to(step.device)
 
     def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         theirs = None
         if teacher_hidden is not None:
-            theirs = weight.detach() if teacher_head is None else teacher_head
+            theirs = weight.detach() if step.teacher_head is None else step.teacher_head
         return chunked_opsd_loss(
-            hidden, weight, teacher_hidden, theirs, student_batch.score_labels, None, loss,
-            chunk_size=chunk_size,
+            hidden, weight, teacher_hidden, theirs, student_batch.score_labels, step.loss,
+            chunk_size=step.chunk_size,
         )  # fmt: skip
 
-    if flow_scale is None:
-        loss_sum, stats = student(student_batch, head=head)
-        (loss_sum * scale).backward()
+    if step.flow_scale is None:
+        loss_sum, stats = step.student(student_batch, head=head)
+        (loss_sum * step.scale).backward()
     else:
         latents = student_batch.latents
         assert latents is not None, "every pack must reach the drawing branch's weights"
-        (loss_sum, stats), flow_sum = student(
+        (loss_sum, stats), flow_sum = step.student(
             student_batch,
             head=head,
             flow_head=lambda velocity: flow_loss(velocity, latents.velocity_targets),
         )
-        (loss_sum * scale + flow_sum * flow_scale).backward()
+        (loss_sum * step.scale + flow_sum * step.flow_scale).backward()
         stats["mse"] = flow_sum.detach()
         stats["mse_rows"] = flow_sum.new_tensor(float(len(latents.velocity_rows)))
     logprobs = stats.pop("label_logprob")
     return PackResult(loss_sum.detach(), stats, logprobs, tuple(rows))
 
 
-def sampler_gap(results: Sequence[PackResult]) -> tuple[float, int, float]:
-    """(sum, number, maximum) of |log-probability recomputed - log-probability of the sampler|.
+def sampler_gap(results: Sequence[PackResult]) -> tuple[float, int]:
+    """(sum, number) of |log-probability recomputed - log-probability of the sampler|.
 
     Over the labels of completions whose log-probabilities the sampler recorded.
     """
-    total, count, worst = 0.0, 0, 0.0
+    total, count = 0.0, 0
     for result in results:
         completions = [row.completion for row in result.rows if row.completion is not None]
         known = [len(c.logprobs) == c.count for c in completions for _ in range(c.count)]
@@ -145,67 +152,58 @@ def sampler_gap(results: Sequence[PackResult]) -> tuple[float, int, float]:
         if not recorded or len(known) != len(result.label_logprobs):
             continue
         ours = result.label_logprobs.float().cpu()[torch.tensor(known)]
-        gap = (ours - torch.tensor(recorded)).abs()
-        total, worst = total + float(gap.sum()), max(worst, float(gap.max()))
+        total += float((ours - torch.tensor(recorded)).abs().sum())
         count += len(recorded)
-    return total, count, worst
+    return total, count
 
 
 def completion_counts(rows: Sequence[ScoredRow], eos: int) -> dict[str, float]:
-    """Sums over rows that describe the completions."""
+    """Sums over rows that describe their completions."""
     completions = [row.completion for row in rows if row.completion is not None]
     return {
-        "completions": len(completions),
         "completion_tokens": sum(len(c.ids) for c in completions),
         "capped": sum(c.capped for c in completions),
         "ended": sum(not c.capped for c in completions),
         "empty": sum(not c.ids for c in completions),
         "image_skips": sum(eos in c.ids for c in completions),
-        "truncated": sum(row.truncated for row in rows),
     }
 
 
-def mean_of(sums: dict[str, float], name: str, count: str) -> float:
-    return sums[name] / sums[count] if sums[count] else 0.0
-
-
-def summarise(sums: dict[str, float], loss: LossConfig, with_completions: bool) -> dict[str, Any]:
-    """Global sums -> the figures of metrics.jsonl (per scored row, or per completion)."""
-    figures: dict[str, Any] = {
-        name: mean_of(sums, name, "rows")
-        for name in (
-            "loss", "divergence", "ce", "forward_kl", "teacher_topk_mass", "student_entropy",
-            "teacher_entropy",
-        )
-        if name in sums
-    }  # fmt: skip
-    figures["scored_tokens"] = sums["rows"]
-    if "mse_rows" in sums:
-        figures["mse"] = mean_of(sums, "mse", "mse_rows")
-        figures["noised_tokens"] = sums["mse_rows"]
-    if with_completions:
-        figures["completion_length"] = mean_of(sums, "completion_tokens", "completions")
-        for name in ("capped", "ended", "empty", "image_skips", "truncated"):
-            figures[_RATES[name]] = mean_of(sums, name, "completions")
-        if sums.get("gap_rows"):
-            figures["sampler_gap"] = sums["gap"] / sums["gap_rows"]
-    else:
-        figures["truncated_rate"] = mean_of(sums, "truncated", "sequences")
-    return figures
-
-
-_RATES = {
-    "capped": "cap_rate",
-    "ended": "eos_rate",
-    "empty": "empty_rate",
-    "image_skips": "image_skip_rate",
-    "truncated": "truncated_rate",
+_ROW_MEANS = (
+    "loss", "divergence", "ce", "forward_kl", "teacher_topk_mass", "student_entropy",
+    "teacher_entropy",
+)  # fmt: skip
+# Figure of metrics.jsonl -> the sum it is made of, and what that is divided by.
+_MEANS = {
+    **{name: (name, "rows") for name in _ROW_MEANS},
+    "mse": ("mse", "mse_rows"),
+    "truncated_rate": ("truncated", "sequences"),
+    "completion_length": ("completion_tokens", "sequences"),
+    "cap_rate": ("capped", "sequences"),
+    "eos_rate": ("ended", "sequences"),
+    "empty_rate": ("empty", "sequences"),
+    "image_skip_rate": ("image_skips", "sequences"),
+    "sampler_gap": ("gap", "gap_rows"),
 }
 
 
-def learning_rate_factor(step: int, config: TrainConfig) -> float:
+def summarise(sums: Mapping[str, float]) -> dict[str, Any]:
+    """Global sums -> the figures of metrics.jsonl: those whose sums are there."""
+    figures: dict[str, Any] = {
+        name: sums[part] / sums[count] if sums[count] else 0.0
+        for name, (part, count) in _MEANS.items()
+        if part in sums
+    }
+    figures["scored_tokens"] = sums["rows"]
+    if "mse_rows" in sums:
+        figures["noised_tokens"] = sums["mse_rows"]
+    if not sums.get("gap_rows"):
+        figures.pop("sampler_gap", None)  # no sampler recorded anything
+    return figures
+
+
+def learning_rate_factor(step: int, optim: OptimSettings) -> float:
     """Factor on lr of 0-based step `step`: linear warm-up, then cosine down to min_lr."""
-    optim = config.optim
     if step < optim.warmup_steps:
         return (step + 1) / optim.warmup_steps
     if optim.lr_scheduler == "constant":

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modeling import fast
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.batch import Loan, PackedBatch
+from modeling.bagel.batch import PackedBatch, SharedFeatures
 from scripts.visual_opsd.training.sharding import ema_update, full_tensor
 
 
@@ -29,7 +29,12 @@ class Teacher:
         assert (model is None) == (mode == "self"), mode
         self.mode, self.model, self.student, self.ema_decay = mode, model, student, ema_decay
 
-    def lends(self, device: torch.device) -> bool:
+    @property
+    def ema(self) -> Bagel | None:
+        """The model that follows the student, in mode "ema"."""
+        return self.model if self.mode == "ema" else None
+
+    def shares_features(self, device: torch.device) -> bool:
         """Whether the student takes the teacher's ViT outputs of the images both see.
 
         Their weights are the same where the teacher is the student, or where the ViT is frozen.
@@ -39,10 +44,10 @@ class Teacher:
         return same and device.type == "cuda" and fast.is_on("features")
 
     @torch.no_grad()
-    def hidden(self, batch: PackedBatch, loan: Loan | None = None) -> Tensor:
+    def hidden(self, batch: PackedBatch, share: SharedFeatures | None = None) -> Tensor:
         """Hidden states of the scored rows, (S, H) in the compute dtype. A collective."""
         model = self.model if self.model is not None else self.student
-        hidden: Tensor = model(batch, head=lambda hidden, weight: hidden, loan=loan)
+        hidden: Tensor = model(batch, head=lambda hidden, weight: hidden, share=share)
         return hidden
 
     def head(self, dtype: torch.dtype) -> Tensor | None:
@@ -53,6 +58,5 @@ class Teacher:
 
     def update(self) -> None:
         """Follow the student after an optimiser step."""
-        if self.mode == "ema":
-            assert self.model is not None
-            ema_update(self.model, self.student, self.ema_decay)
+        if self.ema is not None:
+            ema_update(self.ema, self.student, self.ema_decay)

@@ -1,8 +1,8 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""The training loop of Visual-OPSD, its noise control and the SFT baseline.
+"""The training loop, for any objective.
 
-    rows -> rollout (full weights, no collective) -> packs -> teacher, student, loss, backward
-         -> clip -> AdamW -> EMA -> metrics, checkpoint
+    rows -> labels (of Visual-OPSD: a rollout, full weights, no collective) -> packs -> teacher,
+         student, losses, backward -> clip -> AdamW -> EMA -> metrics, checkpoint
 
 Every random number is keyed by (seed, step, row), so a resumed run, another number of ranks and
 another number of workers see the same batches and the same completions.
@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import asdict, replace
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,17 +24,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from data.dataset_info import load_dataset_config
 from data.parquet import StepLoader, StepRows, StepSampler, make_loader, open_sources
 from data.rejects import RejectLedger
-from data.sequence import Completion
-from data.thinkmorph import OPSD_ROWS, SFT_ROWS, Row, RowNeeds
-from modeling.autoencoder import load_autoencoder
-from modeling.bagel.bagel import Bagel
 from modeling.host.memory import memory_errors
-from modeling.release.checkpoint import is_generation_key, iter_weights, locate_weights, save_bagel
-from modeling.release.tokenizer import load_tokenizer
+from modeling.release.checkpoint import save_bagel
 from modeling.release.weight_files import FLOAT_DTYPES, open_weights
 from scripts.visual_opsd.cli import flat
 from scripts.visual_opsd.config import TrainConfig, compute_dtype
-from scripts.visual_opsd.on_policy_sampler import Interrupted, sample_completions
+from scripts.visual_opsd.on_policy_sampler import Interrupted
 from scripts.visual_opsd.processes import (
     DistEnv,
     FailedAlone,
@@ -46,25 +41,22 @@ from scripts.visual_opsd.processes import (
     on_main,
     raise_together,
 )
-from scripts.visual_opsd.rows import (
-    PrepareOPSD,
-    PrepareSFT,
-    TrainRow,
-    encode_teachers,
-    make_builder,
-    scoring_limits,
-)
+from scripts.visual_opsd.rows import TrainRow
 from scripts.visual_opsd.runs.folder_lock import hold_folder
 from scripts.visual_opsd.runs.stopping import StopRequest, exit_code
-from scripts.visual_opsd.scored_rows import ScoredRow, empty_row, score_completion, score_targets
-from scripts.visual_opsd.training.checkpoint_folders import NOT_GOOD, check_folders, restart_logs
+from scripts.visual_opsd.scored_rows import ScoredRow, empty_row
+from scripts.visual_opsd.training.checkpoint_folders import (
+    NOT_GOOD,
+    check_folders,
+    choose_checkpoint,
+    claim_checkpoint_dir,
+    release_folder,
+    restart_logs,
+)
 from scripts.visual_opsd.training.checkpoints import (
     TrainingState,
     check_resumable,
-    choose_checkpoint,
-    claim_checkpoint_dir,
     load_checkpoint,
-    release_folder,
 )
 from scripts.visual_opsd.training.metrics import (
     MetricLogger,
@@ -72,38 +64,25 @@ from scripts.visual_opsd.training.metrics import (
     WandbSettings,
     peak_memory_gb,
 )
+from scripts.visual_opsd.training.models import build_models
+from scripts.visual_opsd.training.objective import Base, Objective, Workplace
 from scripts.visual_opsd.training.run_contents import run_contents
-from scripts.visual_opsd.training.samples import RecordedCompletions, write_samples
 from scripts.visual_opsd.training.sharding import (
-    check_precision,
-    check_shards,
+    OFFLOAD_ADVICE,
     clip_grad_norm,
-    copy_shards,
     iter_full_state,
-    load_sharded,
-    make_mesh,
-    materialise,
-    shard_model,
-    summon_full_params,
 )
 from scripts.visual_opsd.training.state_keeper import StateKeeper, nonfinite_rows
 from scripts.visual_opsd.training.step import (
     PackResult,
-    completion_counts,
+    StepContext,
     learning_rate_factor,
+    loss_scale,
     plan_packs,
-    run_pack,
-    sampler_gap,
-    summarise,
 )
-from scripts.visual_opsd.training.teacher import Teacher
 
 _SHOWN = {"loss": ".4f", "grad_norm": ".3f", "completion_length": ".1f"}
 _FINE, _STOP, _FAILED = 0, 1, 2
-# What to do about a lack of memory.
-ENCODING = "while images are encoded", "in a new run lower --vae_max_size"
-_OFFLOAD = "use more GPUs, or --cpu_offload True and --teacher_cpu_offload True"
-_ROLLOUT = "lower --sample_batch_size or, in a new run, --sample_max_new_tokens"
 _UPDATE = "lower --pack_tokens, --loss_chunk_size or, in a new run, --max_forward_tokens"
 T = TypeVar("T")
 
@@ -112,45 +91,27 @@ class Trainer:
     """Builds everything a run needs, trains, saves.
 
     Args:
-        config: resolved settings. env: this process.
-        sft: train on the given text instead of on completions of the student.
+        config: resolved settings. env: this process. objective: what is trained on.
 
     Raises:
         ValueError: anything the user can mend, with cause and fix.
     """
 
-    draws = False  # whether the drawing branch is trained too (interleaved.py)
-
-    def __init__(self, config: TrainConfig, env: DistEnv, *, sft: bool = False) -> None:
-        self.config, self.env, self.sft = config, env, sft
-        if config.loss.jsd_weight == 0 and config.loss.ce_weight == 0 and not self.draws:
-            raise ValueError("jsd_weight and ce_weight are both 0: there is nothing to train on")
-        if sft and config.loss.jsd_weight != 0:
-            raise ValueError("SFT has no teacher: set jsd_weight to 0")
+    def __init__(self, config: TrainConfig, env: DistEnv, objective: Objective) -> None:
+        self.config, self.env, self.objective = config, env, objective
         self.dtype = compute_dtype(config.model.precision, env.device)
-        self.loss = config.loss.build()
-        self.settings = config.sample.sampler()
         self.results = Path(config.run.results_dir)
         # Errors in paths, prompts and data come before anything is built or written.
-        self.with_teacher = not sft and config.loss.jsd_weight != 0
-        self.teacher_latents = self.with_teacher and config.teacher.teacher_vt == "vae+vit"
-        path, latents = config.model.model_path, self.draws or self.teacher_latents
-        self.model_config, _ = locate_weights(path, visual_gen=latents)
-        self.vae = load_autoencoder(path, device=env.device) if latents else None
-        self.tokenizer, self.special = load_tokenizer(config.model.model_path)
-        if len(self.tokenizer) > self.model_config.llm.vocab_size:
-            raise ValueError(
-                f"{config.model.model_path}: the tokenizer has {len(self.tokenizer)} tokens, the "
-                f"embedding {self.model_config.llm.vocab_size} rows; use the release's own files"
-            )
-        self.sampler = self._open_data()
-        self.prepare = self._prepare()
+        latents = objective.trains_drawing or objective.teacher_reads_latents
+        self.base = Base.open(config.model.model_path, env.device, latents=latents)
+        dataset_config = load_dataset_config(config.data.dataset_config_file)
+        sources = open_sources(dataset_config, objective.needs, config.data.data_root)
+        self.sampler = StepSampler(sources, config.data.data_seed, config.data.global_batch_size)
+        self.prepare = objective.prepare(self.base)
         self.ledger = RejectLedger(
             self.results / "bad_rows.jsonl" if env.is_main else None,
             max_rate=config.data.max_bad_rate,
         )
-        replay = config.run.replay_samples
-        self.recorded = RecordedCompletions.read(replay) if replay and not sft else None
         run = config.run
         self.wandb: WandbSettings | None = None
         if run.wandb_project:
@@ -159,121 +120,26 @@ class Trainer:
         # What forbids a start is said before minutes of loading.
         on_main(env, self._hold_folders)
         self.contents = on_main(env, lambda: run_contents(config, self.sampler))
-        self.checkpoint = choose_checkpoint(config.run.checkpoints, config.run.resume_specs, env)
+        self.checkpoint = choose_checkpoint(run.checkpoints, run.resume_specs, env)
         on_main(env, self._check_resume)
-        self._build_models()
+        with memory_errors("while models are built", OFFLOAD_ADVICE, FailedAlone):
+            self._build_models()
         self.stop = StopRequest()
+        self.timer = PhaseTimer(env.device)
+        self.place = Workplace(env, self.base, self.student, self.timer, self.stop)
         self.step = 0  # completed optimiser steps
-        self.states = StateKeeper(config.run, self.state, self._saved_config(), env)
+        self.states = StateKeeper(run, self.state, self._saved_config(), env)
         self._restore()
 
     # ------------------------------------------------------------------------------- building
 
-    def _open_data(self) -> StepSampler:
-        config = self.config
-        sources = open_sources(
-            load_dataset_config(config.data.dataset_config_file),
-            self._needs(),
-            config.data.data_root,
-        )
-        return StepSampler(sources, config.data.data_seed, config.data.global_batch_size)
-
-    def _needs(self) -> RowNeeds:
-        return SFT_ROWS if self.sft else OPSD_ROWS
-
-    def _prepare(self) -> Callable[[Row], TrainRow]:
-        config = self.config
-        builder = make_builder(self.tokenizer, self.model_config, config.prompt)
-        limits = scoring_limits(self.model_config, config.sample)
-        if self.sft:
-            limits = replace(limits, new_positions=0).check_settings(builder)
-            return PrepareSFT(builder, config.data.sft_format, limits)
-        limits.check_settings(builder, teacher=True)
-        noise_seed = config.run.global_seed if config.teacher.noise_vt else None
-        return PrepareOPSD(builder, noise_seed, limits, self.teacher_latents)
-
-    def _sharded(
-        self,
-        *,
-        trains: bool,
-        dtype: torch.dtype,
-        offload: bool,
-        visual_gen: bool,
-        source: Bagel | None = None,
-    ) -> Bagel:
-        """A model on meta, sharded, and filled from `source` or the release folder."""
-        config = self.config
-        with torch.device("meta"):
-            model = Bagel(replace(self.model_config, visual_gen=visual_gen))
-        if not trains:
-            model.requires_grad_(False)
-            model.to(dtype)
-        elif not self._freeze(model):
-            raise ValueError("freeze_llm, freeze_vit and freeze_und leave nothing to train")
-        shard_model(
-            model,
-            self.mesh,
-            block_classes=Bagel.block_classes(),
-            param_dtype=self.dtype,
-            compile_blocks=config.model.compile_blocks,
-            cpu_offload=offload,
-        )
-        if trains and config.model.activation_checkpointing:
-            model.set_gradient_checkpointing(True, config.model.checkpointed_layers)
-        materialise(model, self.env.device, cpu_offload=offload)
-        if source is not None and source.config == model.config:
-            copy_shards(model, source)  # the same weights: no need to read them again
-        else:
-            path = config.model.model_path
-            load_sharded(model, iter_weights(path, visual_gen=visual_gen))
-            check_shards(model, open_weights(path))
-        return model
-
-    def _freeze(self, model: Bagel) -> bool:
-        """Apply the freeze flags; True when something still trains."""
-        settings = self.config.model
-        parts = (
-            (settings.freeze_llm, model.language_model),
-            (settings.freeze_vit, model.vit_model),
-            (settings.freeze_und, model.connector),
-        )
-        for frozen, part in parts:
-            part.requires_grad_(not frozen)
-        if not self.draws:  # a teacher of mode self reads latents; nothing trains on them
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(parameter.requires_grad and not is_generation_key(name))
-        return not all(frozen for frozen, _ in parts)
-
     def _build_models(self) -> None:
-        config, run = self.config, self.config.run
-        self.mesh = make_mesh(self.env, run.sharding_strategy, run.num_shard, run.num_replicate)
-        mode = config.teacher.teacher_mode
-        self.student = self._sharded(
-            trains=True,
-            dtype=torch.float32,
-            offload=run.cpu_offload,
-            visual_gen=self.draws or (self.teacher_latents and mode == "self"),
+        optim = self.config.optim
+        self.student, self.teacher = build_models(
+            self.config, self.base.model, self.objective, self.dtype, self.env
         )
-        self.teacher: Teacher | None = None
-        self.ema: Bagel | None = None
-        if self.with_teacher:
-            model = None
-            if mode != "self":
-                # A fixed teacher never accumulates small steps, so compute dtype is enough.
-                master = torch.float32 if mode == "ema" else self.dtype
-                offload = config.teacher.teacher_cpu_offload
-                model = self._sharded(
-                    trains=False,
-                    dtype=master,
-                    offload=offload,
-                    visual_gen=self.teacher_latents,
-                    source=self.student,
-                )
-            self.ema = model if mode == "ema" else None
-            self.teacher = Teacher(mode, model, self.student, config.teacher.ema_decay)
-        check_precision(self.student, self.dtype, ema=self.ema)
+        self.ema = None if self.teacher is None else self.teacher.ema
         self.trainable = [p for p in self.student.parameters() if p.requires_grad]
-        optim = config.optim
         self.optimizer = torch.optim.AdamW(
             self.trainable,
             lr=optim.lr,
@@ -281,9 +147,7 @@ class Trainer:
             eps=optim.eps,
             weight_decay=optim.weight_decay,
         )
-        self.scheduler = LambdaLR(
-            self.optimizer, lambda step: learning_rate_factor(step, self.config)
-        )
+        self.scheduler = LambdaLR(self.optimizer, lambda step: learning_rate_factor(step, optim))
 
     @property
     def state(self) -> TrainingState:
@@ -291,7 +155,8 @@ class Trainer:
 
     def _saved_config(self) -> dict[str, Any]:
         """What is stored with checkpoints and must be the same on a resume."""
-        return {"config": {**asdict(self.config), "sft": self.sft}, "contents": self.contents}
+        config = {**asdict(self.config), **self.objective.identity}
+        return {"config": config, "contents": self.contents}
 
     def _extra(self) -> dict[str, Any]:
         """What of a completed step is stored besides tensors."""
@@ -309,17 +174,16 @@ class Trainer:
             check_resumable(self.checkpoint, **self._saved_config())
 
     def _restore(self) -> None:
-        run = self.config.run
         rejects: dict[str, Any] = {"rows_read": 0, "reasons": {}}
         if self.checkpoint is not None:
-            resumed = load_checkpoint(  # whose digests were checked when it was chosen
-                self.checkpoint, self.state, env=self.env, digests=False, **self._saved_config()
+            resumed = load_checkpoint(
+                self.checkpoint, self.state, env=self.env, **self._saved_config()
             )
             self.step = resumed.step
             rejects = self.states.resume(resumed)
             if self.wandb is not None:
                 self.wandb = self.wandb.continuing(resumed.extra.get("wandb_id"))
-        claim_checkpoint_dir(run.checkpoints, self.checkpoint, self.env)
+        claim_checkpoint_dir(self.config.run.checkpoints, self.checkpoint, self.env)
         attempt(lambda: self.ledger.resume(rejects, self.step))
         on_main(self.env, lambda: restart_logs(self.results, self.step, flat(self.config)))
 
@@ -328,7 +192,6 @@ class Trainer:
     def train(self) -> int:
         """Run to `total_steps`; returns the exit code (0, or 128 + the signal that stopped it)."""
         config, run = self.config, self.config.run
-        self.timer = PhaseTimer(self.env.device, synchronize=True)
         logger = attempt(
             lambda: MetricLogger(
                 self.results / "metrics.jsonl",
@@ -419,7 +282,7 @@ class Trainer:
             batch = self._together(lambda: next(loader))
         if batch is None:
             return False
-        scored = self._together(lambda: self._score(batch))
+        scored = self._together(lambda: self.objective.label(batch, self.place))
         if scored is None:
             return False
         sums = all_reduce_sums(
@@ -435,49 +298,6 @@ class Trainer:
         with memory_errors(f"in the update of step {batch.step + 1}", _UPDATE, FailedAlone):
             self._update(scored, sums)
         return not agree(bool(self.stop.number), self.env)
-
-    def _score(self, batch: StepRows[TrainRow]) -> list[ScoredRow]:
-        """Rows with labels: completions of the student's current weights, or the SFT targets."""
-        limit = self.config.sample.max_forward_tokens
-        rows: Sequence[TrainRow] = batch.values
-        if self.teacher_latents:
-            assert self.vae is not None
-            with self.timer("encode"), memory_errors(*ENCODING):
-                rows = encode_teachers(rows, self.vae, self.config.run.global_seed)
-        if self.sft:
-            return [score_targets(row, limit) for row in rows]
-        completions = self._completions(batch)
-        self._write_samples(batch, completions)
-        return [
-            score_completion(row.name, row.student, row.teacher or (), completion, limit)
-            for row, completion in zip(rows, completions, strict=True)
-        ]
-
-    def _completions(self, batch: StepRows[TrainRow]) -> list[Completion]:
-        """One completion for each row, from the student's current weights."""
-        if self.recorded is not None:
-            return [self.recorded.take(batch.step, item) for item in batch.items]
-        doing = f"in the rollout of step {batch.step + 1}"
-        with self.timer("sample"), ExitStack() as stack:
-            # A collective: the others may wait in it for this rank.
-            with memory_errors(f"gathering weights {doing}", _OFFLOAD, FailedAlone):
-                plain = stack.enter_context(summon_full_params(self.student))
-            assert isinstance(plain, Bagel)
-            with memory_errors(doing, _ROLLOUT):
-                completions = sample_completions(
-                    plain,
-                    [row.student for row in batch.values],
-                    [item.slot for item in batch.items],
-                    tokenizer=self.tokenizer,
-                    special=self.special,
-                    settings=self.settings,
-                    seed=self.config.run.global_seed,
-                    step=batch.step,
-                    device=self.env.device,
-                    should_stop=lambda: bool(self.stop.number),
-                )
-        self.timer.add_tokens("sample", sum(len(c.ids) for c in completions))
-        return completions
 
     def _record_rejects(self, batch: StepRows[TrainRow], sums: dict[str, float]) -> None:
         rejects = batch.rejects
@@ -520,50 +340,46 @@ class Trainer:
             self._note_nonfinite(results)
 
     def _run_packs(self, scored: Sequence[ScoredRow], sums: dict[str, float]) -> list[PackResult]:
-        config = self.config
+        config, objective, model = self.config, self.objective, self.base.model
         packs = plan_packs(
             [row.length for row in scored],
             config.optim.gradient_accumulation_steps,
             config.sample.pack_tokens,
         )
-        model = self.model_config
-        latent_dim = self.draws * model.latent_patch_size**2 * model.latent_channels
-        filler = empty_row(self.teacher is not None, model.vision.patch_dim, latent_dim)
-        head = self.teacher.head(self.dtype) if self.teacher is not None else None
-        # FSDP2 averages gradients over ranks; the loss is divided by the global token count.
-        scale = self.env.world_size / max(sums["scored"], 1.0)
-        results = []
-        for index in range(all_reduce_max_int(len(packs), self.env)):
-            rows = [scored[i] for i in packs[index]] if index < len(packs) else [filler]
-            results.append(
-                run_pack(
-                    self.student, self.teacher, head, rows,
-                    special=self.special, loss=self.loss, chunk_size=config.loss.loss_chunk_size,
-                    scale=scale, device=self.env.device, decode=self.tokenizer.decode,
-                    flow_scale=self._flow_scale(sums),
-                )
-            )  # fmt: skip
-        return results
-
-    def _flow_scale(self, sums: dict[str, float]) -> float | None:
-        """Factor on the summed flow-matching loss; None: nothing learns to draw."""
-        return None
+        flow_scale = None
+        if objective.flow_weight is not None:
+            flow_scale = loss_scale(sums["noised"], self.env, objective.flow_weight)
+        step = StepContext(
+            self.student,
+            self.teacher,
+            None if self.teacher is None else self.teacher.head(self.dtype),
+            special=self.base.special,
+            loss=objective.loss,
+            chunk_size=config.loss.loss_chunk_size,
+            device=self.env.device,
+            decode=self.base.tokenizer.decode,
+            scale=loss_scale(sums["scored"], self.env),
+            flow_scale=flow_scale,
+        )
+        filler = empty_row(
+            model.vision.patch_dim,
+            with_teacher=self.teacher is not None,
+            latent_dim=model.latent_dim if objective.trains_drawing else None,
+        )
+        return [
+            objective.run_pack([scored[i] for i in packs[n]] if n < len(packs) else [filler], step)
+            for n in range(all_reduce_max_int(len(packs), self.env))
+        ]
 
     # ------------------------------------------------------------------------------ reporting
 
     def _reduce(self, results: Sequence[PackResult], scored: Sequence[ScoredRow]) -> dict[str, Any]:
-        """Sums over packs and ranks, then means over scored rows or completions."""
+        """What the objective reports of a step, from its sums over packs, rows and ranks."""
         sums: dict[str, float | Tensor] = {"loss": torch.stack([r.loss for r in results]).sum()}
         for name in results[0].stats:
             sums[name] = torch.stack([r.stats[name] for r in results]).sum()
-        with_completions = not self.sft
-        if with_completions:
-            sums |= completion_counts(scored, self.special.eos)
-            if self.config.loss.jsd_temperature == self.config.sample.sample_temperature:
-                sums["gap"], sums["gap_rows"], _ = sampler_gap(results)
-        else:
-            sums |= {"sequences": len(scored), "truncated": sum(r.truncated for r in scored)}
-        return summarise(all_reduce_sums(sums, self.env), self.loss, with_completions)
+        sums |= self.objective.counts(scored, results, self.base)
+        return self.objective.figures(all_reduce_sums(sums, self.env))
 
     def _note_nonfinite(self, results: Sequence[PackResult]) -> None:
         """Name the rows of a skipped step; stop after too many in a row."""
@@ -572,28 +388,19 @@ class Trainer:
         if self.states.bad_steps >= self.config.optim.max_nonfinite_steps:
             raise self.states.diverged(f" (rows of the last: {where}); lower --lr or check them")
 
-    def _write_samples(self, batch: StepRows[TrainRow], completions: Sequence[Completion]) -> None:
-        if self.env.is_main:
-            count = self.config.run.samples_per_step
-            pairs = list(zip(batch.items, completions, strict=True))[:count]
-            write_samples(self.results / "samples.jsonl", batch.step, pairs, self.tokenizer.decode)
-
-    # --------------------------------------------------------------------------------- saving
-
     def _save_release(self) -> None:
         """A complete release folder `<checkpoint_dir>/<step>`, which evaluators load."""
-        run = self.config.run
+        run, base = self.config.run, self.config.model.model_path
         if not run.save_release:
             return
         trained = {name for name, p in self.student.named_parameters() if p.requires_grad}
-        stored = open_weights(self.config.model.model_path)
-        dtypes = {key: FLOAT_DTYPES[tensor.dtype] for key, tensor in stored.items()}
+        dtypes = {key: FLOAT_DTYPES[tensor.dtype] for key, tensor in open_weights(base).items()}
         tensors = iter_full_state(self.student, trained, dtypes.get)
         attempt(
             lambda: save_bagel(
                 tensors,
                 release_folder(run.checkpoints, self.step) if self.env.is_main else None,
-                base=self.config.model.model_path,
+                base=base,
                 step=self.step,
                 run_config=flat(self.config),
                 overwrite=True,

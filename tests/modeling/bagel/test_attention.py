@@ -10,8 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from modeling.bagel import attention
-from modeling.bagel.attention import AttentionLayout, Block, DecodeLayout, attend
+from modeling.bagel.attention import (
+    AttentionLayout,
+    Block,
+    DecodeLayout,
+    attend,
+    choose_backend,
+)
 
 LAYOUTS = {
     "text": AttentionLayout((7,), (0,), ((),)),
@@ -52,10 +57,11 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tensor:
     return torch.cat(out)
 
 
-def check(function, layout: AttentionLayout, tensors: list[Tensor], tolerance: float) -> None:
+def check(backend: str, layout: AttentionLayout, tensors: list[Tensor], tolerance: float) -> None:
     mine = [x.detach().requires_grad_() for x in tensors]
     wide = [x.detach().double().requires_grad_() for x in tensors]
-    out, expected = function(*mine, layout), oracle(wide[0], wide[1], wide[2], layout)
+    out = attend(mine[0], mine[1], mine[2], layout, backend)
+    expected = oracle(wide[0], wide[1], wide[2], layout)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     out.backward(weights)
     expected.backward(weights.double())
@@ -68,10 +74,10 @@ def check(function, layout: AttentionLayout, tensors: list[Tensor], tolerance: f
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (28, 4)])
-@pytest.mark.parametrize("path", ["attend", "_attend_segments"])
-def test_cpu_paths(name: str, heads: tuple[int, int], path: str) -> None:
+@pytest.mark.parametrize("backend", ["padded", "segments"])
+def test_cpu_backends(name: str, heads: tuple[int, int], backend: str) -> None:
     layout = LAYOUTS[name]
-    check(getattr(attention, path), layout, inputs(layout, *heads, 16), 1e-5)
+    check(backend, layout, inputs(layout, *heads, 16), 1e-5)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -92,30 +98,23 @@ def test_decode_reads_its_own_prefix_only() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 6, 8), torch.randn(3, 10, 2, 8), torch.randn(3, 10, 2, 8)
     slots = torch.tensor([0, 4, 9])
-    out = attend(q, k, v, DecodeLayout(slots))
+    out = attend(q, k, v, DecodeLayout(slots), "decode")
     for b, slot in enumerate(slots.tolist()):
         layout = AttentionLayout((1,), (slot,), ((),))
         expected = oracle(q[b : b + 1], k[b, : slot + 1], v[b, : slot + 1], layout)
         torch.testing.assert_close(out[b : b + 1], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_splits_build_the_same_layout() -> None:
-    layout = AttentionLayout.from_splits(
-        [9, 1, 14],
-        [2, 4, 3, 1, 4, 8, 2],
-        ["causal", "full", "causal", "causal", "causal", "full", "causal"],
-    )
-    assert layout == LAYOUTS["several"]
-    with pytest.raises(ValueError, match="unknown attention mode"):
-        AttentionLayout.from_splits([2], [2], ["sideways"])
-    with pytest.raises(ValueError, match="splits end at row 4"):
-        AttentionLayout.from_splits([3], [4], ["causal"])
-
-
 def test_unknown_backend_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VISUAL_OPSD_ATTENTION", "cudnn")
     with pytest.raises(ValueError, match="choose one of blocks, varlen, flash, sdpa"):
-        attention.backend_for(torch.zeros(1))
+        choose_backend(torch.zeros(1), LAYOUTS["text"])
+
+
+def test_one_dense_mask_serves_short_sequences_on_a_cpu() -> None:
+    short, x = LAYOUTS["text"], torch.zeros(1)
+    assert choose_backend(x, short) == "padded"
+    assert choose_backend(x, AttentionLayout((1 << 13, 5), (1, 0), ((), ()))) == "segments"
 
 
 @pytest.mark.cuda
@@ -135,8 +134,9 @@ def test_cuda_backends(
     tensors = [x.cuda().to(dtype) for x in inputs(layout, *heads, 64)]
     if eager:
         monkeypatch.setenv("VISUAL_OPSD_EAGER", "attention")
-    expected = "varlen" if eager else "blocks"
+    backend = choose_backend(tensors[0], layout)
     if not os.environ.get("VISUAL_OPSD_ATTENTION"):
-        assert attention.backend_for(tensors[0]) == ("sdpa" if dtype == torch.float32 else expected)
+        expected = "varlen" if eager or layout.limits is None else "blocks"
+        assert backend == ("segments" if dtype == torch.float32 else expected)
     tolerance = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 1e-2}[dtype]
-    check(attend, layout, tensors, tolerance)
+    check(backend, layout, tensors, tolerance)

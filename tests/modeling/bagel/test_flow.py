@@ -450,22 +450,22 @@ def test_decoding_from_a_cached_context(bundle: Any) -> None:
     texts = [TextSegment(tuple(range(40, 40 + n))) for n in (5, 9)]
     packed = pack([(text,) for text in texts], special)
     expected = generate(bundle.model, packed, special, max_new_tokens=12)
-    cache = KVCache(bundle.config.llm, 3, 40, "cpu", torch.float32)
+    cache = KVCache(bundle.config.llm, 2, 40, "cpu", torch.float32)
     with torch.no_grad():
-        bundle.model(packed, cache=cache.narrow(1, 3))  # rows 1 and 2 of a larger cache
-    kept = cache.copy()
-    prompt = CachedPrompt(cache.narrow(1, 3), packed.layout.key_lens, packed.next_positions)
+        bundle.model(packed, cache=cache)
+    kept = cache.copy(60)  # with more room
+    prompt = CachedPrompt(cache, packed.layout.key_lens, packed.next_positions)
     decoded = generate(bundle.model, prompt, special, max_new_tokens=12)
     assert_same_text(decoded, expected)
-    for row, length in zip((1, 2), packed.layout.key_lens, strict=True):
+    for row, length in enumerate(packed.layout.key_lens):
         for old, new in zip(kept.keys, cache.keys, strict=True):
             assert torch.equal(old[row, :length], new[row, :length])
-    # Some rows, in another order, in a roomier cache.
-    turned = CachedPrompt(
-        kept.copy([2, 1], 60), packed.layout.key_lens[::-1], packed.next_positions[::-1]
-    )
-    decoded = generate(bundle.model, turned, special, max_new_tokens=12)
-    assert_same_text(decoded, expected[::-1])
+    roomier = CachedPrompt(kept, packed.layout.key_lens, packed.next_positions)
+    decoded = generate(bundle.model, roomier, special, max_new_tokens=12)
+    assert_same_text(decoded, expected)
+    tight = kept.copy(packed.layout.key_lens[1])  # the longer context alone
+    for old, new in zip(kept.values, tight.values, strict=True):
+        assert torch.equal(new, old[:, : tight.max_len])
     with pytest.raises(ValueError, match=r"make room with KVCache\.copy"):
         generate(bundle.model, prompt, special, max_new_tokens=100)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -41,11 +42,12 @@ def scripted(
         asked.append(ids)
         return True
 
-    (found,) = generate(
-        bundle.model, pack([(TextSegment((5, 6)),)], special), special, max_new_tokens=budget,
-        uniforms=torch.arange(budget + 1)[None].double(), continues=continues,
-        max_image_skips=skips, check_every=1, choose_token=next_token,
-    )  # fmt: skip
+    with patch("modeling.bagel.generate.choose", next_token):
+        (found,) = generate(
+            bundle.model, pack([(TextSegment((5, 6)),)], special), special, max_new_tokens=budget,
+            uniforms=torch.arange(budget + 1)[None].double(), continues=continues,
+            max_image_skips=skips, check_every=1,
+        )  # fmt: skip
     return found
 
 

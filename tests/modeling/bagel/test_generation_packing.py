@@ -24,7 +24,7 @@ from data.transforms import extrapolated_position_ids
 from modeling import load_bagel
 from modeling.autoencoder import encode_tokens
 from modeling.bagel.batch import PackedBatch
-from modeling.bagel.flow import flow_loss, noised, training_times
+from modeling.bagel.flow import flow_loss, mix_noise, training_times
 from modeling.release.checkpoint import is_generation_key
 from modeling.release.tokenizer import load_tokenizer
 from tests.conftest import assert_generation_pack, assert_golden, load_golden
@@ -192,7 +192,7 @@ def test_a_noised_image_is_hidden_and_takes_no_position(bundle: Any) -> None:
 def test_noised_tokens_and_their_target() -> None:
     image = latents(2, 2, 0.25, 3)
     assert image.noise is not None
-    seen, target = noised(image.latents, image.noise, 0.25)
+    seen, target = mix_noise(image.latents, image.noise, 0.25)
     assert torch.equal(seen, 0.75 * image.latents + 0.25 * image.noise)
     torch.testing.assert_close(seen - 0.25 * target, image.latents)
     assert torch.equal(

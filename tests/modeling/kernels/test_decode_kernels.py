@@ -3,42 +3,34 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.packing import pack
 from data.sequence import TextSegment
 from modeling import load_bagel
-from modeling.bagel import streamed_decode
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig, LLMConfig, SpecialTokens, VisionConfig
-from modeling.bagel.decoder import RMSNorm, rotary, turned
-from modeling.bagel.generate import choose, generate
+from modeling.bagel.decoder import RMSNorm, norm_and_rotate, rotary
+from modeling.bagel.generate import DecodePlan, choose, generate
 from modeling.bagel.graphs import RepeatedStep
 from modeling.bagel.kv_cache import KVCache
 from modeling.bagel.projections import adjoin_projections, adjoining
-from modeling.bagel.streamed_decode import StreamedDecoder
+from modeling.bagel.streamed_decode import StreamedDecoder, can_stream
 from tests.conftest import TINY_BAGEL
 
 pytest.importorskip("triton")
 
 from modeling.kernels import sampling
-from modeling.kernels.decode_attention import (
-    DecodeAttention,
-    decode_attention_plain,
-)
-from modeling.kernels.stream_linear import (
-    Tile,
-    stages_within,
-    stream_linear,
-    stream_linear_plain,
-    tile_for,
-)
+from modeling.kernels.decode_attention import DecodeAttention
+from modeling.kernels.stream_linear import Tile, stages_within, stream_linear, tile_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -46,6 +38,52 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 
 def drawn(*shape: int) -> Tensor:
     return torch.randn(*shape).to(DEVICE)
+
+
+def stream_linear_plain(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    gain: Tensor | None = None,
+    eps: float = 1e-6,
+    bias: Tensor | None = None,
+    second: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """What `stream_linear` computes, in fp32, rounded where the kernel rounds."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if gain is not None:
+        wide = (wide * gain.float()).to(x.dtype).float()
+    y = wide @ weight.float().t()
+    if gain is not None:
+        y = y * scale
+    if bias is not None:
+        y = y + bias.float()
+    if second is not None:
+        other = wide @ second.float().t()
+        if gain is not None:
+            other = other * scale
+        y = F.silu(y.to(x.dtype).float()).to(x.dtype).float() * other.to(x.dtype).float()
+    if residual is not None:
+        y = y.to(x.dtype).float() + residual.float()
+    return y.to(x.dtype)
+
+
+def decode_attention_plain(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor
+) -> Tensor:
+    """The attention alone, in fp32: rotated q (B, nh, d), k and v (B, nkv, d) of the new row."""
+    _, heads, dim = q.shape
+    groups = keys.shape[2]
+    out = []
+    for b, slot in enumerate(slots.tolist()):
+        keys[b, slot], values[b, slot] = k[b], v[b]
+        seen_k, seen_v = keys[b, : slot + 1].float(), values[b, : slot + 1].float()
+        grouped = q[b].float().view(groups, heads // groups, dim)
+        scores = torch.einsum("grd,sgd->grs", grouped, seen_k) / math.sqrt(dim)
+        out.append(torch.einsum("grs,sgd->grd", scores.softmax(-1), seen_v).reshape(heads, dim))
+    return torch.stack(out).to(q.dtype)
 
 
 @pytest.mark.parametrize("vocab", [100, 5000])
@@ -83,12 +121,15 @@ def test_tiles_fit_small_cards(count: int, n: int, k: int, pair: bool) -> None:
 @pytest.mark.parametrize("count", [1, 2, 9, 17])
 @pytest.mark.parametrize(("n", "k"), [(40, 48), (64, 96), (30, 72)])
 @pytest.mark.parametrize("swap", [False, True])
-def test_stream_linear(count: int, n: int, k: int, swap: bool) -> None:
+def test_stream_linear(
+    count: int, n: int, k: int, swap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whole tiles and torn ones, with everything that may stand around the product."""
     torch.manual_seed(count + n)
     x, weight, second = drawn(count, k), drawn(n, k), drawn(n, k)
     gain, bias, residual = drawn(k), drawn(n), drawn(count, n)
     tile = Tile(16, 16 if count > 1 else 32, 4, 2, swap)
+    monkeypatch.setattr("modeling.kernels.stream_linear.tile_for", lambda *_: tile)
     arounds: tuple[dict[str, Any], ...] = (
         {},
         {"gain": gain, "bias": bias},
@@ -96,21 +137,22 @@ def test_stream_linear(count: int, n: int, k: int, swap: bool) -> None:
         {"residual": residual},
     )
     for around in arounds:
-        actual = stream_linear(x, weight, tile=tile, **around)
+        actual = stream_linear(x, weight, **around)
         expected = stream_linear_plain(x, weight, **around)
         error = (actual - expected).norm() / expected.norm()
         assert error < 1e-5, (sorted(around), float(error))
     out = residual.clone()
-    assert stream_linear(x, weight, residual=out, out=out, tile=tile) is out
+    assert stream_linear(x, weight, residual=out, out=out) is out
     torch.testing.assert_close(
         out, stream_linear_plain(x, weight, residual=residual), atol=1e-4, rtol=1e-4
     )
 
 
 @pytest.mark.parametrize("chunk", [32, 64, 128])
-def test_decode_attention(chunk: int) -> None:
+def test_decode_attention(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots on both sides of a chunk's edge; the new row enters the cache and nothing else does."""
     torch.manual_seed(chunk)
+    monkeypatch.setattr("modeling.kernels.decode_attention.chunk_for", lambda *_: chunk)
     batch, length, heads, groups, dim = 4, 100, 6, 2, 32
     positions = torch.tensor([5, 70, 99, 3], device=DEVICE)
     slots = torch.tensor([0, 64, 95, 31], device=DEVICE)
@@ -121,14 +163,14 @@ def test_decode_attention(chunk: int) -> None:
         norm.weight.data.normal_()
     stores = [drawn(batch, length, groups, dim) for _ in range(2)]
     expected_stores = [store.clone() for store in stores]
-    attention = DecodeAttention(batch, length, heads, groups, dim, cos, sin, chunk=chunk, block=32)
+    attention = DecodeAttention(batch, length, heads, groups, dim, cos, sin)
     out = torch.empty(batch, heads * dim, device=DEVICE)
     for _ in range(2):  # the second time its counters must be where they began
         attention(qkv, q_norm.weight, k_norm.weight, 1e-6, positions, slots, *stores, out=out)
     q, k, v = qkv.split([heads * dim, groups * dim, groups * dim], -1)
     q, k = q.view(batch, heads, dim), k.view(batch, groups, dim)
     with torch.no_grad():
-        q, k = turned(q, k, q_norm, k_norm, *rotary(positions, dim, 1e6))
+        q, k = norm_and_rotate(q, k, q_norm, k_norm, *rotary(positions, dim, 1e6))
     keys, values = expected_stores
     expected = decode_attention_plain(q, k, v.view(batch, groups, dim), keys, values, slots)
     torch.testing.assert_close(out, expected.flatten(1), atol=1e-5, rtol=1e-5)
@@ -237,12 +279,12 @@ def test_generate_takes_it_and_writes_the_same(
     expected = run([0, 1])
     used: list[int] = []
 
-    def streams(*_: Any) -> bool:
+    def stream(model: Bagel, cache: KVCache, positions: int) -> DecodePlan:
         used.append(1)
-        return True
+        step = StreamedDecoder(model, cache, positions)
+        return DecodePlan(step, sampling.choose_token, fits_graphs=True)
 
-    monkeypatch.setattr("modeling.bagel.generate.streams", streams)
-    monkeypatch.setattr("modeling.bagel.generate._choose", lambda *_: sampling.choose_token)
+    monkeypatch.setattr("modeling.bagel.generate.plan_decoding", stream)
     together, alone = run([0, 1]), [*run([0]), *run([1])]
     assert len(used) == 3
     for actual in (together, alone):
@@ -274,14 +316,14 @@ def test_projections_adjoin_without_a_change() -> None:
 
 
 def test_which_models_stream(model: Bagel, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not streamed_decode.streams(model, 1)  # fp32
+    assert not can_stream(model, 1)  # fp32
     half = deepcopy(model).bfloat16()
-    assert streamed_decode.streams(half, 64) == (DEVICE == "cuda")
-    assert not streamed_decode.streams(half, 65)
+    assert can_stream(half, 64) == (DEVICE == "cuda")
+    assert not can_stream(half, 65)
     narrow = load_bagel(TINY_BAGEL, device=DEVICE, dtype=torch.bfloat16).model
-    assert not streamed_decode.streams(narrow, 1)  # heads of 16
+    assert not can_stream(narrow, 1)  # heads of 16
     monkeypatch.setenv("VISUAL_OPSD_EAGER", "decode")
-    assert not streamed_decode.streams(half, 1)
+    assert not can_stream(half, 1)
 
 
 def test_a_repeated_step_runs_every_time() -> None:
@@ -303,7 +345,7 @@ def test_a_repeated_step_runs_every_time() -> None:
 @needs_gpu
 def test_graphs_are_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VISUAL_OPSD_EAGER", "graphs")
-    assert not RepeatedStep(lambda: None, torch.device("cuda")).records
+    assert not RepeatedStep(lambda: None, torch.device("cuda")).captures
 
 
 @pytest.mark.cuda

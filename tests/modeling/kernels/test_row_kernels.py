@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modeling.bagel.attention import AttentionLayout, Block, attend
-from modeling.bagel.decoder import RMSNorm, gated, rotary, turned
+from modeling.bagel.decoder import RMSNorm, apply_gate, norm_and_rotate, rotary
 
 pytest.importorskip("triton")
 
@@ -74,7 +74,7 @@ def test_norm_and_rotation_of_heads_that_are_views_of_one_product(heads: tuple[i
 
     same_with_gradients(
         lambda p, a, b: rows.norm_rotary(*parts(p), a, b, cos, sin, 1e-6),
-        lambda p, a, b: turned(*parts(p), norm_of(a), norm_of(b), cos, sin),
+        lambda p, a, b: norm_and_rotate(*parts(p), norm_of(a), norm_of(b), cos, sin),
         [product, *weights],
     )
 
@@ -84,7 +84,7 @@ def test_swiglu_and_its_refusal_of_a_second_backward_pass() -> None:
     gate, up = torch.randn(3, 70, device=DEVICE), torch.randn(3, 70, device=DEVICE)
     # `+ 0`: both arguments are used up, as results of products are.
     same_with_gradients(
-        lambda g, u: (rows.silu_mul(g + 0, u + 0),), lambda g, u: (gated(g, u),), [gate, up]
+        lambda g, u: (rows.silu_mul(g + 0, u + 0),), lambda g, u: (apply_gate(g, u),), [gate, up]
     )
     gate.requires_grad_()
     out = rows.silu_mul(gate + 0, up + 0)
@@ -121,12 +121,12 @@ def test_block_attention(
     q, k, v = (torch.randn(n, h, dim, device=DEVICE) for n, h in shapes)
     same_with_gradients(
         lambda q, k, v: (block_attention.block_attention(q, k, v, plan),),
-        lambda q, k, v: (attend(q, k, v, layout),),
+        lambda q, k, v: (attend(q, k, v, layout, "padded"),),
         [q, k, v],
     )
     with torch.no_grad():
         out = block_attention.block_attention(q, k, v, plan)
-        torch.testing.assert_close(out, attend(q, k, v, layout), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(out, attend(q, k, v, layout, "padded"), atol=1e-5, rtol=1e-5)
 
 
 def test_rows_that_must_not_see_an_earlier_noised_image_have_no_limits() -> None:

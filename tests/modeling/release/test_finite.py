@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import modeling.release.checkpoint as checkpoint
 from modeling import load_bagel
 from modeling.autoencoder import load_autoencoder
 from modeling.release.finite import check_finite
@@ -58,16 +57,8 @@ def test_every_dtype_and_place(dtype: torch.dtype, tmp_path: Path) -> None:
         check_finite({k: torch.tensor(torch.nan, dtype=dtype) for k in ("large", "one")}, stored)
 
 
-@pytest.mark.parametrize("by_threads", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loading(
-    dtype: torch.dtype,
-    by_threads: bool,
-    tiny_bagel_path: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(checkpoint, "_streams", lambda device: by_threads)
+def test_loading(dtype: torch.dtype, tiny_bagel_path: Path, tmp_path: Path) -> None:
     folder = release_with(tmp_path, tiny_bagel_path, HEAD, torch.nan)
     with pytest.raises(ValueError, match=rf"model\.safetensors: 1 of \d+ tensors .*: {HEAD};"):
         load_bagel(folder, dtype=dtype)

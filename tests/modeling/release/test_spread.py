@@ -181,7 +181,7 @@ def test_cache_follows_its_layer() -> None:
         k, v = torch.ones(2, 5, 2, 16, device=device)
         cache.update(layer, k, v, prefill)
         keys, values = cache.update(layer, k[:2], v[:2], decode)
-        out = attend(torch.ones(2, 4, 16, device=device), keys, values, decode)
+        out = attend(torch.ones(2, 4, 16, device=device), keys, values, decode, "decode")
         assert out.device == keys.device == device
     filled = [3 + 1, 2 + 1]
     for b, n in enumerate(filled):

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from data.packing import pack
 from data.sequence import ImageSegment, LatentSegment, TextSegment, given_completion
-from data.worlds.writer import write_spatial_navigation
 from modeling import load_bagel
-from modeling.bagel.attention import AttentionLayout
+from modeling.bagel.attention import AttentionLayout, Block
 from modeling.bagel.decoder import apply_rotary, join_rows
 from scripts.visual_opsd.analysis import attention as module
 from scripts.visual_opsd.analysis.attention import (
@@ -27,13 +26,13 @@ from scripts.visual_opsd.analysis.attention import (
     measure,
     reading,
     summarise_shares,
-    watched,
+    watch,
 )
 from tests.conftest import TINY_BAGEL, needs_gpu
 
 FLAGS = [f"--{name}={value}" for name, value in
          {"vit_max_size": 56, "vit_min_size": 14, "vae_max_size": 64, "vae_min_size": 32,
-          "device": "cpu", "progress": False}.items()]  # fmt: skip
+          "limit": 3, "device": "cpu", "progress": False}.items()]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +124,9 @@ def oracle_weights(model: Any, batch: Any, mask: Tensor) -> list[Tensor]:
         handle.remove()
     found = []
     for attention, arguments in inputs:
-        routing = arguments[4]
-        x, cos, sin = (join_rows(part, routing) for part in arguments[:3])
+        xs, shared, *_ = arguments
+        routing = shared.routing
+        x, cos, sin = (join_rows(part, routing) for part in (xs, shared.cos, shared.sin))
         rows = torch.zeros(len(x), dtype=torch.bool)
         if routing is not None:
             rows[routing.gen_rows] = True
@@ -153,7 +153,7 @@ def test_no_attention_across_samples_and_blocks_of_rows(monkeypatch: pytest.Monk
     generator = torch.Generator().manual_seed(0)
     q = 3 * torch.randn(12, 4, 8, generator=generator)
     k = 3 * torch.randn(12, 2, 8, generator=generator)
-    layout = AttentionLayout.from_splits([5, 7], [5, 3, 4], ["causal", "full", "causal"])
+    layout = AttentionLayout((5, 7), (0, 0), ((), (Block(0, 3),)))
     parts = [torch.tensor([0, 0, 1, 1, 2]), torch.tensor([0, 1, 1, 1, 2, 2, 2])]
     rows = torch.tensor([3, 4, 8, 9, 10])
     together = attention_shares(q, k, layout, rows, parts, 3)
@@ -172,7 +172,7 @@ def test_watching_changes_nothing(bundle: Any) -> None:
     batch = pack([r.context for r in contexts(False)], bundle.special_tokens)
     with torch.no_grad():
         before = bundle.model(batch)
-        with watched(bundle.model, lambda layer, q, k: seen.append(layer)):
+        with watch(bundle.model, lambda layer, q, k: seen.append(layer)):
             during = bundle.model(batch)
         bundle.model(batch)  # nobody looks any more
     assert torch.equal(before, during)
@@ -200,20 +200,20 @@ def analyse(world: Path, out: Path, *flags: str) -> dict[str, Any]:
 
 @needs_gpu
 @pytest.mark.parametrize(("precision", "atol"), [("fp32", 1e-5), ("auto", 1e-3)])
-def test_a_gpu_looks_at_the_same(tmp_path: Path, precision: str, atol: float) -> None:
-    write_spatial_navigation(tmp_path, rows=2, heldout_rows=3, seed=3, sizes=(3, 4))
-    cpu = analyse(tmp_path, tmp_path / "cpu")
-    gpu = analyse(tmp_path, tmp_path / "gpu", "--device", "cuda", "--precision", precision)
+def test_a_gpu_looks_at_the_same(world: Path, tmp_path: Path, precision: str, atol: float) -> None:
+    cpu = analyse(world, tmp_path / "cpu")
+    gpu = analyse(world, tmp_path / "gpu", "--device", "cuda", "--precision", precision)
     for part in PARTS:
         ours, theirs = (found["after"]["shares"][part] for found in (gpu, cpu))
         np.testing.assert_allclose(ours, theirs, atol=atol)
 
 
 @pytest.mark.parametrize("context", ["vit", "vae+vit", "noise"])
-def test_end_to_end(context: str, tmp_path: Path) -> None:
-    write_spatial_navigation(tmp_path, rows=2, heldout_rows=3, seed=3, sizes=(3, 4))
+def test_end_to_end(
+    context: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
-    summary = analyse(tmp_path, out, "--context", context)
+    summary = analyse(world, out, "--context", context)
     assert summary["n"] == 3 and summary["parts"] == list(PARTS)
     for phase in ("before", "after"):
         total = np.sum([summary[phase]["shares"][part] for part in PARTS], axis=0)
@@ -221,11 +221,15 @@ def test_end_to_end(context: str, tmp_path: Path) -> None:
     assert not any(summary["before"]["shares"]["vt"])
     assert all(share > 0 for share in summary["after"]["shares"]["vt"])
     assert (out / "attention.png").stat().st_size > 5000
-    if context == "vit":  # how rows are packed together does not matter
+    if context == "vit":  # whether the two readings are packed together does not matter
         repacked = ("--context", context, "--max_forward_tokens=1")
-        with pytest.raises(ValueError, match=r"holds results \(attention\.json\); .*--overwrite"):
-            analyse(tmp_path, out, *repacked)
-        alone = analyse(tmp_path, out, *repacked, "--overwrite")
+        for other in (("--context", "noise"), ("--limit=2",)):
+            with pytest.raises(ValueError, match=r"holds results of other settings .*--overwrite"):
+                analyse(world, out, *other)
+        monkeypatch.setattr(module, "measure", None)  # nothing is left to read
+        analyse(world, out, *repacked)
+        monkeypatch.undo()
+        alone = analyse(world, out, *repacked, "--overwrite")
         for part in PARTS:
             np.testing.assert_allclose(
                 alone["after"]["shares"][part], summary["after"]["shares"][part], atol=1e-5

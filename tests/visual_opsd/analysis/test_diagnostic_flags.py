@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from data.randomness import row_generator
+from data.randomness import position_uniforms, row_generator
 from data.sequence import LatentSegment
 from modeling.release.fingerprints import weights_fingerprint
 from scripts.visual_opsd.analysis.figures import pick_rows
@@ -109,11 +108,7 @@ def seeds(run: Diagnostic) -> tuple[Any, ...]:
 def expected_seeds(run: Diagnostic) -> tuple[Any, ...]:
     seed, drawn = run.given["seed"], None
     if run.given["sample_do_sample"] and run.name in SAMPLING:
-        keys = {index: np.random.SeedSequence((seed, 0, index)) for index in sorted(run.scored)}
-        drawn = {
-            index: np.random.Generator(np.random.Philox(key)).random(3).tolist()
-            for index, key in keys.items()
-        }
+        drawn = {i: position_uniforms(seed, 0, i, 3).tolist() for i in sorted(run.scored)}
     latents = {seed} if run.given["teacher_vt"] == "vae+vit" else set()
     return seed, drawn, [seed], latents
 

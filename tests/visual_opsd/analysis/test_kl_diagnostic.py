@@ -7,9 +7,6 @@ import json
 import math
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from data.packing import pack
-from data.parquet import ParquetDataset
 from data.randomness import noise_generator
+from data.row_groups import ParquetDataset
 from data.sequence import Completion, TextSegment, given_completion
 from data.thinkmorph import parse_row
 from data.worlds.writer import write_spatial_navigation
 from modeling import load_bagel, save_bagel
-from scripts.visual_opsd import kl_diagnostic as module
+from scripts.visual_opsd.analysis import diagnosis as module
 from scripts.visual_opsd.analysis.baseline import load_divergences, read_baseline
 from scripts.visual_opsd.analysis.figures import pick_rows
 from scripts.visual_opsd.analysis.kl_measurement import DiagnosticRow, attach, choose_rows, measure
@@ -45,7 +42,7 @@ from scripts.visual_opsd.kl_diagnostic import main
 from scripts.visual_opsd.rows import make_builder
 from tests.conftest import TINY_BAGEL, needs_gpu
 from tests.data.synthetic import split_file, write_dataset
-from tests.visual_opsd.launching import HERE, program_environment
+from tests.visual_opsd.analysis.two_rank_tools import two_ranks
 
 ROWS = 6
 SEED = 5
@@ -250,81 +247,6 @@ def test_tasks_from_a_dataset_config(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def two_ranks(
-    calls: dict[str, list[str]],
-    done: Path,
-    local_ranks: tuple[int, int] = (0, 1),
-    **environment: str,
-) -> tuple[list[int], list[str]]:
-    """One launch of two ranks as torchrun would start them: their exit codes and outputs.
-
-    done: stem of the files in which they say which rows they did.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**program_environment(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}  # fmt: skip
-    program = HERE / "analysis" / "two_rank_tools.py"
-    started = [
-        subprocess.Popen(
-            [sys.executable, program, json.dumps(calls), f"{done}-{rank}"],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(local_rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank, local_rank in enumerate(local_ranks)
-    ]
-    try:
-        outputs = [process.communicate(timeout=150)[0].decode() for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [process.returncode for process in started], outputs
-
-
-def test_two_processes_agree_with_one(baseline: Path, world: Path, tmp_path: Path) -> None:
-    """Three tools, one launch; each row is done once."""
-    from scripts.visual_opsd import evaluate
-
-    questions = ["--model_path", str(TINY_BAGEL), "--data", "Spatial_Navigation", "--split",
-                 "train", "--data_root", str(world), "--max_new_tokens", "40", "--vit_max_size",
-                 "112", "--vit_min_size", "14", "--device", "cpu",
-                 "--progress", "False"]  # fmt: skip
-    drawings = ["--prompt_style", "packer", "--arms", "removed", "--num_timesteps", "2",
-                "--vae_max_size", "64", "--vae_min_size", "32", "--limit", "3"]  # fmt: skip
-    assert evaluate.main([*questions, "--output_dir", str(tmp_path / "one")]) == 0
-    calls = {
-        "evaluate": [*questions, "--output_dir", str(tmp_path / "two")],
-        "kl_diagnostic": ["--model_path", str(TINY_BAGEL), *arguments(world, tmp_path / "kl")],
-        "analysis.vt_intervention": [*questions, *drawings, "--output_dir", str(tmp_path / "vt")],
-    }
-    codes, outputs = two_ranks(calls, tmp_path / "done")
-    assert codes == [0, 0], outputs
-    assert "all" in outputs[0] and "all" not in outputs[1]  # rank 0 alone prints
-    chosen = choose_rows([9], [9.0], ROWS, SEED)
-    rows = {"predictions": range(9), "timing": range(9), "sampled": chosen, "measured": chosen,
-            "drawings": range(3), "outputs": range(3)}  # fmt: skip
-    ours, theirs = (json.loads((tmp_path / f"done-{rank}").read_text()) for rank in range(2))
-    assert ours.keys() == theirs.keys() == rows.keys()
-    for name, expected in rows.items():
-        assert sorted(ours[name] + theirs[name]) == list(expected), name
-        assert abs(len(ours[name]) - len(theirs[name])) <= 1, name
-
-    def lines(folder: str) -> bytes:
-        return (tmp_path / folder / "predictions.jsonl").read_bytes()
-
-    assert lines("two") == lines("one")
-    assert not list((tmp_path / "two").glob("*.rank_*"))
-    assert json.loads((tmp_path / "two" / "summary.json").read_text())["processes"] == 2
-    assert completions(tmp_path / "kl") == completions(baseline)
-    for a, b in zip(
-        load_divergences(tmp_path / "kl", "base"), load_divergences(baseline, "base"), strict=True
-    ):
-        for name in COLUMNS:
-            np.testing.assert_allclose(a.columns[name], b.columns[name], atol=1e-5)
-
-
 # --------------------------------------------------------------------------------- on a GPU
 
 
@@ -382,8 +304,8 @@ def test_a_baseline_must_fit(
             run(world, tmp_path / "out", "--baseline", str(folder), *flags, model=model)
         assert not (tmp_path / "out").exists()
 
-    expect(r"measured with other settings \(seed: 5, now 6\)", "--seed", "6")
-    expect("num_samples: 6, now 2.*seed", "--num_samples", "2", "--seed", "6")
+    expect(r"measured with other settings \(seed: saved 5, now 6\)", "--seed", "6")
+    expect("num_samples: saved 6, now 2.*seed", "--num_samples", "2", "--seed", "6")
     expect("vit: .*14.*28", "--vit_min_size", "28")
     expect("base: ", model=trained)  # without --base_path the trained student is its own teacher
     expect("finished diagnostic", folder=tmp_path / "none")
@@ -408,18 +330,47 @@ def test_a_baseline_must_fit(
         found.completion(found.indices[0], name)
 
 
-def test_results_are_claimed_before_the_model_is_read(
+def test_results_of_other_settings_are_refused_before_the_model_is_read(
+    baseline: Path, world: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "load_bagel", lambda *_, **__: pytest.fail("the model was read"))
+    out = tmp_path / "out"
+    shutil.copytree(baseline, out)
+    held = (out / "kl_diagnostic.json").read_bytes()
+    for message, flags, model in (
+        ("seed: saved 5, now 6", ("--seed", "6"), TINY_BAGEL),
+        ("student: saved", ("--base_path", str(TINY_BAGEL)), trained),
+        (r"baseline: saved None, now '\w+'", ("--baseline", str(baseline)), TINY_BAGEL),
+    ):
+        with pytest.raises(ValueError, match=rf"other settings \({message}.*--overwrite"):
+            run(world, out, *flags, model=model)
+    (out / "rows.jsonl").unlink()  # as a version wrote it that kept no records
+    (out / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"settings\.json does not exist; .*--overwrite"):
+        run(world, out)
+    assert (out / "kl_diagnostic.json").read_bytes() == held
+    with pytest.raises(ValueError, match=r"--output_dir .*\.json/x: cannot write there"):
+        run(world, out / "kl_diagnostic.json" / "x")
+
+
+def test_other_tokenizers_are_refused_before_the_model_is_read(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "load_bagel", lambda *_, **__: pytest.fail("the model was read"))
-    (tmp_path / "out").mkdir()
-    earlier = tmp_path / "out" / "kl_diagnostic.json"
-    earlier.write_text("{}")
-    with pytest.raises(ValueError, match=r"holds results \(kl_diagnostic\.json\); .*--overwrite"):
-        run(world, tmp_path / "out")
-    assert earlier.read_text() == "{}"
-    with pytest.raises(ValueError, match=r"--output_dir .*\.json/x: cannot write there"):
-        run(world, earlier / "x")
+    other = tmp_path / "other"
+    shutil.copytree(TINY_BAGEL, other)
+    weights = other / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    loaded = module.load_tokenizer
+
+    def another(folder: Path) -> Any:
+        tokenizer, special = loaded(folder)
+        tokenizer.add_tokens(["quite another"])
+        return tokenizer, special
+
+    monkeypatch.setattr(module, "load_tokenizer", another)
+    with pytest.raises(ValueError, match="have different tokenizers, so their distributions"):
+        run(world, tmp_path / "out", "--base_path", str(TINY_BAGEL), model=other)
 
 
 def test_user_mistakes(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,7 +404,7 @@ def test_same_model_and_context_differ_by_nothing() -> None:
         for i in range(3)
     ]
     rows = [
-        DiagnosticRow(RowName("D", "f", i, str(i), ""), "q", "a", c, c, c, None)
+        DiagnosticRow(RowName("D", "f", i, str(i), ""), c, c, c, None)
         for i, c in enumerate(contexts)
     ]
     ends = [given_completion(builder.encode("<answer>12</answer> " * n)) for n in (1, 2)]
@@ -467,7 +418,7 @@ def test_same_model_and_context_differ_by_nothing() -> None:
         for name in COLUMNS[:4]:
             assert np.abs(sample.columns[name]).max(initial=0.0) < 1e-6
     # Cut to what fits, for all contexts alike: the last label is no longer scored.
-    room = max(s.pair.length for s in scored) - 3
+    room = max(s.length for s in scored) - 3
     cut = attach(2, rows[2], ends[1], room)
     assert cut.completion.ids == ends[1].ids[:-3]
     assert cut.completion.count == len(cut.completion.ids)

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.parquet import ParquetDataset
 from data.randomness import noise_picture, row_generator
+from data.row_groups import ParquetDataset
 from data.sequence import PACKER_SYSTEM_PROMPT
 from data.thinkmorph import parse_row
 from data.transforms import ImageTransform
 from data.worlds import get_scorer
-from data.worlds.writer import write_spatial_navigation
 from inference.interleave import InterleaveEngine, InterleaveOptions
 from inferencer import InterleaveInferencer
 from modeling import load_bagel
@@ -33,15 +32,9 @@ VIT, VAE = ImageTransform(56, 14, 14, 2007040), ImageTransform(64, 32, 16)
 FLAGS = [f"--{name}={value}" for name, value in
          {"vit_max_size": 56, "vit_min_size": 14, "vit_max_pixels": 2007040, "vae_max_size": 64,
           "vae_min_size": 32, "num_timesteps": 3, "max_new_tokens": 40, "batch_size": 2, "seed": 7,
+          "limit": ROWS,
           "prompt_style": "packer", "device": "cpu", "progress": False}.items()]  # fmt: skip
 OPTIONS = {"num_timesteps": 3, "max_think_token_n": 40, "max_rounds": 1, "think": True}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world")
-    write_spatial_navigation(root, rows=2, heldout_rows=ROWS, seed=3, sizes=(3, 4))
-    return root
 
 
 def study(world: Path, out: Path, *flags: str) -> dict[str, Any]:
@@ -231,7 +224,7 @@ def test_a_killed_run_goes_on(
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
     monkeypatch.setattr(Interventions, "begin", None)  # nothing is left to compute
     assert study(world, tmp_path)["resumed_rows"] == ROWS
-    with pytest.raises(ValueError, match="seed: 7, now 8"):
+    with pytest.raises(ValueError, match="seed: saved 7, now 8"):
         study(world, tmp_path, "--seed", "8")
 
 

@@ -18,17 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.parquet import ParquetDataset
+from data.row_groups import ParquetDataset
 from data.sequence import ContextBuilder, ImageSegment
 from modeling import load_bagel
 from modeling.bagel.generate import generate
-from scripts.visual_opsd.evaluation.rows import BadRows, check_bad_rate
+from scripts.visual_opsd.evaluation.runner import check_bad_rate, run_rows
 from scripts.visual_opsd.on_policy_sampler import sample_completions
 from scripts.visual_opsd.processes import init_distributed
 from tests.arrivals import Arrival, Run, Stop, noise_of, spy, spy_all, spy_method, stop, words
 
-FUNCTIONS = (load_bagel, sample_completions, generate, check_bad_rate)
-METHODS = ((ContextBuilder, "__init__"), (ParquetDataset, "__init__"), (BadRows, "__init__"))
+FUNCTIONS = (load_bagel, sample_completions, generate, run_rows, check_bad_rate)
+METHODS = ((ContextBuilder, "__init__"), (ParquetDataset, "__init__"))
 
 
 @dataclass
@@ -110,7 +110,7 @@ def compute_rows() -> dict[str, Arrival]:
         ),
         "max_bad_rate": Arrival(
             [0.1, 0.2],
-            lambda run: (run.one("BadRows.__init__", "max_rate"),
+            lambda run: (run.one("run_rows", "limits").max_bad_rate,
                          run.one("check_bad_rate", "max_rate")),
             lambda run: (run.given["max_bad_rate"],) * 2,
         ),

@@ -32,7 +32,12 @@ from scripts.visual_opsd.evaluation.benchmark_scoring import (
     moves,
     parse_maze,
 )
-from scripts.visual_opsd.evaluation.benchmark_table import Estimate, combine, row_estimates
+from scripts.visual_opsd.evaluation.benchmark_table import (
+    Estimate,
+    Tables,
+    combine,
+    row_estimates,
+)
 from scripts.visual_opsd.evaluation.benchmarks import (
     BENCHMARKS,
     COLUMNS,
@@ -386,7 +391,7 @@ def test_pairs_of_mmvp(tmp_path: Path) -> None:
     assert "pairs" not in figures({1: True})
     shown = benchmark_table.describe({"MMVP": found})
     assert "MMVP, pairs" in shown and "33.3%" in shown and "lenient" in shown
-    table = benchmark_table.markdown_table({"Base": {"MMVP": found}})
+    table = benchmark_table.markdown_table(Tables.of({"Base": {"MMVP": found}}))
     assert "| Base | 33.33 (" in table and "| lenient | VSP |" in table
 
 
@@ -521,9 +526,10 @@ def test_mistakes_with_benchmarks(
 
 _KILLED = """
 import os, signal, sys
-from scripts.visual_opsd import evaluate, run_store
+from scripts.visual_opsd import evaluate
+from scripts.visual_opsd.evaluation.store import RankedLines
 
-append, calls = run_store.RankedLines.append, []
+append, calls = RankedLines.append, []
 
 def killed(self, rank, records):
     append(self, rank, records)
@@ -534,7 +540,7 @@ def killed(self, rank, records):
                 stream.write('{"index": 3')
             os.kill(os.getpid(), signal.SIGKILL)
 
-run_store.RankedLines.append = killed
+RankedLines.append = killed
 evaluate.main(sys.argv[1:])
 """
 

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from modeling.release.fingerprints import weights_fingerprint
-from scripts.visual_opsd.evaluate import EvaluateConfig, main
+from scripts.visual_opsd.evaluate import main
 from scripts.visual_opsd.evaluation.benchmarks import open_benchmarks
+from scripts.visual_opsd.evaluation.questions import EvaluateConfig
 from scripts.visual_opsd.evaluation.summary import comparison
 from tests.arrivals import (
     PROMPTS,

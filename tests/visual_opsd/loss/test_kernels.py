@@ -1,15 +1,14 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""The loss's Triton kernels against the plain torch form, torch.topk, and autograd in fp64.
+"""The loss's Triton kernels one by one against torch, and what only the loss by kernels promises.
 
-On a GPU they are compiled; without one, Triton's interpreter runs them on CPU tensors. It cuts
-bf16 off where a GPU rounds, so most inputs are fp32.
+On a GPU they are compiled; without one, Triton's interpreter runs them on CPU tensors. That the
+loss by kernels is the plain one: test_chunked.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,28 +16,31 @@ import pytest
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():  # read when Triton is imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-triton = pytest.importorskip("triton")
-if not torch.cuda.is_available() and isinstance(triton.language.sum, triton.JITFunction):
-    pytest.skip("Triton was imported without TRITON_INTERPRET=1", allow_module_level=True)
+from scripts.visual_opsd.loss import chunk as loss_chunk
+from scripts.visual_opsd.opsd_loss import LossConfig
+from tests.visual_opsd.loss.forms import (
+    CONFIGS,
+    DEVICE,
+    Form,
+    chunked_opsd_loss,
+    draw_inputs,
+    every_config,
+    gradients,
+    in_double,
+    kernels_run,
+    plain_loss,
+)
 
-from scripts.visual_opsd.loss import chunk as loss_chunk  # noqa: E402
-from scripts.visual_opsd.loss import chunked as chunked_loss  # noqa: E402
-from scripts.visual_opsd.loss import kernels as loss_kernels  # noqa: E402
-from scripts.visual_opsd.loss import sparse_products as loss_products  # noqa: E402
-from scripts.visual_opsd.opsd_loss import LossConfig  # noqa: E402
-from tests.visual_opsd.loss.test_chunked import CONFIGS, gradients  # noqa: E402
+if not kernels_run():
+    pytest.skip(
+        "Triton is absent, or was imported without TRITON_INTERPRET=1", allow_module_level=True
+    )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from scripts.visual_opsd.loss import kernels as loss_kernels
+from scripts.visual_opsd.loss import sparse_products as loss_products
+
 VOCAB = 300  # 10 groups, the last one of 12; two segments of 256
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-
-chunked_opsd_loss: Callable[..., tuple[Tensor, dict[str, Tensor]]] = chunked_loss.chunked_opsd_loss
-recomputed_opsd_loss: Callable[..., Tensor] = chunked_loss.recomputed_opsd_loss
-chunked_divergences: Callable[..., dict[str, Tensor]] = chunked_loss.chunked_divergences
-chunked_log_probs: Callable[..., Tensor] = chunked_loss.chunked_log_probs
 
 
 @pytest.fixture(autouse=True)
@@ -50,37 +52,9 @@ def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(loss_products, "HIDDEN_BLOCK", 16)
 
 
-@pytest.fixture
-def use_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """Switches between the kernels and the torch form, whatever the device and dtype."""
-
-    def switch(on: bool) -> None:
-        monkeypatch.setattr("modeling.fast.runs_kernels", lambda path, tensor: on)
-
-    return switch
-
-
 def random_logits(rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(rows * vocab)
     return (3 * torch.randn(rows, vocab, generator=generator)).to(dtype).to(DEVICE)
-
-
-def inputs(
-    rows: int = 11, width: int = 24, dtype: torch.dtype = torch.float32, vocab: int = VOCAB
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """[student hidden, student head, teacher hidden, teacher head], labels, row weights."""
-    generator = torch.Generator().manual_seed(rows)
-
-    def draw(*shape: int) -> Tensor:
-        values = torch.randn(*shape, generator=generator) * shape[-1] ** -0.25
-        return values.to(dtype).to(DEVICE)
-
-    tensors = [draw(rows, width), draw(vocab, width), draw(rows, width + 8), draw(vocab, width + 8)]
-    tensors[0].requires_grad_()
-    tensors[1].requires_grad_()
-    labels = torch.randint(vocab, (rows,), generator=generator).to(DEVICE)
-    weights = (torch.rand(rows, generator=generator) + 0.1).to(DEVICE)
-    return tensors, labels, weights
 
 
 def close(ours: Any, theirs: Any, atol: float = 5e-6, rtol: float = 2e-5) -> None:
@@ -185,160 +159,32 @@ def test_no_rows_no_kernel() -> None:
 # ------------------------------------------------------------------------------ the whole loss
 
 
-@every_config
-def test_equals_the_torch_form(
-    config: LossConfig, use_kernels: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Loss, every figure and both gradients; rows of weight 0 and without a label included."""
-    tensors, labels, weights = inputs()
-    weights[2], labels[7] = 0.0, -100
-    results = []
-    for form in ("torch", "kernels", "sparse"):
-        use_kernels(form != "torch")
-        monkeypatch.setattr(loss_products, "DENSE_PER_SPARSE", 1 if form == "sparse" else 1 << 30)
-        loss, stats = chunked_opsd_loss(*tensors, labels, weights, config, chunk_size=4)
-        grads = gradients(-1.5 * loss, tensors)
-        assert all(grad.is_contiguous() for grad in grads)
-        results.append((loss, stats, grads))
-    for other in results[1:]:
-        close(other, results[0])
-
-
-@every_config
-def test_equals_autograd_in_double_precision(
-    config: LossConfig, use_kernels: Callable[[bool], None]
-) -> None:
-    use_kernels(True)
-    tensors, labels, weights = inputs()
-    exact = [t.detach().double() for t in tensors]
-    for tensor in exact[:2]:
-        tensor.requires_grad_()
-    expected = recomputed_opsd_loss(*exact, labels, weights, config)
-    loss, _ = chunked_opsd_loss(*tensors, labels, weights, config, chunk_size=4)
-    close(loss, expected)
-    close(gradients(loss, tensors), gradients(expected, exact), atol=1e-5)
-
-
 @pytest.mark.parametrize("name", ["paper", "full", "full_token_clip", "topk_ce", "tinker_T_ce"])
 def test_kernels_are_what_runs(
-    name: str, use_kernels: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+    name: str, use_form: Callable[[str], Form], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No block of logits reaches the torch form."""
-    use_kernels(True)
+    tensors, labels = use_form("kernels").inputs()
 
     def never(*_: object) -> None:
         raise AssertionError("the torch form ran")
 
     monkeypatch.setattr(loss_chunk, "_blocks", never)
-    monkeypatch.setattr(loss_chunk, "_divergence", never)
-    tensors, labels, weights = inputs()
-    loss, _ = chunked_opsd_loss(*tensors, labels, weights, CONFIGS[name])
+    loss, _ = chunked_opsd_loss(*tensors, labels, CONFIGS[name])
     assert all(torch.isfinite(grad).all() for grad in gradients(loss, tensors))
 
 
-def test_plain_sft(use_kernels: Callable[[bool], None]) -> None:
-    tensors, labels, weights = inputs()
-    results = []
-    for on in (False, True):
-        use_kernels(on)
-        for ce_weight in (2.0, 0.0):
-            config = LossConfig(jsd_weight=0.0, ce_weight=ce_weight, temperature=1.5)
-            loss, stats = chunked_opsd_loss(
-                *tensors[:2], None, None, labels, weights, config, chunk_size=4
-            )
-            results.append((loss, stats, gradients(loss, tensors)))
-    close(results[2:], results[:2])
-    assert not results[3][2][0].any() and not results[3][2][1].any()
-
-
-def test_divergences_and_log_probs(use_kernels: Callable[[bool], None]) -> None:
-    tensors, labels, _ = inputs()
-    results = []
-    for on in (False, True):
-        use_kernels(on)
-        figures = chunked_divergences(*tensors, chunk_size=4)
-        log_probs = chunked_log_probs(*tensors[:2], labels, 0.7, chunk_size=4)
-        results.append((figures, log_probs))
-    close(results[1], results[0])
-
-
-@pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("rows", [0, 1])
-def test_none_and_one_row(
-    rows: int, sparse: bool, use_kernels: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loss_products, "DENSE_PER_SPARSE", 1 if sparse else 1 << 30)
-    tensors, labels, weights = inputs(rows)
-    results = []
-    for on in (False, True):
-        use_kernels(on)
-        loss, stats = chunked_opsd_loss(*tensors, labels, weights, CONFIGS["paper"])
-        results.append((loss, stats, gradients(loss, tensors)))
-    close(results[1], results[0])
-
-
-@pytest.mark.parametrize("sparse", [False, True])
-def test_frozen_head_or_hidden(
-    sparse: bool, use_kernels: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_kernels(True)
-    monkeypatch.setattr(loss_products, "DENSE_PER_SPARSE", 1 if sparse else 1 << 30)
-    tensors, labels, weights = inputs()
-    both = gradients(chunked_opsd_loss(*tensors, labels, weights, CONFIGS["paper"])[0], tensors)
-    for i in (0, 1):
-        frozen = [t.detach() if j == 1 - i else t for j, t in enumerate(tensors)]
-        loss, _ = chunked_opsd_loss(*frozen, labels, weights, CONFIGS["paper"])
-        assert torch.equal(torch.autograd.grad(loss, tensors[i])[0], both[i])
-
-
-@pytest.mark.parametrize("sparse", [False, True])
-def test_second_backward(
-    sparse: bool, use_kernels: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_kernels(True)
-    monkeypatch.setattr(loss_products, "DENSE_PER_SPARSE", 1 if sparse else 1 << 30)
-    tensors, labels, _ = inputs()
-    loss, _ = chunked_opsd_loss(*tensors, labels, None, CONFIGS["paper"], keep_graph=True)
-    first = torch.autograd.grad(loss, tensors[:2], retain_graph=True)
-    for one, two in zip(first, gradients(loss, tensors), strict=True):
-        assert torch.equal(one, two)
-
-
 @pytest.mark.parametrize("name", ["paper", "full", "topk_ce"])
-def test_a_row_of_nan_shows_and_spoils_no_other(
-    name: str, use_kernels: Callable[[bool], None]
-) -> None:
-    use_kernels(True)
-    tensors, labels, weights = inputs()
-    sound, before = chunked_opsd_loss(*tensors, labels, weights, CONFIGS[name], chunk_size=4)
+def test_a_row_of_nan_shows_and_spoils_no_other(name: str, use_form: Callable[[str], Form]) -> None:
+    tensors, labels = use_form("kernels").inputs()
+    sound, before = chunked_opsd_loss(*tensors, labels, CONFIGS[name], chunk_size=4)
     for model in (0, 2):
         spoilt = [t.detach().clone() for t in tensors]
         spoilt[model][5] = math.nan
-        loss, stats = chunked_opsd_loss(*spoilt, labels, weights, CONFIGS[name], chunk_size=4)
+        loss, stats = chunked_opsd_loss(*spoilt, labels, CONFIGS[name], chunk_size=4)
         assert torch.isfinite(sound) and not torch.isfinite(loss)
         kept = torch.arange(11) != 5
         assert torch.equal(stats["label_logprob"][kept], before["label_logprob"][kept])
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("top_k", [4, None])
-def test_peaked_to_the_limit_stays_finite(
-    top_k: int | None, beta: float, use_kernels: Callable[[bool], None]
-) -> None:
-    use_kernels(True)
-    student = torch.zeros(2, 130, device=DEVICE)
-    teacher = -0.01 * torch.arange(130, device=DEVICE).repeat(2, 1)  # no ties
-    student[:, 0], teacher[:, 1] = 500.0, 500.0
-    student.requires_grad_()
-    eye = torch.eye(130, device=DEVICE, requires_grad=True)
-    config = LossConfig(beta=beta, top_k=top_k, token_clip=None)
-    labels = torch.tensor([0, 5], device=DEVICE)
-    loss, stats = chunked_opsd_loss(student, eye, teacher, eye.detach(), labels, None, config)
-    grads = torch.autograd.grad(loss, (student, eye))
-    assert all(torch.isfinite(x).all() for x in (loss, *grads, *stats.values()))
-    oracle = recomputed_opsd_loss(student, eye, teacher, eye.detach(), labels, None, config)
-    close(loss, oracle)
-    close(grads, torch.autograd.grad(oracle, (student, eye)))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -354,69 +200,23 @@ def test_peaked_to_the_limit_stays_finite(
     ids=["top_k", "top_k_ce", "forward", "mixture", "reverse", "tinker"],
 )
 def test_large_logits_lose_no_digits(
-    config: LossConfig, offset: float, temperature: float, use_kernels: Callable[[bool], None]
+    config: LossConfig, offset: float, temperature: float, use_form: Callable[[str], Form]
 ) -> None:
     """A constant added to all of a row's logits leaves the loss of what they round to then."""
-    use_kernels(True)
+    use_form("kernels")
     config = dataclasses.replace(config, temperature=temperature)
     student, teacher = random_logits(4, 130) + offset, random_logits(4, 130).flip(0) - offset
     eye = torch.eye(130, device=DEVICE)
-    labels, weights = torch.tensor([0, 5, 129, 64], device=DEVICE), torch.ones(4, device=DEVICE)
-    results = []
-    for dtype, form in ((torch.float32, chunked_opsd_loss), (torch.float64, recomputed_opsd_loss)):
-        hidden = student.to(dtype).requires_grad_()
-        others = (eye.to(dtype), teacher.to(dtype), eye.to(dtype))
-        loss = form(hidden, *others, labels, weights, config)
-        loss = loss[0] if isinstance(loss, tuple) else loss
-        results.append((loss, torch.autograd.grad(loss, hidden)[0]))
-    (loss, grad), (exact_loss, exact_grad) = results
+    labels = torch.tensor([0, 5, 129, 64], device=DEVICE)
+    tensors = [student.requires_grad_(), eye, teacher, eye]
+    exact = in_double(tensors)
+    loss, _ = chunked_opsd_loss(*tensors, labels, config)
+    grad = torch.autograd.grad(loss, tensors[0])[0]
+    exact_loss = plain_loss(exact, labels, config)
+    exact_grad = torch.autograd.grad(exact_loss, exact[0])[0]
     # A cross-entropy is the difference of two numbers as large as the logits.
     close(loss, exact_loss, atol=4 * abs(offset) * 2**-24 if config.ce_weight else 5e-6)
     close(grad, exact_grad)
-
-
-@pytest.mark.parametrize("name", ["paper", "full", "topk_ce"])
-def test_bfloat16(
-    name: str, use_kernels: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """fp32 loss and bf16 gradients, by both ways; loose, as the interpreter does not round."""
-    tensors, labels, weights = inputs(48, dtype=torch.bfloat16)
-    ranked = (tensors[2] @ tensors[3].T).sort(descending=True).values
-    weights = weights * (ranked[:, 8] > ranked[:, 9])  # no tie at the top-k
-    assert weights.count_nonzero() > 10
-    results = []
-    for form in ("torch", "kernels", "sparse"):
-        use_kernels(form != "torch")
-        monkeypatch.setattr(loss_products, "DENSE_PER_SPARSE", 1 if form == "sparse" else 1 << 30)
-        loss, _ = chunked_opsd_loss(*tensors, labels, weights, CONFIGS[name], chunk_size=16)
-        assert loss.dtype == torch.float32
-        results.append((loss, gradients(loss, tensors)))
-    for loss, grads in results[1:]:
-        close(loss, results[0][0], rtol=1e-4)
-        for ours, theirs in zip(grads, results[0][1], strict=True):
-            assert ours.dtype == torch.bfloat16
-            assert (ours - theirs).float().norm() < 0.02 * theirs.float().norm()
-
-
-@pytest.mark.parametrize(("name", "sizes"), [("paper", [6, 5]), ("full", [3, 3, 3, 2])])
-def test_both_models_logits_count_in_the_chunk_size(
-    name: str, sizes: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Chunks are halved where the divergence needs both models' logits at once."""
-    seen = []
-    read = loss_chunk.Chunk.read_teacher
-
-    def noted(self: loss_chunk.Chunk, logits: Tensor) -> None:
-        seen.append(len(logits))
-        read(self, logits)
-
-    monkeypatch.setattr(loss_chunk.Chunk, "read_teacher", noted)
-    tensors, labels, weights = inputs()
-    chunked_opsd_loss(*tensors, labels, weights, CONFIGS[name], chunk_size=6)
-    assert seen == sizes
-    seen.clear()
-    chunked_opsd_loss(*tensors, labels, weights, CONFIGS["full"], chunk_size=1)
-    assert seen == [1] * 11
 
 
 # ---------------------------------------------------------------------------------- products
@@ -479,13 +279,13 @@ def test_the_true_size(config: LossConfig, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(loss_kernels, "statistics_and_top_k", with_torch_top_k)
     if config.top_k == 9:
         config = dataclasses.replace(config, top_k=256)
-    tensors, labels, weights = inputs(200, 512, torch.bfloat16, 152064)
+    tensors, labels = draw_inputs(200, 152064, torch.bfloat16, width=512, scale=1.0, device="cuda")
     results = []
     for eager in ("", "loss"):
         monkeypatch.setenv("VISUAL_OPSD_EAGER", eager)
-        loss, stats = chunked_opsd_loss(*tensors, labels, weights, config, chunk_size=100)
+        loss, stats = chunked_opsd_loss(*tensors, labels, config, chunk_size=100)
         results.append((loss, stats, gradients(loss, tensors)))
-    oracle = recomputed_opsd_loss(*tensors, labels, weights, config, chunk_size=100)
+    oracle = plain_loss(tensors, labels, config)
     results.append((oracle, {}, gradients(oracle, tensors)))
     loss, stats, grads = results[0]
     for other, other_stats, other_grads in results[1:]:
@@ -504,13 +304,15 @@ def test_repeats_bit_by_bit_within_its_memory(name: str) -> None:
     """The same bits twice; beyond what was there, the gradients and `chunk_size` logits a row."""
     config = dataclasses.replace(CONFIGS[name], top_k=256 if name == "paper" else None)
     rows, width, vocab = 300, 1024, 152064
-    tensors, labels, weights = inputs(rows, width, torch.bfloat16, vocab)
+    tensors, labels = draw_inputs(
+        rows, vocab, torch.bfloat16, width=width, scale=1.0, device="cuda"
+    )
     runs = []
     for _ in range(2):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        loss, _ = chunked_opsd_loss(*tensors, labels, weights, config, chunk_size=128)
+        loss, _ = chunked_opsd_loss(*tensors, labels, config, chunk_size=128)
         grads = gradients(loss, tensors)
         runs.append((loss, grads, torch.cuda.max_memory_allocated() - before))
     assert torch.equal(runs[0][0], runs[1][0])

@@ -28,7 +28,6 @@ from tests.visual_opsd.training_runs import (
     environment,
     kill_tree,
     logged_steps,
-    make_world,
     start,
     train_arguments,
     wait_for,
@@ -283,13 +282,6 @@ def test_folders_that_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 # ------------------------------------------------------------------------------------- programs
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder, rows=16)
-    return folder
 
 
 @pytest.mark.slow

@@ -24,7 +24,6 @@ from tests.visual_opsd.training_runs import (
     hear_ctrl_c,
     kill_tree,
     logged_steps,
-    make_world,
     ranks_of,
     start,
     train_arguments,
@@ -33,13 +32,6 @@ from tests.visual_opsd.training_runs import (
 
 MODULE = "scripts.visual_opsd.train_visual_opsd"
 LONG: dict[str, Any] = {"total_steps": 100_000, "sample_max_new_tokens": 4, "save_every": 100_000}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder, rows=32)
-    return folder
 
 
 @contextmanager
@@ -64,9 +56,7 @@ def saved_steps(results: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGHUP", 129), ("SIGUSR1", 138)])
-def test_other_signals_stop_like_sigterm(
-    world: Path, tmp_path: Path, name: str, code: int
-) -> None:
+def test_other_signals_stop_like_sigterm(world: Path, tmp_path: Path, name: str, code: int) -> None:
     with running(world, tmp_path, num_workers=1 if name == "SIGINT" else 0) as process:
         pids = descendants(process.pid)
         os.killpg(process.pid, getattr(signal, name))  # as a terminal does, workers included
@@ -171,9 +161,7 @@ def test_a_stuck_worker_is_not_waited_for_for_ever(world: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_dead_rank_is_named_and_the_others_end(
-    world: Path, tmp_path: Path, workers: int
-) -> None:
+def test_a_dead_rank_is_named_and_the_others_end(world: Path, tmp_path: Path, workers: int) -> None:
     with running(world, tmp_path, 2, num_workers=workers) as process:
         pids = descendants(process.pid)
         victim = ranks_of(process)[1]
@@ -193,14 +181,15 @@ def test_a_rank_without_memory_ends_all(world: Path, tmp_path: Path) -> None:
     program.write_text(
         """
 import os, torch
-from scripts.visual_opsd import train_visual_opsd, trainer
+from scripts.visual_opsd import train_visual_opsd
 from scripts.visual_opsd.cli import run_main
-plain = trainer.run_pack
+from scripts.visual_opsd.training import objective
+plain = objective.run_pack
 def run_pack(*args, **options):
     if os.environ["RANK"] == "1":
         raise torch.OutOfMemoryError("CUDA out of memory")
     return plain(*args, **options)
-trainer.run_pack = run_pack
+objective.run_pack = run_pack
 run_main(train_visual_opsd.main)
 """
     )

@@ -17,17 +17,18 @@ from torch import Tensor
 
 from data.parquet import StepRows
 from data.sequence import Completion
-from scripts.visual_opsd.cli import parse_config
-from scripts.visual_opsd.config import SFT_DEFAULTS, SFTConfig
 from scripts.visual_opsd.processes import DistEnv, gather_objects
-from scripts.visual_opsd.rows import PrepareOPSD, TrainRow
+from scripts.visual_opsd.rows import TrainRow
 from scripts.visual_opsd.scored_rows import ScoredRow
-from scripts.visual_opsd.training.interleaved import InterleavedTrainer
+from scripts.visual_opsd.training.interleaved import InterleavedSFT
+from scripts.visual_opsd.training.objective import Workplace
 from scripts.visual_opsd.training.sharding import full_tensor, load_sharded
+from scripts.visual_opsd.training.text_sft import TextSFT
 from scripts.visual_opsd.training.trainer import Trainer
-from tests.visual_opsd.training.trainers import SMALL, first_rows, make_config, metrics, weights
-from tests.visual_opsd.training_runs import train_arguments
+from scripts.visual_opsd.training.visual_opsd import PrepareOPSD, VisualOPSD
+from tests.visual_opsd.training.trainers import SMALL, build, first_rows, metrics, weights
 
+OBJECTIVES = {"opsd": VisualOPSD, "sft": TextSFT, "interleaved": InterleavedSFT}
 HEAD = "language_model.lm_head.weight"
 
 
@@ -157,21 +158,12 @@ class Run:
 def make_trainer(
     world: Path, results: Path, env: DistEnv, recipe: Recipe, **changes: Any
 ) -> Trainer:
-    flags = {**recipe.flags(), **changes}
-    if recipe.samples:
-        trainer = Trainer(make_config(world, results, **flags), env)
-    else:
-        arguments = train_arguments(world, results, **flags)
-        config = parse_config(SFTConfig, arguments, "", SFT_DEFAULTS)
-        trainer = (
-            InterleavedTrainer(config, env) if recipe.draws else Trainer(config, env, sft=True)
-        )
+    trainer = build(world, results, env, OBJECTIVES[recipe.kind], **recipe.flags(), **changes)
     if recipe.other_head:
         assert trainer.teacher is not None and trainer.teacher.model is not None
         model = trainer.teacher.model
-        others = set(model.state_dict()) - {HEAD}
-        new = other_head(weights(model)[HEAD])
-        load_sharded(model, [(HEAD, new)], may_be_absent=others)
+        whole = weights(model)
+        load_sharded(model, {**whole, HEAD: other_head(whole[HEAD])}.items())
     return trainer
 
 
@@ -184,10 +176,10 @@ def run_case(world: Path, results: Path, env: DistEnv, recipe: Recipe, **changes
     """Train to the end; what it returns is whole on rank 0."""
     trainer: Any = make_trainer(world, results, env, recipe, **changes)
     seen: list[list[tuple[int, str, Completion | None]]] = []
-    score = trainer._score
+    label = trainer.objective.label
 
-    def watched(batch: StepRows[TrainRow]) -> list[ScoredRow]:
-        rows = score(batch)
+    def watched(batch: StepRows[TrainRow], place: Workplace) -> list[ScoredRow]:
+        rows = label(batch, place)
         pairs = zip(batch.items, rows, strict=True)
         seen.append([(item.slot, row.name, row.completion) for item, row in pairs])
         return rows
@@ -198,7 +190,7 @@ def run_case(world: Path, results: Path, env: DistEnv, recipe: Recipe, **changes
         figures = reduce(*args)
         return figures | {"loss": math.nan} if trainer.step == recipe.skipped else figures
 
-    trainer._score, trainer._reduce = watched, reduced
+    trainer.objective.label, trainer._reduce = watched, reduced
     assert trainer.train() == 0
     end = dict(final_state(trainer))
     taken = []

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.packing import pack
-from data.randomness import row_generator
+from data.randomness import noise_generator, row_generator
 from data.sequence import Completion, Context, ImageSegment, PixelSegment
 from modeling import load_bagel
 from modeling.autoencoder import AutoEncoder, load_autoencoder
@@ -98,8 +98,7 @@ class StepOracle:
         assert row.teacher is not None
         shown: Context = row.teacher[len(row.student) :]
         if self.recipe.noise_vt:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
-            shown = _noise(shown, generator)
+            shown = _noise(shown, noise_generator(seed, position))
         if self.vae is not None:
             shown = encode_pictures(shown, self.vae, row_generator("teacher", seed, position))
         return (*row.student, *shown, completion.segment())

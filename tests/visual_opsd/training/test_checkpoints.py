@@ -21,13 +21,11 @@ import numpy as np
 import pytest
 import torch
 
+from scripts.visual_opsd.processes import DistEnv, init_distributed, shutdown
+from scripts.visual_opsd.training import checkpoint_folders as folders
 from scripts.visual_opsd.training import checkpoints as T
-from scripts.visual_opsd.training.sharding import (
-    DistEnv,
-    init_distributed,
-    iter_full_state,
-    shutdown,
-)
+from scripts.visual_opsd.training.sharding import iter_full_state
+from scripts.visual_opsd.training.state_files import MARKER
 from tests.visual_opsd.launching import program_environment
 from tests.visual_opsd.training.toy_distributed_model import ToyRun, state_hash
 
@@ -53,13 +51,12 @@ def run(env: DistEnv) -> ToyRun:
 
 
 def save(run: ToyRun, folder: Path, step: int, **options: Any) -> Path:
-    return T.save_checkpoint(
-        folder, step, run.state, env=run.env, config=options.pop("config", CONFIG), **options
-    )
+    settings: dict[str, Any] = {"config": CONFIG, "contents": {}, "extra": {}, **options}
+    return T.save_checkpoint(folder, step, run.state, env=run.env, **settings)
 
 
 def load(run: ToyRun, path: Path, config: dict[str, Any] = CONFIG) -> T.Resumed:
-    return T.load_checkpoint(path, run.state, env=run.env, config=config)
+    return T.load_checkpoint(path, run.state, env=run.env, config=config, contents={})
 
 
 def draws() -> tuple[float, float, float]:
@@ -73,7 +70,7 @@ def test_resume_is_bit_exact(env: DistEnv, run: ToyRun, tmp_path: Path) -> None:
     other = ToyRun(env, (1, 1), seed=9)
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     resumed = load(other, path)
-    assert resumed == T.Resumed(1, True, {"bad_rows": {"torn": 2}, "seen": 16})
+    assert resumed == T.Resumed(1, {"bad_rows": {"torn": 2}, "seen": 16})
     assert other.state.scheduler.last_epoch == 1
     assert [(other.train_step(s), draws()) for s in (1, 2)] == expected
     assert state_hash(other.state) == state_hash(run.state)
@@ -110,22 +107,22 @@ def test_without_ema(env: DistEnv, tmp_path: Path) -> None:
 
 
 def test_finding(run: ToyRun, tmp_path: Path) -> None:
-    assert T.find_checkpoint(tmp_path / "new", "latest") is None
+    assert folders.find_checkpoint(tmp_path / "new", "latest") is None
     for step in (5, 10, 15):
         save(run, tmp_path, step)
-    assert T.find_checkpoint(tmp_path, "latest") == tmp_path / "step_0000015"
-    assert T.find_checkpoint(tmp_path, "5") == tmp_path / "step_0000005"
-    assert T.find_checkpoint(tmp_path, str(tmp_path / "step_0000010")) == (
+    assert folders.find_checkpoint(tmp_path, "latest") == tmp_path / "step_0000015"
+    assert folders.find_checkpoint(tmp_path, "5") == tmp_path / "step_0000005"
+    assert folders.find_checkpoint(tmp_path, str(tmp_path / "step_0000010")) == (
         tmp_path / "step_0000010"
     )
     with pytest.raises(ValueError, match=r"no complete checkpoint of step 7 .* 5, 10, 15"):
-        T.find_checkpoint(tmp_path, "7")
+        folders.find_checkpoint(tmp_path, "7")
     with pytest.raises(ValueError, match="complete steps: none"):
-        T.find_checkpoint(tmp_path / "new", 7)
+        folders.find_checkpoint(tmp_path / "new", 7)
     with pytest.raises(ValueError, match="no such folder"):
-        T.find_checkpoint(tmp_path, "lastest")
+        folders.find_checkpoint(tmp_path, "lastest")
     with pytest.raises(ValueError, match=r"it holds checkpoints: name one, .*step_0000015"):
-        T.find_checkpoint(tmp_path, str(tmp_path))
+        folders.find_checkpoint(tmp_path, str(tmp_path))
 
 
 def damage_marker(path: Path) -> None:
@@ -153,14 +150,14 @@ def test_half_written_folders_are_ignored(run: ToyRun, tmp_path: Path, damage: A
     good = save(run, tmp_path, 1)
     bad = save(run, tmp_path, 2)
     damage(bad)
-    assert T.find_checkpoint(tmp_path, "latest") == good
+    assert folders.find_checkpoint(tmp_path, "latest") == good
     with pytest.raises(ValueError, match=r"not a complete training checkpoint; its complete"):
-        T.find_checkpoint(tmp_path, str(bad))
+        folders.find_checkpoint(tmp_path, str(bad))
     with pytest.raises(ValueError, match="not a complete training checkpoint"):
         load(run, bad)
-    T.claim_checkpoint_dir(tmp_path, good, run.env)
+    folders.claim_checkpoint_dir(tmp_path, good, run.env)
     save(run, tmp_path, 2)  # the damaged one is out of the way
-    assert list(T.complete_steps(tmp_path)) == [1, 2]
+    assert list(folders.complete_steps(tmp_path)) == [1, 2]
     assert (tmp_path / "superseded" / "step_0000002").is_dir()
 
 
@@ -175,10 +172,9 @@ def test_never_written_over(run: ToyRun, tmp_path: Path) -> None:
 
 def test_keep_last(run: ToyRun, tmp_path: Path) -> None:
     for step in range(1, 6):
-        save(run, tmp_path, step, keep_last=2)
+        save(run, tmp_path, step)
+        folders.delete_old_states(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_0000004", "step_0000005"]
-    with pytest.raises(ValueError, match="keep_last must be at least 1"):
-        save(run, tmp_path, 6, keep_last=0)
 
 
 def test_superseding_keeps_every_generation(run: ToyRun, tmp_path: Path) -> None:
@@ -186,13 +182,13 @@ def test_superseding_keeps_every_generation(run: ToyRun, tmp_path: Path) -> None
         if not (tmp_path / "step_0000001").exists():
             save(run, tmp_path, 1)
         save(run, tmp_path, 2)
-        T.claim_checkpoint_dir(tmp_path, tmp_path / "step_0000001", run.env)
+        folders.claim_checkpoint_dir(tmp_path, tmp_path / "step_0000001", run.env)
     assert sorted(p.name for p in (tmp_path / "superseded").iterdir()) == [
         "step_0000002",
         "step_0000002.1",
         "step_0000002.2",
     ]
-    assert list(T.complete_steps(tmp_path)) == [1]
+    assert list(folders.complete_steps(tmp_path)) == [1]
 
 
 def test_claiming_another_runs_folder(run: ToyRun, tmp_path: Path) -> None:
@@ -200,8 +196,8 @@ def test_claiming_another_runs_folder(run: ToyRun, tmp_path: Path) -> None:
     save(run, tmp_path / "other", 2)
     for resumed_from in (None, mine):
         with pytest.raises(ValueError, match=r"already holds checkpoints .steps 2"):
-            T.claim_checkpoint_dir(tmp_path / "other", resumed_from, run.env)
-    T.claim_checkpoint_dir(tmp_path / "fresh", mine, run.env)  # a fork into an empty folder
+            folders.claim_checkpoint_dir(tmp_path / "other", resumed_from, run.env)
+    folders.claim_checkpoint_dir(tmp_path / "fresh", mine, run.env)  # a fork into an empty folder
     assert list((tmp_path / "fresh").iterdir()) == []
 
 
@@ -223,15 +219,15 @@ def test_a_failed_save_leaves_no_checkpoint(
         with pytest.raises(ValueError, match="No space left"):
             save(run, tmp_path, 1)
     assert not list(tmp_path.iterdir())  # nothing keeps the disk full
-    assert T.find_checkpoint(tmp_path, "latest") is None
+    assert folders.find_checkpoint(tmp_path, "latest") is None
     save(run, tmp_path, 1)  # the same step may be tried again
-    assert list(T.complete_steps(tmp_path)) == [1]
+    assert list(folders.complete_steps(tmp_path)) == [1]
 
 
 def test_extra_values_that_could_not_be_loaded(run: ToyRun, tmp_path: Path) -> None:
     with pytest.raises(pickle.UnpicklingError, match="weights_only"):
         save(run, tmp_path, 1, extra={"folder": tmp_path})
-    assert T.find_checkpoint(tmp_path, "latest") is None
+    assert folders.find_checkpoint(tmp_path, "latest") is None
 
 
 @pytest.mark.parametrize("moment", ["shards", "rename"])
@@ -242,12 +238,13 @@ def test_sigkill_while_saving(env: DistEnv, tmp_path: Path, moment: str) -> None
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from tests.visual_opsd.training.toy_distributed_model import ToyRun\n"
-        "from scripts.visual_opsd import training_state as T\n"
-        "from scripts.visual_opsd.training.sharding import init_distributed\n"
+        "from scripts.visual_opsd.training import checkpoints as T\n"
+        "from scripts.visual_opsd.processes import init_distributed\n"
         "run, where = ToyRun(init_distributed('cpu'), (1, 1)), Path(sys.argv[1])\n"
         "def save(step):\n"
         "    run.train_step(step - 1)\n"
-        "    T.save_checkpoint(where, step, run.state, env=run.env, config={})\n"
+        "    said = dict(config={}, contents={}, extra={})\n"
+        "    T.save_checkpoint(where, step, run.state, env=run.env, **said)\n"
         "save(1)\n"
         "die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
         "if sys.argv[2] == 'shards':\n"
@@ -266,10 +263,10 @@ def test_sigkill_while_saving(env: DistEnv, tmp_path: Path, moment: str) -> None
     )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     half_written = where / "step_0000002.tmp"
-    assert (half_written / T.MARKER).is_file() == (moment == "rename")
-    found = T.find_checkpoint(where, "latest")
+    assert (half_written / MARKER).is_file() == (moment == "rename")
+    found = folders.find_checkpoint(where, "latest")
     assert found == where / "step_0000001"
-    T.claim_checkpoint_dir(where, found, env)
+    folders.claim_checkpoint_dir(where, found, env)
     assert not list(where.glob("*.tmp"))
 
 
@@ -310,7 +307,7 @@ def test_a_moved_checkpoint_loads(env: DistEnv, run: ToyRun, tmp_path: Path) -> 
     moved = tmp_path / "b" / "my best run"
     shutil.copytree(path, moved)
     other = ToyRun(env, (1, 1), seed=9)
-    found = T.find_checkpoint(tmp_path / "c", str(moved))
+    found = folders.find_checkpoint(tmp_path / "c", str(moved))
     assert found == moved
     load(other, found)
     assert state_hash(other.state) == state_hash(run.state)
@@ -318,10 +315,10 @@ def test_a_moved_checkpoint_loads(env: DistEnv, run: ToyRun, tmp_path: Path) -> 
 
 def test_truncate_jsonl(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert T.truncate_jsonl(path, 3) == 0 and not path.exists()
+    assert folders.truncate_jsonl(path, 3) == 0 and not path.exists()
     kept = ['{"config": "header"}', '{"step": 1, "x": "é"}', '{"step": 3}', '{"step": 3, "y": 1}']
     path.write_text("\n".join([*kept, '{"step": 4}', '{"step": 5, "lo']), encoding="utf-8")
-    assert T.truncate_jsonl(path, 3) == 2
+    assert folders.truncate_jsonl(path, 3) == 2
     assert path.read_text(encoding="utf-8") == "\n".join(kept) + "\n"
-    assert T.truncate_jsonl(path, 3) == 0
+    assert folders.truncate_jsonl(path, 3) == 0
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]

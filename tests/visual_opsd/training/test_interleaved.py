@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from data.limits import ContextLimits
 from data.packing import context_length, pack
-from data.parquet import ParquetDataset
 from data.randomness import row_generator
+from data.row_groups import ParquetDataset
 from data.sequence import Context, ImageSegment, LatentSegment, PixelSegment, TextSegment
 from data.thinkmorph import INTERLEAVED_ROWS, BadRow, parse_row
 from modeling import load_bagel
@@ -32,7 +31,7 @@ from scripts.visual_opsd.train_sft import main, read_config
 from scripts.visual_opsd.training.interleaved import PrepareInterleaved
 from tests.conftest import TINY_BAGEL, assert_generation_pack, load_golden
 from tests.modeling.bagel.test_generation_packing import GOLDEN_06, golden_contexts
-from tests.visual_opsd.training_runs import figures, full_state, make_world, train_arguments
+from tests.visual_opsd.training_runs import figures, full_state, train_arguments
 
 SMALL = {"mode": "interleaved", "vae_max_size": 64, "vae_min_size": 16}
 PROMPT = PromptSettings(
@@ -43,13 +42,6 @@ PROMPT = PromptSettings(
 @pytest.fixture(scope="module")
 def bundle() -> Any:
     return load_bagel(TINY_BAGEL, visual_gen=True)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder, rows=12)
-    return folder
 
 
 def dataset(world: Path) -> ParquetDataset:
@@ -259,18 +251,18 @@ def encoded_steps(bundle: Any, world: Path, positions: range, order: list[int]) 
 
 
 @pytest.fixture(scope="module")
-def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def trained(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps on the same three rows, in this process."""
-    config = world / "three.yaml"
-    config.write_text("datasets:\n  - {name: Spatial_Navigation, num_used_rows: 3}\n")
     results = tmp_path_factory.mktemp("interleaved") / "whole"
     assert main(three_rows(world, results, save_release=True)) == 0
-    yield results
+    return results
 
 
 def three_rows(world: Path, results: Path, **changes: Any) -> list[str]:
+    config = results.with_name("three.yaml")
+    config.write_text("datasets:\n  - {name: Spatial_Navigation, num_used_rows: 3}\n")
     values = {
-        "dataset_config_file": world / "three.yaml", "global_batch_size": 3, "lr": 3e-3,
+        "dataset_config_file": config, "global_batch_size": 3, "lr": 3e-3,
         "lr_scheduler": "constant", "warmup_steps": 1, "save_every": 4, **SMALL, **changes,
     }  # fmt: skip
     return train_arguments(world, results, **values)

@@ -24,6 +24,7 @@ from data.thinkmorph import Row
 from data.transforms import ImageTransform
 from inference.interleave import InterleaveEngine
 from modeling import load_bagel
+from scripts.visual_opsd.analysis.diagnosis import Diagnosis
 from scripts.visual_opsd.analysis.kl_measurement import (
     DiagnosticConfig,
     DiagnosticSettings,
@@ -37,24 +38,16 @@ from scripts.visual_opsd.analysis.vt_arms import (
     InterventionSettings,
     PrepareProblem,
 )
-from scripts.visual_opsd.cli import parse_config
-from scripts.visual_opsd.config import (
-    INTERLEAVED_DEFAULTS,
-    PromptSettings,
-    SampleSettings,
-    SFTConfig,
-)
-from scripts.visual_opsd.evaluate import EvaluateSettings, PrepareQuestion
+from scripts.visual_opsd.config import PromptSettings, SampleSettings
+from scripts.visual_opsd.evaluation.questions import EvaluateSettings, PrepareQuestion
 from scripts.visual_opsd.evaluation.rows import RowPool, open_data, read_windows
-from scripts.visual_opsd.kl_diagnostic import Diagnosis
 from scripts.visual_opsd.processes import DistEnv
 from scripts.visual_opsd.rows import open_builder
-from scripts.visual_opsd.training.interleaved import InterleavedTrainer
-from scripts.visual_opsd.training.metrics import PhaseTimer
+from scripts.visual_opsd.training.interleaved import InterleavedSFT
+from scripts.visual_opsd.training.visual_opsd import VisualOPSD
 from tests.conftest import TINY_BAGEL
 from tests.data.synthetic import good_row, write_dataset
 from tests.visual_opsd.training.trainers import build, one_process
-from tests.visual_opsd.training_runs import train_arguments
 
 PROMPT = PromptSettings(vit_max_size=56, vit_min_size=14, vae_max_size=32, vae_min_size=16)
 
@@ -79,7 +72,7 @@ Numbers = dict[tuple[int, int], Any]  # by (step, slot)
 
 
 def completions(trainer: Any, batch: StepRows[Any]) -> list[Any]:
-    return [completion.ids for completion in trainer._completions(batch)]
+    return [completion.ids for completion in trainer.objective.roll_out(batch, trainer.place)]
 
 
 def control(trainer: Any, batch: StepRows[Any]) -> list[Any]:
@@ -91,13 +84,14 @@ def control_pixels(trainer: Any, batch: StepRows[Any]) -> list[Any]:
 
 
 def latents(trainer: Any, batch: StepRows[Any]) -> list[Any]:
-    return [latest(row.teacher, LatentSegment).latents for row in trainer._score(batch)]
+    rows = trainer.objective.label(batch, trainer.place)
+    return [latest(row.teacher, LatentSegment).latents for row in rows]
 
 
 def drawings(trainer: Any, batch: StepRows[Any]) -> list[Any]:
     """Latents, flow time and noise of the drawing that is learnt."""
     found = []
-    for row in trainer._score(batch):
+    for row in trainer.objective.label(batch, trainer.place):
         segments = [s for s in row.student if isinstance(s, LatentSegment)]
         (learnt,) = [s for s in segments if s.time is not None]
         assert learnt.noise is not None
@@ -139,15 +133,8 @@ def numbers(
     flags, read = STREAMS[stream]
     size = {"global_batch_size": 3, "total_steps": 2, "sample_max_new_tokens": 12}
     flags = {**size, "global_seed": 1, "data_seed": 1, "teacher_mode": "self", **flags, **changes}
-    if stream == "drawings":
-        small = {**size, "vit_max_size": 56, "use_system_prompt": False}
-        arguments = train_arguments(world, out, warmup_steps=0, **{**small, **flags})
-        trainer: Any = InterleavedTrainer(
-            parse_config(SFTConfig, arguments, "", INTERLEAVED_DEFAULTS), env
-        )
-    else:
-        trainer = build(world, out, env, **flags)
-    trainer.timer = PhaseTimer(env.device)
+    objective = InterleavedSFT if stream == "drawings" else VisualOPSD
+    trainer = build(world, out, env, objective, **flags)
     found: Numbers = {}
     for rank in range(ranks):
         loader = make_loader(

@@ -36,9 +36,10 @@ NOT_STATE = {
     "states._extra": "a copy of the ledger and of wandb's id, replaced at the next step",
     "checkpoint": "names it too",
     "timer": "measures a call of train()",
+    "place": "names student, base, timer and stop again",
+    "objective.config.run.resume": "config again",
     "log": "writes for a call of train()",
     "stop._before": "the process's own handlers, while train() runs",
-    "mesh": "belongs to the process group",
     "env": "the same",
     "states.env": "the same",
 }

@@ -16,7 +16,6 @@ from tests.visual_opsd.training_runs import (
     full_state,
     kill_tree,
     logged_steps,
-    make_world,
     run,
     start,
     train_arguments,
@@ -24,13 +23,6 @@ from tests.visual_opsd.training_runs import (
 )
 
 MODULE = "scripts.visual_opsd.train_visual_opsd"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 def assert_same_run(left: Path, right: Path, step: int, scratch: Path) -> None:

@@ -13,24 +13,24 @@ import pytest
 import torch
 
 from data.dataset_info import load_dataset_config
-from data.parquet import Reject, StepSampler, open_sources
+from data.parquet import StepSampler, open_sources
+from data.rejects import Reject
 from data.row_groups import ParquetDataset
 from data.thinkmorph import Row
+from scripts.visual_opsd.analysis.attention import AnalysisConfig, AnalysisSettings
+from scripts.visual_opsd.analysis.attention import result_settings as attention_settings
+from scripts.visual_opsd.analysis.diagnosis import identity
 from scripts.visual_opsd.analysis.kl_measurement import DiagnosticConfig, DiagnosticSettings
 from scripts.visual_opsd.analysis.vt_arms import InterventionSettings
 from scripts.visual_opsd.analysis.vt_intervention import InterventionConfig
 from scripts.visual_opsd.analysis.vt_intervention import result_settings as intervention_settings
 from scripts.visual_opsd.config import ComputeSettings, PromptSettings
-from scripts.visual_opsd.evaluate import EvaluateConfig, EvaluateSettings, result_settings
-from scripts.visual_opsd.evaluation.rows import (
-    THOUGHT_IDENTITY_COLUMNS,
-    RowPool,
-    check_bad_rate,
-    row_name,
-)
-from scripts.visual_opsd.evaluation.store import stable_hash
+from scripts.visual_opsd.evaluation.answers import result_settings
+from scripts.visual_opsd.evaluation.questions import EvaluateConfig, EvaluateSettings
+from scripts.visual_opsd.evaluation.rows import THOUGHT_IDENTITY_COLUMNS, RowPool, row_name
+from scripts.visual_opsd.evaluation.runner import check_bad_rate
 from scripts.visual_opsd.evaluation.summary import summarise_run
-from scripts.visual_opsd.kl_diagnostic import identity
+from scripts.visual_opsd.runs.identity import stable_hash
 from scripts.visual_opsd.training.run_contents import ROW_ORDER, run_contents
 from tests.conftest import TINY_BAGEL
 from tests.data.synthetic import write_dataset
@@ -64,6 +64,10 @@ DRAWING: tuple[dict[str, Any], str] = (
      "image_size": 64},
     "",
 )  # fmt: skip
+ATTENTION: tuple[dict[str, Any], str] = (
+    {"context": "noise", "limit": 3},
+    "model_path data split data_root output_dir overwrite max_forward_tokens seed max_bad_rate",
+)
 PROMPT: tuple[dict[str, Any], str] = (
     {"prompt_style": "inferencer", "image_path": "inferencer", "use_system_prompt": False,
      "use_reference_intro": False, "use_transition_prompt": False, "instruction_suffix": "x",
@@ -89,6 +93,11 @@ PROGRAMS: dict[str, tuple[Callable[..., dict[str, Any]], Any, dict[str, Any]]] =
             InterventionSettings(model_path=str(TINY_BAGEL)), prompt=PromptSettings()
         ),
         {"intervention": INTERVENTION, "drawing": DRAWING, "prompt": PROMPT},
+    ),
+    "attention": (
+        attention_settings,
+        AnalysisConfig(AnalysisSettings(model_path=str(TINY_BAGEL))),
+        {"analysis": ATTENTION, "prompt": PROMPT},
     ),
 }
 
@@ -119,13 +128,20 @@ def test_every_setting_is_part_of_it_or_free(program: str, pool: RowPool) -> Non
     assert key(replace(config, compute=ComputeSettings(device="cpu", timeout_s=9))) == base
 
 
-def test_noise_has_its_seed(pool: RowPool) -> None:
+def test_the_seed_counts_where_random_numbers_are_drawn(pool: RowPool) -> None:
     def key(**changes: Any) -> str:
         settings = EvaluateSettings(model_path=str(TINY_BAGEL), **changes)
         return stable_hash(result_settings(EvaluateConfig(settings), pool, torch.float32))
 
+    def attention_key(context: str, seed: int) -> str:
+        settings = AnalysisSettings(model_path=str(TINY_BAGEL), context=context, seed=seed)
+        return stable_hash(attention_settings(AnalysisConfig(settings), pool, torch.float32))
+
     assert key(context="noise", noise_seed=1) != key(context="noise", noise_seed=2)
     assert key(context="vt", noise_seed=1) == key(context="vt", noise_seed=2)
+    for context in ("noise", "vae+vit"):
+        assert attention_key(context, 1) != attention_key(context, 2)
+    assert attention_key("vit", 1) == attention_key("vit", 2)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

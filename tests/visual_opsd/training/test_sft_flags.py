@@ -44,7 +44,7 @@ ALONE = {"device": "test_device"}
 
 def noised(run: TrainRun) -> float:
     """Weight of the flow's loss that a step's rows had, by their number of noised tokens."""
-    scales = run.all("run_pack", "flow_scale")
+    scales = [step.flow_scale for step in run.all("run_pack", "step")]
     size = len(run.rows) // run.given["total_steps"]
     return round(scales[0] * sum(row.noised for row in run.rows[:size]), 6)
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from scripts.visual_opsd.processes import DistEnv, init_distributed, shutdown
 from scripts.visual_opsd.training import checkpoints as T
 from scripts.visual_opsd.training import sharding as D
 from tests.visual_opsd.launching import launch
@@ -31,13 +32,13 @@ CONFIG = {"lr": 0.01, "num_workers": 2, "loss": {"beta": 0.5}}
 
 
 @pytest.fixture(scope="module")
-def env() -> Iterator[D.DistEnv]:
-    yield D.init_distributed("cpu")
-    D.shutdown()
+def env() -> Iterator[DistEnv]:
+    yield init_distributed("cpu")
+    shutdown()
 
 
 @pytest.fixture
-def sharded(env: D.DistEnv) -> Any:
+def sharded(env: DistEnv) -> Any:
     return D.shard_model(
         toy_model(), D.make_mesh(env), block_classes=TOY_BLOCKS, param_dtype=torch.float32
     )
@@ -69,8 +70,6 @@ def test_mesh_shape(world: int, local: int, options: dict[str, Any], expected: A
         (2, 2, {"num_shard": 3}, "at most the number of processes, got 3, but there are 2"),
         (8, 8, {"num_replicate": 3}, r"\(3\) x num_shard \(2\) = 6"),
         (8, 8, {"sharding_strategy": "FULL_SHARD", "num_shard": 4}, "FULL_SHARD shards over all"),
-        (8, 8, {"sharding_strategy": "SHARD_GRAD_OP"}, "HYBRID_SHARD or FULL_SHARD"),
-        (8, 8, {"num_shard": 0}, "at least 1"),
     ],
 )
 def test_mesh_errors(world: int, local: int, options: dict[str, Any], message: str) -> None:
@@ -79,14 +78,12 @@ def test_mesh_errors(world: int, local: int, options: dict[str, Any], message: s
 
 
 def test_device_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="use auto, cpu or cuda"):
-        D.init_distributed("gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="sees no GPU"):
-        D.init_distributed("cuda")
+        init_distributed("cuda")
 
 
-def test_one_process_is_bit_equal_to_the_plain_model(env: D.DistEnv, sharded: Any) -> None:
+def test_one_process_is_bit_equal_to_the_plain_model(env: DistEnv, sharded: Any) -> None:
     """Same path as a cluster's, same bits as no sharding at all; sampling changes nothing."""
     plain = toy_model()
     assert [n for n, _ in sharded.named_parameters()] == [n for n, _ in plain.named_parameters()]
@@ -153,8 +150,6 @@ def test_summon_into_memory_of_its_own(sharded: Any) -> None:
 
 
 def test_summon_misuse(sharded: Any) -> None:
-    with pytest.raises(ValueError, match="sharded by shard_model"):
-        D.summon_full_params(toy_model()).__enter__()
     with (
         torch.inference_mode(),
         pytest.raises(AssertionError, match="outside inference_mode"),
@@ -163,22 +158,13 @@ def test_summon_misuse(sharded: Any) -> None:
         pass
 
 
-def test_shard_model_errors(env: D.DistEnv) -> None:
+def test_a_model_without_blocks(env: DistEnv) -> None:
     mesh = D.make_mesh(env)
-    with pytest.raises(ValueError, match=r"holds no \['Conv2d'\] block"):
+    with pytest.raises(AssertionError, match=r"holds no \['Conv2d'\] block"):
         D.shard_model(toy_model(), mesh, block_classes=[nn.Conv2d], param_dtype=torch.float32)
-    model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="set_gradient_checkpointing"):
-        D.shard_model(
-            model,
-            mesh,
-            block_classes=[nn.Linear],
-            param_dtype=torch.float32,
-            activation_checkpointing=True,
-        )
 
 
-def test_compiled_blocks_keep_names(env: D.DistEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_keep_names(env: DistEnv, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
     model = D.shard_model(
@@ -192,7 +178,7 @@ def test_compiled_blocks_keep_names(env: D.DistEnv, monkeypatch: pytest.MonkeyPa
     assert list(model.state_dict()) == list(toy_model().state_dict())
 
 
-def test_precision_contract(env: D.DistEnv, sharded: Any) -> None:
+def test_precision_contract(env: DistEnv, sharded: Any) -> None:
     D.check_precision(sharded, torch.float32, ema=sharded)
     mesh = D.make_mesh(env)
 
@@ -219,24 +205,24 @@ def test_precision_contract(env: D.DistEnv, sharded: Any) -> None:
         D.check_precision(sharded, torch.float32)
 
 
-def test_load_sharded_names_every_problem(env: D.DistEnv, sharded: Any) -> None:
+def test_load_sharded_names_every_problem(env: DistEnv, sharded: Any) -> None:
     weights = toy_model(seed=5).state_dict()
     D.load_sharded(sharded, weights.items())
     assert all(torch.equal(t, weights[k]) for k, t in D.iter_full_state(sharded))
     wrong = dict(weights)
-    del wrong["table"], wrong["head.weight"]
+    del wrong["head.weight"]
     wrong["embed.weight"] = wrong["embed.weight"][:5]
     wrong["surplus"] = torch.zeros(1)
     with pytest.raises(ValueError) as caught:
-        D.load_sharded(sharded, wrong.items(), may_be_absent=["table"])
+        D.load_sharded(sharded, wrong.items())
     text = str(caught.value)
     assert "missing head.weight" in text and "unexpected surplus" in text
     assert "embed.weight is (5, 12), expected (37, 12)" in text and "table" not in text
-    with pytest.raises(ValueError, match="no tensor named nothing"):
+    with pytest.raises(AssertionError, match=r"no tensors of these names: \['nothing'\]"):
         list(D.iter_full_state(sharded, ["nothing"]))
 
 
-def test_cpu_offload_and_full_shard_are_bit_equal_too(env: D.DistEnv) -> None:
+def test_cpu_offload_and_full_shard_are_bit_equal_too(env: DistEnv) -> None:
     plain = toy_model()
     mesh = D.make_mesh(env, "FULL_SHARD")
     with torch.device("meta"):
@@ -256,27 +242,15 @@ def test_cpu_offload_and_full_shard_are_bit_equal_too(env: D.DistEnv) -> None:
         assert torch.equal(tensor, plain.state_dict()[key]), key
 
 
-def test_materialise_needs_buffer_values(env: D.DistEnv) -> None:
-    class NoReset(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = nn.Linear(3, 3)
-            self.register_buffer("table", torch.zeros(3))
-
-    with torch.device("meta"):
-        model = NoReset()
-    D.shard_model(model, D.make_mesh(env), block_classes=[nn.Linear], param_dtype=torch.float32)
-    with pytest.raises(ValueError, match="no reset_buffers"):
-        D.materialise(model, env.device)
-
-
 @pytest.mark.slow
-def test_two_processes(env: D.DistEnv, tmp_path: Path) -> None:
+def test_two_processes(env: DistEnv, tmp_path: Path) -> None:
     """Everything that needs a second rank, and checkpoints that change the world size."""
     single = ToyRun(env, (1, 1))
     for step in range(2):
         single.train_step(step)
-    T.save_checkpoint(tmp_path / "single", 2, single.state, env=env, config=CONFIG)
+    T.save_checkpoint(
+        tmp_path / "single", 2, single.state, env=env, config=CONFIG, contents={}, extra={}
+    )
     (tmp_path / "hash_one_rank").write_text(state_hash(single.state))
 
     output = launch(2, str(HERE / "two_process_checks.py"), str(tmp_path), timeout=150)
@@ -285,6 +259,5 @@ def test_two_processes(env: D.DistEnv, tmp_path: Path) -> None:
 
     run = ToyRun(env, (1, 1), seed=96)
     path = tmp_path / "checkpoints" / "superseded" / "step_0000004"
-    resumed = T.load_checkpoint(path, run.state, env=env, config=CONFIG)
-    assert (resumed.step, resumed.same_world) == (4, False)
+    assert T.load_checkpoint(path, run.state, env=env, config=CONFIG, contents={}).step == 4
     assert state_hash(run.state) == (tmp_path / "hash_two_ranks").read_text()

@@ -21,8 +21,8 @@ from data.json_lines import append_records
 from scripts.visual_opsd import processes
 from scripts.visual_opsd.config import RunSettings
 from scripts.visual_opsd.evaluation.store import RankedLines, write_json
+from scripts.visual_opsd.training import objective, trainer, visual_opsd
 from scripts.visual_opsd.training import step as step_module
-from scripts.visual_opsd.training import trainer
 from scripts.visual_opsd.training.checkpoint_folders import (
     NOT_GOOD,
     complete_steps,
@@ -31,17 +31,9 @@ from scripts.visual_opsd.training.checkpoint_folders import (
 from scripts.visual_opsd.training.state_keeper import StateKeeper
 from scripts.visual_opsd.training.trainer import Trainer
 from tests.visual_opsd.training.trainers import build, metrics, one_process, samples
-from tests.visual_opsd.training_runs import make_world
 
 GO_ON: dict[str, Any] = {"resume": "latest"}
 SHORT: dict[str, Any] = {"sample_max_new_tokens": 2, "global_batch_size": 1, "save_every": 1}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder, rows=16)
-    return folder
 
 
 @pytest.fixture
@@ -84,15 +76,16 @@ def releases(results: Path) -> list[str]:
 
 
 def lack_memory(monkeypatch: pytest.MonkeyPatch, name: str, at: int) -> None:
-    """A function that the trainer calls once a step finds no memory in step `at`."""
-    plain, calls = getattr(trainer, name), iter(range(1, 100))
+    """A function that is called once a step finds no memory in step `at`."""
+    module = next(m for m in (trainer, objective, visual_opsd) if hasattr(m, name))
+    plain, calls = getattr(module, name), iter(range(1, 100))
 
     def fails(*args: Any, **options: Any) -> Any:
         if next(calls) == at:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
         return plain(*args, **options)
 
-    monkeypatch.setattr(trainer, name, fails)
+    monkeypatch.setattr(module, name, fails)
 
 
 def test_no_memory_in_a_rollout_keeps_the_last_completed_step(

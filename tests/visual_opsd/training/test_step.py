@@ -27,7 +27,7 @@ from data.transforms import extrapolated_position_ids, patchify
 from modeling.bagel.bagel import Bagel
 from modeling.release.checkpoint import iter_weights, locate_weights
 from modeling.release.tokenizer import load_tokenizer
-from scripts.visual_opsd.config import LossSettings, OptimSettings, TrainConfig
+from scripts.visual_opsd.config import LossSettings, OptimSettings
 from scripts.visual_opsd.processes import DistEnv, init_distributed, shutdown
 from scripts.visual_opsd.rows import TrainRow
 from scripts.visual_opsd.scored_rows import (
@@ -46,7 +46,7 @@ from scripts.visual_opsd.training.sharding import (
 )
 from scripts.visual_opsd.training.step import (
     PackResult,
-    completion_counts,
+    StepContext,
     learning_rate_factor,
     plan_packs,
     run_pack,
@@ -55,7 +55,7 @@ from scripts.visual_opsd.training.step import (
     summarise,
 )
 from scripts.visual_opsd.training.teacher import Teacher
-from tests.conftest import assert_golden, load_golden
+from tests.conftest import TINY_BAGEL, assert_golden, load_golden
 
 
 @pytest.fixture
@@ -71,9 +71,10 @@ def sharded(path: Path, env: DistEnv, *, trains: bool) -> Bagel:
     if not trains:
         model.requires_grad_(False)
     shard_model(
-        model, make_mesh(env), block_classes=Bagel.block_classes(), param_dtype=torch.float32,
-        activation_checkpointing=trains,
-    )  # fmt: skip
+        model, make_mesh(env), block_classes=Bagel.block_classes(), param_dtype=torch.float32
+    )
+    if trains:
+        model.set_gradient_checkpointing(True)
     materialise(model, env.device)
     load_sharded(model, iter_weights(path))
     return model
@@ -117,12 +118,24 @@ def recorded_row() -> ScoredRow:
     return score_completion(*contexts(row), completion, 4096)
 
 
+def step_context(
+    student: Any, teacher: Teacher | None, head: Tensor | None = None, **changes: Any
+) -> StepContext:
+    """A step on the CPU of the tiny model, in chunks of 7 tokens."""
+    tokenizer, special = load_tokenizer(TINY_BAGEL)
+    settings: dict[str, Any] = {
+        "loss": LossSettings().build(), "chunk_size": 7, "scale": 1.0, "special": special,
+        "device": torch.device("cpu"), "decode": tokenizer.decode,
+    }  # fmt: skip
+    return StepContext(student, teacher, head, **{**settings, **changes})
+
+
 @pytest.mark.parametrize("packs", [1, 2])
 def test_recorded_step(tiny_bagel_path: Path, env: DistEnv, packs: int) -> None:
     """Golden 13 through the trainer's own pieces; once as one pack, once over two packs."""
     meta, t = load_golden("13_opsd_step")
     setup = meta["setup"]
-    tokenizer, special = load_tokenizer(tiny_bagel_path)
+    _, special = load_tokenizer(tiny_bagel_path)
     student = sharded(tiny_bagel_path, env, trains=True)
     teacher_model = sharded(tiny_bagel_path, env, trains=False)
     changed = dict(teacher_model.named_parameters())
@@ -143,13 +156,8 @@ def test_recorded_step(tiny_bagel_path: Path, env: DistEnv, packs: int) -> None:
     loss = LossSettings(ce_weight=0.3).build()
     scored = sum(r.scored for part in rows for r in part)
     head = teacher.head(torch.float32)
-    results = [
-        run_pack(
-            student, teacher, head, part, special=special, loss=loss, chunk_size=7,
-            scale=1 / scored, device=env.device, decode=tokenizer.decode,
-        )
-        for part in rows
-    ]  # fmt: skip
+    step = step_context(student, teacher, head, loss=loss, scale=1 / scored)
+    results = [run_pack(part, step) for part in rows]
     total = {n: sum(float(r.stats[n]) for r in results) for n in ("divergence", "ce", "rows")}
     assert total["rows"] == scored == 50
     assert_golden(meta, "jsd", torch.tensor(total["divergence"] / scored), t["jsd"])
@@ -186,14 +194,13 @@ def test_recorded_step(tiny_bagel_path: Path, env: DistEnv, packs: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["self", "ema"])
-def test_vit_outputs_lent_by_the_teacher_change_nothing(
+def test_shared_features_change_nothing(
     tiny_bagel_path: Path, env: DistEnv, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two rows with 1 of 3 images in common, and one with 0 of 2; the ViT trains with mode self.
 
     The ViT then runs once for each image: in the teacher's forward.
     """
-    tokenizer, special = load_tokenizer(tiny_bagel_path)
     row = recorded_row()
     assert row.completion is not None and row.teacher is not None
     blind = tuple(s for s in row.student if not isinstance(s, ImageSegment))
@@ -205,26 +212,24 @@ def test_vit_outputs_lent_by_the_teacher_change_nothing(
         teacher_model = sharded(tiny_bagel_path, env, trains=False)
         student.vit_model.requires_grad_(False)
     teacher = Teacher(mode, teacher_model, student, 0.9)
-    assert not teacher.lends(torch.device("cpu")), "only where it was measured"
-    assert teacher.lends(torch.device("cuda"))
+    assert not teacher.shares_features(torch.device("cpu")), "only where it was measured"
+    assert teacher.shares_features(torch.device("cuda"))
     with monkeypatch.context() as patch:
         patch.setenv("VISUAL_OPSD_EAGER", "features")
-        assert not teacher.lends(torch.device("cuda"))
+        assert not teacher.shares_features(torch.device("cuda"))
     found, seen = [], []
     for part in (student, teacher_model):
         if part is not None:
             part.vit_model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
-    for lends in (False, True):
+    for shares in (False, True):
         seen.clear()
-        monkeypatch.setattr(Teacher, "lends", lambda *_, lends=lends: lends)
+        monkeypatch.setattr(Teacher, "shares_features", lambda *_, shares=shares: shares)
         student.zero_grad(set_to_none=True)
-        result = run_pack(
-            student, teacher, teacher.head(torch.float32), rows, special=special,
-            loss=LossSettings(ce_weight=0.3).build(), chunk_size=7, scale=0.01,
-            device=env.device, decode=tokenizer.decode,
-        )  # fmt: skip
+        loss = LossSettings(ce_weight=0.3).build()
+        head = teacher.head(torch.float32)
+        result = run_pack(rows, step_context(student, teacher, head, loss=loss, scale=0.01))
         images = [len(lens) for lens in seen]
-        assert images == ([2, 6] if lends else [8, 2])
+        assert images == ([2, 6] if shares else [8, 2])
         grads = {n: local(p.grad).clone() for n, p in student.named_parameters() if p.requires_grad}
         found.append((result.loss, grads))
     torch.testing.assert_close(found[1][0], found[0][0], atol=1e-4, rtol=1e-5)
@@ -270,11 +275,7 @@ def test_different_labels_raise_and_name_the_row(tiny_bagel_path: Path) -> None:
         row = ScoredRow("b", (good.segment(),), (wrong.segment(),))
         nobody: Any = None
         with pytest.raises(ValueError, match="b: student and teacher score different tokens"):
-            run_pack(
-                nobody, cast(Any, "a teacher"), None, [row], special=special,
-                loss=LossSettings().build(), chunk_size=7, scale=1.0, device=nobody,
-                decode=tokenizer.decode,
-            )  # fmt: skip
+            run_pack([row], step_context(nobody, cast(Any, "a teacher")))
 
 
 def test_completion_is_cut_for_both_contexts() -> None:
@@ -292,7 +293,7 @@ def test_completion_is_cut_for_both_contexts() -> None:
     assert cut.completion.ids == (7, 8, 9)
     assert cut.completion.scored == (True, True, False, False)  # the forced end is no label
     assert cut.completion.logprobs == (-1.0, -2.0)
-    with pytest.raises(ValueError, match="max_forward_tokens"):
+    with pytest.raises(AssertionError, match="r: its context takes 8 of 10 tokens"):
         score_completion(*contexts(row), completion, 10)
 
 
@@ -302,7 +303,7 @@ def test_sft_targets_are_cut_too() -> None:
     assert score_targets(row, 10).scored == 5
     cut = score_targets(row, 8)
     assert (cut.truncated, cut.scored, cut.length) == (True, 2, 8)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(AssertionError, match="r: 10 of 6 tokens"):
         score_targets(row, 6)
 
 
@@ -317,15 +318,13 @@ def test_sampler_gap_is_over_the_labels_that_were_compared() -> None:
     both = PackResult(torch.zeros(()), {}, ours, (row(-1.5, -1.5), row(-3.0, -5.0)))
     one = PackResult(torch.zeros(()), {}, ours, (row(), row(-3.25, -4.0)))
     none = PackResult(torch.zeros(()), {}, ours, (row(), row()))
-    assert sampler_gap([both]) == (2.0, 4, 1.0)
-    assert sampler_gap([one]) == (0.25, 2, 0.25)
-    assert sampler_gap([both, none, one]) == (2.25, 6, 1.0)
-    assert sampler_gap([none]) == (0.0, 0, 0.0)
-    loss = LossSettings().build()
+    assert sampler_gap([both]) == (2.0, 4)
+    assert sampler_gap([one]) == (0.25, 2)
+    assert sampler_gap([both, none, one]) == (2.25, 6)
+    assert sampler_gap([none]) == (0.0, 0)
     sums = {"loss": 0.0, "rows": 9.0, "gap": 2.25, "gap_rows": 6.0}
-    sums |= completion_counts([row()], 9)
-    assert summarise(sums, loss, True)["sampler_gap"] == 0.375
-    assert "sampler_gap" not in summarise({**sums, "gap_rows": 0.0}, loss, True)
+    assert summarise(sums)["sampler_gap"] == 0.375
+    assert "sampler_gap" not in summarise({**sums, "gap_rows": 0.0})
 
 
 def test_packs_cover_every_row_once() -> None:
@@ -342,27 +341,23 @@ def test_packs_cover_every_row_once() -> None:
 
 
 def test_a_pack_of_nothing_runs_what_others_run() -> None:
-    """Also where the teacher lends: its ViT runs for the images both see, then for its own."""
-    row = empty_row(True, 588)
+    """Also where features are shared: the ViT runs for the images both see, then for others."""
+    row = empty_row(588, with_teacher=True)
     assert row.teacher is not None and row.scored == 0
     assert [type(s) for s in row.student] == [ImageSegment, TextSegment]
     assert [type(s) for s in row.teacher] == [ImageSegment, ImageSegment, TextSegment]
     assert shared_images([row, row]).images == (0, 2)
-    drawing = empty_row(False, 588, 64)
+    drawing = empty_row(588, with_teacher=False, latent_dim=64)
     assert [type(s) for s in drawing.student] == [LatentSegment, ImageSegment, TextSegment]
     assert drawing.teacher is None and drawing.noised == 0
 
 
 def test_a_rank_without_rows_gives_zero_gradient(tiny_bagel_path: Path, env: DistEnv) -> None:
     """The filler touches every trained parameter with gradient 0, so no collective is missed."""
-    tokenizer, special = load_tokenizer(tiny_bagel_path)
     student = sharded(tiny_bagel_path, env, trains=True)
     teacher = Teacher("self", None, student, 0.0)
-    result = run_pack(
-        student, teacher, None, [empty_row(True, 588)], special=special,
-        loss=LossSettings().build(), chunk_size=8, scale=1.0, device=env.device,
-        decode=tokenizer.decode,
-    )  # fmt: skip
+    rows = [empty_row(588, with_teacher=True)]
+    result = run_pack(rows, step_context(student, teacher))
     assert float(result.loss) == 0.0
     assert float(result.stats["rows"]) == 0
     missing = [n for n, p in student.named_parameters() if p.requires_grad and p.grad is None]
@@ -374,7 +369,6 @@ def test_a_rank_without_rows_gives_zero_gradient(tiny_bagel_path: Path, env: Dis
 
 def test_pack_of_two_is_the_sum_of_both(tiny_bagel_path: Path, env: DistEnv) -> None:
     """Rows do not see each other: losses add up, in any grouping."""
-    tokenizer, special = load_tokenizer(tiny_bagel_path)
     student = sharded(tiny_bagel_path, env, trains=True)
     teacher = Teacher("self", None, student, 0.0)
     row = recorded_row()
@@ -385,25 +379,21 @@ def test_pack_of_two_is_the_sum_of_both(tiny_bagel_path: Path, env: DistEnv) -> 
     other = score_completion(*contexts(short), given_completion(row.completion.ids[:9]), 4096)
 
     def loss_of(rows: list[ScoredRow]) -> float:
-        result = run_pack(
-            student, teacher, None, rows, special=special, loss=LossSettings().build(),
-            chunk_size=11, scale=1.0, device=env.device, decode=tokenizer.decode,
-        )  # fmt: skip
-        return float(result.loss)
+        return float(run_pack(rows, step_context(student, teacher)).loss)
 
     assert loss_of([row, other]) == pytest.approx(loss_of([row]) + loss_of([other]), rel=1e-5)
 
 
 def test_learning_rate_schedule() -> None:
-    config = TrainConfig(optim=OptimSettings(total_steps=1000, warmup_steps=200))
-    factor = [learning_rate_factor(step, config) for step in range(1000)]
+    optim = OptimSettings(total_steps=1000, warmup_steps=200)
+    factor = [learning_rate_factor(step, optim) for step in range(1000)]
     assert factor[0] == pytest.approx(1 / 200)
     assert factor[199] == 1.0 == factor[200]
     assert factor[-1] == pytest.approx(1e-7 / 1e-5)
     assert all(a >= b for a, b in pairwise(factor[200:]))
     middle = factor[200 + 399]
     assert middle == pytest.approx((1 + 0.01) / 2, abs=2e-3)
-    flat = replace(config, optim=replace(config.optim, lr_scheduler="constant"))
+    flat = replace(optim, lr_scheduler="constant")
     assert learning_rate_factor(999, flat) == 1.0
     with pytest.raises(ValueError, match="warmup_steps"):
         OptimSettings(total_steps=100, warmup_steps=100)

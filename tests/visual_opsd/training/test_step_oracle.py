@@ -14,14 +14,6 @@ from tests.visual_opsd.launching import HERE, launch
 from tests.visual_opsd.training.step_cases import CASES, TWO_RANKS, Recipe, Run, run_case
 from tests.visual_opsd.training.step_oracle import recompute
 from tests.visual_opsd.training.trainers import one_process
-from tests.visual_opsd.training_runs import make_world
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder, rows=16)
-    return folder
 
 
 def assert_recomputed(recipe: Recipe, run: Run) -> None:

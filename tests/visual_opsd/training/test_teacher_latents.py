@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from data.packing import pack
-from data.parquet import ParquetDataset
 from data.randomness import row_generator
+from data.row_groups import ParquetDataset
 from data.sequence import ImageSegment, LatentSegment, PixelSegment, TextSegment
 from data.thinkmorph import parse_row
 from modeling import load_bagel
@@ -21,10 +21,11 @@ from modeling.release.checkpoint import is_generation_key
 from scripts.visual_opsd.analysis.baseline import load_divergences
 from scripts.visual_opsd.config import PromptSettings, TeacherSettings
 from scripts.visual_opsd.kl_diagnostic import main as diagnose
-from scripts.visual_opsd.rows import PrepareOPSD, encode_pictures, encode_teachers, make_builder
+from scripts.visual_opsd.rows import encode_pictures, make_builder
 from scripts.visual_opsd.train_visual_opsd import main as train
+from scripts.visual_opsd.training.visual_opsd import PrepareOPSD, encode_teachers
 from tests.conftest import TINY_BAGEL
-from tests.visual_opsd.training_runs import figures, full_state, make_world, train_arguments
+from tests.visual_opsd.training_runs import figures, full_state, train_arguments
 
 SMALL = {"vae_max_size": 64, "vae_min_size": 16, "teacher_vt": "vae+vit"}
 PROMPT = PromptSettings(vit_max_size=112, vit_min_size=14, vae_max_size=64, vae_min_size=16)
@@ -33,13 +34,6 @@ PROMPT = PromptSettings(vit_max_size=112, vit_min_size=14, vae_max_size=64, vae_
 @pytest.fixture(scope="module")
 def bundle() -> Any:
     return load_bagel(TINY_BAGEL, visual_gen=True)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder, rows=12)
-    return folder
 
 
 def dataset(world: Path) -> ParquetDataset:

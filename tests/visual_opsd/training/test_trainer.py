@@ -23,6 +23,7 @@ from data.sequence import ImageSegment
 from modeling import load_bagel
 from scripts.visual_opsd.cli import flat, parse_config
 from scripts.visual_opsd.config import TrainConfig
+from scripts.visual_opsd.training.text_sft import TextSFT
 from tests.data.synthetic import write_dataset
 from tests.visual_opsd.training.trainers import (
     base_weights,
@@ -35,14 +36,7 @@ from tests.visual_opsd.training.trainers import (
     train,
     weights,
 )
-from tests.visual_opsd.training_runs import TINY_BAGEL, make_world
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder, rows=16)
-    return folder
+from tests.visual_opsd.training_runs import TINY_BAGEL
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +115,8 @@ TABLE = "vit_pos_embed.pos_embed"
 def test_freeze_flags_and_the_release_folder(world: Path, tmp_path: Path, flag: str) -> None:
     """Nothing frozen moves, in memory or on disk; all the rest does, and loads as a release."""
     base = base_weights()
-    trainer = train(world, tmp_path, **{flag: True}, ema_decay=0.5, save_release=True)
+    frozen_part: dict[str, Any] = {flag: True}
+    trainer = train(world, tmp_path, **frozen_part, ema_decay=0.5, save_release=True)
     frozen = {name for name in base if name.startswith(PARTS[flag]) or name == TABLE}
     student = weights(trainer.student)
     changed = moved(base, student)
@@ -134,7 +129,7 @@ def test_freeze_flags_and_the_release_folder(world: Path, tmp_path: Path, flag: 
     folder = trainer.config.run.checkpoints / "0000001"
     released = load_bagel(folder)
     assert not moved(student, dict(released.model.state_dict()))
-    assert len(released.tokenizer) == len(trainer.tokenizer)
+    assert len(released.tokenizer) == len(trainer.base.tokenizer)
     # With the drawing branch, which was never loaded here.
     whole, before = (load_bagel(p, visual_gen=True).model for p in (folder, TINY_BAGEL))
     assert moved(dict(before.state_dict()), dict(whole.state_dict())) == changed
@@ -148,7 +143,7 @@ def test_freeze_flags_and_the_release_folder(world: Path, tmp_path: Path, flag: 
 
 def test_sft_single_completion(world: Path, tmp_path: Path) -> None:
     """<think>trace</think><answer>answer</answer> and its end, under the student's context."""
-    trainer = train(world, tmp_path, sft=True)
+    trainer = train(world, tmp_path, TextSFT)
     with one_process() as env:
         opsd = build(world, tmp_path / "opsd", env)
     labels = 0
@@ -158,7 +153,7 @@ def test_sft_single_completion(world: Path, tmp_path: Path) -> None:
         assert [type(s) for s in row.student] == [type(s) for s in same.student]
         (target,) = row.targets
         assert target.scored == (True,) * (len(target.ids) + 1)
-        text = trainer.tokenizer.decode(list(target.ids))
+        text = trainer.base.tokenizer.decode(list(target.ids))
         assert text.startswith("<think>start ")
         assert text.endswith(f"</think><answer>{row.answer}</answer>")
         labels += len(target.ids) + 1
@@ -174,12 +169,12 @@ def test_sft_single_completion(world: Path, tmp_path: Path) -> None:
 def test_sft_texts_are_cut_to_fit_and_counted(world: Path, tmp_path: Path) -> None:
     """The longer text loses its tail and its end; neither is a label any more."""
     with one_process() as env:
-        whole = build(world, tmp_path / "whole", env, sft=True, global_batch_size=8)
+        whole = build(world, tmp_path / "whole", env, TextSFT, global_batch_size=8)
     lengths = [context_length((*row.student, *row.targets)) for row in first_rows(whole)]
     limit = max(lengths) - 1
     cut = sum(length > limit for length in lengths)
     assert 0 < cut < 8
-    train(world, tmp_path / "cut", sft=True, global_batch_size=8, max_forward_tokens=limit)
+    train(world, tmp_path / "cut", TextSFT, global_batch_size=8, max_forward_tokens=limit)
     (line,) = metrics(tmp_path / "cut")
     assert line["truncated_rate"] == cut / 8
     labels = sum(len(row.targets[0].ids) + 1 for row in first_rows(whole))
@@ -188,12 +183,12 @@ def test_sft_texts_are_cut_to_fit_and_counted(world: Path, tmp_path: Path) -> No
 
 def test_sft_reference_splits(world: Path, tmp_path: Path) -> None:
     """The reference's two blocks, each with its own end: the trace, then the bare answer."""
-    trainer = train(world, tmp_path, sft=True, sft_format="reference")
+    trainer = train(world, tmp_path, TextSFT, sft_format="reference")
     labels = 0
     for row in first_rows(trainer):
         thought, answer = row.targets
-        assert trainer.tokenizer.decode(list(answer.ids)) == row.answer
-        assert trainer.tokenizer.decode(list(thought.ids)).startswith("start ")
+        assert trainer.base.tokenizer.decode(list(answer.ids)) == row.answer
+        assert trainer.base.tokenizer.decode(list(thought.ids)).startswith("start ")
         for target in row.targets:
             assert target.scored == (True,) * (len(target.ids) + 1)
             labels += len(target.ids) + 1
@@ -207,10 +202,10 @@ def test_sft_traces_with_tags_are_not_wrapped_again(tmp_path: Path) -> None:
     )
     (tmp_path / "datasets.yaml").write_text("datasets:\n  - {name: Jigsaw_Assembly}\n")
     with one_process() as env:
-        trainer = build(tmp_path, tmp_path / "r", env, sft=True)
+        trainer = build(tmp_path, tmp_path / "r", env, TextSFT)
     for row in first_rows(trainer):
         number = row.answer.split()[-1]
-        text = trainer.tokenizer.decode(list(row.targets[0].ids))
+        text = trainer.base.tokenizer.decode(list(row.targets[0].ids))
         assert text == f"<think>so {number}</think><answer>answer {number}</answer>"
 
 
@@ -320,7 +315,7 @@ def test_what_a_run_leaves_behind(world: Path, tmp_path: Path) -> None:
     texts = samples(tmp_path)
     assert [(line["step"], line["slot"]) for line in texts] == [(n, 0) for n in range(1, 6)]
     for line in texts:
-        assert line["completion"] == trainer.tokenizer.decode(line["ids"])
+        assert line["completion"] == trainer.base.tokenizer.decode(line["ids"])
         assert line["tokens"] == len(line["ids"]) == len(line["scored"]) - 1
         assert line["scored"].count("1") == len(line["logprobs"])
         assert line["row"].startswith("Spatial_Navigation/")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from scripts.visual_opsd.training import step as step_module
 from scripts.visual_opsd.training.sharding import full_tensor
+from scripts.visual_opsd.training.text_sft import TextSFT
 from tests.data.synthetic import (
     image_cell,
     truncated_png,
@@ -40,20 +41,12 @@ from tests.visual_opsd.training.trainers import (
 from tests.visual_opsd.training_runs import (
     kill_tree,
     logged_steps,
-    make_world,
     start,
     train_arguments,
     wait_for,
 )
 
 MODULE = "scripts.visual_opsd.train_visual_opsd"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder, rows=16)
-    return folder
 
 
 # ---------------------------------------------------------------------------- non-finite steps
@@ -208,7 +201,7 @@ def test_contexts_without_room_are_bad_rows(tmp_path: Path) -> None:
     assert {(line["row"], line["reason"]) for line in listed} == {(2, "too_long")}
     assert "of max_forward_tokens 160: raise the limit" in listed[0]["detail"]
     with one_process() as env:
-        sft = build(tmp_path, tmp_path / "s", env, sft=True, **settings)
+        sft = build(tmp_path, tmp_path / "s", env, TextSFT, **settings)
         assert sft.train() == 0
     assert json.loads((tmp_path / "s" / "bad_rows.jsonl").read_text().splitlines()[0])["row"] == 2
 
@@ -238,7 +231,8 @@ def test_a_bug_in_a_worker_ends_the_process(tmp_path: Path) -> None:
     program.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from data.parquet import ParquetDataset, Source, StepSampler, make_loader\n"
+        "from data.parquet import Source, StepSampler, make_loader\n"
+        "from data.row_groups import ParquetDataset\n"
         "def prepare(row):\n"
         "    raise KeyError('a bug')\n"
         "sampler = StepSampler([Source(ParquetDataset('J', sys.argv[1:]))], 0, 2)\n"

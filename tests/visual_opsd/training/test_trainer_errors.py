@@ -40,16 +40,9 @@ from tests.data.synthetic import (
     write_parquet,
 )
 from tests.visual_opsd.training.trainers import SMALL, metrics, train
-from tests.visual_opsd.training_runs import TINY_BAGEL, make_world, train_arguments
+from tests.visual_opsd.training_runs import TINY_BAGEL, train_arguments
 
 MODULE = "scripts.visual_opsd.train_visual_opsd"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder, rows=16)
-    return folder
 
 
 @pytest.fixture(scope="module")

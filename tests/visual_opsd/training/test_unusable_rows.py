@@ -19,9 +19,12 @@ from PIL import Image
 
 from scripts.visual_opsd import evaluate, kl_diagnostic
 from scripts.visual_opsd.analysis import attention as attention_analysis
-from scripts.visual_opsd.analysis import vt_intervention
-from scripts.visual_opsd.evaluation import rows as row_windows
+from scripts.visual_opsd.analysis import diagnosis, vt_intervention
+from scripts.visual_opsd.evaluation import answers, runner
 from scripts.visual_opsd.evaluation.store import RankedLines
+from scripts.visual_opsd.training.objective import Objective
+from scripts.visual_opsd.training.text_sft import TextSFT
+from scripts.visual_opsd.training.visual_opsd import VisualOPSD
 from tests.conftest import TINY_BAGEL
 from tests.data.synthetic import SCHEMA, good_row, write_dataset, write_parquet
 from tests.visual_opsd.evaluation.test_benchmarks import base64_png, write_tsv
@@ -134,17 +137,19 @@ def test_attention(root: Path, model: Path, tmp_path: Path) -> None:
     assert (report["n"], report["bad_rows"]) == (2, 6)
 
 
-@pytest.mark.parametrize("sft", [False, True])
-def test_training(root: Path, model: Path, tmp_path: Path, sft: bool) -> None:
-    settings = {"model_path": model, "max_bad_rate": 1, "global_batch_size": 8}
-    train(root, tmp_path / "r", sft=sft, sample_max_new_tokens=4, **settings)
+@pytest.mark.parametrize("objective", [VisualOPSD, TextSFT])
+def test_training(
+    root: Path, model: Path, tmp_path: Path, objective: type[Objective]
+) -> None:
+    settings: dict[str, Any] = {"model_path": model, "max_bad_rate": 1, "global_batch_size": 8}
+    train(root, tmp_path / "r", objective, sample_max_new_tokens=4, **settings)
     assert listed(tmp_path / "r" / "bad_rows.jsonl") == REASONS
 
 
 def test_budgets_beyond_the_model_are_an_error_at_start(
     root: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (evaluate, kl_diagnostic, vt_intervention):
+    for module in (answers, diagnosis, vt_intervention):
         monkeypatch.setattr(module, "load_bagel", None)  # nothing is loaded for it
     programs: list[tuple[Callable[[list[str]], int], str]] = [
         (evaluate.main, "max_new_tokens"),
@@ -180,7 +185,7 @@ def test_lack_of_memory_names_rows_and_flags_and_keeps_answers(
 ) -> None:
     write_parquet(tmp_path / "Six" / "data" / "train-0.parquet", map(good_row, range(6)))
     flags = [*data(tmp_path, TINY_BAGEL, tmp_path / "out", "Six"), "--max_new_tokens=2"]
-    sample, calls = evaluate.sample_completions, [0]
+    sample, calls = answers.sample_completions, [0]
 
     def fails_later(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
@@ -188,7 +193,7 @@ def test_lack_of_memory_names_rows_and_flags_and_keeps_answers(
             raise error
         return sample(*args, **kwargs)
 
-    monkeypatch.setattr(evaluate, "sample_completions", fails_later)
+    monkeypatch.setattr(answers, "sample_completions", fails_later)
     with pytest.raises(ValueError, match="not enough memory") as said:
         evaluate.main([*flags, "--batch_size=3"])
     text = str(said.value)
@@ -202,14 +207,14 @@ def test_lack_of_memory_names_rows_and_flags_and_keeps_answers(
 def test_a_row_that_does_not_fit_alone_is_left_out(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sample = evaluate.sample_completions
+    sample = answers.sample_completions
 
     def fails_for_row_1(model: Any, contexts: Any, row_ids: Any, **kwargs: Any) -> Any:
         if 1 in row_ids:
             raise MemoryError
         return sample(model, contexts, row_ids, **kwargs)
 
-    monkeypatch.setattr(evaluate, "sample_completions", fails_for_row_1)
+    monkeypatch.setattr(answers, "sample_completions", fails_for_row_1)
     flags = [*data(root, TINY_BAGEL, tmp_path / "out", "Three"), "--max_new_tokens=2"]
     assert evaluate.main([*flags, "--batch_size=1"]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -223,24 +228,25 @@ def test_lack_of_memory_in_the_other_programs(
     def fails(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(kl_diagnostic, "measure", fails)
+    monkeypatch.setattr(diagnosis, "measure", fails)
     monkeypatch.setattr(attention_analysis, "measure", fails)
     monkeypatch.setattr(vt_intervention.Interventions, "draw", fails)
     programs: list[tuple[Callable[[list[str]], int], str]] = [
-        (kl_diagnostic.main, r"--sample_batch_size \(64\), --pack_tokens"),
-        (attention_analysis.main, r"--max_forward_tokens \(16384\)"),
-        (vt_intervention.main, r"--batch_size \(8\) .*the same command goes on"),
+        (kl_diagnostic.main, r"with 3 rows .*lower --sample_batch_size \(64\), --pack_tokens"),
+        (attention_analysis.main, r"with one row .*lower --max_forward_tokens \(16384\)"),
+        (vt_intervention.main, r"with 3 rows .*lower --batch_size \(8\)"),
     ]
     for number, (program, advice) in enumerate(programs):
         flags = data(root, TINY_BAGEL, tmp_path / str(number), "Three")
-        with pytest.raises(ValueError, match=f"not enough memory .*with 3 rows .*lower {advice}"):
+        message = f"not enough memory .*{advice}.*the same command goes on"
+        with pytest.raises(ValueError, match=message):
             program(flags)
 
 
 def test_what_is_not_about_memory_passes() -> None:
     with (
         pytest.raises(RuntimeError, match="shapes differ"),
-        row_windows.memory_advice(["a row"], "lower nothing"),
+        runner.memory_advice(["a row"], "lower nothing"),
     ):
         raise RuntimeError("shapes differ")
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from scripts.visual_opsd.processes import DistEnv, all_reduce_sums
 from scripts.visual_opsd.training import sharding as D
 from scripts.visual_opsd.training.checkpoints import TrainingState
 
@@ -140,22 +141,12 @@ def toy_optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
 class ToyRun:
     """A sharded toy student with EMA, AdamW and a schedule, and one training step."""
 
-    def __init__(
-        self,
-        env: D.DistEnv,
-        shape: tuple[int, int],
-        seed: int = 0,
-        activation_checkpointing: bool = False,
-    ) -> None:
+    def __init__(self, env: DistEnv, shape: tuple[int, int], seed: int = 0) -> None:
         self.env = env
         mesh = D.make_mesh(env, "HYBRID_SHARD", num_replicate=shape[0], num_shard=shape[1])
         self.model, self.ema = (
             D.shard_model(
-                toy_model(seed),
-                mesh,
-                block_classes=TOY_BLOCKS,
-                param_dtype=torch.float32,
-                activation_checkpointing=activation_checkpointing,
+                toy_model(seed), mesh, block_classes=TOY_BLOCKS, param_dtype=torch.float32
             )
             for _ in range(2)
         )
@@ -179,7 +170,7 @@ class ToyRun:
             self.state.scheduler.step()
             D.ema_update(self.ema, self.model, 0.9)
         self.state.optimizer.zero_grad()
-        return D.all_reduce_sums({"loss": loss}, self.env)["loss"], norm.item()
+        return all_reduce_sums({"loss": loss}, self.env)["loss"], norm.item()
 
 
 def state_hash(state: TrainingState) -> str:

@@ -14,14 +14,26 @@ from torch import Tensor
 
 from modeling import load_bagel
 from scripts.visual_opsd.cli import parse_config
-from scripts.visual_opsd.config import SFT_DEFAULTS, TrainConfig
+from scripts.visual_opsd.config import (
+    INTERLEAVED_DEFAULTS,
+    SFT_DEFAULTS,
+    SFTConfig,
+    TrainConfig,
+)
 from scripts.visual_opsd.processes import DistEnv, init_distributed, shutdown
 from scripts.visual_opsd.rows import TrainRow
+from scripts.visual_opsd.training.interleaved import InterleavedSFT
 from scripts.visual_opsd.training.metrics import read_metrics
 from scripts.visual_opsd.training.sharding import iter_full_state
+from scripts.visual_opsd.training.text_sft import TextSFT
 from scripts.visual_opsd.training.trainer import Trainer
+from scripts.visual_opsd.training.visual_opsd import VisualOPSD
 from tests.visual_opsd.training_runs import TINY_BAGEL, train_arguments
 
+SFT = {
+    TextSFT: SFT_DEFAULTS,
+    InterleavedSFT: {**INTERLEAVED_DEFAULTS, "mode": "interleaved"},
+}
 # Two rows a step and short completions: a step takes a few tens of milliseconds.
 SMALL = {
     "total_steps": 1,
@@ -44,21 +56,29 @@ def one_process() -> Iterator[DistEnv]:
         shutdown()
 
 
-def make_config(world: Path, results: Path, *, sft: bool = False, **changes: Any) -> TrainConfig:
+def make_config(
+    world: Path, results: Path, objective: type[Any] = VisualOPSD, **changes: Any
+) -> Any:
+    """What the objective's command would make of these flags."""
     arguments = train_arguments(world, results, **{**SMALL, **changes})
-    return parse_config(TrainConfig, arguments, "", SFT_DEFAULTS if sft else None)
+    if objective in SFT:
+        return parse_config(SFTConfig, arguments, "", SFT[objective])
+    return parse_config(TrainConfig, arguments, "")
 
 
 def build(
-    world: Path, results: Path, env: DistEnv, *, sft: bool = False, **changes: Any
+    world: Path, results: Path, env: DistEnv, objective: type[Any] = VisualOPSD, **changes: Any
 ) -> Trainer:
-    return Trainer(make_config(world, results, sft=sft, **changes), env, sft=sft)
+    config = make_config(world, results, objective, **changes)
+    return Trainer(config, env, objective(config))
 
 
-def train(world: Path, results: Path, *, sft: bool = False, **changes: Any) -> Trainer:
+def train(
+    world: Path, results: Path, objective: type[Any] = VisualOPSD, **changes: Any
+) -> Trainer:
     """Build, run to the end, and hand the trainer back for inspection."""
     with one_process() as env:
-        trainer = build(world, results, env, sft=sft, **changes)
+        trainer = build(world, results, env, objective, **changes)
         assert trainer.train() == 0
     return trainer
 

@@ -20,7 +20,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -32,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from data.parquet import StepLoader, StepSampler, make_loader
-from data.randomness import row_generator
+from data.randomness import position_uniforms, row_generator
 from data.rejects import RejectLedger
 from data.sequence import ContextBuilder, ImageSegment, LatentSegment
 from modeling.bagel.bagel import Bagel
@@ -238,9 +237,7 @@ def expected_uniforms(run: TrainRun) -> list[list[float]] | None:
     if not g["sample_do_sample"]:
         return None
     places = itertools.product(range(g["total_steps"]), range(g["global_batch_size"]))
-    keys = [(g["global_seed"], step, slot) for step, slot in places]
-    streams = [np.random.Philox(np.random.SeedSequence(key)) for key in keys]
-    return [np.random.Generator(stream).random(3).tolist() for stream in streams]
+    return [position_uniforms(g["global_seed"], *place, 3).tolist() for place in places]
 
 
 def thought_images(row: Any) -> list[Tensor]:

@@ -24,11 +24,23 @@ from torch import nn
 
 from modeling.host.programs import leave
 from modeling.release.weight_files import read_file
-from scripts.visual_opsd.processes import check_gpus, on_main
-from scripts.visual_opsd.training import checkpoint_folders
+from scripts.visual_opsd.processes import (
+    DistEnv,
+    agree,
+    all_reduce_max_int,
+    all_reduce_sums,
+    barrier,
+    check_gpus,
+    gather_objects,
+    init_distributed,
+    on_main,
+    raise_together,
+    shutdown,
+)
+from scripts.visual_opsd.training import checkpoint_folders as folders
 from scripts.visual_opsd.training import checkpoints as T
 from scripts.visual_opsd.training import sharding as D
-from scripts.visual_opsd.training.state_files import write_marker
+from scripts.visual_opsd.training.state_files import MARKER, write_marker
 from tests.visual_opsd.training.toy_distributed_model import (
     TOY_BLOCKS,
     ToyModel,
@@ -73,25 +85,25 @@ def largest_difference(sharded: nn.Module, plain: nn.Module) -> float:
     return max(float((parts[k] - state[k]).abs().max()) for k in state)
 
 
-def check_collectives(env: D.DistEnv, work: Path) -> None:
-    sums = D.all_reduce_sums({"b": env.rank + 0.5, "a": torch.tensor(env.rank * 2)}, env)
+def check_collectives(env: DistEnv, work: Path) -> None:
+    sums = all_reduce_sums({"b": env.rank + 0.5, "a": torch.tensor(env.rank * 2)}, env)
     assert sums == {"a": 2.0, "b": 2.0}, sums
     expect_error(
-        AssertionError, "different names", lambda: D.all_reduce_sums({f"only{env.rank}": 1.0}, env)
+        AssertionError, "different names", lambda: all_reduce_sums({f"only{env.rank}": 1.0}, env)
     )
-    assert D.all_reduce_max_int(10 - env.rank, env) == 10
-    assert D.agree(env.rank == 1, env) and not D.agree(False, env)
-    assert D.gather_objects({"rank": env.rank}) == [{"rank": 0}, {"rank": 1}]
+    assert all_reduce_max_int(10 - env.rank, env) == 10
+    assert agree(env.rank == 1, env) and not agree(False, env)
+    assert gather_objects({"rank": env.rank}) == [{"rank": 0}, {"rank": 1}]
 
     def fail() -> None:
         raise ValueError("the disk is full")
 
     expect_error(ValueError, "the disk is full", lambda: on_main(env, fail))
     error = OSError("broken") if env.rank == 1 else None
-    expect_error((OSError, RuntimeError), "broken", lambda: D.raise_together(error))
+    expect_error((OSError, RuntimeError), "broken", lambda: raise_together(error))
 
 
-def check_a_gpu_each(env: D.DistEnv, work: Path) -> None:
+def check_a_gpu_each(env: DistEnv, work: Path) -> None:
     """Too few GPUs end all ranks with one message; none is left waiting for a refused one."""
 
     def with_gpus(count: int, local_rank: int) -> None:
@@ -111,11 +123,13 @@ def check_a_gpu_each(env: D.DistEnv, work: Path) -> None:
     expect_error(ValueError, "ranks 0 and 1 share one GPU (GPU-0)", lambda: with_gpus(2, 0))
 
 
-def check_parity(env: D.DistEnv, work: Path) -> None:
+def check_parity(env: DistEnv, work: Path) -> None:
     """Both meshes, with and without activation checkpointing, against one plain process."""
     record, plain, plain_ema = plain_training(3)
     for shape, checkpointing in zip(MESHES, (True, False), strict=True):
-        run = ToyRun(env, shape, activation_checkpointing=checkpointing)
+        run = ToyRun(env, shape)
+        toy: Any = run.model
+        toy.set_gradient_checkpointing(checkpointing)
         for step, (loss, norm) in enumerate(record):
             got_loss, got_norm = run.train_step(step)
             assert abs(got_loss - loss) < 1e-5 * abs(loss), (shape, step, got_loss, loss)
@@ -124,7 +138,7 @@ def check_parity(env: D.DistEnv, work: Path) -> None:
         assert largest_difference(run.ema, plain_ema) < 2e-5, shape
 
 
-def check_sampling(env: D.DistEnv, work: Path) -> None:
+def check_sampling(env: DistEnv, work: Path) -> None:
     """Rank-varying lengths, as the very first action too; training is none the wiser."""
     length = 3 + 4 * env.rank
     patches = toy_batch(7)[env.rank][0]
@@ -150,7 +164,7 @@ def check_sampling(env: D.DistEnv, work: Path) -> None:
         assert state_hash(sampling.state) == state_hash(silent.state)
 
 
-def check_bf16(env: D.DistEnv, work: Path) -> None:
+def check_bf16(env: DistEnv, work: Path) -> None:
     mesh = D.make_mesh(env)
     model = D.shard_model(toy_model(), mesh, block_classes=TOY_BLOCKS, param_dtype=torch.bfloat16)
     masters = dict(D.iter_full_state(model))
@@ -168,7 +182,7 @@ def check_bf16(env: D.DistEnv, work: Path) -> None:
     assert torch.equal(cast["head.weight"], masters["head.weight"].bfloat16())
 
 
-def check_loading(env: D.DistEnv, work: Path) -> None:
+def check_loading(env: DistEnv, work: Path) -> None:
     source = toy_model(seed=3).state_dict()
     for shape in MESHES:
         with torch.device("meta"):
@@ -180,8 +194,7 @@ def check_loading(env: D.DistEnv, work: Path) -> None:
             param_dtype=torch.float32,
         )
         D.materialise(model, env.device)
-        weights = {k: v.double() for k, v in source.items() if k != "table"}
-        D.load_sharded(model, weights.items(), may_be_absent=["table"])
+        D.load_sharded(model, {k: v.double() for k, v in source.items()}.items())
         loaded = dict(D.iter_full_state(model))
         assert loaded.keys() == source.keys()
         assert all(torch.equal(loaded[k], source[k]) for k in source)
@@ -201,7 +214,7 @@ def check_loading(env: D.DistEnv, work: Path) -> None:
         expect_error(ValueError, "hold NaN or inf", partial(D.check_shards, model, stored))
 
 
-def check_odd_ranks(env: D.DistEnv, work: Path) -> None:
+def check_odd_ranks(env: DistEnv, work: Path) -> None:
     """A rank without rows joins with a zero-weight dummy; a NaN on one rank is seen by both."""
     run = ToyRun(env, (1, 2))
     loss, norm = run.train_step(0, weights=(1.0, 0.0))
@@ -216,24 +229,24 @@ def check_odd_ranks(env: D.DistEnv, work: Path) -> None:
     assert norm != norm, "a NaN of rank 1 must reach rank 0"
 
 
-def check_choice(env: D.DistEnv, folder: Path, state: Path) -> None:
+def check_choice(env: DistEnv, folder: Path, state: Path) -> None:
     """Rank 0 chooses; a flipped byte in a file that rank 1 checks is known to both."""
     older, newer = folder / "step_0000003", folder / "step_0000007"
 
     def prepare() -> None:
         for target in (older, newer):
             shutil.copytree(state, target)
-        marker = json.loads((newer / T.MARKER).read_text())
-        (newer / T.MARKER).unlink()
+        marker = json.loads((newer / MARKER).read_text())
+        (newer / MARKER).unlink()
         files = {n: (size, marker["digests"][n]) for n, size in marker["files"].items()}
         kept = {k: v for k, v in marker.items() if k not in ("files", "digests", "digest")}
         write_marker(newer, kept | {"step": 7}, files)
 
     on_main(env, prepare)
-    find = checkpoint_folders.find_checkpoint
+    find = folders.find_checkpoint
     if env.rank == 1:  # a file system that lags
-        checkpoint_folders.find_checkpoint = lambda *_: None
-    assert T.choose_checkpoint(folder, ("latest",), env) == newer
+        folders.find_checkpoint = lambda *_: None
+    assert folders.choose_checkpoint(folder, ("latest",), env) == newer
     shard = newer / "state" / "__1_0.distcp"
 
     def flip() -> None:
@@ -242,12 +255,13 @@ def check_choice(env: D.DistEnv, folder: Path, state: Path) -> None:
         shard.write_bytes(data)
 
     on_main(env, flip)
-    assert T.choose_checkpoint(folder, ("latest",), env) == older
-    expect_error(ValueError, f"--resume {older}", lambda: T.choose_checkpoint(folder, ("7",), env))
-    checkpoint_folders.find_checkpoint = find
+    assert folders.choose_checkpoint(folder, ("latest",), env) == older
+    said = f"the next older whole state is {older}: --resume {older}"
+    expect_error(ValueError, said, lambda: folders.choose_checkpoint(folder, ("7",), env))
+    folders.find_checkpoint = find
 
 
-def check_checkpoints(env: D.DistEnv, work: Path) -> None:
+def check_checkpoints(env: DistEnv, work: Path) -> None:
     """Bit-exact continuation; the other mesh; stale, superseded and pruned folders."""
     folder = work / "checkpoints"
     config = {"lr": 0.01, "num_workers": 2, "loss": {"beta": 0.5}}
@@ -255,7 +269,7 @@ def check_checkpoints(env: D.DistEnv, work: Path) -> None:
     if env.is_main:
         stale.mkdir(parents=True)
         (stale / "rest").write_text("x")
-    T.claim_checkpoint_dir(folder, None, env)
+    folders.claim_checkpoint_dir(folder, None, env)
     assert not stale.exists()
     straight = ToyRun(env, (1, 2))
     record, draws = [], []
@@ -264,35 +278,35 @@ def check_checkpoints(env: D.DistEnv, work: Path) -> None:
         record.append(straight.train_step(step))
         draws.append(torch.rand(2).tolist())
         where = T.save_checkpoint(
-            folder,
-            step + 1,
-            straight.state,
-            env=env,
-            config=config,
-            extra={"rows": 7 + step},
-            keep_last=3,
-        )
+            folder, step + 1, straight.state,
+            env=env, config=config, contents={}, extra={"rows": 7 + step},
+        )  # fmt: skip
+        on_main(env, lambda: folders.delete_old_states(folder, 3))
         assert where.name == f"step_{step + 1:07d}"
     end = state_hash(straight.state)
-    assert list(T.complete_steps(folder)) == [2, 3, 4]
+    assert list(folders.complete_steps(folder)) == [2, 3, 4]
     expect_error(
         ValueError,
         "exists already",
-        lambda: T.save_checkpoint(folder, 4, straight.state, env=env, config=config),
+        lambda: T.save_checkpoint(
+            folder, 4, straight.state, env=env, config=config, contents={}, extra={}
+        ),
     )
     expect_error(
-        ValueError, "already holds checkpoints", lambda: T.claim_checkpoint_dir(folder, None, env)
+        ValueError,
+        "already holds checkpoints",
+        lambda: folders.claim_checkpoint_dir(folder, None, env),
     )
 
-    found = T.find_checkpoint(folder, "2")
+    found = folders.find_checkpoint(folder, "2")
     assert found is not None
     again = ToyRun(env, (1, 2), seed=99)
     torch.manual_seed(1)
     other = config | {"num_workers": 5}
-    resumed = T.load_checkpoint(found, again.state, env=env, config=other)
-    assert (resumed.step, resumed.same_world, resumed.extra) == (2, True, {"rows": 8})
-    T.claim_checkpoint_dir(folder, found, env)
-    assert list(T.complete_steps(folder)) == [2]
+    resumed = T.load_checkpoint(found, again.state, env=env, config=other, contents={})
+    assert resumed == T.Resumed(2, {"rows": 8})
+    folders.claim_checkpoint_dir(folder, found, env)
+    assert list(folders.complete_steps(folder)) == [2]
     assert sorted(p.name for p in (folder / "superseded").iterdir()) == [
         "step_0000003",
         "step_0000004",
@@ -305,7 +319,7 @@ def check_checkpoints(env: D.DistEnv, work: Path) -> None:
         ValueError,
         "loss.beta: saved 0.5, now 0.4",
         lambda: T.load_checkpoint(
-            found, again.state, env=env, config=config | {"loss": {"beta": 0.4}}
+            found, again.state, env=env, config=config | {"loss": {"beta": 0.4}}, contents={}
         ),
     )
 
@@ -313,7 +327,7 @@ def check_checkpoints(env: D.DistEnv, work: Path) -> None:
 
     final = folder / "superseded" / "step_0000004"
     other_mesh = ToyRun(env, (2, 1), seed=98)
-    T.load_checkpoint(final, other_mesh.state, env=env, config=config)
+    T.load_checkpoint(final, other_mesh.state, env=env, config=config, contents={})
     assert state_hash(other_mesh.state) == end
     if env.is_main:
         (work / "hash_two_ranks").write_text(end)
@@ -321,10 +335,9 @@ def check_checkpoints(env: D.DistEnv, work: Path) -> None:
     # A checkpoint of one process (the parent test's) on two.
     single = work / "single" / "step_0000002"
     run = ToyRun(env, (1, 2), seed=97)
-    resumed = T.load_checkpoint(single, run.state, env=env, config=config)
-    assert (resumed.step, resumed.same_world) == (2, False)
+    assert T.load_checkpoint(single, run.state, env=env, config=config, contents={}).step == 2
     assert state_hash(run.state) == (work / "hash_one_rank").read_text()
-    drawn = D.gather_objects(torch.rand(1).item())
+    drawn = gather_objects(torch.rand(1).item())
     assert drawn[0] != drawn[1], "ranks must not share a random stream"
 
 
@@ -343,14 +356,14 @@ CHECKS = (
 def main() -> None:
     torch.set_num_threads(1)
     work = Path(sys.argv[1])
-    env = D.init_distributed("cpu", timeout_s=60)
+    env = init_distributed("cpu", timeout_s=60)
     assert env.world_size == 2
     for check in CHECKS:
         check(env, work)
-        D.barrier(env)
+        barrier(env)
         if env.is_main:
             print(f"ok {check.__name__}", flush=True)
-    D.shutdown()
+    shutdown()
     leave(0)
 
 

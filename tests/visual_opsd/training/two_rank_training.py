@@ -37,14 +37,14 @@ def record(world: Path, out: Path, env: DistEnv) -> None:
             torch.save(run, out / f"case-{number}.pt")
 
 
-def images_are_lent(world: Path, out: Path, env: DistEnv) -> None:
+def features_are_shared(world: Path, out: Path, env: DistEnv) -> None:
     """The teacher's ViT outputs serve the student while one rank only takes part: same losses."""
-    plain = Teacher.lends
+    plain = Teacher.shares_features
     for name, options in (("self", {"teacher_mode": "self"}), ("frozen", {"freeze_vit": True})):
         found = []
-        for lends in (False, True):
-            Teacher.lends = lambda *_, lends=lends: lends  # type: ignore[method-assign]
-            results = out / f"{name}-{lends}"
+        for shares in (False, True):
+            Teacher.shares_features = lambda *_, shares=shares: shares  # type: ignore[method-assign]
+            results = out / f"{name}-{shares}"
             trainer = build(
                 world, results, env, total_steps=2, global_batch_size=1, samples_per_step=1,
                 **options,
@@ -55,7 +55,7 @@ def images_are_lent(world: Path, out: Path, env: DistEnv) -> None:
         if env.is_main:
             for one, other in zip(*map(chain.from_iterable, found), strict=True):
                 assert math.isclose(one, other, rel_tol=1e-4), found
-    Teacher.lends = plain  # type: ignore[method-assign]
+    Teacher.shares_features = plain  # type: ignore[method-assign]
 
 
 def one_rank_fails(world: Path, out: Path, env: DistEnv) -> None:
@@ -104,10 +104,11 @@ def rejects_of_the_other_rank(world: Path, out: Path, env: DistEnv) -> None:
 
 def one_rank_is_told_to_stop(world: Path, out: Path, env: DistEnv) -> None:
     """Rank 1 alone, after an update or in the middle of a step: both end at the same step."""
-    for moment, kept in (("_update", 2), ("_score", 1)):
-        results = out / f"stop{moment}"
+    for moment, kept in (("_update", 2), ("label", 1)):
+        results = out / f"stop-{moment}"
         trainer: Any = build(world, results, env, global_batch_size=2, total_steps=5)
-        act = getattr(trainer, moment)
+        owner = trainer.objective if moment == "label" else trainer
+        act = getattr(owner, moment)
 
         def told(*args: Any, act: Any = act, trainer: Any = trainer) -> Any:
             before, result = trainer.step, act(*args)
@@ -115,7 +116,7 @@ def one_rank_is_told_to_stop(world: Path, out: Path, env: DistEnv) -> None:
                 trainer.stop.number = signal.SIGTERM
             return result
 
-        setattr(trainer, moment, told)
+        setattr(owner, moment, told)
         assert trainer.train() == 128 + signal.SIGTERM
         assert gather_objects((trainer.step, trainer.states.step)) == [(kept, kept)] * 2, moment
         if env.is_main:
@@ -129,7 +130,7 @@ if __name__ == "__main__":
     environment = init_distributed("cpu", 60)
     try:
         for check in (
-            record, images_are_lent, one_rank_fails, rejects_of_the_other_rank,
+            record, features_are_shared, one_rank_fails, rejects_of_the_other_rank,
             one_rank_is_told_to_stop,
         ):  # fmt: skip
             check(Path(sys.argv[1]), Path(sys.argv[2]), environment)

@@ -2,8 +2,8 @@
 """The ViT as a CUDA graph for images of a size that comes again, while prompts are cached.
 
 One image keeps a GPU busy for less time than Python needs to launch the ViT's kernels. A size is
-run plainly the first time, recorded the second and replayed from then on. A sharded ViT is never
-recorded: its forward communicates.
+run plainly the first time, captured the second and replayed from then on. A sharded ViT is never
+captured: its forward communicates.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling import fast
-from modeling.bagel.attention import may_be_recorded
+from modeling.bagel.attention import choose_backend, fits_graphs
 from modeling.bagel.graphs import RepeatedStep
 from modeling.bagel.vision import VisionModel, image_layout
 
@@ -24,8 +24,8 @@ from modeling.bagel.vision import VisionModel, image_layout
 _SIZES, _MOST_PATCHES = 8, 8192
 
 
-class _Recording:
-    """Nothing in it holds the ViT, so that a model that is dropped is freed."""
+class _SizeGraph:
+    """Of one size. Nothing in it holds the ViT, so that a model that is dropped is freed."""
 
     def __init__(self, vit: VisionModel, patches: Tensor, positions: Tensor, lens: tuple[int, ...]):
         # What attention keeps of a layout is read by every replay.
@@ -34,9 +34,9 @@ class _Recording:
         out: list[Tensor] = []
 
         def step() -> None:
-            seen = model()
-            assert seen is not None
-            features = seen(*inputs, lens)
+            living = model()
+            assert living is not None
+            features = living(*inputs, lens)
             if out:
                 out[0].copy_(features)
             else:
@@ -56,67 +56,67 @@ class _Recording:
         return self.out[0].clone()
 
 
-class _Recordings:
-    """Of one ViT whose weights lie where they lay."""
+class _Graphs:
+    """Of one ViT whose weights lie where they lay; None for a size that came only once."""
 
     def __init__(self, addresses: list[int]) -> None:
         self.addresses = addresses
-        self.by_size: OrderedDict[tuple[int, ...], _Recording | None] = OrderedDict()
+        self.by_size: OrderedDict[tuple[int, ...], _SizeGraph | None] = OrderedDict()
 
 
-_OF_MODELS: WeakKeyDictionary[VisionModel, _Recordings] = WeakKeyDictionary()
-# A recording's inputs and outputs lie in one place, whichever thread wants them.
+_OF_MODELS: WeakKeyDictionary[VisionModel, _Graphs] = WeakKeyDictionary()
+# A graph's inputs and outputs lie in one place, whichever thread wants them.
 _ONE_AT_A_TIME = Lock()
 
 
-def forget(model: nn.Module) -> None:
-    """Drop what was recorded of a model's ViT, and the memory with it."""
+def drop_vit_graphs(model: nn.Module) -> None:
+    """Drop the graphs of a model's ViT, and their memory with them."""
     for module in model.modules():
         if isinstance(module, VisionModel):
             _OF_MODELS.pop(module, None)
 
 
-def see(vit: VisionModel, patches: Tensor, positions: Tensor, lens: tuple[int, ...]) -> Tensor:
+def run_vit(vit: VisionModel, patches: Tensor, positions: Tensor, lens: tuple[int, ...]) -> Tensor:
     """`vit(patches, positions, lens)`: (N, Hv), replayed where that can be."""
     weights = list(vit.parameters())
-    if _may_record(weights, patches):
+    if _can_capture(weights, patches, lens):
         with _ONE_AT_A_TIME:
-            recording = _recording(vit, weights, patches, positions, lens)
-            if recording is not None:
-                return recording(patches, positions)
+            graph = _graph_of_size(vit, weights, patches, positions, lens)
+            if graph is not None:
+                return graph(patches, positions)
     features: Tensor = vit(patches, positions, lens)
     return features
 
 
-def _recording(
+def _graph_of_size(
     vit: VisionModel,
     weights: list[nn.Parameter],
     patches: Tensor,
     positions: Tensor,
     lens: tuple[int, ...],
-) -> _Recording | None:
-    """That of a size; None when it comes for the first time."""
+) -> _SizeGraph | None:
+    """None when the size comes for the first time."""
     addresses = [weight.data_ptr() for weight in weights]
-    known = _OF_MODELS.get(vit)
-    if known is None or known.addresses != addresses:
-        known = _OF_MODELS[vit] = _Recordings(addresses)
-    seen_before = lens in known.by_size
-    recording = known.by_size.pop(lens, None)
-    if seen_before and recording is None:
-        recording = _Recording(vit, patches, positions, lens)
-    known.by_size[lens] = recording
-    if len(known.by_size) > _SIZES:
-        known.by_size.popitem(last=False)
-    return recording
+    graphs = _OF_MODELS.get(vit)
+    if graphs is None or graphs.addresses != addresses:
+        graphs = _OF_MODELS[vit] = _Graphs(addresses)
+    came_before = lens in graphs.by_size
+    graph = graphs.by_size.pop(lens, None)
+    if came_before and graph is None:
+        graph = _SizeGraph(vit, patches, positions, lens)
+    graphs.by_size[lens] = graph
+    if len(graphs.by_size) > _SIZES:
+        graphs.by_size.popitem(last=False)
+    return graph
 
 
-def _may_record(weights: list[nn.Parameter], patches: Tensor) -> bool:
+def _can_capture(weights: list[nn.Parameter], patches: Tensor, lens: tuple[int, ...]) -> bool:
     """No gradient, the eager path not asked for, all weights here and none of them a shard."""
     if torch.is_grad_enabled() or not patches.is_cuda or not fast.is_on("graphs"):
         return False
     return (
         len(patches) <= _MOST_PATCHES
-        and may_be_recorded(weights[0])
+        and fits_graphs(choose_backend(weights[0], image_layout(lens)))
         and not torch.cuda.is_current_stream_capturing()
         and all(type(w.data) is Tensor and w.device == patches.device for w in weights)
     )

@@ -1,7 +1,7 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""Steps and ViTs that are recorded: what they keep, what they let go, where they give up.
+"""Steps and ViTs as CUDA graphs: what they keep, what they let go, where they give up.
 
-Without a GPU the recording itself is left out, everything around it is as it is there.
+Without a GPU the capture itself is left out, everything around it is as it is there.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from data.packing import pack
 from modeling import fast, load_bagel
-from modeling.bagel import graphs, recorded_vision
+from modeling.bagel import graphs, vit_graphs
 from modeling.bagel.graphs import RepeatedStep
 from modeling.bagel.kv_cache import KVCache
 from modeling.bagel.vision import image_layout
+from modeling.bagel.vit_graphs import drop_vit_graphs, run_vit
 from tests.conftest import TINY_BAGEL
 from tests.modeling.segments import image, text
 
@@ -34,12 +35,12 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 
 
 @pytest.fixture
-def records(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Recordings wherever the weights are whole and no gradient is wanted."""
-    monkeypatch.setattr(recorded_vision, "_may_record", lambda *_: not torch.is_grad_enabled())
-    recorded_vision._OF_MODELS.clear()
+def captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Graphs wherever the weights are whole and no gradient is wanted."""
+    monkeypatch.setattr(vit_graphs, "_can_capture", lambda *_: not torch.is_grad_enabled())
+    vit_graphs._OF_MODELS.clear()
     yield
-    recorded_vision._OF_MODELS.clear()
+    vit_graphs._OF_MODELS.clear()
 
 
 def loaded() -> Any:
@@ -51,13 +52,13 @@ def patches_of(model: Any) -> tuple[Tensor, Tensor]:
     return patches, torch.arange(sum(LENS), device=DEVICE)
 
 
-def recording_of(vit: nn.Module) -> Any:
-    (recording,) = recorded_vision._OF_MODELS[vit].by_size.values()  # type: ignore[index]
-    return recording
+def graph_of(vit: nn.Module) -> Any:
+    (graph,) = vit_graphs._OF_MODELS[vit].by_size.values()  # type: ignore[index]
+    return graph
 
 
-@pytest.mark.usefixtures("records")
-def test_a_size_is_recorded_the_second_time() -> None:
+@pytest.mark.usefixtures("captures")
+def test_a_size_is_captured_the_second_time() -> None:
     """New patches and new weights are read; weights that moved are noticed."""
     vit = loaded().model.vit_model
     model: Any = SimpleNamespace(config=loaded().model.config)
@@ -65,31 +66,31 @@ def test_a_size_is_recorded_the_second_time() -> None:
     def compare() -> None:
         patches, positions = patches_of(model)
         with torch.no_grad():
-            actual = recorded_vision.see(vit, patches, positions, LENS)
+            actual = run_vit(vit, patches, positions, LENS)
             assert torch.equal(actual, vit(patches, positions, LENS))
 
     compare()
-    assert recording_of(vit) is None
+    assert graph_of(vit) is None
     for _ in range(3):
         compare()
-    recording = recording_of(vit)
-    assert recording is not None
-    assert (recording.step.graph is not None) == (DEVICE == "cuda")
+    graph = graph_of(vit)
+    assert graph is not None
+    assert (graph.step.graph is not None) == (DEVICE == "cuda")
     with torch.no_grad():
         for parameter in vit.parameters():
             parameter.mul_(1.01)
     compare()
-    assert recording_of(vit) is recording
+    assert graph_of(vit) is graph
     first = next(vit.parameters())
     first.data = first.data.clone()
     compare()
-    assert recording_of(vit) is None
-    recorded_vision.forget(nn.ModuleList([vit]))
-    assert vit not in recorded_vision._OF_MODELS
+    assert graph_of(vit) is None
+    drop_vit_graphs(nn.ModuleList([vit]))
+    assert vit not in vit_graphs._OF_MODELS
 
 
-@pytest.mark.usefixtures("records")
-def test_a_recording_keeps_its_layout_and_not_the_model() -> None:
+@pytest.mark.usefixtures("captures")
+def test_a_graph_keeps_its_layout_and_not_the_model() -> None:
     """Its attention reads what the layout holds; a model that is dropped is freed."""
     bundle = loaded()
     vit = bundle.model.vit_model
@@ -97,32 +98,32 @@ def test_a_recording_keeps_its_layout_and_not_the_model() -> None:
     image_layout.cache_clear()
     with torch.no_grad():
         for _ in range(2):
-            recorded_vision.see(vit, *inputs, LENS)
+            run_vit(vit, *inputs, LENS)
         layout, model = ref(image_layout(LENS)), ref(vit)
         for side in range(1, 80):  # more than are remembered
             image_layout((side,))
         gc.collect()
-        assert layout() is recording_of(vit).layout
+        assert layout() is graph_of(vit).layout
     del bundle, vit
     gc.collect()
     assert model() is None
     assert layout() is None
-    assert not recorded_vision._OF_MODELS
+    assert not vit_graphs._OF_MODELS
 
 
-@pytest.mark.usefixtures("records")
+@pytest.mark.usefixtures("captures")
 def test_no_more_than_some_sizes_are_remembered() -> None:
     vit = loaded().model.vit_model
     patches, positions = patches_of(loaded().model)
     for side in range(1, 13):
         with torch.no_grad():
-            recorded_vision.see(vit, patches[:side], positions[:side], (side,))
-    assert len(recorded_vision._OF_MODELS[vit].by_size) == 8
+            run_vit(vit, patches[:side], positions[:side], (side,))
+    assert len(vit_graphs._OF_MODELS[vit].by_size) == 8
 
 
-@pytest.mark.usefixtures("records")
-def test_only_prompts_are_recorded() -> None:
-    """A forward under FSDP communicates, so that none is recorded; a cache is filled by replays."""
+@pytest.mark.usefixtures("captures")
+def test_only_prompts_are_captured() -> None:
+    """A forward under FSDP communicates, so that none is captured; a cache is filled by replays."""
     bundle = loaded()
     model = bundle.model
     packed = pack([(text(4), image(3, model), text(3))], bundle.special_tokens).to(DEVICE)
@@ -135,25 +136,25 @@ def test_only_prompts_are_recorded() -> None:
     with torch.no_grad():
         for _ in range(3):
             model(packed)
-        assert not recorded_vision._OF_MODELS
+        assert not vit_graphs._OF_MODELS
         caches = [filled() for _ in range(3)]
-    assert recording_of(model.vit_model) is not None
+    assert graph_of(model.vit_model) is not None
     for cache in caches[1:]:
         for one, other in zip(cache.keys, caches[0].keys, strict=True):
             assert torch.equal(one, other)
 
 
-@pytest.mark.usefixtures("records")
+@pytest.mark.usefixtures("captures")
 def test_inference_mode_leaves_nothing_behind() -> None:
-    """Recorded in a caller's inference mode, used and trained after it."""
+    """Captured in a caller's inference mode, used and trained after it."""
     bundle = loaded()
     vit = bundle.model.vit_model
     inputs = patches_of(bundle.model)
     image_layout.cache_clear()
     with torch.inference_mode():
-        expected = [recorded_vision.see(vit, *inputs, LENS) for _ in range(2)][1].clone()
+        expected = [run_vit(vit, *inputs, LENS) for _ in range(2)][1].clone()
     with torch.no_grad():
-        found = recorded_vision.see(vit, *inputs, LENS)
+        found = run_vit(vit, *inputs, LENS)
     assert torch.equal(found, expected)
     vit(*inputs, LENS).sum().backward()
     made = image_layout(LENS).memo("made", lambda: torch.arange(3))
@@ -163,13 +164,13 @@ def test_inference_mode_leaves_nothing_behind() -> None:
     assert not again.is_inference()
 
 
-def test_a_shard_is_never_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_is_never_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is a ViT with a weight elsewhere, or a call that wants a gradient."""
 
     class Shard(Tensor):
         pass
 
-    monkeypatch.setattr(recorded_vision, "may_be_recorded", lambda _: True)
+    monkeypatch.setattr(vit_graphs, "choose_backend", lambda *_: "blocks")
     monkeypatch.setattr(fast, "is_on", lambda _: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     here = torch.zeros(0, device=DEVICE).device  # with its number, as tensors name it
@@ -182,7 +183,7 @@ def test_a_shard_is_never_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     patches: Any = Patches()
     whole = [nn.Parameter(torch.zeros(2, device=here)) for _ in range(3)]
-    may: Callable[[Any], bool] = lambda weights: recorded_vision._may_record(weights, patches)  # noqa: E731
+    may: Callable[[Any], bool] = lambda weights: vit_graphs._can_capture(weights, patches, LENS)  # noqa: E731
     with torch.no_grad():
         assert may(whole)
         assert not may([*whole, nn.Parameter(torch.zeros(2, device="meta"))])
@@ -196,21 +197,21 @@ def test_a_shard_is_never_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeGraph:
-    """Of a GPU that is not here: replays what was recorded."""
+    """Of a GPU that is not here: replays what was captured."""
 
     def __init__(self, step: Callable[[], None]) -> None:
         self.replay = step
 
 
-class Recorded(RepeatedStep):
-    """Records as on a GPU; so many attempts fail, with what they took in their frames."""
+class CapturedStep(RepeatedStep):
+    """Captures as on a GPU; so many attempts fail, with what they took in their frames."""
 
     def __init__(self, step: Callable[[], None], failures: list[str]) -> None:
         super().__init__(step, torch.device("cuda"))
-        self.records, self.failures = True, failures
+        self.captures, self.failures = True, failures
         self.attempts: list[ref[FakeGraph]] = []
 
-    def _record(self) -> Any:
+    def _capture(self) -> Any:
         graph = FakeGraph(self.step)
         self.attempts.append(ref(graph))
         if self.failures:
@@ -224,7 +225,7 @@ DRIVER = "CUDA error: out of memory"
 
 
 @pytest.mark.parametrize(
-    ("failures", "recorded"),
+    ("failures", "captured"),
     [
         ([], True),
         ([OUT_OF_MEMORY], True),
@@ -232,31 +233,31 @@ DRIVER = "CUDA error: out of memory"
         ([DRIVER, OUT_OF_MEMORY], False),
     ],
 )
-def test_a_recording_that_finds_no_memory(
-    failures: list[str], recorded: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_graph_that_finds_no_memory(
+    failures: list[str], captured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once more with the memory of the first attempt given back, then plainly; no call is lost."""
     calls: list[int] = []
-    step = Recorded(lambda: calls.append(1), [*failures])
+    step = CapturedStep(lambda: calls.append(1), [*failures])
     held: list[Any] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append(step.attempts[-1]()))
     for count in range(1, 5):
         step()
         assert len(calls) == count
-    assert (step.graph is not None, step.records) == (recorded, recorded)
-    assert len(step.attempts) == len(failures) + recorded
+    assert (step.graph is not None, step.captures) == (captured, captured)
+    assert len(step.attempts) == len(failures) + captured
     assert held == [None] * len(failures)
 
 
-def test_other_errors_of_a_recording_are_raised() -> None:
-    step = Recorded(lambda: None, ["operation not permitted when stream is capturing"])
+def test_other_errors_of_a_capture_are_raised() -> None:
+    step = CapturedStep(lambda: None, ["operation not permitted when stream is capturing"])
     step()
     with pytest.raises(RuntimeError, match="not permitted"):
         step()
 
 
-def test_recordings_that_live_share_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuBLAS keeps a workspace a stream in a recording's memory; streams come round again."""
+def test_graphs_that_live_share_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS keeps a workspace a stream in a graph's memory; streams come round again."""
     used: list[int] = []
     made: list[int] = []
 
@@ -290,22 +291,22 @@ def test_recordings_that_live_share_no_stream(monkeypatch: pytest.MonkeyPatch) -
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
 
-    def recorded() -> RepeatedStep:
+    def captured_step() -> RepeatedStep:
         step = RepeatedStep(lambda: None, torch.device("cuda"))
-        step.records = True
+        step.captures = True
         step()
         step()
         return step
 
-    living = [recorded() for _ in range(3)]
+    living = [captured_step() for _ in range(3)]
     assert used == [1, 2, 3]
     del living[1]
-    living.append(recorded())
-    living.append(recorded())
+    living.append(captured_step())
+    living.append(captured_step())
     assert used == [1, 2, 3, 2, 4]
 
 
-@pytest.mark.usefixtures("records")
+@pytest.mark.usefixtures("captures")
 def test_threads_do_not_get_each_others_images() -> None:
     vit = loaded().model.vit_model
     model: Any = SimpleNamespace(config=loaded().model.config)
@@ -313,11 +314,11 @@ def test_threads_do_not_get_each_others_images() -> None:
     with torch.no_grad():
         expected = [vit(*each, LENS) for each in inputs]
         for _ in range(2):
-            recorded_vision.see(vit, *inputs[0], LENS)
+            run_vit(vit, *inputs[0], LENS)
 
     def look(which: int) -> bool:
         with torch.no_grad():
-            seen = [recorded_vision.see(vit, *inputs[which], LENS) for _ in range(60)]
+            seen = [run_vit(vit, *inputs[which], LENS) for _ in range(60)]
         return all(torch.equal(one, expected[which]) for one in seen)
 
     with ThreadPoolExecutor(2) as pool:
@@ -336,6 +337,6 @@ def test_prompts_replay_the_vit() -> None:
         for _ in range(3):
             caches.append(KVCache(model.config.llm, 1, 40, "cuda", model.dtype))
             model.fill_cache(packed, caches[-1])
-    assert recording_of(model.vit_model).step.graph is not None
+    assert graph_of(model.vit_model).step.graph is not None
     for one, other in zip(caches[2].keys, caches[0].keys, strict=True):
         assert torch.equal(one, other)

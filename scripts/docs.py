@@ -1,0 +1,191 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""`make docs`: the tables that mirror the code, written anew between their markers.
+
+A region begins with `<!-- NAME -->` and ends with `<!-- end -->`. What REGIONS does not name is
+written by hand. The meanings of options are the help texts of the settings.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from modeling.fast import FAST_PATHS
+from modeling.host.programs import run_main
+from scripts.bench.all import table as benchmark_table
+from scripts.visual_opsd.analysis.kl_measurement import DiagnosticSettings
+from scripts.visual_opsd.cli import flat
+from scripts.visual_opsd.config import (
+    INTERLEAVED_DEFAULTS,
+    SFT_DEFAULTS,
+    ComputeSettings,
+    FlowSettings,
+    TrainConfig,
+)
+from scripts.visual_opsd.evaluation.questions import BenchmarkSettings, EvaluateSettings
+from scripts.visual_opsd.training.checkpoints import FREE_FIELDS
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "docs" / "benchmarks"
+HEADINGS = {
+    "model": "Model", "prompt": "Contexts", "data": "Data", "teacher": "Teacher",
+    "sample": "Sampling and sequence lengths", "loss": "Loss", "optim": "Optimiser", "run": "Run",
+}  # fmt: skip
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head, *body = ("| " + " | ".join(line) + " |" for line in (header, *rows))
+    return "\n".join((head, "|---" * (head.count("|") - 1) + "|", *body))
+
+
+def flag_text(name: str) -> str:
+    return f"`--{name}`"
+
+
+def value_text(value: Any) -> str:
+    """A default as somebody would type it."""
+    if value is None:
+        return "`none`"
+    text = '""' if value == "" else str(value)
+    return f"`{re.sub(r'e-0(?=[0-9])', 'e-', text)}`"
+
+
+def option_table(group: type) -> str:
+    """Flag, default and meaning of every field of a settings class."""
+    rows = [
+        (flag_text(spec.name), value_text(spec.default), spec.metadata["help"])
+        for spec in fields(group)
+    ]
+    return markdown_table(("flag", "default", "meaning"), rows)
+
+
+def training_options() -> str:
+    config = TrainConfig()
+    parts = [
+        f"### {HEADINGS[group.name]}\n\n{option_table(type(getattr(config, group.name)))}"
+        for group in fields(config)
+    ]
+    return "\n\n".join(parts)
+
+
+def sft_defaults() -> str:
+    """What the two kinds of SFT set differently, beside Visual-OPSD's defaults."""
+    paper = flat(TrainConfig())
+    columns = (paper, paper | SFT_DEFAULTS, paper | INTERLEAVED_DEFAULTS)
+    rows = [
+        (flag_text(name), *(value_text(column[name]) for column in columns))
+        for name in INTERLEAVED_DEFAULTS
+    ]
+    return markdown_table(("flag", "Visual-OPSD", "SFT on text", "interleaved SFT"), rows)
+
+
+def free_settings() -> str:
+    names = [flag_text(name) for name in flat(TrainConfig()) if name in FREE_FIELDS]
+    return textwrap.fill(", ".join(names) + ".", 98, break_on_hyphens=False)
+
+
+def fast_paths() -> str:
+    rows = [(f"`{name}`", meaning) for name, meaning in FAST_PATHS.items()]
+    return markdown_table(("name", "what it does"), rows)
+
+
+def demo_results() -> str:
+    """The README's table, from docs/benchmarks/demo.json: the seeds, their mean, larger runs."""
+    recorded = json.loads((BENCHMARKS / "demo.json").read_text(encoding="utf-8"))
+
+    def shares(accuracy: Mapping[str, float]) -> list[str]:
+        return [f"{100 * accuracy[arm]:.1f} %" for arm in ("base", "real", "noise")]
+
+    def pair(run: Mapping[str, Any], name: str) -> str:
+        figures = run["paired_points"][name]
+        low, high = figures["interval"]
+        return f"{figures['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
+
+    def gaps(run: Mapping[str, Any]) -> dict[str, float]:
+        return {arm: run["gap_closed"][arm]["jsd"]["value"] for arm in ("real", "noise")}
+
+    def closed(shares: Mapping[str, float]) -> str:
+        return " / ".join(f"{100 * shares[arm]:.0f} %" for arm in ("real", "noise"))
+
+    def row(label: str, run: Mapping[str, Any]) -> list[str]:
+        pairs = [pair(run, name) for name in ("real - noise", "noise - base")]
+        return [label, *shares(run["accuracy"]), *pairs, closed(gaps(run)), f"{run['seconds']} s"]
+
+    seeds = recorded["seeds"]
+    rows = [row(str(run["seed"]), run) for run in seeds]
+    accuracy = {arm: fmean(run["accuracy"][arm] for run in seeds) for arm in seeds[0]["accuracy"]}
+    mean_gaps = {arm: fmean(gaps(run)[arm] for run in seeds) for arm in ("real", "noise")}
+    points = (100 * (accuracy[a] - accuracy[b]) for a, b in (("real", "noise"), ("noise", "base")))
+    mean = ["mean", *shares(accuracy), *(f"{value:+.1f}" for value in points), closed(mean_gaps)]
+    rows.append([*(f"**{cell}**" for cell in mean), ""])
+    for name, run in recorded.get("larger_setting", {}).items():
+        if isinstance(run, dict):
+            rows.append(row(f"{run['seed']}, larger, {name.replace('_', ' ')}", run))
+    header = ("seed", "before", "after, real VTs", "after, noise", "real - noise", "noise - before")
+    return markdown_table((*header, "gap closed, real / noise", "time"), rows)
+
+
+def benchmark_figures(name: str) -> str:
+    return benchmark_table(json.loads((BENCHMARKS / name).read_text(encoding="utf-8")))
+
+
+# Document -> region -> what stands in it.
+REGIONS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"demo results": demo_results},
+    "INSTALL.md": {"fast paths": fast_paths},
+    "TRAIN.md": {
+        "options: TrainConfig": training_options,
+        "options: SFT": sft_defaults,
+        "options: FlowSettings": lambda: option_table(FlowSettings),
+        "free": free_settings,
+    },
+    "EVAL.md": {
+        f"options: {group.__name__}": lambda group=group: option_table(group)  # type: ignore[misc]
+        for group in (EvaluateSettings, BenchmarkSettings, ComputeSettings, DiagnosticSettings)
+    },
+    "docs/benchmarks/README.md": {"h100": lambda: benchmark_figures("h100.json")},
+}
+
+
+def renew(text: str, regions: Mapping[str, Callable[[], str]]) -> str:
+    """A document with its regions written anew, each indented as its marker is."""
+    for name, write in regions.items():
+        pattern = rf"(?ms)^( *)<!-- {re.escape(name)} -->$.*?^ *<!-- end -->$"
+        found = re.search(pattern, text)
+        if found is None:
+            raise ValueError(f"no region <!-- {name} --> that an <!-- end --> closes")
+        lines = textwrap.indent(write(), found[1])
+        region = f"{found[1]}<!-- {name} -->\n{lines}\n{found[1]}<!-- end -->"
+        text = text[: found.start()] + region + text[found.end() :]
+    return text
+
+
+def renewed_documents() -> dict[Path, str]:
+    """The documents that differ from the code, as they should be."""
+    found = {}
+    for name, regions in REGIONS.items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        try:
+            renewed = renew(text, regions)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if renewed != text:
+            found[ROOT / name] = renewed
+    return found
+
+
+def main() -> int:
+    for path, text in renewed_documents().items():
+        path.write_text(text, encoding="utf-8")
+        print(f"{path.relative_to(ROOT)} changed")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
