@@ -229,7 +229,8 @@ class InterleaveInferencer(InterleaveEngine):
 class BatchInterleaveInferencer(InterleaveEngine):
     """Many conversations at once: lists in, lists out; constructor: see `InterleaveEngine`.
 
-    With a `seed` each sample's result is that of `InterleaveInferencer` with this seed.
+    With a `seed` each sample's result is that of `InterleaveInferencer` with this seed (not under
+    reference_compat, where images of one batch share their noise).
     """
 
     def interleave_inference(

@@ -201,6 +201,8 @@ FAULTS = [
         ("the sampled end is no label",
          "Completion(tuple(ids[:-1]), tuple(sampled), scored_logprobs)",
          "Completion(tuple(ids[:-1]), (*sampled[:-1], False), scored_logprobs)"),
+        ("a token beyond the budget is told", "ids[: settings.max_new_tokens - 1]", "ids",
+         "visual_opsd/test_on_policy_sampler.py::test_ids_are_told_while_decoding"),
         ("a stop is not polled", "            on_check=partial(check, group),\n", ""),
     ]),
     *faults("scripts/visual_opsd/training/samples.py",

@@ -216,6 +216,26 @@ def test_stop_request_interrupts(bundle: Any) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("check_every", [1, 3])
+def test_ids_are_told_while_decoding(bundle: Any, check_every: int) -> None:
+    """Of each context in its group, and never more than its completion will hold."""
+    contexts = noisy_contexts(bundle, 3)
+    told: dict[int, list[list[int]]] = {0: [], 1: [], 2: []}
+    settings = SamplerSettings(12, temperature=1.5, max_rows=2, check_every=check_every)
+    completions = sample_completions(
+        bundle.model, contexts, [0, 1, 2], tokenizer=bundle.tokenizer,
+        special=bundle.special_tokens, settings=settings, seed=7, step=3,
+        on_ids=lambda i, ids: told[i].append(ids),
+    )  # fmt: skip
+    end = bundle.special_tokens.eos
+    for i, completion in enumerate(completions):
+        whole = [*completion.ids, end]
+        assert all(ids == whole[: len(ids)] for ids in told[i])
+        assert len(told[i][0]) == min(check_every, len(whole) - completion.capped)
+        assert len(told[i][-1]) >= len(completion.ids)
+    assert any(completion.capped for completion in completions)
+
+
 def test_bad_settings_are_errors(bundle: Any) -> None:
     prompt = pack(noisy_contexts(bundle, 1), bundle.special_tokens)
     special = bundle.special_tokens
