@@ -78,16 +78,13 @@ class StepSampler:
     """
 
     def __init__(self, sources: Sequence[Source], seed: int, global_batch_size: int) -> None:
-        if global_batch_size < 1:
-            raise ValueError(f"the global batch size must be at least 1, found {global_batch_size}")
+        assert global_batch_size >= 1, global_batch_size
         self.sources, self.seed = tuple(sources), seed
         self.global_batch_size = global_batch_size
         names = [(source.dataset.name, source.dataset.split) for source in sources]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"need at least one dataset and each once, found {names}")
+        assert names and len(set(names)) == len(names), names
         weights = np.array([source.weight for source in sources], dtype=np.float64)
-        if not np.all(np.isfinite(weights)) or np.any(weights < 0) or weights.sum() <= 0:
-            raise ValueError(f"weights must be at least 0, not all 0, found {weights.tolist()}")
+        assert np.all(np.isfinite(weights) & (weights >= 0)) and weights.sum() > 0, weights
         # Upper edges of the choice intervals; the last dataset of positive weight takes the rest,
         # whatever the rounding of the sum.
         self._edges = np.cumsum(weights / weights.sum())
@@ -154,8 +151,7 @@ class StepSampler:
 
     def position(self, step: int, slot: int) -> int:
         """Global place of a slot: step * global_batch_size + slot."""
-        if step < 0 or not 0 <= slot < self.global_batch_size:
-            raise IndexError(f"step {step}, slot {slot} of batches of {self.global_batch_size}")
+        assert step >= 0 and 0 <= slot < self.global_batch_size, (step, slot)
         return step * self.global_batch_size + slot
 
     def candidates(self, step: int, slot: int) -> Iterator[tuple[ParquetDataset, int]]:
@@ -173,8 +169,7 @@ class StepSampler:
 
     def slots(self, rank: int, world_size: int) -> range:
         """Contiguous share of the slots of a rank; shares differ by at most one, may be empty."""
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} of world size {world_size}")
+        assert 0 <= rank < world_size, (rank, world_size)
         size = self.global_batch_size
         return range(rank * size // world_size, (rank + 1) * size // world_size)
 

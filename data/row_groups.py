@@ -166,8 +166,7 @@ class ParquetDataset:
         return self.groups[group].file, self.groups[group].first_in_file + offset
 
     def _group_of(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < self._length:
-            raise IndexError(f"row {index} of dataset {self.name} with {self._length} rows")
+        assert 0 <= index < self._length, (index, self._length)
         group = bisect_right(self._firsts, index) - 1
         return group, index - self.groups[group].first
 

@@ -258,8 +258,7 @@ class TsvDataset:
 
     def locate(self, index: int) -> tuple[str, int]:
         """File of a row and its place in it (records after the header, from 0)."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of dataset {self.name} with {len(self)} rows")
+        assert 0 <= index < len(self), (index, len(self))
         return self.files[0], index
 
     def _record(self, row: int) -> dict[str, str]:

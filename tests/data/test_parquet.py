@@ -73,7 +73,7 @@ def test_rows_of_several_files_in_order(tmp_path: Path) -> None:
     assert row.values["question"] == "question 20?"
     assert [dataset.read_row(i).values["answer"].split()[1] for i in (7, 8)] == ["7", "8"]
     for index in (-1, 23):
-        with pytest.raises(IndexError):
+        with pytest.raises(AssertionError):
             dataset.read_row(index)
 
 
@@ -305,19 +305,15 @@ def test_candidates_go_on_in_the_slots_own_epoch() -> None:
     assert next(sampler.candidates(2, 1))[1] == order[5]  # the next epoch
 
 
-def test_sampler_arguments() -> None:
-    with pytest.raises(ValueError, match="global batch size must be at least 1"):
-        StepSampler([_source("A", 5)], 0, 0)
-    with pytest.raises(ValueError, match="at least one dataset and each once"):
-        StepSampler([], 0, 1)
-    with pytest.raises(ValueError, match="at least one dataset and each once"):
-        StepSampler([_source("A", 5), _source("A", 5)], 0, 1)
-    with pytest.raises(ValueError, match="weights"):
-        StepSampler([_source("A", 5, 0.0)], 0, 1)
-    sampler = StepSampler([_source("A", 5)], 0, 4)
-    with pytest.raises(IndexError):
+def test_what_an_order_cannot_be_made_of() -> None:
+    one = _source("A", 5)
+    for sources, size in (([one], 0), ([], 1), ([one, one], 1), ([_source("A", 5, 0.0)], 1)):
+        with pytest.raises(AssertionError):
+            StepSampler(sources, 0, size)
+    sampler = StepSampler([one], 0, 4)
+    with pytest.raises(AssertionError):
         sampler.position(0, 4)
-    with pytest.raises(ValueError, match="rank 2 of world size 2"):
+    with pytest.raises(AssertionError):
         sampler.slots(2, 2)
 
 
