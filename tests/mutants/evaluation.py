@@ -46,7 +46,7 @@ FAULTS = [
          "visual_opsd/evaluation/test_runner.py "
          "visual_opsd/evaluation/test_evaluate.py::test_bad_rows_are_counted_and_listed "
          "visual_opsd/training/test_unusable_rows.py::test_a_stale_bad_row_of_a_higher_rank_is_answered"),
-        ("every rank does every row", "mine = todo[env.rank :: env.world_size]", "mine = todo",
+        ("every rank does every row", "mine = left[env.rank :: env.world_size]", "mine = left",
          "visual_opsd/analysis/test_ranks_and_kills.py::test_two_processes_agree_with_one"),
         ("limit is ignored", "min(len(pool), self.limit or len(pool))", "len(pool)",
          "visual_opsd/evaluation/test_evaluate_flags.py"),
