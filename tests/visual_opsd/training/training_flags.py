@@ -120,8 +120,8 @@ class TrainRun(Run):
         given = self.given
         folder = Path(given["data_root"]) / "Spatial_Navigation" / "data"
         split = "heldout" if "heldout" in str(given["dataset_config_file"]) else "train"
-        (file,) = folder.glob(f"{split}-*")
-        cells = pq.read_table(file).to_pylist()
+        files = sorted(folder.glob(f"{split}-*"))
+        cells = [row for file in files for row in pq.read_table(file).to_pylist()]
         sources = self.calls["StepSampler.__init__"][0]["sources"]
         order = StepSampler(sources, given["data_seed"], given["global_batch_size"])
         for step in range(given["total_steps"]):
