@@ -27,7 +27,7 @@ from data.json_lines import write_lines
 from data.limits import NO_LIMITS, PACKED_TOKENS, ContextLimits
 from data.packing import context_length
 from data.parquet import Reject
-from data.randomness import noise_generator
+from data.randomness import RANDOMNESS_VERSION, noise_generator
 from data.rejects import summarise
 from data.sequence import Completion, Context, ContextBuilder
 from data.thinkmorph import EVALUATION_ROWS, Row, RowNeeds, parse_row
@@ -311,6 +311,7 @@ def result_settings(config: EvaluateConfig, pool: RowPool, dtype: torch.dtype) -
         "max_new_tokens": settings.max_new_tokens,
         "image_skips": settings.image_skips,
         "noise_seed": settings.noise_seed if settings.context == "noise" else None,
+        **({"random_numbers": RANDOMNESS_VERSION} if settings.context == "noise" else {}),
         "precision": str(dtype).removeprefix("torch."),
         **prompt_identity(config.prompt),
         "scoring_version": SCORING_VERSION,

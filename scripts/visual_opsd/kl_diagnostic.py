@@ -30,6 +30,7 @@ import torch
 
 from data.json_lines import write_lines
 from data.parquet import Reject
+from data.randomness import RANDOMNESS_VERSION
 from data.rejects import summarise
 from data.sequence import Completion, given_completion
 from modeling import BagelBundle, load_bagel
@@ -207,6 +208,7 @@ def identity(config: DiagnosticConfig, pool: RowPool, dtype: torch.dtype) -> dic
         "num_samples": settings.num_samples,
         "completions": settings.completions,
         "seed": settings.seed,
+        "random_numbers": RANDOMNESS_VERSION,
         "sample_max_new_tokens": sample.sample_max_new_tokens,
         "sample_temperature": sample.sample_temperature,
         "sample_do_sample": sample.sample_do_sample,

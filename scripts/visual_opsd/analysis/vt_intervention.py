@@ -32,7 +32,7 @@ from PIL import Image
 
 from data.json_lines import write_lines
 from data.parquet import Reject
-from data.randomness import noise_picture
+from data.randomness import RANDOMNESS_VERSION, noise_picture
 from data.rejects import summarise
 from data.sequence import TextSegment
 from data.transforms import decode_image
@@ -134,6 +134,7 @@ def result_settings(
         "max_new_tokens": settings.max_new_tokens,
         "image_skips": settings.image_skips,
         "seed": settings.seed,
+        "random_numbers": RANDOMNESS_VERSION,
         "drawing": asdict(config.drawing),
         "precision": str(dtype).removeprefix("torch."),
         "vae": config.prompt.vae_config(),
