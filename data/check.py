@@ -14,10 +14,9 @@ import contextlib
 import copy
 import os
 import re
-import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -239,59 +238,70 @@ def check_dataset(
     positions: int | None = None,
 ) -> tuple[Lines, bool]:
     """Table of one dataset as (label, value) lines, and whether it can be used."""
-    lines: Lines = [("files", str(len(files)))]
     schema_lines, ok = _schema_lines(files, USES[use])
+    lines: Lines = [("files", str(len(files)))]
     if not ok:
         return [*lines, *schema_lines, ("SCHEMA ERROR", f"cannot be used for {use}")], False
     try:
         dataset = ParquetDataset(name, files, WHOLE_ROWS)
-    except ValueError as error:
-        return [*lines, *schema_lines, ("rows", "0"), ("ERROR", str(error))], False
-    largest = max(dataset.groups, key=lambda group: group.bytes)
-    try:
         stats = scan_all(dataset, length, num_workers, positions)
-    except ValueError as error:  # a file went away
+    except ValueError as error:  # no rows, or a file went away
         return [*lines, *schema_lines, ("ERROR", str(error))], False
-    bad = stats.reasons.total()
-    reasons = ", ".join(f"{count} {reason}" for reason, count in stats.reasons.most_common())
-    counts = ", ".join(f"{n} rows with {k}" for k, n in sorted(stats.visual_thoughts.items()))
+    largest = max(dataset.groups, key=lambda group: group.bytes)
     lines += [
         ("row groups", f"{len(dataset.groups)}, the largest of {_group(largest)}"),
         ("rows", str(stats.rows)),
         *schema_lines,
+        *_row_lines(stats, unit),
+        *(("note", note) for note in _notes(stats)),
+        *(("WARNING", warning) for warning in _warnings(stats, use, largest, positions)),
+    ]
+    return lines, True
+
+
+def _row_lines(stats: RowStats, unit: str) -> Lines:
+    bad = stats.reasons.total()
+    reasons = ", ".join(f"{count} {reason}" for reason, count in stats.reasons.most_common())
+    counts = ", ".join(f"{n} rows with {k}" for k, n in sorted(stats.visual_thoughts.items()))
+    return [
         ("images", str(stats.images)),
         ("images undecodable", str(stats.undecodable)),
         ("bad rows", f"{bad} ({reasons})" if bad else "0"),
-        *((f"usable for {name}", f"{stats.usable[name]} rows") for name in USES),
+        *((f"usable for {use}", f"{stats.usable[use]} rows") for use in USES),
         ("visual thoughts", counts or "none"),
         ("problem image", _sizes(stats.problem_sizes)),
         ("visual thought", _sizes(stats.thought_sizes)),
+        *((f"{text} ({unit})", _range(values)) for text, values in stats.lengths.items()),
+        *(("bad row", example) for example in stats.examples[:SHOWN]),
     ]
-    for key, values in stats.lengths.items():
-        lines.append((f"{key} ({unit})", _range(values)))
-    lines += [("bad row", example) for example in stats.examples[:SHOWN]]
+
+
+def _notes(stats: RowStats) -> Iterator[str]:
     if stats.control_tokens:
-        lines.append(
-            ("note", f"{stats.control_tokens} rows hold control tokens such as <|im_end|> in their "
-             "texts, which become control ids, as in the authors' code")
-        )  # fmt: skip
+        yield (
+            f"{stats.control_tokens} rows hold control tokens such as <|im_end|> in their texts, "
+            "which become control ids, as in the authors' code"
+        )
+
+
+def _warnings(
+    stats: RowStats, use: str, largest: RowGroup, positions: int | None
+) -> Iterator[str]:
     if stats.long_questions and positions is None:
-        lines.append(
-            ("WARNING", f"{stats.long_questions} rows have questions of more than {LONG_QUESTION} "
-             "characters, which few models have positions for: --tokenizer DIR counts")
-        )  # fmt: skip
+        yield (
+            f"{stats.long_questions} rows have questions of more than {LONG_QUESTION} characters, "
+            "which few models have positions for: --tokenizer DIR counts"
+        )
     lost = stats.rows - stats.usable[use]
     if lost > MAX_BAD_RATE * stats.rows:
-        lines.append(
-            ("WARNING", f"{lost} of {stats.rows} rows cannot be used for {use}, more than the "
-             f"{MAX_BAD_RATE:.0%} training allows")
-        )  # fmt: skip
+        yield (
+            f"{lost} of {stats.rows} rows cannot be used for {use}, more than the "
+            f"{MAX_BAD_RATE:.0%} training allows"
+        )
     if largest.bytes > LARGE_GROUP:
-        lines.append(
-            ("WARNING", f"a row group holds {_group(largest)}; random reads "
-             "are faster with row_group_size=100")
-        )  # fmt: skip
-    return lines, True
+        yield (
+            f"a row group holds {_group(largest)}; random reads are faster with row_group_size=100"
+        )
 
 
 def find_datasets(path: Path, split: str) -> list[tuple[str, list[Path] | ValueError]]:
@@ -377,12 +387,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="decoding threads",
     )
     options = parser.parse_args(arguments)
-    try:
-        length, unit, positions = _length_function(options.tokenizer)
-        datasets = find_datasets(Path(options.path), options.split)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    length, unit, positions = _length_function(options.tokenizer)
+    datasets = find_datasets(Path(options.path), options.split)
     good = True
     for name, files in datasets:
         if isinstance(files, ValueError):

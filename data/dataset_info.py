@@ -37,22 +37,17 @@ class DatasetInfo:
     name: str
     repo_id: str
     rows: int
-    task: str
 
 
-DATASETS: dict[str, DatasetInfo] = {
-    info.name: info
-    for info in (
-        DatasetInfo("Visual_Search", "ThinkMorph/Visual_Search", 6990,
-                    "find a small object and answer about it; VT: the object framed"),
-        DatasetInfo("Spatial_Navigation", "ThinkMorph/Spatial_Navigation", 6000,
-                    "plan a safe route through a grid maze; VT: the route drawn"),
-        DatasetInfo("Jigsaw_Assembly", "ThinkMorph/Jigsaw_Assembly", 6000,
-                    "order the pieces of a cut picture; VT: the picture put together"),
-        DatasetInfo("Chart_Refocus", "ThinkMorph/Chart_Refocus", 6000,
-                    "read a value off a chart; VT: the relevant marks highlighted"),
+DATASETS = {
+    name: DatasetInfo(name, f"ThinkMorph/{name}", rows)
+    for name, rows in (
+        ("Visual_Search", 6990),
+        ("Spatial_Navigation", 6000),
+        ("Jigsaw_Assembly", 6000),
+        ("Chart_Refocus", 6000),
     )
-}  # fmt: skip
+}
 
 
 def data_root(root: str | Path | None = None) -> Path:

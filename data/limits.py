@@ -63,7 +63,7 @@ class ContextLimits:
         for context in contexts:
             problem = self.problem(context, new_positions)
             if problem is not None:
-                raise BadRow("too_long", problem, file=row.file, row=row.row)
+                raise row.bad("too_long", problem)
 
     def check_settings(self, builder: ContextBuilder, *, teacher: bool = False) -> ContextLimits:
         """These limits, if a row without a question of its own and with tiny images fits them.

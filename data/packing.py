@@ -15,14 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.sequence import (
-    Context,
-    ImageSegment,
-    LatentSegment,
-    PixelSegment,
-    Segment,
-    TextSegment,
-)
+from data.sequence import ImageSegment, LatentSegment, PixelSegment, Segment, TextSegment
 from modeling.bagel.attention import AttentionLayout, Block
 from modeling.bagel.batch import PackedBatch, PackedLatents
 from modeling.bagel.config import SpecialTokens
@@ -107,6 +100,24 @@ class _Builder:
         self.latent_rows.append(self.put_image(len(segment.latents), position))
         return position + (segment.noise is None)
 
+    def add(self, context: Iterable[Segment], position: int) -> tuple[int, tuple[Block, ...]]:
+        """Append a context; the position after it, and its images by their place in it."""
+        start = self.row
+        blocks: list[Block] = []
+        for segment in context:
+            if isinstance(segment, TextSegment):
+                position = self.add_text(segment, position)
+                continue
+            assert not isinstance(segment, PixelSegment), "encode the pictures before packing"
+            first, noise = self.row - start, False
+            if isinstance(segment, ImageSegment):
+                position = self.add_image(segment, position)
+            else:
+                position = self.add_latents(segment, position)
+                noise = segment.noise is not None
+            blocks.append(Block(first, self.row - start, noise))
+        return position, tuple(blocks)
+
     def packed_latents(self, sample_lens: Sequence[int]) -> PackedLatents | None:
         if not self.latents:
             return None
@@ -163,32 +174,19 @@ def pack(
     lens, blocks, counts, next_positions = [], [], [], []
     for context, (_, position) in zip(contexts, past, strict=True):
         start, scored_before = builder.row, len(builder.score_rows)
-        own: list[Block] = []
-        for segment in context:
-            if isinstance(segment, TextSegment):
-                position = builder.add_text(segment, position)
-            else:
-                assert not isinstance(segment, PixelSegment), "encode the pictures before packing"
-                first, noise = builder.row - start, False
-                if isinstance(segment, ImageSegment):
-                    position = builder.add_image(segment, position)
-                else:
-                    position = builder.add_latents(segment, position)
-                    noise = segment.noise is not None
-                own.append(Block(first, builder.row - start, noise))
+        position, own = builder.add(context, position)
         lens.append(builder.row - start)
-        blocks.append(tuple(own))
+        blocks.append(own)
         counts.append(len(builder.score_rows) - scored_before)
         next_positions.append(position)
+    images = builder.images
     return PackedBatch(
         text_ids=_long(builder.text_ids),
         text_rows=_long(builder.text_rows),
-        vit_patches=torch.cat([s.patches for s in builder.images]) if builder.images else None,
-        vit_rows=_long(np.concatenate(builder.vit_rows) if builder.images else []),
-        vit_position_ids=(
-            torch.cat([s.position_ids for s in builder.images]) if builder.images else _long([])
-        ),
-        vit_lens=tuple(len(s.patches) for s in builder.images),
+        vit_patches=torch.cat([s.patches for s in images]) if images else None,
+        vit_rows=_long(np.concatenate([[], *builder.vit_rows])),
+        vit_position_ids=torch.cat([_long([]), *(s.position_ids for s in images)]),
+        vit_lens=tuple(len(s.patches) for s in images),
         position_ids=_long(builder.positions),
         layout=AttentionLayout(tuple(lens), tuple(n for n, _ in past), tuple(blocks)),
         score_rows=_long(builder.score_rows),
@@ -235,14 +233,3 @@ def group_by_tokens(lengths: Sequence[int], limit: int) -> list[list[int]]:
         groups[-1].append(index)
         used += length
     return groups
-
-
-__all__ = [
-    "Context",
-    "context_length",
-    "context_positions",
-    "group_by_tokens",
-    "pack",
-    "pack_branches",
-    "segment_length",
-]

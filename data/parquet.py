@@ -24,7 +24,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -39,29 +39,13 @@ from data.randomness import (
     dataset_uniforms,
     epoch_permutation,
 )
-from data.rejects import Reject, RejectLedger, summarise
-from data.row_groups import ParquetDataset, RowSource, iter_rows
-from data.thinkmorph import OPSD_ROWS, BadRow, Row, RowNeeds
-
-__all__ = [
-    "ParquetDataset",
-    "Reject",
-    "RejectLedger",
-    "SlotItem",
-    "Source",
-    "StepLoader",
-    "StepRows",
-    "StepSampler",
-    "attempt",
-    "iter_prepared",
-    "iter_rows",
-    "make_loader",
-    "open_sources",
-]
+from data.rejects import Reject, summarise
+from data.row_groups import ParquetDataset, prepare_row
+from data.thinkmorph import OPSD_ROWS, Row, RowNeeds
 
 T = TypeVar("T")
 
-MAX_ATTEMPTS = 64
+MAX_CANDIDATES = 64  # of a slot that were bad, before the run ends
 _CHOICE_BLOCK = 4096
 
 
@@ -99,22 +83,18 @@ class StepSampler:
     """
 
     def __init__(self, sources: Sequence[Source], seed: int, global_batch_size: int) -> None:
-        if global_batch_size < 1:
-            raise ValueError(f"the global batch size must be at least 1, found {global_batch_size}")
+        assert global_batch_size >= 1, global_batch_size
         self.sources, self.seed = tuple(sources), seed
         self.global_batch_size = global_batch_size
         names = [(source.dataset.name, source.dataset.split) for source in sources]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"need at least one dataset and each once, found {names}")
+        assert names and len(set(names)) == len(names), names
         weights = np.array([source.weight for source in sources], dtype=np.float64)
-        if not np.all(np.isfinite(weights)) or np.any(weights < 0) or weights.sum() <= 0:
-            raise ValueError(f"weights must be at least 0, not all 0, found {weights.tolist()}")
+        assert np.all(np.isfinite(weights) & (weights >= 0)) and weights.sum() > 0, weights
         # Upper edges of the choice intervals; the last dataset of positive weight takes the rest,
         # whatever the rounding of the sum.
         self._edges = np.cumsum(weights / weights.sum())
         self._edges[np.flatnonzero(weights)[-1] :] = 1.0
         self._used = [self._budget(source) for source in sources]
-        self._subsets: dict[int, np.ndarray | None] = {}
         self._orders: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._blocks: OrderedDict[int, np.ndarray] = OrderedDict()
         # Draws of each dataset before block b, (blocks known + 1, datasets).
@@ -176,8 +156,7 @@ class StepSampler:
 
     def position(self, step: int, slot: int) -> int:
         """Global place of a slot: step * global_batch_size + slot."""
-        if step < 0 or not 0 <= slot < self.global_batch_size:
-            raise IndexError(f"step {step}, slot {slot} of batches of {self.global_batch_size}")
+        assert step >= 0 and 0 <= slot < self.global_batch_size, (step, slot)
         return step * self.global_batch_size + slot
 
     def candidates(self, step: int, slot: int) -> Iterator[tuple[ParquetDataset, int]]:
@@ -195,8 +174,7 @@ class StepSampler:
 
     def slots(self, rank: int, world_size: int) -> range:
         """Contiguous share of the slots of a rank; shares differ by at most one, may be empty."""
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} of world size {world_size}")
+        assert 0 <= rank < world_size, (rank, world_size)
         size = self.global_batch_size
         return range(rank * size // world_size, (rank + 1) * size // world_size)
 
@@ -234,40 +212,10 @@ class StepRows(Generic[T]):
         return len(self.items) + len(self.rejects)
 
 
-def attempt(
-    dataset: RowSource,
-    index: int,
-    prepare: Callable[[Row], T],
-    *,
-    position: int = -1,
-    step: int = -1,
-    slot: int = -1,
-) -> T | Reject:
-    """`prepare` of one row, or why it was rejected (BadRow raised in reading or preparing)."""
-    file, number = dataset.locate(index)
-    try:
-        return prepare(dataset.read_row(index, position))
-    except BadRow as bad:
-        return Reject(dataset.name, file, number, bad.reason, bad.detail, step, slot)
-    except Exception as error:
-        error.add_note(f"while preparing {file} row {number}")
-        raise
-
-
-def iter_prepared(
-    dataset: ParquetDataset,
-    prepare: Callable[[Row], T],
-    start: int = 0,
-    stop: int | None = None,
-) -> Iterator[T | Reject]:
-    """`attempt` of the rows [start, stop) in file order, for evaluation."""
-    stop = len(dataset) if stop is None else min(stop, len(dataset))
-    for index in range(start, stop):
-        yield attempt(dataset, index, prepare)
-
-
 @dataclass(frozen=True)
 class _Failure:
+    """A ValueError of a worker: DataLoader would wrap the error itself into a traceback."""
+
     message: str
 
 
@@ -275,39 +223,29 @@ class _Steps(IterableDataset[Any], Generic[T]):
     """Steps [start, stop) of a rank; with workers, each builds whole steps in turn."""
 
     def __init__(
-        self,
-        sampler: StepSampler,
-        prepare: Callable[[Row], T],
-        slots: range,
-        steps: range,
-        max_attempts: int,
+        self, sampler: StepSampler, prepare: Callable[[Row], T], slots: range, steps: range
     ) -> None:
         self.sampler, self.prepare = sampler, prepare
-        self.slots, self.steps, self.max_attempts = slots, steps, max_attempts
+        self.slots, self.steps = slots, steps
 
-    def _slot(self, step: int, slot: int) -> SlotItem[T] | _Failure:
+    def build(self, step: int) -> StepRows[T]:
+        return StepRows(step, tuple(self._fill(step, slot) for slot in self.slots))
+
+    def _fill(self, step: int, slot: int) -> SlotItem[T]:
+        """The first candidate of a slot that can be used. Raises ValueError if none can."""
         position = self.sampler.position(step, slot)
         rejects: list[Reject] = []
         candidates = self.sampler.candidates(step, slot)
-        for dataset, index in itertools.islice(candidates, self.max_attempts):
-            result = attempt(dataset, index, self.prepare, position=position, step=step, slot=slot)
-            if not isinstance(result, Reject):
-                return SlotItem(slot, position, result, tuple(rejects))
-            rejects.append(result)
-        return _Failure(
+        for dataset, index in itertools.islice(candidates, MAX_CANDIDATES):
+            found = prepare_row(dataset, index, self.prepare, position)
+            if not isinstance(found, Reject):
+                return SlotItem(slot, position, found, tuple(rejects))
+            rejects.append(replace(found, step=step, slot=slot))
+        raise ValueError(
             f"step {step}, slot {slot}: none of {len(rejects)} candidate rows of dataset "
             f"{rejects[0].dataset} could be used: {summarise(rejects)}. "
             "`python -m data.check` shows what is wrong with the files as a whole."
         )
-
-    def build(self, step: int) -> StepRows[T] | _Failure:
-        items = []
-        for slot in self.slots:
-            item = self._slot(step, slot)
-            if isinstance(item, _Failure):
-                return item
-            items.append(item)
-        return StepRows(step, tuple(items))
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
@@ -315,21 +253,14 @@ class _Steps(IterableDataset[Any], Generic[T]):
             yield from map(self.build, self.steps)
             return
         for step in self.steps[worker.id :: worker.num_workers]:
+            built: StepRows[T] | _Failure
+            try:
+                built = self.build(step)
+            except ValueError as error:
+                built = _Failure("; ".join([str(error), *getattr(error, "__notes__", [])]))
             # As bytes through the pipe: neither a file descriptor for each tensor nor /dev/shm,
             # both of which run out on ordinary machines.
-            yield pickle.dumps(self._build_or_explain(step), protocol=pickle.HIGHEST_PROTOCOL)
-
-    def _build_or_explain(self, step: int) -> StepRows[T] | _Failure:
-        try:
-            return self.build(step)
-        except ValueError as error:
-            # A setting that does not fit the rows. DataLoader would wrap it into a traceback.
-            notes = getattr(error, "__notes__", [])
-            return _Failure("; ".join([str(error), *notes]))
-
-
-def _as_is(item: Any) -> Any:
-    return item
+            yield pickle.dumps(built, protocol=pickle.HIGHEST_PROTOCOL)
 
 
 def _quiet_worker(closing: Any, parent: int, _: int) -> None:
@@ -466,34 +397,25 @@ def make_loader(
     num_workers: int = 0,
     prefetch_factor: int = 2,
     stuck_after_s: float = math.inf,
-    max_attempts: int = MAX_ATTEMPTS,
-    multiprocessing_context: str | None = None,
 ) -> StepLoader[T]:
     """Loader of a rank's share of the steps [start_step, total_steps).
 
     `prepare` (picklable, a pure function of the row) turns a row into what training wants and may
     raise BadRow; the slot then takes its next candidate. Output depends neither on `num_workers`
     nor, slot by slot, on the world size. Iterating raises ValueError, naming rows and reasons,
-    when `max_attempts` candidates of a slot were all bad, and LostWorker for a worker that was
+    when `MAX_CANDIDATES` rows for a slot were all bad, and LostWorker for a worker that was
     killed, or when nothing came for `stuck_after_s` seconds.
     """
-    if num_workers < 0 or (num_workers and prefetch_factor < 1) or max_attempts < 1:
-        raise ValueError(
-            f"num_workers {num_workers}, prefetch_factor {prefetch_factor}, max_attempts "
-            f"{max_attempts}: need at least 0, 1 and 1"
-        )
+    assert num_workers >= 0 and prefetch_factor >= 1, (num_workers, prefetch_factor)
     steps = range(start_step, max(start_step, total_steps))
-    dataset = _Steps(sampler, prepare, sampler.slots(rank, world_size), steps, max_attempts)
-    context = multiprocessing.get_context(multiprocessing_context)
-    closing = context.RawValue(ctypes.c_bool, False)
+    dataset = _Steps(sampler, prepare, sampler.slots(rank, world_size), steps)
+    closing = multiprocessing.RawValue(ctypes.c_bool, False)
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_size=None,
-        collate_fn=_as_is,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         worker_init_fn=functools.partial(_quiet_worker, closing, os.getpid()),
         generator=torch.Generator(),  # or each pass would draw from the trainer's global one
-        multiprocessing_context=context if num_workers else None,
     )
     return StepLoader(dataset, loader, closing, stuck_after_s)

@@ -7,16 +7,19 @@ import os
 import warnings
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.dataset_info import check_file
+from data.rejects import Reject
 from data.thinkmorph import OPSD_ROWS, BadRow, Row, RowNeeds, check_schema
+
+T = TypeVar("T")
 
 CACHE_BYTES = 256 << 20
 # Memory of a worker grows with the row group, whatever is read of it: writers put up to 1024 rows
@@ -95,7 +98,7 @@ class ParquetDataset:
     """Random access to the rows of some parquet files.
 
     The index comes from metadata only. Rows are read by row group, with the columns `needs` asks
-    for, through a cache of `cache_bytes` (always at least the last group); the cache belongs to
+    for, through a cache of `CACHE_BYTES` (always at least the last group); the cache belongs to
     its process and does not travel to workers. Not for use by several threads at once.
 
     Raises ValueError (on construction) for unreadable files, missing columns and no rows at all.
@@ -108,27 +111,23 @@ class ParquetDataset:
         needs: RowNeeds = OPSD_ROWS,
         *,
         split: str = "train",
-        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.name, self.split, self.needs = name, split, needs
         self.files = tuple(str(file) for file in files)
-        self.cache_bytes = cache_bytes
         self.columns: dict[str, tuple[str, ...]] = {}
         groups: list[RowGroup] = []
-        first = 0
+        self._length = 0
         for file in self.files:
             with open_parquet(file) as parquet:
-                metadata = parquet.metadata
                 self.columns[file] = check_schema(parquet.schema_arrow, needs, where=file)
-                in_file = 0
-                for number in range(metadata.num_row_groups):
-                    group = metadata.row_group(number)
+                before = self._length
+                for number in range(parquet.metadata.num_row_groups):
+                    group = parquet.metadata.row_group(number)
                     rows, size = group.num_rows, group.total_byte_size
-                    if rows == 0:
-                        continue
-                    groups.append(RowGroup(file, number, rows, first, in_file, size))
-                    first += rows
-                    in_file += rows
+                    first = self._length
+                    if rows:
+                        groups.append(RowGroup(file, number, rows, first, first - before, size))
+                    self._length += rows
         if not groups:
             listed = ", ".join(self.files) or "no files"
             raise ValueError(
@@ -144,7 +143,6 @@ class ParquetDataset:
                 stacklevel=2,
             )
         self.groups = tuple(groups)
-        self._length = first
         self._firsts = [group.first for group in groups]
         self._forget()
 
@@ -153,10 +151,7 @@ class ParquetDataset:
         self._handle: tuple[str, pq.ParquetFile] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        for name in ("_cache", "_handle"):
-            del state[name]
-        return state
+        return {k: v for k, v in self.__dict__.items() if k not in ("_cache", "_handle")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -171,8 +166,7 @@ class ParquetDataset:
         return self.groups[group].file, self.groups[group].first_in_file + offset
 
     def _group_of(self, index: int) -> tuple[int, int]:
-        if not 0 <= index < self._length:
-            raise IndexError(f"row {index} of dataset {self.name} with {self._length} rows")
+        assert 0 <= index < self._length, (index, self._length)
         group = bisect_right(self._firsts, index) - 1
         return group, index - self.groups[group].first
 
@@ -192,7 +186,7 @@ class ParquetDataset:
                 group.number, columns=list(self.columns[group.file]), use_threads=False
             )
             held = sum(other.nbytes for other in self._cache.values())
-            while self._cache and held > self.cache_bytes - table.nbytes:
+            while self._cache and held > CACHE_BYTES - table.nbytes:
                 held -= self._cache.popitem(last=False)[1].nbytes
             self._cache[number] = table
         self._cache.move_to_end(number)
@@ -218,8 +212,15 @@ class ParquetDataset:
         return Row(self.name, group.file, row, values, position)
 
 
-def iter_rows(dataset: ParquetDataset, start: int = 0, stop: int | None = None) -> Iterator[Row]:
-    """Rows [start, stop) in file order, for evaluation. Raises BadRow for damaged data."""
-    stop = len(dataset) if stop is None else min(stop, len(dataset))
-    for index in range(start, stop):
-        yield dataset.read_row(index)
+def prepare_row(
+    dataset: RowSource, index: int, prepare: Callable[[Row], T], position: int = -1
+) -> T | Reject:
+    """`prepare` of one row, or why it was rejected (BadRow raised in reading or preparing)."""
+    file, number = dataset.locate(index)
+    try:
+        return prepare(dataset.read_row(index, position))
+    except BadRow as bad:
+        return Reject(dataset.name, file, number, bad.reason, bad.detail)
+    except Exception as error:
+        error.add_note(f"while preparing {file} row {number}")
+        raise

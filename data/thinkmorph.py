@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from functools import partial
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -32,11 +33,18 @@ WORLD_COLUMNS = ("world", "world_state")
 THOUGHT_COLUMNS = tuple(
     (f"resoning_thought_{i}", f"reasoning_thought_{i}") for i in range(MAX_INDEX + 1)
 )
+_ALWAYS = ("question", "answer", PROBLEM_IMAGE)
+# Fields of `RowNeeds`, the columns of each, and what to call them where none is there.
+_PARTS = (
+    ("visual_thoughts", IMAGE_COLUMNS, f"reasoning_image_0 (or any up to _{MAX_INDEX})"),
+    ("thoughts", sum(THOUGHT_COLUMNS, ()), "resoning_thought_0 or reasoning_thought_0"),
+    ("text_trace", (TEXT_TRACE,), TEXT_TRACE),
+)
 
 Need = Literal["required", "optional", "unused"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RowNeeds:
     """What a use of the data asks of a row beyond question, answer and problem image.
 
@@ -44,16 +52,16 @@ class RowNeeds:
     column is not even read, which for the images saves most of the bytes).
     """
 
-    visual_thoughts: Need = "required"
-    text_trace: Need = "optional"
-    thoughts: Need = "optional"
+    visual_thoughts: Need = "unused"
+    text_trace: Need = "unused"
+    thoughts: Need = "unused"
 
 
-OPSD_ROWS = RowNeeds()
-INTERLEAVED_ROWS = RowNeeds(text_trace="unused", thoughts="required")
-SFT_ROWS = RowNeeds(visual_thoughts="unused", text_trace="required", thoughts="unused")
-EVALUATION_ROWS = RowNeeds(visual_thoughts="unused", text_trace="unused", thoughts="unused")
+EVALUATION_ROWS = RowNeeds()
 WHOLE_ROWS = RowNeeds(visual_thoughts="optional", text_trace="optional", thoughts="optional")
+OPSD_ROWS = replace(WHOLE_ROWS, visual_thoughts="required")
+SFT_ROWS = RowNeeds(text_trace="required")
+INTERLEAVED_ROWS = RowNeeds(visual_thoughts="required", thoughts="required")
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,10 @@ class Row:
     row: int
     values: Mapping[str, Any] = field(repr=False)
     position: int = -1
+
+    def bad(self, reason: str, detail: str) -> BadRow:
+        """The error that says why this row cannot be used."""
+        return BadRow(reason, detail, file=self.file, row=self.row)
 
 
 @dataclass(frozen=True)
@@ -109,11 +121,7 @@ class BadRow(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions pickle by their message alone; this one crosses process borders.
-        return _rebuild_bad_row, (self.reason, self.detail, self.file, self.row)
-
-
-def _rebuild_bad_row(reason: str, detail: str, file: str, row: int) -> BadRow:
-    return BadRow(reason, detail, file=file, row=row)
+        return partial(BadRow, file=self.file, row=self.row), (self.reason, self.detail)
 
 
 @dataclass(frozen=True)
@@ -144,8 +152,11 @@ _BYTES = ("binary", "large_binary", "binary_view", "null")
 _NUMBER = ("integer", "floating", "decimal")
 
 
-def _type_problem(name: str, kind: pa.DataType) -> str | None:
-    """What is wrong with the type of a column that is used."""
+def _column_problem(schema: pa.Schema, name: str) -> str | None:
+    """What is wrong with a column that is used."""
+    if (count := schema.names.count(name)) > 1:
+        return f"{name} stands {count} times"
+    kind = schema.field(name).type
     if name == PROBLEM_IMAGE or name in IMAGE_COLUMNS:
         expected = "a struct with a binary field `bytes`"
         if pa.types.is_struct(kind):
@@ -165,26 +176,18 @@ def _type_problem(name: str, kind: pa.DataType) -> str | None:
 def inspect_schema(schema: pa.Schema, needs: RowNeeds = OPSD_ROWS) -> SchemaReport:
     """Which columns of a file are used under `needs`, which are missing or of the wrong type."""
     names = set(schema.names)
-    missing = [name for name in ("question", "answer", PROBLEM_IMAGE) if name not in names]
-    used = [name for name in ("pid", "question", "answer", PROBLEM_IMAGE) if name in names]
-    groups: tuple[tuple[Need, Iterable[str], str], ...] = (
-        (needs.visual_thoughts, IMAGE_COLUMNS, f"reasoning_image_0 (or any up to _{MAX_INDEX})"),
-        (needs.thoughts, (n for pair in THOUGHT_COLUMNS for n in pair),
-         "resoning_thought_0 or reasoning_thought_0"),
-        (needs.text_trace, (TEXT_TRACE,), TEXT_TRACE),
-    )  # fmt: skip
-    for need, columns, title in groups:
-        present = [name for name in columns if name in names]
+    wanted = ["pid", *_ALWAYS]
+    missing = [name for name in _ALWAYS if name not in names]
+    for part, columns, title in _PARTS:
+        need: Need = getattr(needs, part)
         if need != "unused":
-            used += present
-        if need == "required" and not present:
+            wanted += columns
+        if need == "required" and names.isdisjoint(columns):
             missing.append(title)
-    used += [name for name in WORLD_COLUMNS if name in names]
-    twice = [name for name in used if schema.names.count(name) > 1]
-    wrong = [f"{name} stands {schema.names.count(name)} times" for name in twice]
-    problems = (_type_problem(n, schema.field(n).type) for n in used if n not in twice)
-    wrong += [problem for problem in problems if problem is not None]
-    return SchemaReport(tuple(used), tuple(missing), tuple(wrong), tuple(schema.names))
+    used = tuple(name for name in (*wanted, *WORLD_COLUMNS) if name in names)
+    problems = (_column_problem(schema, name) for name in used)
+    wrong = tuple(problem for problem in problems if problem is not None)
+    return SchemaReport(used, tuple(missing), wrong, tuple(schema.names))
 
 
 def check_schema(schema: pa.Schema, needs: RowNeeds = OPSD_ROWS, *, where: str) -> tuple[str, ...]:
@@ -215,12 +218,7 @@ def _text(row: Row, column: str) -> str:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
         found = type(value).__name__
-        raise BadRow(
-            "wrong_type",
-            f"column {column} holds {found}, expected text or a number",
-            file=row.file,
-            row=row.row,
-        )
+        raise row.bad("wrong_type", f"column {column} holds {found}, expected text or a number")
     return format(value, "f") if isinstance(value, Decimal) else str(value)
 
 
@@ -231,27 +229,46 @@ def row_image(row: Row, column: str) -> Image.Image | None:
     if isinstance(value, Mapping):
         data = value.get("bytes")
         if not data and value.get("path"):
-            raise BadRow(
-                "missing_image",
-                f"{column} holds the path {value['path']!r} but no bytes",
-                file=row.file,
-                row=row.row,
-            )
+            path = value["path"]
+            raise row.bad("missing_image", f"{column} holds the path {path!r} but no bytes")
     if not data:
         return None
     try:
         return decode_image(bytes(data))
     except ValueError as error:
-        raise BadRow("broken_image", f"{column}: {error}", file=row.file, row=row.row) from error
+        raise row.bad("broken_image", f"{column}: {error}") from error
 
 
-def _thoughts(row: Row) -> list[str]:
+def _full_text(row: Row, column: str) -> str:
+    text = _text(row, column)
+    if is_blank(text):
+        raise row.bad(f"missing_{column}", f"column {column} is empty")
+    return text
+
+
+def _images(row: Row) -> tuple[Image.Image, ...]:
+    images = (row_image(row, name) for name in IMAGE_COLUMNS)
+    return tuple(image for image in images if image is not None)
+
+
+def _thoughts(row: Row) -> tuple[str, ...]:
     """Texts of the thoughts that there are, of each the first spelling that holds one."""
     found: list[str] = []
     for spellings in THOUGHT_COLUMNS:
         candidates = (_text(row, name) for name in spellings)
         found += [text for text in candidates if text.strip()][:1]
-    return found
+    return tuple(found)
+
+
+def _world(row: Row) -> tuple[str | None, str | None]:
+    """World and its state, checked here so that nothing is answered that cannot be judged."""
+    world, state = (_text(row, name) for name in WORLD_COLUMNS)
+    if world or (state and row.values.get("world") is not None):
+        try:
+            check_world(world, state)
+        except ValueError as error:
+            raise row.bad("bad_world", str(error)) from error
+    return world or None, state or None
 
 
 def parse_row(row: Row, needs: RowNeeds = OPSD_ROWS) -> Sample:
@@ -261,50 +278,33 @@ def parse_row(row: Row, needs: RowNeeds = OPSD_ROWS) -> Sample:
     Raises BadRow (see there for the reasons).
     """
 
-    def bad(reason: str, detail: str) -> BadRow:
-        return BadRow(reason, detail, file=row.file, row=row.row)
+    def require(need: Need, found: object, reason: str, detail: str) -> None:
+        if need == "required" and not found:
+            raise row.bad(reason, detail)
 
-    texts = {name: _text(row, name) for name in ("question", "answer")}
-    for name, text in texts.items():
-        if is_blank(text):
-            raise bad(f"missing_{name}", f"column {name} is empty")
+    question, answer = _full_text(row, "question"), _full_text(row, "answer")
     problem = row_image(row, PROBLEM_IMAGE)
     if problem is None:
-        raise bad("missing_image", f"column {PROBLEM_IMAGE} is empty")
-
-    images: list[Image.Image] = []
-    if needs.visual_thoughts != "unused":
-        images = [image for name in IMAGE_COLUMNS if (image := row_image(row, name)) is not None]
-    if needs.visual_thoughts == "required" and not images:
-        raise bad("no_visual_thought", "no reasoning_image_i holds an image")
-
+        raise row.bad("missing_image", f"column {PROBLEM_IMAGE} is empty")
+    images = () if needs.visual_thoughts == "unused" else _images(row)
+    missing = "no reasoning_image_i holds an image"
+    require(needs.visual_thoughts, images, "no_visual_thought", missing)
     trace = "" if needs.text_trace == "unused" else _text(row, TEXT_TRACE)
-    if needs.text_trace == "required" and not trace.strip():
-        raise bad("no_text_trace", f"column {TEXT_TRACE} is empty")
-
-    thoughts = [] if needs.thoughts == "unused" else _thoughts(row)
-    if needs.thoughts == "required" and not thoughts:
-        raise bad("no_thought", "no resoning_thought_i holds text")
-
-    world, state = (_text(row, name) for name in WORLD_COLUMNS)
-    if world or (state and row.values.get("world") is not None):
-        try:  # here, so that nothing is answered that cannot be judged
-            check_world(world, state)
-        except ValueError as error:
-            raise bad("bad_world", str(error)) from error
-
-    pid = _text(row, "pid") or f"{PurePath(row.file).stem}:{row.row}"
+    require(needs.text_trace, trace.strip(), "no_text_trace", f"column {TEXT_TRACE} is empty")
+    thoughts = () if needs.thoughts == "unused" else _thoughts(row)
+    require(needs.thoughts, thoughts, "no_thought", "no resoning_thought_i holds text")
+    world, world_state = _world(row)
     return Sample(
         dataset=row.dataset,
         file=row.file,
         row=row.row,
-        pid=pid,
-        question=texts["question"],
-        answer=texts["answer"],
+        pid=_text(row, "pid") or f"{PurePath(row.file).stem}:{row.row}",
+        question=question,
+        answer=answer,
         problem_image=problem,
-        thought_images=tuple(images),
-        thoughts=tuple(thoughts),
+        thought_images=images,
+        thoughts=thoughts,
         text_trace=trace,
-        world=world or None,
-        world_state=state or None,
+        world=world,
+        world_state=world_state,
     )

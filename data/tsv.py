@@ -258,8 +258,7 @@ class TsvDataset:
 
     def locate(self, index: int) -> tuple[str, int]:
         """File of a row and its place in it (records after the header, from 0)."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of dataset {self.name} with {len(self)} rows")
+        assert 0 <= index < len(self), (index, len(self))
         return self.files[0], index
 
     def _record(self, row: int) -> dict[str, str]:
@@ -343,24 +342,20 @@ def tsv_images(row: Row) -> list[Image.Image]:
     Raises:
         BadRow: missing_image, broken_image.
     """
-
-    def bad(reason: str, detail: str) -> BadRow:
-        return BadRow(reason, detail, file=row.file, row=row.row)
-
     values: Mapping[str, Any] = row.values
     try:
         if values.get("image"):
             cells = as_list(values["image"])
             return [decode_image(_decode_base64(cell)) for cell in cells]
         if not values.get("image_path"):
-            raise bad("missing_image", "neither image nor image_path holds anything")
+            raise row.bad("missing_image", "neither image nor image_path holds anything")
         return [decode_image(_find(path, row)) for path in as_list(values["image_path"])]
     except OSError as error:
-        raise bad("missing_image", str(error)) from error
+        raise row.bad("missing_image", str(error)) from error
     except BadRow:
         raise
     except (binascii.Error, ValueError) as error:
-        raise bad("broken_image", str(error)) from error
+        raise row.bad("broken_image", str(error)) from error
 
 
 def _decode_base64(cell: str) -> bytes:

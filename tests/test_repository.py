@@ -128,15 +128,115 @@ def test_nothing_is_left_undone() -> None:
     assert found == []
 
 
+# ------------------------------------------------------------------------------ the rooms
+
+# Room -> the rooms it may import; a file belongs to the longest of these that its path begins with.
+EXPERIMENT = "scripts/visual_opsd"
+LIBRARIES = {"modeling/host", "modeling", "data", "inference"}
+# What all parts of the experiment share: settings, processes, rows and the rollout.
+SHARED = {*LIBRARIES, EXPERIMENT, f"{EXPERIMENT}/runs", f"{EXPERIMENT}/opsd_loss.py"}
+ARROWS: dict[str, set[str]] = {
+    "modeling/host": set(),
+    "modeling": {"modeling/host"},
+    "data": {"modeling/host", "modeling"},
+    "inference": {"modeling/host", "modeling", "data"},
+    "inferencer.py": LIBRARIES,
+    EXPERIMENT: SHARED,
+    f"{EXPERIMENT}/runs": LIBRARIES,
+    f"{EXPERIMENT}/opsd_loss.py": LIBRARIES,
+    f"{EXPERIMENT}/loss": {*LIBRARIES, f"{EXPERIMENT}/opsd_loss.py"},
+    f"{EXPERIMENT}/training": {*SHARED, f"{EXPERIMENT}/loss"},
+    f"{EXPERIMENT}/evaluation": SHARED,
+    f"{EXPERIMENT}/analysis": {*SHARED, f"{EXPERIMENT}/loss", f"{EXPERIMENT}/evaluation"},
+}
+# Commands may import every room; no room imports a command.
+COMMANDS = {
+    f"{EXPERIMENT}/{command}.py"
+    for command in (
+        "train_visual_opsd", "train_visual_opsd_offline", "train_sft", "evaluate",
+        "kl_diagnostic", "plan", "merge", "collect_traces", "report",
+    )
+}  # fmt: skip
+SHARED_FILES = {
+    f"{EXPERIMENT}/{file}.py"
+    for file in (
+        "__init__", "opsd_loss", "on_policy_sampler", "rows", "scored_rows", "config", "cli",
+        "processes",
+    )
+}  # fmt: skip
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_files() -> dict[str, set[str]]:
+    """File -> the files of this repository that it imports, at its top or inside a function."""
+    modules = {module_name(path): name(path) for path in PYTHON_FILES}
+    found: dict[str, set[str]] = {}
+    for path, tree in trees():
+        names: set[str] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                # `from package import module` means the module, not the package.
+                dotted = {f"{node.module}.{alias.name}" for alias in node.names}
+                names |= {one if one in modules else node.module for one in dotted}
+        found[name(path)] = {modules[dotted] for dotted in names if dotted in modules}
+    return found
+
+
+def room_of(file: str) -> str:
+    """The room of a file, "" for what stands above all rooms."""
+    if file in COMMANDS:
+        return ""
+    rooms = [room for room in ARROWS if file == room or file.startswith(room + "/")]
+    return max(rooms, key=len, default="")
+
+
 def test_imports_point_one_way() -> None:
-    forbidden = {"modeling": {"data", "scripts"}, "data": {"scripts"}}
-    found = [
-        f"{name(path)} imports {module}"
-        for path, tree in trees()
-        for module in imports(tree)
-        if module.split(".")[0] in forbidden.get(path.relative_to(ROOT).parts[0], set())
-    ]
-    assert found == []
+    found = []
+    for file, imported in imported_files().items():
+        room = room_of(file)
+        allowed = {room, *ARROWS.get(room, set())}
+        for other in sorted(imported):
+            if room and (other in COMMANDS or room_of(other) not in allowed):
+                found.append(f"{file} imports {other}, which {room} must not know")
+            if other.startswith("tests/") and not file.startswith("tests/"):
+                found.append(f"{file} imports {other}, a test's helper")
+    assert not found, "\n".join(found)
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    graph = imported_files()
+    done: set[str] = set()
+
+    def circle(file: str, path: tuple[str, ...]) -> tuple[str, ...]:
+        if file in path:
+            return (*path[path.index(file) :], file)
+        if file in done:
+            return ()
+        for other in sorted(graph[file]):
+            if found := circle(other, (*path, file)):
+                return found
+        done.add(file)
+        return ()
+
+    found = next((circle(file, ()) for file in graph if circle(file, ())), ())
+    assert not found, " imports ".join(found)
+
+
+def test_the_top_of_the_experiment_holds_commands_and_what_all_share() -> None:
+    top = {path for path in FILES if path.parent == ROOT / EXPERIMENT}
+    launchers = {path for path in top if re.fullmatch(r"run_\w+\.sh|launch\.sh", path.name)}
+    others = {name(path) for path in top - launchers} - {f"{EXPERIMENT}/README.md"}
+    assert others - COMMANDS - SHARED_FILES == set(), "these belong to a room"
+    assert others >= SHARED_FILES
+    below = [path.relative_to(ROOT / EXPERIMENT).parts for path in PYTHON_FILES
+             if path.is_relative_to(ROOT / EXPERIMENT)]  # fmt: skip
+    rooms = {parts[0] for parts in below if len(parts) > 1}
+    assert rooms == {"loss", "training", "evaluation", "analysis", "runs"}
 
 
 def test_no_private_interface_of_torch() -> None:

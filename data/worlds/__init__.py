@@ -13,17 +13,16 @@ from data.worlds import spatial_navigation
 
 Scorer = Callable[[Mapping[str, Any], str], bool]
 
-_SCORERS: dict[str, Scorer] = {spatial_navigation.WORLD: spatial_navigation.score}
-
-_STATE_CHECKS: dict[str, Callable[[str | None], None]] = {
-    spatial_navigation.WORLD: spatial_navigation.check_state
+# World -> its scorer, and what raises ValueError for a state that the scorer cannot judge by.
+_WORLDS: dict[str, tuple[Scorer, Callable[[str | None], None]]] = {
+    spatial_navigation.WORLD: (spatial_navigation.score, spatial_navigation.check_state)
 }
 
 
 def check_world(world: str, state: str | None) -> None:
     """Raise ValueError unless the scorer of a row's world can judge by the row's `world_state`."""
     get_scorer(world)
-    _STATE_CHECKS[world](state)
+    _WORLDS[world][1](state)
 
 
 def get_scorer(world: str) -> Scorer:
@@ -32,7 +31,7 @@ def get_scorer(world: str) -> Scorer:
     Raises:
         ValueError: no world has this name.
     """
-    if world not in _SCORERS:
-        known = ", ".join(sorted(_SCORERS))
+    if world not in _WORLDS:
+        known = ", ".join(sorted(_WORLDS))
         raise ValueError(f"unknown world {world[:60]!r}; the worlds are {known}")
-    return _SCORERS[world]
+    return _WORLDS[world][0]

@@ -61,25 +61,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; returns the exit code. Raises ValueError for a user's mistake."""
     args = build_parser().parse_args(argv)
     started = time.perf_counter()
     heldout = args.rows // 5 if args.heldout_rows is None else args.heldout_rows
-    try:
-        folder = write_spatial_navigation(
-            args.out,
-            rows=args.rows,
-            heldout_rows=heldout,
-            seed=args.seed,
-            sizes=args.sizes,
-            cell=args.cell,
-            style=args.style,
-            overwrite=args.overwrite,
-            progress=sys.stderr.isatty(),
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    folder = write_spatial_navigation(
+        args.out,
+        rows=args.rows,
+        heldout_rows=heldout,
+        seed=args.seed,
+        sizes=args.sizes,
+        cell=args.cell,
+        style=args.style,
+        overwrite=args.overwrite,
+        progress=sys.stderr.isatty(),
+    )
     stamp = json.loads((folder / "world.json").read_text())
     for split, shares in stamp["rows_per_size"].items():
         listed = ", ".join(f"{count} of {size}x{size}" for size, count in shares.items())

@@ -165,21 +165,19 @@ def extract_plan(text: str) -> str | None:
     return "".join(moves)
 
 
-def score(row: Mapping[str, Any] | Any, text: str) -> bool:
+def score(row: Mapping[str, Any], text: str) -> bool:
     """Does the plan in a generated text lead from the start to the goal?
 
     Any valid path counts, shortest or not: no move may fail and the last one must end on the goal.
 
     Args:
-        row: a parquet row (mapping) or an object with `world_state`.
+        row: columns of a parquet row.
         text: the generated text, with its answer in <answer> tags.
 
     Raises:
         ValueError: the row carries no maze.
     """
-    state = (
-        row.get("world_state") if isinstance(row, Mapping) else getattr(row, "world_state", None)
-    )
+    state = row.get("world_state")
     if not isinstance(state, str):
         raise ValueError(
             "the row has no world_state, so its plan cannot be simulated; only rows written by "

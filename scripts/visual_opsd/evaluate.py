@@ -26,9 +26,8 @@ import torch
 from data.json_lines import write_lines
 from data.limits import NO_LIMITS, PACKED_TOKENS, ContextLimits
 from data.packing import context_length
-from data.parquet import Reject
 from data.randomness import RANDOMNESS_VERSION, noise_generator
-from data.rejects import summarise
+from data.rejects import Reject, summarise
 from data.sequence import Completion, Context, ContextBuilder
 from data.thinkmorph import EVALUATION_ROWS, Row, RowNeeds, parse_row
 from data.tsv import TsvDataset
@@ -162,7 +161,7 @@ class EvaluateSettings(Settings):
         """Columns to read; only the teacher's context needs visual thoughts."""
         if self.context == "text":
             return EVALUATION_ROWS
-        return RowNeeds("required", "unused", "unused")
+        return RowNeeds(visual_thoughts="required")
 
 
 @dataclass(frozen=True)

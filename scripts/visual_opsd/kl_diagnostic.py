@@ -29,9 +29,8 @@ import numpy as np
 import torch
 
 from data.json_lines import write_lines
-from data.parquet import Reject
 from data.randomness import RANDOMNESS_VERSION
-from data.rejects import summarise
+from data.rejects import Reject, summarise
 from data.sequence import Completion, given_completion
 from modeling import BagelBundle, load_bagel
 from modeling.release.fingerprints import weights_fingerprint

@@ -6,12 +6,18 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from data.rejects import Reject
+from data.row_groups import ParquetDataset, prepare_row
+from data.thinkmorph import Row
+
+T = TypeVar("T")
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 SCHEMA = pa.schema(
@@ -108,3 +114,11 @@ def write_dataset(
             row_group_size=row_group_size,
         )
     return root / name
+
+
+def read_all(dataset: ParquetDataset) -> list[Row]:
+    return [dataset.read_row(index) for index in range(len(dataset))]
+
+
+def prepare_all(dataset: ParquetDataset, prepare: Callable[[Row], T]) -> list[T | Reject]:
+    return [prepare_row(dataset, index, prepare) for index in range(len(dataset))]

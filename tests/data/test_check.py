@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from data.check import main
+from modeling.host.programs import run_main
 from tests.conftest import TINY_BAGEL
 from tests.data.synthetic import (
     SCHEMA,
@@ -134,10 +135,13 @@ def test_schema_error_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_unusable_paths_are_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path / "absent")]) == 1
-    assert "does not exist" in capsys.readouterr().err
-    assert main([str(tmp_path)]) == 1
-    assert "holds no parquet files" in capsys.readouterr().err
+    def command(*arguments: object) -> str:
+        with pytest.raises(SystemExit, match="1"):
+            run_main(lambda: main([str(argument) for argument in arguments]))
+        return capsys.readouterr().err
+
+    assert command(tmp_path / "absent").endswith("absent does not exist\n")
+    assert "holds no parquet files" in command(tmp_path)
     empty = write_parquet(tmp_path / "empty.parquet", [])
     code, table = _table(capsys, empty)
     assert code == 1 and "has no rows" in table["ERROR"]
@@ -145,8 +149,7 @@ def test_unusable_paths_are_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFi
     foreign.write_text("not parquet")
     code, table = _table(capsys, foreign)
     assert code == 1 and "not a readable parquet file" in table["columns missing"]
-    assert main([str(empty), "--tokenizer", str(tmp_path)]) == 1
-    assert "holds no tokenizer" in capsys.readouterr().err
+    assert "holds no tokenizer" in command(empty, "--tokenizer", tmp_path)
 
 
 def test_root_of_several_datasets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,17 +19,12 @@ import pytest
 
 from data.check import main as check
 from data.dataset_info import DatasetSource
-from data.parquet import (
-    ParquetDataset,
-    Reject,
-    StepSampler,
-    iter_prepared,
-    make_loader,
-    open_sources,
-)
+from data.parquet import StepSampler, make_loader, open_sources
+from data.rejects import Reject
+from data.row_groups import ParquetDataset
 from data.thinkmorph import EVALUATION_ROWS, WHOLE_ROWS, BadRow, Row, parse_row
 from scripts.visual_opsd.evaluation.rows import open_data
-from tests.data.synthetic import SCHEMA, good_row, write_dataset, write_parquet
+from tests.data.synthetic import SCHEMA, good_row, prepare_all, write_dataset, write_parquet
 
 
 def _pid(row: Row) -> str:
@@ -159,7 +154,7 @@ def test_a_disk_that_fails_is_an_error_and_not_a_bad_row(
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", fail)
     with pytest.raises(ValueError, match=r"a\.parquet cannot be read: Stale file handle"):
-        list(iter_prepared(dataset, _pid))
+        prepare_all(dataset, _pid)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -237,7 +232,7 @@ def test_answers_are_texts_or_numbers(
     tmp_path: Path, answers: pa.Array, texts: list[str | None]
 ) -> None:
     dataset = ParquetDataset("X", [_with_answers(tmp_path / "a.parquet", answers)])
-    found = iter_prepared(dataset, lambda row: parse_row(row).answer)
+    found = prepare_all(dataset, lambda row: parse_row(row).answer)
     assert [r.reason if isinstance(r, Reject) else r for r in found] == [
         "missing_answer" if text is None else text for text in texts
     ]

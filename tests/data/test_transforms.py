@@ -61,10 +61,9 @@ def test_extreme_shapes_stay_within_the_position_table(name: str) -> None:
             for side in transform.target_size(width, height, img_num):
                 assert side % transform.stride == 0
                 assert transform.stride <= side <= transform.max_size
-    with pytest.raises(ValueError, match="0 x 3 pixels"):
-        transform.target_size(0, 3)
-    with pytest.raises(ValueError, match="img_num must be at least 1"):
-        transform.target_size(3, 3, 0)
+    for wrong in ((0, 3, 1), (3, 3, 0)):
+        with pytest.raises(AssertionError):
+            transform.target_size(*wrong)
 
 
 @pytest.mark.parametrize("name", list("abcdef"))
@@ -120,9 +119,9 @@ def test_interpolated_positions_equal_the_bucketize_definition(max_side: int) ->
 
 
 def test_patchify_and_positions_refuse_what_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="not a multiple of the patch size 14"):
+    with pytest.raises(AssertionError):
         patchify(torch.zeros(3, 28, 30), 14)
-    with pytest.raises(ValueError, match=r"one \(C, H, W\) tensor"):
+    with pytest.raises(ValueError, match="too many values"):
         patchify(torch.zeros(1, 3, 28, 28), 14)
     with pytest.raises(ValueError, match="71 x 3 patches does not fit"):
         extrapolated_position_ids(71, 3, 70)
@@ -487,10 +486,10 @@ def test_presets_and_mappings() -> None:
     assert ImageTransform.from_config(spec) == ImageTransform(112, 56, 14, 1_806_336)
     with pytest.raises(ValueError, match="known: opsd_vit"):
         ImageTransform.from_config("vit")
-    with pytest.raises(ValueError, match=r"unknown keys \['patch'\], missing keys \['stride'\]"):
-        ImageTransform.from_config({"max_size": 112, "min_size": 56, "patch": 14})
-    with pytest.raises(ValueError, match="preset name"):
-        ImageTransform.from_config(14)  # type: ignore[arg-type]
+    sizes = {"max_size": 112, "min_size": 56}
+    for wrong in (sizes, {**sizes, "stride": 14, "patch": 14}, 14):
+        with pytest.raises(ValueError, match=r"preset name .* mapping with max_size"):
+            ImageTransform.from_config(wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="min_size must be a positive integer"):
         ImageTransform(112, 0, 14)
     with pytest.raises(ValueError, match="larger than max_size"):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import data.check
-from data.parquet import attempt
 from data.rejects import Reject
+from data.row_groups import prepare_row
 from data.sequence import Completion
 from data.thinkmorph import EVALUATION_ROWS, Row, parse_row
 from data.tsv import TsvDataset, tsv_images
@@ -49,7 +49,7 @@ def read_rows(argv: Sequence[str]) -> int:
             }  # fmt: skip
 
         for index in range(len(dataset)):
-            found = attempt(dataset, index, values)
+            found = prepare_row(dataset, index, values)
             print(json.dumps({"bad": found.reason} if isinstance(found, Reject) else found))
     return 0
 

@@ -67,8 +67,8 @@ FAULTS = [
     ]),
     *faults("scripts/visual_opsd/evaluation/rows.py", "visual_opsd/training/test_run_identity.py", [
         ("rows of a second data set are known by their place in it",
-         "item = attempt(dataset, row, prepare, position=index)",
-         "item = attempt(dataset, row, prepare, position=row)", "visual_opsd/training/test_randomness.py"),
+         "item = prepare_row(dataset, row, prepare, index)",
+         "item = prepare_row(dataset, row, prepare, row)", "visual_opsd/training/test_randomness.py"),
         ("a digest does not cover pictures", '            value = value.get("bytes")\n',
          "            value = None\n"),
         ("a rate of exactly the limit is too much", "if len(rejects) > max_rate * rows:",

@@ -69,7 +69,7 @@ from scripts.visual_opsd.rows import encode_pictures, open_builder
 
 PARTS = ("first_token", "problem_image", "vt", "text", "answer")
 PHASES = ("before", "after")
-NEEDS = RowNeeds("required", "required", "unused")
+NEEDS = RowNeeds(visual_thoughts="required", text_trace="required")
 _MAX_SCORES = 1 << 26  # entries of one (heads, rows, keys) block, 256 MB in fp32
 
 

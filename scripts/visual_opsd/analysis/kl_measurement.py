@@ -101,7 +101,7 @@ class DiagnosticSettings(Settings):
     def needs(self) -> RowNeeds:
         """Columns to read."""
         trace: Need = "required" if self.completions == "trace" else "unused"
-        return RowNeeds("required", trace, "unused")
+        return RowNeeds(visual_thoughts="required", text_trace=trace)
 
 
 @dataclass(frozen=True)

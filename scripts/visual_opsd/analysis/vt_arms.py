@@ -103,7 +103,7 @@ class InterventionSettings(Settings):
     def needs(self) -> RowNeeds:
         """Only `truth` needs the visual thoughts of the data."""
         if "truth" in self.chosen:
-            return RowNeeds("required", "unused", "unused")
+            return RowNeeds(visual_thoughts="required")
         return EVALUATION_ROWS
 
 

@@ -31,9 +31,8 @@ import torch
 from PIL import Image
 
 from data.json_lines import write_lines
-from data.parquet import Reject
 from data.randomness import RANDOMNESS_VERSION, noise_picture
-from data.rejects import summarise
+from data.rejects import Reject, summarise
 from data.sequence import TextSegment
 from data.transforms import decode_image
 from inference.interleave import IMAGE_MARKER, InterleaveEngine

@@ -249,20 +249,17 @@ def parse_row(benchmark: Benchmark, row: Row) -> BenchmarkRow:
             answer_not_an_option, bad_maze.
     """
 
-    def bad(reason: str, detail: str) -> BadRow:
-        return BadRow(reason, detail, file=row.file, row=row.row)
-
     values = row.values
     for name in ("question", "answer"):
         # A maze is judged by its map, and CV-Bench asks in its column `prompt`.
         needed = benchmark.answer != "maze" if name == "answer" else benchmark.prompt != "column"
         if needed and name not in values:
-            raise bad(f"missing_{name}", f"column {name} is empty")
+            raise row.bad(f"missing_{name}", f"column {name} is empty")
     images: list[Image.Image] = tsv_images(row)
     try:
         parts = make_parts(benchmark.prompt, values, images)
     except ValueError as error:
-        raise bad("missing_prompt", str(error)) from error
+        raise row.bad("missing_prompt", str(error)) from error
     index = plain_index(str(values.get("index", row.row)))
     return BenchmarkRow(
         index=index,
@@ -271,7 +268,7 @@ def parse_row(benchmark: Benchmark, row: Row) -> BenchmarkRow:
         answer=str(values.get("answer", "")),
         group=_group(benchmark, values, index),
         category=str(values.get("category", "")),
-        judge=_judge(benchmark.answer, values, bad),
+        judge=_judge(benchmark.answer, values, row.bad),
     )
 
 

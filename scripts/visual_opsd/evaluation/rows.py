@@ -21,9 +21,8 @@ from typing import Any, Generic, Protocol, TypeVar
 from tqdm import tqdm
 
 from data.dataset_info import dataset_files, is_dataset_folder, load_dataset_config, split_files
-from data.parquet import ParquetDataset, Reject, attempt
-from data.rejects import summarise
-from data.row_groups import RowSource
+from data.rejects import Reject, summarise
+from data.row_groups import ParquetDataset, RowSource, prepare_row
 from data.thinkmorph import EVALUATION_ROWS, IMAGE_COLUMNS, PROBLEM_IMAGE, Row, RowNeeds
 from data.tsv import TsvDataset
 from modeling.host.memory import memory_errors
@@ -230,7 +229,7 @@ def read_windows(
         tokens = 0
         for index in indices:
             dataset, row = pool.locate(index)
-            item = attempt(dataset, row, prepare, position=index)
+            item = prepare_row(dataset, row, prepare, index)
             if isinstance(item, Reject):
                 window.rejects.append((index, item))
             else:

@@ -18,7 +18,7 @@ from data.limits import ContextLimits
 from data.parquet import StepRows
 from data.randomness import row_generator
 from data.sequence import ContextBuilder
-from data.thinkmorph import INTERLEAVED_ROWS, BadRow, Row, RowNeeds, parse_row
+from data.thinkmorph import INTERLEAVED_ROWS, Row, RowNeeds, parse_row
 from modeling.host.memory import memory_errors
 from scripts.visual_opsd.config import SFTConfig
 from scripts.visual_opsd.processes import DistEnv
@@ -43,11 +43,9 @@ class PrepareInterleaved:
         sample = parse_row(row, INTERLEAVED_ROWS)
         images, thoughts = len(sample.thought_images), len(sample.thoughts)
         if thoughts != images + 1:
-            raise BadRow(
+            raise row.bad(
                 "thoughts_do_not_fit",
                 f"{images} visual thoughts need {images + 1} thoughts around them, not {thoughts}",
-                file=row.file,
-                row=row.row,
             )
         context = self.builder.interleaved(sample)
         self.limits.check(row, context)

@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from data.packing import pack
-from data.parquet import ParquetDataset
 from data.randomness import noise_generator
+from data.row_groups import ParquetDataset
 from data.sequence import Completion, TextSegment, given_completion
 from data.thinkmorph import parse_row
 from data.worlds.writer import write_spatial_navigation

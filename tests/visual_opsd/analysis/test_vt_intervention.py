@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.parquet import ParquetDataset
 from data.randomness import noise_picture, row_generator
+from data.row_groups import ParquetDataset
 from data.sequence import PACKER_SYSTEM_PROMPT
 from data.thinkmorph import parse_row
 from data.transforms import ImageTransform

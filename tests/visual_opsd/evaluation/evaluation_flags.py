@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.parquet import ParquetDataset
+from data.row_groups import ParquetDataset
 from data.sequence import ContextBuilder, ImageSegment
 from modeling import load_bagel
 from modeling.bagel.generate import generate

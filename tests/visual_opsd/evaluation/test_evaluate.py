@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from data.packing import pack
-from data.parquet import ParquetDataset
 from data.randomness import noise_generator
+from data.row_groups import ParquetDataset
 from data.thinkmorph import parse_row
 from data.worlds import get_scorer
 from data.worlds.writer import write_spatial_navigation

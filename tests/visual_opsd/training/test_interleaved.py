@@ -18,8 +18,8 @@ from torch import Tensor
 
 from data.limits import ContextLimits
 from data.packing import context_length, pack
-from data.parquet import ParquetDataset
 from data.randomness import row_generator
+from data.row_groups import ParquetDataset
 from data.sequence import Context, ImageSegment, LatentSegment, PixelSegment, TextSegment
 from data.thinkmorph import INTERLEAVED_ROWS, BadRow, parse_row
 from modeling import load_bagel

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from data.dataset_info import load_dataset_config
-from data.parquet import Reject, StepSampler, open_sources
+from data.parquet import StepSampler, open_sources
+from data.rejects import Reject
 from data.row_groups import ParquetDataset
 from data.thinkmorph import Row
 from scripts.visual_opsd.analysis.kl_measurement import DiagnosticConfig, DiagnosticSettings

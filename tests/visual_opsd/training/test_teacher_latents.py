@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from data.packing import pack
-from data.parquet import ParquetDataset
 from data.randomness import row_generator
+from data.row_groups import ParquetDataset
 from data.sequence import ImageSegment, LatentSegment, PixelSegment, TextSegment
 from data.thinkmorph import parse_row
 from modeling import load_bagel
