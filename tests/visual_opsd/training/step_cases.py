@@ -68,11 +68,11 @@ class Recipe:
     beta2: float = 0.8
     eps: float = 1e-4
     weight_decay: float = 0.3
-    max_grad_norm: float = 0.01  # so small that it binds in every step
+    max_grad_norm: float = 0.02
     freeze_vit: bool = False
     gradient_accumulation_steps: int = 1
     global_batch_size: int = 3
-    global_seed: int = 78
+    global_seed: int = 77
 
     @property
     def draws(self) -> bool:
@@ -105,7 +105,7 @@ class Recipe:
 
 
 CASES = {
-    "ema, a clip of each entry": Recipe(total_steps=4),
+    "ema, a clip of each entry": Recipe(total_steps=4, max_grad_norm=0.01, global_seed=78),
     "fixed, tail bucket, another head": Recipe(
         teacher_mode="fixed", other_head=True, jsd_tail_bucket=True, gradient_accumulation_steps=3
     ),
@@ -121,6 +121,7 @@ CASES = {
     ),
     "tinker, another head": Recipe(jsd_loss_kind="tinker", other_head=True),
     "the paper's loss": Recipe(
+        max_grad_norm=0.01, global_seed=78,
         sample_temperature=1.0, jsd_weight=1.0, jsd_beta=0.5, jsd_temperature=1.0, jsd_top_k=256,
         jsd_token_clip=0.05, ce_weight=0.0, gradient_accumulation_steps=2,
     ),
