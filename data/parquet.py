@@ -33,7 +33,12 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.dataset_info import DatasetSource, check_sources, dataset_files
-from data.randomness import budget_permutation, dataset_uniforms, epoch_permutation
+from data.randomness import (
+    RANDOMNESS_VERSION,
+    budget_permutation,
+    dataset_uniforms,
+    epoch_permutation,
+)
 from data.rejects import Reject, summarise
 from data.row_groups import ParquetDataset, prepare_row
 from data.thinkmorph import OPSD_ROWS, Row, RowNeeds
@@ -108,7 +113,7 @@ class StepSampler:
 
     def signature(self) -> str:
         """Digest of everything the order depends on; a resumed run should find it unchanged."""
-        parts: list[object] = [self.seed, self.global_batch_size]
+        parts: list[object] = [RANDOMNESS_VERSION, self.seed, self.global_batch_size]
         for source, used in zip(self.sources, self._used, strict=True):
             groups = [(Path(g.file).name, g.rows) for g in source.dataset.groups]
             parts += [source.dataset.name, source.dataset.split, source.weight, used, groups]

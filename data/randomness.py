@@ -3,6 +3,10 @@
 
 A stream is a pure function of its arguments. It depends on no batch, rank, device or worker, and on
 no stream drawn before it, so a resumed run draws what an unbroken one would have drawn.
+
+All streams are keyed alike, by a hash of what they are for and of their arguments. Arrays are made
+of raw Philox words, whose sequence NumPy guarantees; Gaussian numbers come from torch's generator
+on the CPU.
 """
 
 from __future__ import annotations
@@ -14,38 +18,30 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+# Stored with training states and results. A change of any stream is a new name.
+RANDOMNESS_VERSION = "visual-opsd-random-2"
+
 # ---------------------------------------------------------------------------- which rows
 
 
 def dataset_uniforms(seed: int, block: int, count: int) -> np.ndarray:
     """Numbers in [0, 1), float64 (count,): which dataset each position of a block takes."""
-    words = _philox(seed, "dataset", block).random_raw(count)
-    return (words >> np.uint64(11)) * 2.0**-53
+    return _uniforms(_stream("dataset", seed, block), count)
 
 
 def epoch_permutation(seed: int, dataset: str, split: str, epoch: int, size: int) -> np.ndarray:
     """Order of a dataset's used rows in an epoch: a permutation of range(size), int64."""
-    return _permutation(_philox(seed, dataset, split, "epoch", epoch), size)
+    return _permutation(_stream("epoch", seed, dataset, split, epoch), size)
 
 
 def budget_permutation(seed: int, dataset: str, split: str, size: int) -> np.ndarray:
     """Rows of a dataset, int64 (size,): the first ones are used where a budget limits them."""
-    return _permutation(_philox(seed, dataset, split, "budget"), size)
+    return _permutation(_stream("budget", seed, dataset, split), size)
 
 
 def diagnostic_permutation(seed: int, number: int, size: int) -> np.ndarray:
     """Rows of the dataset of this number, int64 (size,): the diagnostic measures the first ones."""
-    return _permutation(np.random.Philox(np.random.SeedSequence((seed, number))), size)
-
-
-def _philox(*key: object) -> np.random.Philox:
-    digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=16).digest()
-    return np.random.Philox(key=int.from_bytes(digest, "little"))
-
-
-def _permutation(stream: np.random.Philox, size: int) -> np.ndarray:
-    """The ranks of raw words, whose sequence NumPy guarantees, unlike that of `permutation`."""
-    return np.argsort(stream.random_raw(size), kind="stable")
+    return _permutation(_stream("diagnostic", seed, number), size)
 
 
 # ------------------------------------------------------------------ what a row is given
@@ -53,22 +49,43 @@ def _permutation(stream: np.random.Philox, size: int) -> np.ndarray:
 
 def position_uniforms(seed: int, step: int, row_id: int, count: int) -> Tensor:
     """Numbers in [0, 1), float64 (count,): one for each position of a row's rollout."""
-    key = np.random.SeedSequence((seed, step, row_id))
-    return torch.from_numpy(np.random.Generator(np.random.Philox(key)).random(count))
+    return torch.from_numpy(_uniforms(_stream("rollout", seed, step, row_id), count))
 
 
 def noise_generator(seed: int, position: int) -> torch.Generator:
     """On the CPU: the noise control's pictures of one row of one step."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + position) % 2**63)
+    return row_generator("noise control", seed, position)
 
 
 def row_generator(purpose: str, seed: int, position: int) -> torch.Generator:
     """On the CPU: what one row of one step needs for a purpose; each has a stream of its own."""
-    digest = hashlib.blake2b(f"{purpose}\x1f{seed}\x1f{position}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator().manual_seed(_hash(purpose, seed, position) >> 65)  # 63 bits
 
 
 def noise_picture(size: tuple[int, int], seed: int, index: int) -> Image.Image:
     """Uniform random pixels, size (width, height): what the noise arm shows a row."""
-    numbers = np.random.default_rng([seed, index])
-    return Image.fromarray(numbers.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    count = size[0] * size[1] * 3
+    words = _stream("noise picture", seed, index).random_raw(-(-count // 8))
+    return Image.frombytes("RGB", size, words.astype("<u8").tobytes()[:count])
+
+
+# ---------------------------------------------------------------------------- the scheme
+
+
+def _hash(purpose: str, *key: int | str) -> int:
+    """128 bits that name a stream."""
+    text = "\x1f".join(map(str, (purpose, *key)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+
+
+def _stream(purpose: str, *key: int | str) -> np.random.Philox:
+    return np.random.Philox(key=_hash(purpose, *key))
+
+
+def _uniforms(stream: np.random.Philox, count: int) -> np.ndarray:
+    return (stream.random_raw(count) >> np.uint64(11)) * 2.0**-53
+
+
+def _permutation(stream: np.random.Philox, size: int) -> np.ndarray:
+    """The ranks of raw words."""
+    return np.argsort(stream.random_raw(size), kind="stable")

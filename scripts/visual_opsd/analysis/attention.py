@@ -32,7 +32,7 @@ from torch import Tensor
 
 from data.limits import NO_LIMITS, PACKED_TOKENS, ContextLimits
 from data.packing import context_length, group_by_tokens, pack, segment_length
-from data.randomness import noise_generator, row_generator
+from data.randomness import RANDOMNESS_VERSION, noise_generator, row_generator
 from data.sequence import Context, ContextBuilder, TextSegment
 from data.thinkmorph import Row, RowNeeds, parse_row
 from modeling import BagelBundle, load_bagel
@@ -353,6 +353,7 @@ def result_settings(config: AnalysisConfig, pool: RowPool, dtype: torch.dtype) -
         "seed": None if settings.context == "vit" else settings.seed,
         "precision": str(dtype).removeprefix("torch."),
         **({"vae": config.prompt.vae_config()} if settings.with_latents else {}),
+        "random_numbers": RANDOMNESS_VERSION,
         **prompt_identity(config.prompt),
     }
 

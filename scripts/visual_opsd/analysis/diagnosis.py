@@ -17,6 +17,7 @@ import torch
 from data.dataset_info import load_dataset_config
 from data.json_lines import write_lines
 from data.parquet import open_sources
+from data.randomness import RANDOMNESS_VERSION
 from data.rejects import summarise
 from data.sequence import Completion, given_completion
 from modeling import BagelBundle, load_bagel
@@ -186,6 +187,7 @@ def identity(config: DiagnosticConfig, pool: RowPool, dtype: torch.dtype) -> dic
         "sample_do_sample": sample.sample_do_sample,
         "sample_max_image_skips": sample.sample_max_image_skips,
         "max_forward_tokens": sample.max_forward_tokens,
+        "random_numbers": RANDOMNESS_VERSION,
         "precision": str(dtype).removeprefix("torch."),
         **prompt_identity(config.prompt),
     }

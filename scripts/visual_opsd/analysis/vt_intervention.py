@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.randomness import noise_picture
+from data.randomness import RANDOMNESS_VERSION, noise_picture
 from data.sequence import TextSegment
 from data.transforms import decode_image
 from inference.interleave import InterleaveEngine
@@ -99,6 +99,7 @@ def result_settings(
         "drawing": asdict(config.drawing),
         "precision": str(dtype).removeprefix("torch."),
         "vae": config.prompt.vae_config(),
+        "random_numbers": RANDOMNESS_VERSION,
         **prompt_identity(config.prompt),
         "scoring_version": SCORING_VERSION,
     }

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from data.randomness import RANDOMNESS_VERSION
 from data.rejects import Reject
 from data.sequence import Completion
 from modeling import BagelBundle, load_bagel
@@ -83,6 +84,7 @@ def result_settings(config: EvaluateConfig, pool: RowPool, dtype: torch.dtype) -
         "image_skips": settings.image_skips,
         "noise_seed": settings.noise_seed if settings.context == "noise" else None,
         "precision": str(dtype).removeprefix("torch."),
+        **({"random_numbers": RANDOMNESS_VERSION} if settings.context == "noise" else {}),
         **prompt_identity(config.prompt),
         "scoring_version": SCORING_VERSION,
         **(versions() if benchmark_files(pool) else {}),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.parquet import Source, StepSampler
+from data.randomness import RANDOMNESS_VERSION
 from modeling.release.fingerprints import file_fingerprint, weights_fingerprint
 from scripts.visual_opsd.config import TrainConfig
 
@@ -47,6 +48,7 @@ def run_contents(config: TrainConfig, sampler: StepSampler) -> dict[str, Any]:
         },
         "data_root": {n: _data(s) for n, s in zip(names, sampler.sources, strict=True)},
         "replay_samples": file_fingerprint(replay) if replay.is_file() else None,
+        "random numbers": RANDOMNESS_VERSION,
         ROW_ORDER: sampler.signature(),
     }
 

@@ -106,7 +106,7 @@ class Recipe:
 
 
 CASES = {
-    "ema, a clip of each entry": Recipe(total_steps=4),
+    "ema, a clip of each entry": Recipe(total_steps=4, max_grad_norm=0.01, global_seed=78),
     "fixed, tail bucket, another head": Recipe(
         teacher_mode="fixed", other_head=True, jsd_tail_bucket=True, gradient_accumulation_steps=3
     ),
@@ -122,6 +122,7 @@ CASES = {
     ),
     "tinker, another head": Recipe(jsd_loss_kind="tinker", other_head=True),
     "the paper's loss": Recipe(
+        max_grad_norm=0.01, global_seed=78,
         sample_temperature=1.0, jsd_weight=1.0, jsd_beta=0.5, jsd_temperature=1.0, jsd_top_k=256,
         jsd_token_clip=0.05, ce_weight=0.0, gradient_accumulation_steps=2,
     ),

@@ -217,6 +217,17 @@ def test_a_recording_instead_of_sampling(files: Files, resume: Any) -> None:
         resume(files, replay_samples="none")
 
 
+def test_a_state_of_other_random_numbers_is_refused(
+    files: Files, resume: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are named rather than the row order, which is another one too."""
+    for user in ("data.parquet", "scripts.visual_opsd.training.run_contents"):
+        monkeypatch.setattr(f"{user}.RANDOMNESS_VERSION", "another")
+    message = r"contents \(random numbers: saved 'visual-opsd-random-2', now 'another'\)"
+    with pytest.raises(ValueError, match=message):
+        resume(files)
+
+
 def test_settings_and_contents_are_named_together(files: Files, resume: Any) -> None:
     change_weights(files)
     message = r"with other settings \(optim\.total_steps: saved 2, now 3\); .*contents \(model_path"
