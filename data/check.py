@@ -284,9 +284,7 @@ def _notes(stats: RowStats) -> Iterator[str]:
         )
 
 
-def _warnings(
-    stats: RowStats, use: str, largest: RowGroup, positions: int | None
-) -> Iterator[str]:
+def _warnings(stats: RowStats, use: str, largest: RowGroup, positions: int | None) -> Iterator[str]:
     if stats.long_questions and positions is None:
         yield (
             f"{stats.long_questions} rows have questions of more than {LONG_QUESTION} characters, "

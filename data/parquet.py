@@ -75,7 +75,7 @@ def open_sources(
     return sources
 
 
-class StepSampler:
+class StepOrder:
     """Which rows a slot of a step may take; a pure function of (sources, seed, step, slot).
 
     The order of a dataset depends on its name and split, its row count, its budget and the seed,
@@ -223,7 +223,7 @@ class _Steps(IterableDataset[Any], Generic[T]):
     """Steps [start, stop) of a rank; with workers, each builds whole steps in turn."""
 
     def __init__(
-        self, sampler: StepSampler, prepare: Callable[[Row], T], slots: range, steps: range
+        self, sampler: StepOrder, prepare: Callable[[Row], T], slots: range, steps: range
     ) -> None:
         self.sampler, self.prepare = sampler, prepare
         self.slots, self.steps = slots, steps
@@ -387,7 +387,7 @@ class StepLoader(Generic[T]):
 
 
 def make_loader(
-    sampler: StepSampler,
+    sampler: StepOrder,
     prepare: Callable[[Row], T],
     *,
     rank: int = 0,

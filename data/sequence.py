@@ -290,9 +290,7 @@ class ContextBuilder:
         """The student's context of a bare image and question."""
         return self.frame(self.image(image), question)
 
-    def frame(
-        self, image: ImageSegment, question: str = "", *, teacher: bool = False
-    ) -> Context:
+    def frame(self, image: ImageSegment, question: str = "", *, teacher: bool = False) -> Context:
         """The student's context of an image that is a segment already.
 
         teacher: then also intro, the same image in the place of VTs, and transition.

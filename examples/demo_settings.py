@@ -70,9 +70,7 @@ class DrawingSettings(Settings):
     interleave: bool = option(False, "let the model draw, and write a page of its reasoning")
     out: str = option("results/interleave", "folder of the page", path=True)
     overwrite: bool = option(False, "replace the page that --out holds")
-    num_timesteps: int = option(
-        50, "flow times of a drawing; one step fewer is taken", **TIMESTEPS
-    )
+    num_timesteps: int = option(50, "flow times of a drawing; one step fewer is taken", **TIMESTEPS)
     cfg_text_scale: float = option(4.0, "text guidance; 1: no guidance at all", **SCALES)
     cfg_img_scale: float = option(2.0, "image guidance; 1: none", **SCALES)
     image_size: int | None = option(

@@ -55,9 +55,7 @@ def recorder(function: Callable[..., Any], calls: Calls, instead: Any) -> Callab
     return record
 
 
-def spy(
-    patch: pytest.MonkeyPatch, function: Callable[..., Any], instead: Any = None
-) -> Calls:
+def spy(patch: pytest.MonkeyPatch, function: Callable[..., Any], instead: Any = None) -> Calls:
     """The arguments (and the "result") of all calls from now on, whichever module makes them.
 
     instead: called in the function's place.
@@ -72,9 +70,7 @@ def spy(
     return calls
 
 
-def spy_method(
-    patch: pytest.MonkeyPatch, owner: type, name: str, instead: Any = None
-) -> Calls:
+def spy_method(patch: pytest.MonkeyPatch, owner: type, name: str, instead: Any = None) -> Calls:
     calls: Calls = []
     patch.setattr(owner, name, recorder(getattr(owner, name), calls, instead))
     return calls
@@ -219,9 +215,7 @@ def sizes(run: Any) -> Any:
 
 def expected_sizes(run: Any) -> Any:
     g = run.given
-    vit = ImageTransform(
-        g["vit_max_size"], g["vit_min_size"], g["vit_stride"], g["vit_max_pixels"]
-    )
+    vit = ImageTransform(g["vit_max_size"], g["vit_min_size"], g["vit_stride"], g["vit_max_pixels"])
     vae = ImageTransform(g["vae_max_size"], g["vae_min_size"], 16)
     return vit if g["image_path"] == "direct" else InferencerPath(vit, vae)
 

@@ -230,9 +230,7 @@ def test_contexts_of_drawing(runs: list[DemoRun]) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "auto"])
-def test_device(
-    runs: list[DemoRun], monkeypatch: pytest.MonkeyPatch, device: str
-) -> None:
+def test_device(runs: list[DemoRun], monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (2**40, 2**40))
     calls = spy(monkeypatch, load_bagel, stop)
@@ -244,9 +242,7 @@ def test_device(
 
 
 @pytest.mark.parametrize("gigabytes", [1, 2])
-def test_max_memory(
-    runs: list[DemoRun], monkeypatch: pytest.MonkeyPatch, gigabytes: int
-) -> None:
+def test_max_memory(runs: list[DemoRun], monkeypatch: pytest.MonkeyPatch, gigabytes: int) -> None:
     given = {**runs[0].given, "device": "spread", "max_memory": f"cpu={gigabytes}GiB"}
     calls = spy(monkeypatch, load_bagel_spread, stop)
     with pytest.raises(Stop):

@@ -76,6 +76,7 @@ def sample_completions(
     Raises:
         Interrupted: `should_stop` returned True.
     """
+
     def stop_if_asked() -> None:
         if should_stop():
             raise Interrupted

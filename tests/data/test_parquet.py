@@ -21,7 +21,7 @@ import torch
 
 from data import row_groups
 from data.dataset_info import DatasetSource
-from data.parquet import Source, StepRows, StepSampler, make_loader, open_sources
+from data.parquet import Source, StepOrder, StepRows, make_loader, open_sources
 from data.rejects import Reject
 from data.row_groups import ParquetDataset
 from data.thinkmorph import EVALUATION_ROWS, BadRow, Row, parse_row
@@ -214,21 +214,21 @@ def _source(name: str, rows: int, weight: float = 1.0, budget: int | None = None
     return Source(_Rows(name, rows), weight, budget)  # type: ignore[arg-type]
 
 
-def _first(sampler: StepSampler, step: int, slot: int) -> tuple[str, int]:
+def _first(sampler: StepOrder, step: int, slot: int) -> tuple[str, int]:
     dataset, row = next(sampler.candidates(step, slot))
     return dataset.name, row
 
 
-def _stream(sampler: StepSampler, steps: int) -> list[tuple[str, int]]:
+def _stream(sampler: StepOrder, steps: int) -> list[tuple[str, int]]:
     slots = itertools.product(range(steps), range(sampler.global_batch_size))
     return [_first(sampler, step, slot) for step, slot in slots]
 
 
 def test_order_is_pinned() -> None:
     """These rows must never change: a resumed run would train on other data without notice."""
-    one = StepSampler([_source("A", 7)], seed=42, global_batch_size=3)
+    one = StepOrder([_source("A", 7)], seed=42, global_batch_size=3)
     assert [row for _, row in _stream(one, 5)] == PINNED_ONE
-    two = StepSampler([_source("A", 7), _source("B", 5, 2.0)], seed=42, global_batch_size=3)
+    two = StepOrder([_source("A", 7), _source("B", 5, 2.0)], seed=42, global_batch_size=3)
     assert [f"{name}{row}" for name, row in _stream(two, 4)] == PINNED_TWO.split()
 
 
@@ -237,31 +237,31 @@ PINNED_TWO = "B4 A6 B3 B2 B0 A4 B1 B0 A0 A2 B4 A3"
 
 
 def test_every_epoch_is_a_fresh_permutation() -> None:
-    sampler = StepSampler([_source("A", 11)], seed=1, global_batch_size=4)
+    sampler = StepOrder([_source("A", 11)], seed=1, global_batch_size=4)
     rows = [row for _, row in _stream(sampler, 11)]
     epochs = [rows[start : start + 11] for start in range(0, 44, 11)]
     assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    other_seed = StepSampler([_source("A", 11)], seed=2, global_batch_size=4)
-    other_name = StepSampler([_source("B", 11)], seed=1, global_batch_size=4)
+    other_seed = StepOrder([_source("A", 11)], seed=2, global_batch_size=4)
+    other_name = StepOrder([_source("B", 11)], seed=1, global_batch_size=4)
     assert rows != [row for _, row in _stream(other_seed, 11)]
     assert rows != [row for _, row in _stream(other_name, 11)]
 
 
 def test_order_does_not_depend_on_what_was_asked_before() -> None:
     sources = [_source("A", 100), _source("B", 30, 0.5), _source("C", 9, 2.0)]
-    forward = StepSampler(sources, seed=5, global_batch_size=16)
+    forward = StepOrder(sources, seed=5, global_batch_size=16)
     expected = _stream(forward, 700)  # crosses choice blocks and many epochs
-    fresh = StepSampler(sources, seed=5, global_batch_size=16)
+    fresh = StepOrder(sources, seed=5, global_batch_size=16)
     for step, slot in [(699, 3), (0, 0), (256, 0), (255, 15), (410, 7), (1, 1)]:
         assert _first(fresh, step, slot) == expected[step * 16 + slot]
     # The batch size only cuts the stream.
-    assert _stream(StepSampler(sources, seed=5, global_batch_size=7), 100) == expected[:700]
+    assert _stream(StepOrder(sources, seed=5, global_batch_size=7), 100) == expected[:700]
 
 
 def test_weights_set_the_shares_and_each_dataset_keeps_its_own_epochs() -> None:
     sources = [_source("A", 50, 6.0), _source("B", 20, 3.0), _source("C", 10, 1.0)]
-    sampler = StepSampler(sources, seed=0, global_batch_size=10)
+    sampler = StepOrder(sources, seed=0, global_batch_size=10)
     stream = _stream(sampler, 1200)
     share = Counter(name for name, _ in stream)
     for name, expected in (("A", 0.6), ("B", 0.3), ("C", 0.1)):
@@ -271,33 +271,33 @@ def test_weights_set_the_shares_and_each_dataset_keeps_its_own_epochs() -> None:
         for start in range(0, len(own) - rows, rows):
             assert sorted(own[start : start + rows]) == list(range(rows))
     # A dataset's own order does not depend on its neighbours.
-    alone = StepSampler([_source("B", 20)], seed=0, global_batch_size=1)
+    alone = StepOrder([_source("B", 20)], seed=0, global_batch_size=1)
     assert [r for n, r in stream if n == "B"][:50] == [r for _, r in _stream(alone, 50)]
 
 
 def test_zero_weight_is_never_drawn() -> None:
     sources = [_source("A", 5, 0.0), _source("B", 5, 1.0), _source("C", 5, 0.0)]
-    sampler = StepSampler(sources, seed=0, global_batch_size=10)
+    sampler = StepOrder(sources, seed=0, global_batch_size=10)
     assert {name for name, _ in _stream(sampler, 500)} == {"B"}
 
 
 def test_row_budget_keeps_the_first_of_a_seeded_permutation() -> None:
     small, large = (
-        [row for _, row in _stream(StepSampler([_source("A", 40, 1.0, n)], 3, 6), 20)]
+        [row for _, row in _stream(StepOrder([_source("A", 40, 1.0, n)], 3, 6), 20)]
         for n in (6, 12)
     )
     assert len(set(small)) == 6 and len(set(large)) == 12
     assert set(small) < set(large)  # a larger budget adds rows
     assert all(sorted(small[at : at + 6]) == sorted(set(small)) for at in range(0, 120, 6))
-    other = StepSampler([_source("A", 40, 1.0, 6)], 4, 6)
+    other = StepOrder([_source("A", 40, 1.0, 6)], 4, 6)
     assert {row for _, row in _stream(other, 1)} != set(small)
     with pytest.warns(UserWarning, match="40 rows, fewer than num_used_rows 41; all of them"):
-        capped = StepSampler([_source("A", 40, 1.0, 41)], 3, 40)
+        capped = StepOrder([_source("A", 40, 1.0, 41)], 3, 40)
     assert {row for _, row in _stream(capped, 1)} == set(range(40))
 
 
 def test_candidates_go_on_in_the_slots_own_epoch() -> None:
-    sampler = StepSampler([_source("A", 5)], seed=9, global_batch_size=2)
+    sampler = StepOrder([_source("A", 5)], seed=9, global_batch_size=2)
     order = [row for _, row in _stream(sampler, 3)]
     for position in range(5):
         found = [row for _, row in sampler.candidates(*divmod(position, 2))]
@@ -309,8 +309,8 @@ def test_what_an_order_cannot_be_made_of() -> None:
     one = _source("A", 5)
     for sources, size in (([one], 0), ([], 1), ([one, one], 1), ([_source("A", 5, 0.0)], 1)):
         with pytest.raises(AssertionError):
-            StepSampler(sources, 0, size)
-    sampler = StepSampler([one], 0, 4)
+            StepOrder(sources, 0, size)
+    sampler = StepOrder([one], 0, 4)
     with pytest.raises(AssertionError):
         sampler.position(0, 4)
     with pytest.raises(AssertionError):
@@ -319,24 +319,24 @@ def test_what_an_order_cannot_be_made_of() -> None:
 
 def test_signature_follows_what_the_order_depends_on(tmp_path: Path) -> None:
     dataset = _dataset(tmp_path / "a", rows=10)
-    same = StepSampler([Source(dataset)], 1, 4).signature()
+    same = StepOrder([Source(dataset)], 1, 4).signature()
     moved = _dataset(tmp_path / "b", rows=10)
-    assert StepSampler([Source(moved)], 1, 4).signature() == same
+    assert StepOrder([Source(moved)], 1, 4).signature() == same
     grown = _dataset(tmp_path / "c", rows=11)
     others = [
-        StepSampler([Source(grown)], 1, 4),
-        StepSampler([Source(dataset)], 2, 4),
-        StepSampler([Source(dataset)], 1, 5),
-        StepSampler([Source(dataset, num_used_rows=9)], 1, 4),
-        StepSampler([Source(_dataset(tmp_path / "d", rows=10, files=2))], 1, 4),
-        StepSampler([Source(dataset, weight=2.0)], 1, 4),
+        StepOrder([Source(grown)], 1, 4),
+        StepOrder([Source(dataset)], 2, 4),
+        StepOrder([Source(dataset)], 1, 5),
+        StepOrder([Source(dataset, num_used_rows=9)], 1, 4),
+        StepOrder([Source(_dataset(tmp_path / "d", rows=10, files=2))], 1, 4),
+        StepOrder([Source(dataset, weight=2.0)], 1, 4),
     ]
     assert len({same, *(other.signature() for other in others)}) == 7
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 16, 20])
 def test_shares_of_ranks(world_size: int) -> None:
-    sampler = StepSampler([_source("A", 5)], 0, 16)
+    sampler = StepOrder([_source("A", 5)], 0, 16)
     shares = [sampler.slots(rank, world_size) for rank in range(world_size)]
     assert [slot for share in shares for slot in share] == list(range(16))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -346,14 +346,14 @@ def test_shares_of_ranks(world_size: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def sampler(tmp_path_factory: pytest.TempPathFactory) -> StepSampler:
+def sampler(tmp_path_factory: pytest.TempPathFactory) -> StepOrder:
     """Two datasets, one in two files and with bad rows of several kinds in its middle."""
     root = tmp_path_factory.mktemp("datasets")
     bad: dict[int, dict[str, Any]] = {4: BROKEN, 5: {"answer": ""}, 11: {"reasoning_image_0": None}}
     write_dataset(root, "Jigsaw_Assembly", rows=17, files=2, change=lambda i: bad.get(i, {}))
     write_dataset(root, "My_World", rows=8)
     config = [DatasetSource("Jigsaw_Assembly", 2.0), DatasetSource("My_World", 1.0, 6)]
-    return StepSampler(open_sources(config, root=root), seed=42, global_batch_size=6)
+    return StepOrder(open_sources(config, root=root), seed=42, global_batch_size=6)
 
 
 Flat = list[tuple[int, int, int, tuple[str, str, int], list[int], tuple[Reject, ...]]]
@@ -369,16 +369,16 @@ def _flat(loader: Any) -> Flat:
     ]  # fmt: skip
 
 
-def _load(sampler: StepSampler, prepare: Callable[[Row], Any] = _sample, **options: Any) -> Flat:
+def _load(sampler: StepOrder, prepare: Callable[[Row], Any] = _sample, **options: Any) -> Flat:
     return _flat(make_loader(sampler, prepare, **{"total_steps": 9, **options}))
 
 
 @pytest.fixture(scope="module")
-def straight(sampler: StepSampler) -> Flat:
+def straight(sampler: StepOrder) -> Flat:
     return _load(sampler)
 
 
-def test_steps_slots_and_positions(sampler: StepSampler, straight: Flat) -> None:
+def test_steps_slots_and_positions(sampler: StepOrder, straight: Flat) -> None:
     assert [entry[:2] for entry in straight] == list(itertools.product(range(9), range(6)))
     assert [entry[2] for entry in straight] == list(range(54))
     assert all(entry[3][2] == entry[2] for entry in straight)  # prepare saw the position
@@ -387,7 +387,7 @@ def test_steps_slots_and_positions(sampler: StepSampler, straight: Flat) -> None
 
 
 def test_bad_rows_are_replaced_by_the_next_of_the_permutation(
-    sampler: StepSampler, straight: Flat
+    sampler: StepOrder, straight: Flat
 ) -> None:
     rejects = [reject for entry in straight for reject in entry[5]]
     reasons = {"broken_image", "missing_answer", "no_visual_thought"}
@@ -404,7 +404,7 @@ def test_bad_rows_are_replaced_by_the_next_of_the_permutation(
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_same_batches_on_any_number_of_ranks(
-    sampler: StepSampler, straight: Flat, world_size: int
+    sampler: StepOrder, straight: Flat, world_size: int
 ) -> None:
     parts = [_load(sampler, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert sorted(itertools.chain(*parts), key=lambda entry: entry[2]) == straight
@@ -418,7 +418,7 @@ def test_same_batches_on_any_number_of_ranks(
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_same_batches_with_any_number_of_workers(
-    sampler: StepSampler, straight: Flat, num_workers: int
+    sampler: StepOrder, straight: Flat, num_workers: int
 ) -> None:
     found = _load(sampler, num_workers=num_workers, rank=1, world_size=2)
     assert found == [entry for entry in straight if entry[1] >= 3]
@@ -426,14 +426,14 @@ def test_same_batches_with_any_number_of_workers(
 
 @pytest.mark.parametrize(("start", "num_workers"), [(1, 0), (5, 0), (4, 2), (9, 0)])
 def test_resume_equals_a_straight_run(
-    sampler: StepSampler, straight: Flat, start: int, num_workers: int
+    sampler: StepOrder, straight: Flat, start: int, num_workers: int
 ) -> None:
     copy = pickle.loads(pickle.dumps(sampler))
     found = _load(copy, start_step=start, num_workers=num_workers)
     assert found == [entry for entry in straight if entry[0] >= start]
 
 
-def test_rows_read_counts_accepted_and_rejected(sampler: StepSampler) -> None:
+def test_rows_read_counts_accepted_and_rejected(sampler: StepOrder) -> None:
     steps: list[StepRows[Any]] = list(make_loader(sampler, _sample, total_steps=9))
     assert sum(rows.rows_read for rows in steps) == 54 + sum(len(rows.rejects) for rows in steps)
     assert any(rows.rejects for rows in steps)
@@ -443,7 +443,7 @@ def test_rows_read_counts_accepted_and_rejected(sampler: StepSampler) -> None:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_all_rows_bad_names_the_reasons(tmp_path: Path, num_workers: int) -> None:
     dataset = _dataset(tmp_path, rows=5, change=lambda i: BROKEN if i else {"answer": None})
-    sampler = StepSampler([Source(dataset)], 0, 2)
+    sampler = StepOrder([Source(dataset)], 0, 2)
     loader = make_loader(sampler, _sample, total_steps=3, num_workers=num_workers)
     with pytest.raises(ValueError) as caught:
         list(loader)
@@ -456,7 +456,7 @@ def test_all_rows_bad_names_the_reasons(tmp_path: Path, num_workers: int) -> Non
 
 def test_candidates_of_a_slot_are_bounded(tmp_path: Path) -> None:
     dataset = _dataset(tmp_path, rows=100, row_group_size=50, change=lambda i: {"answer": ""})
-    sampler = StepSampler([Source(dataset)], 0, 1)
+    sampler = StepOrder([Source(dataset)], 0, 1)
     with pytest.raises(ValueError, match="none of 64 candidate rows"):
         list(make_loader(sampler, _sample, total_steps=1))
 
@@ -473,7 +473,7 @@ def _bug(row: Row) -> str:
 
 def test_prepare_may_reject_but_its_bugs_surface(tmp_path: Path) -> None:
     dataset = _dataset(tmp_path, rows=6)
-    sampler = StepSampler([Source(dataset)], 0, 6)
+    sampler = StepOrder([Source(dataset)], 0, 6)
     (rows,) = make_loader(sampler, _reject_long, total_steps=1)
     assert {int(value.split("-")[1]) % 2 for value in rows.values} == {0}
     assert {reject.reason for reject in rows.rejects} == {"too_long"}
@@ -482,7 +482,7 @@ def test_prepare_may_reject_but_its_bugs_surface(tmp_path: Path) -> None:
     assert "train-00000-of-00001.parquet row" in caught.value.__notes__[0]
 
 
-def test_workers_survive_signals_to_the_process_group(sampler: StepSampler) -> None:
+def test_workers_survive_signals_to_the_process_group(sampler: StepOrder) -> None:
     loader = make_loader(
         sampler, _pid, total_steps=40, num_workers=1, prefetch_factor=1
     )  # fmt: skip
@@ -500,13 +500,13 @@ def test_workers_survive_signals_to_the_process_group(sampler: StepSampler) -> N
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_global_random_state_is_left_alone(sampler: StepSampler, num_workers: int) -> None:
+def test_global_random_state_is_left_alone(sampler: StepOrder, num_workers: int) -> None:
     before = torch.random.get_rng_state()
     list(make_loader(sampler, _pid, total_steps=2, num_workers=num_workers))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_loader_arguments(sampler: StepSampler) -> None:
+def test_loader_arguments(sampler: StepOrder) -> None:
     for wrong in ({"num_workers": -1}, {"num_workers": 1, "prefetch_factor": 0}):
         with pytest.raises(AssertionError):
             make_loader(sampler, _pid, total_steps=1, **wrong)

@@ -19,7 +19,7 @@ import pytest
 
 from data.check import main as check
 from data.dataset_info import DatasetSource
-from data.parquet import StepSampler, make_loader, open_sources
+from data.parquet import StepOrder, make_loader, open_sources
 from data.rejects import Reject
 from data.row_groups import ParquetDataset
 from data.thinkmorph import EVALUATION_ROWS, WHOLE_ROWS, BadRow, Row, parse_row
@@ -161,7 +161,7 @@ def test_a_disk_that_fails_is_an_error_and_not_a_bad_row(
 def test_a_file_that_goes_away_in_training_is_named(tmp_path: Path, num_workers: int) -> None:
     folder = write_dataset(tmp_path, "World", rows=4)
     sources = open_sources([DatasetSource("World")], root=tmp_path)
-    sampler = StepSampler(sources, 0, 2)
+    sampler = StepOrder(sources, 0, 2)
     shutil.rmtree(folder)
     with pytest.raises(ValueError, match=r"train-00000-of-00001\.parquet does not exist"):
         list(make_loader(sampler, _pid, total_steps=2, num_workers=num_workers))

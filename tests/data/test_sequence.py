@@ -59,8 +59,7 @@ def test_switches_of_the_prompts(name: str, tmp_path: Path) -> None:
     made = builder(PromptSettings(prompts=str(file), **flags).build())
     row = sample()
     problem, first, second = (
-        float(made.image(image).patches[0, 0])
-        for image in (row.problem_image, *row.thought_images)
+        float(made.image(image).patches[0, 0]) for image in (row.problem_image, *row.thought_images)
     )
     assert len({problem, first, second}) == 3
     student = made.student(row)

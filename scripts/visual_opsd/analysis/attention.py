@@ -75,9 +75,7 @@ class AnalysisSettings(RowSettings):
     """Whose attention, over what."""
 
     limit: int | None = option(64, "only the first rows of all; None: every row", **ROWS)
-    output_dir: str = option(
-        "results/attention", "attention.json and attention.png", path=True
-    )
+    output_dir: str = option("results/attention", "attention.json and attention.png", path=True)
     context: str = option(
         "vit", "how the VTs are read; vae+vit: as at inference; noise: ViT, noise for its VTs",
         choices=("vit", "vae+vit", "noise"),
@@ -150,9 +148,7 @@ class PrepareAnalysis:
     @classmethod
     def of(cls, settings: AnalysisSettings, prompt: PromptSettings) -> PrepareAnalysis:
         """Raises ValueError: no row can fit the model's positions."""
-        builder, model = open_builder(
-            settings.model_path, prompt, visual_gen=settings.with_latents
-        )
+        builder, model = open_builder(settings.model_path, prompt, visual_gen=settings.with_latents)
         limits = ContextLimits(
             model.llm.max_position_embeddings,
             tokens=max(settings.max_forward_tokens, PACKED_TOKENS),

@@ -109,9 +109,7 @@ def describe_tokens(samples: Sequence[SampleDivergences], *, answer: bool) -> di
         name: np.concatenate([columns[i] for i in used]) if used else np.zeros(0)
         for name, columns in values.items()
     }
-    means = {
-        name: np.array([columns[i].mean() for i in used]) for name, columns in values.items()
-    }
+    means = {name: np.array([columns[i].mean() for i in used]) for name, columns in values.items()}
     kinds = ("kl", "jsd")
     return {
         "rows": int(tokens["kl_real"].size),
@@ -187,9 +185,7 @@ def gap_closed(
         a.answer.shape == b.answer.shape for a, b in zip(base, student, strict=True)
     )
     return {
-        ("answer_" if answer else "") + kind: _closed(
-            base, student, f"{kind}_real", answer, paired
-        )
+        ("answer_" if answer else "") + kind: _closed(base, student, f"{kind}_real", answer, paired)
         for answer in (False, True)
         for kind in ("kl", "jsd")
     }

@@ -134,9 +134,7 @@ class DrawingSettings(Settings):
         _OPTIONS.cfg_renorm_type, "norm that guidance keeps",
         choices=("global", "channel", "text_channel"),
     )  # fmt: skip
-    cfg_renorm_min: float = option(
-        _OPTIONS.cfg_renorm_min, "least factor of that renorm", **SHARES
-    )
+    cfg_renorm_min: float = option(_OPTIONS.cfg_renorm_min, "least factor of that renorm", **SHARES)
     image_size: int | None = option(
         None, "sides of the drawing in pixels; by default those of the problem for the VAE",
         **SIDES,

@@ -112,9 +112,7 @@ class Study:
     shown in the arm `other`.
     """
 
-    def __init__(
-        self, config: InterventionConfig, env: DistEnv, prepare: PrepareProblem
-    ) -> None:
+    def __init__(self, config: InterventionConfig, env: DistEnv, prepare: PrepareProblem) -> None:
         self.config, self.env, self.prepare = config, env, prepare
         self.settings = config.intervention
         self.pictures = Path(self.settings.output_dir) / "drawings"

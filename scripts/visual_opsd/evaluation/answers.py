@@ -132,9 +132,7 @@ class Answering:
             self.timing.append(self.env.rank, timing)  # first: an answer on file is never redone
             yield answers
 
-    def _answer(
-        self, rows: Sequence[tuple[int, Question]]
-    ) -> tuple[list[Record], list[Record]]:
+    def _answer(self, rows: Sequence[tuple[int, Question]]) -> tuple[list[Record], list[Record]]:
         """Lines of predictions.jsonl and timing.jsonl of rows that are decoded together."""
         bundle, sampler = self.bundle, self.sampler
         started = time.perf_counter()

@@ -24,9 +24,7 @@ def by_dataset(lines: Sequence[Record]) -> dict[str, list[Record]]:
     return found
 
 
-def summarise_run(
-    predictions: Sequence[Record], rejects: Sequence[Reject]
-) -> dict[str, Any]:
+def summarise_run(predictions: Sequence[Record], rejects: Sequence[Reject]) -> dict[str, Any]:
     """The figures of summary.json, over all rows and for each dataset."""
     return {
         **_figures(predictions),

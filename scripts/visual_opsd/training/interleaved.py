@@ -91,9 +91,7 @@ class InterleavedSFT(Objective):
         with place.timer("encode"), memory_errors(*ENCODING):
             for row in batch.values:
                 generator = row_generator("interleaved", seed, row.position)
-                context = encode_pictures(
-                    row.student, place.base.vae, generator, time_shift=shift
-                )
+                context = encode_pictures(row.student, place.base.vae, generator, time_shift=shift)
                 scored.append(ScoredRow(row.name, context, None))
         return scored
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data.parquet import Source, StepSampler
+from data.parquet import Source, StepOrder
 from data.randomness import RANDOMNESS_VERSION
 from modeling.release.fingerprints import file_fingerprint, weights_fingerprint
 from scripts.visual_opsd.config import TrainConfig
@@ -33,7 +33,7 @@ ROW_ORDER = "row order"
 _SHOWN, _SHOWN_TEXT = 8, 80
 
 
-def run_contents(config: TrainConfig, sampler: StepSampler) -> dict[str, Any]:
+def run_contents(config: TrainConfig, sampler: StepOrder) -> dict[str, Any]:
     """Flag -> prompts, or digests of the files it names; JSON values. Reads files of the run."""
     base = Path(config.model.model_path)
     files = {n: file_fingerprint(base / n) for n in _BASE_FILES if (base / n).is_file()}

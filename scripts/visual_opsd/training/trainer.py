@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from data.dataset_info import load_dataset_config
-from data.parquet import StepLoader, StepRows, StepSampler, make_loader, open_sources
+from data.parquet import StepLoader, StepOrder, StepRows, make_loader, open_sources
 from data.rejects import RejectLedger
 from modeling.host.memory import memory_errors
 from modeling.release.checkpoint import save_bagel
@@ -106,7 +106,7 @@ class Trainer:
         self.base = Base.open(config.model.model_path, env.device, latents=latents)
         dataset_config = load_dataset_config(config.data.dataset_config_file)
         sources = open_sources(dataset_config, objective.needs, config.data.data_root)
-        self.sampler = StepSampler(sources, config.data.data_seed, config.data.global_batch_size)
+        self.sampler = StepOrder(sources, config.data.data_seed, config.data.global_batch_size)
         self.prepare = objective.prepare(self.base)
         self.ledger = RejectLedger(
             self.results / "bad_rows.jsonl" if env.is_main else None,

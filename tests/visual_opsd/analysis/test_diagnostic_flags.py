@@ -259,9 +259,10 @@ def test_baseline(runs: list[Diagnostic], tmp_path: Path, table: dict[str, Arriv
     here, there = (run.lines("completions.jsonl") for run in (found, first))
     assert [line["ids"] for line in here] == [line["ids"] for line in there]
     assert len(found.calls["sample_completions"]) == 1  # the student's own
-    assert found.calls["sample_completions"][0]["model"] is found.calls["load_bagel"][1][
-        "result"
-    ].model
+    assert (
+        found.calls["sample_completions"][0]["model"]
+        is found.calls["load_bagel"][1]["result"].model
+    )
     result = json.loads((tmp_path / "kl_diagnostic.json").read_text())
     before = json.loads((first.out / "kl_diagnostic.json").read_text())
     assert result["base"] == before["base"] and result["base"] != result["student"]

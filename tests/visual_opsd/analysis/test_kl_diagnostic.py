@@ -251,9 +251,7 @@ def test_tasks_from_a_dataset_config(tmp_path: Path) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize(
-    ("precision", "atol", "rtol"), [("fp32", 1e-4, 1e-3), ("auto", 0.2, 0.3)]
-)
+@pytest.mark.parametrize(("precision", "atol", "rtol"), [("fp32", 1e-4, 1e-3), ("auto", 0.2, 0.3)])
 def test_a_gpu_measures_alike(
     world: Path, tmp_path: Path, precision: str, atol: float, rtol: float
 ) -> None:
@@ -294,9 +292,7 @@ def test_two_ranks_on_one_gpu_are_refused(
 # ---------------------------------------------------------------------------------- errors
 
 
-def test_a_baseline_must_fit(
-    baseline: Path, world: Path, trained: Path, tmp_path: Path
-) -> None:
+def test_a_baseline_must_fit(baseline: Path, world: Path, trained: Path, tmp_path: Path) -> None:
     def expect(
         message: str, *flags: str, folder: Path = baseline, model: Path = TINY_BAGEL
     ) -> None:
@@ -410,9 +406,7 @@ def test_same_model_and_context_differ_by_nothing() -> None:
     ends = [given_completion(builder.encode("<answer>12</answer> " * n)) for n in (1, 2)]
     nothing = Completion((), (False,), capped=True)  # capped before its first token was whole
     scored = [attach(i, rows[i], c, 500) for i, c in enumerate([ends[0], nothing, ends[1]])]
-    found = measure(
-        bundle, [bundle.model], scored, pack_tokens=64, device=torch.device("cpu")
-    )[0]
+    found = measure(bundle, [bundle.model], scored, pack_tokens=64, device=torch.device("cpu"))[0]
     assert [s.answer.size for s in found] == [ends[0].count, 0, ends[1].count]
     for sample in found:
         for name in COLUMNS[:4]:

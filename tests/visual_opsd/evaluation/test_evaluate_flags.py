@@ -190,9 +190,7 @@ def test_overwrite(runs: list[Evaluation], tmp_path: Path) -> None:
     assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 2
 
 
-def test_compare(
-    runs: list[Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compare(runs: list[Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = runs[0]
     calls = spy(monkeypatch, comparison)
     assert main(words({**first.given, "output_dir": tmp_path})) == 0

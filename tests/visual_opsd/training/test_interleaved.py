@@ -302,9 +302,9 @@ def test_resuming_is_exact(world: Path, trained: Path, tmp_path: Path) -> None:
 def test_a_step_by_hand(bundle: Any, world: Path, trained: Path) -> None:
     """The first step's figures: whose rows, which draws, and what is divided by what."""
     from data.dataset_info import DatasetSource
-    from data.parquet import StepSampler, open_sources
+    from data.parquet import StepOrder, open_sources
 
-    sampler = StepSampler(
+    sampler = StepOrder(
         open_sources(
             [DatasetSource("Spatial_Navigation", num_used_rows=3)], INTERLEAVED_ROWS, world
         ), 42, 3,

@@ -208,9 +208,7 @@ def test_noise_of_the_programs_that_read(
     """Its key is the row's place among all rows: neither data sets nor files share it."""
 
     def patches(seed: int, indices: Sequence[int], together: int) -> dict[int, Tensor]:
-        windows = read_windows(
-            pool, indices, program(seed), max_rows=together, max_tokens=10**6
-        )
+        windows = read_windows(pool, indices, program(seed), max_rows=together, max_tokens=10**6)
         rows = [row for window in windows for row in window.rows]
         return {index: latest(made.shown, ImageSegment).patches for index, made in rows}
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from data.parquet import StepSampler
+from data.parquet import StepOrder
 from scripts.visual_opsd.processes import DistEnv
 from scripts.visual_opsd.training.sharding import full_tensor
 from scripts.visual_opsd.training.trainer import Trainer
@@ -94,7 +94,7 @@ def parts(value: Any) -> Mapping[Any, Any]:
         return value.state_dict()
     if hasattr(value, "get_vocab"):
         return value.get_vocab()  # a tokenizer
-    if isinstance(value, StepSampler):  # beside these it holds what it has read and computed
+    if isinstance(value, StepOrder):  # beside these it holds what it has read and computed
         rows = [next(value.candidates(step, 0)) for step in range(8)]
         return {"signature": value.signature(), "rows": [(d.name, index) for d, index in rows]}
     return vars(value)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data.dataset_info import load_dataset_config
-from data.parquet import StepSampler, open_sources
+from data.parquet import StepOrder, open_sources
 from data.rejects import Reject
 from data.row_groups import ParquetDataset
 from data.thinkmorph import Row
@@ -266,10 +266,10 @@ def test_what_a_training_run_is_made_of(change: str, tmp_path: Path) -> None:
     def contents() -> dict[str, Any]:
         chosen = open_sources(load_dataset_config(config.data.dataset_config_file), root=tmp_path)
         # The order's own key is tested below: it follows the others.
-        return run_contents(config, StepSampler(chosen, 1, 2))
+        return run_contents(config, StepOrder(chosen, 1, 2))
 
     before = contents()
-    assert before[ROW_ORDER] == StepSampler(sources, 1, 2).signature()
+    assert before[ROW_ORDER] == StepOrder(sources, 1, 2).signature()
     assert before == contents()
     spoil, flag = CHANGES[change]
     spoil(tmp_path)

@@ -231,11 +231,11 @@ def test_a_bug_in_a_worker_ends_the_process(tmp_path: Path) -> None:
     program.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        "from data.parquet import Source, StepSampler, make_loader\n"
+        "from data.parquet import Source, StepOrder, make_loader\n"
         "from data.row_groups import ParquetDataset\n"
         "def prepare(row):\n"
         "    raise KeyError('a bug')\n"
-        "sampler = StepSampler([Source(ParquetDataset('J', sys.argv[1:]))], 0, 2)\n"
+        "sampler = StepOrder([Source(ParquetDataset('J', sys.argv[1:]))], 0, 2)\n"
         "for rows in make_loader(sampler, prepare, total_steps=9, num_workers=2):\n"
         "    pass\n"
     )

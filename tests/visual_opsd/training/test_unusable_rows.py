@@ -138,9 +138,7 @@ def test_attention(root: Path, model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("objective", [VisualOPSD, TextSFT])
-def test_training(
-    root: Path, model: Path, tmp_path: Path, objective: type[Objective]
-) -> None:
+def test_training(root: Path, model: Path, tmp_path: Path, objective: type[Objective]) -> None:
     settings: dict[str, Any] = {"model_path": model, "max_bad_rate": 1, "global_batch_size": 8}
     train(root, tmp_path / "r", objective, sample_max_new_tokens=4, **settings)
     assert listed(tmp_path / "r" / "bad_rows.jsonl") == REASONS

@@ -73,9 +73,7 @@ def build(
     return Trainer(config, env, objective(config))
 
 
-def train(
-    world: Path, results: Path, objective: type[Any] = VisualOPSD, **changes: Any
-) -> Trainer:
+def train(world: Path, results: Path, objective: type[Any] = VisualOPSD, **changes: Any) -> Trainer:
     """Build, run to the end, and hand the trainer back for inspection."""
     with one_process() as env:
         trainer = build(world, results, env, objective, **changes)

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from data.parquet import StepLoader, StepSampler, make_loader
+from data.parquet import StepLoader, StepOrder, make_loader
 from data.randomness import position_uniforms, row_generator
 from data.rejects import RejectLedger
 from data.sequence import ContextBuilder, ImageSegment, LatentSegment
@@ -71,7 +71,7 @@ FUNCTIONS: tuple[Callable[..., Any], ...] = (
     encode_pictures, fully_shard, checkpoint,
 )  # fmt: skip
 METHODS: tuple[tuple[type, str], ...] = (
-    (DataLoader, "__init__"), (StepLoader, "__init__"), (StepSampler, "__init__"),
+    (DataLoader, "__init__"), (StepLoader, "__init__"), (StepOrder, "__init__"),
     (RejectLedger, "__init__"), (ContextBuilder, "__init__"),
 )  # fmt: skip
 
@@ -122,8 +122,8 @@ class TrainRun(Run):
         split = "heldout" if "heldout" in str(given["dataset_config_file"]) else "train"
         files = sorted(folder.glob(f"{split}-*"))
         cells = [row for file in files for row in pq.read_table(file).to_pylist()]
-        sources = self.calls["StepSampler.__init__"][0]["sources"]
-        order = StepSampler(sources, given["data_seed"], given["global_batch_size"])
+        sources = self.calls["StepOrder.__init__"][0]["sources"]
+        order = StepOrder(sources, given["data_seed"], given["global_batch_size"])
         for step in range(given["total_steps"]):
             for slot in range(given["global_batch_size"]):
                 yield cells[next(order.candidates(step, slot))[1]]
@@ -328,7 +328,7 @@ def training_rows(places: Mapping[str, Path], tag: str) -> dict[str, Arrival]:
         "data_root": Arrival(
             [places["one"], places["two"], places["one"], places["one"]],
             lambda run: {Path(file).parents[2]
-                         for source in run.calls["StepSampler.__init__"][0]["sources"]
+                         for source in run.calls["StepOrder.__init__"][0]["sources"]
                          for file in source.dataset.files},
             lambda run: {run.given["data_root"]},
         ),
@@ -516,4 +516,3 @@ def distillation_rows(places: Mapping[str, Path]) -> dict[str, Arrival]:
 
 def table_of(*parts: Table) -> dict[str, Arrival]:
     return {name: row for part in parts for name, row in part.items()}
-
