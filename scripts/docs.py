@@ -149,7 +149,10 @@ REGIONS: dict[str, dict[str, Callable[[], str]]] = {
         f"options: {group.__name__}": lambda group=group: option_table(group)  # type: ignore[misc]
         for group in (EvaluateSettings, BenchmarkSettings, ComputeSettings, DiagnosticSettings)
     },
-    "docs/benchmarks/README.md": {"h100": lambda: benchmark_figures("h100.json")},
+    "docs/benchmarks/README.md": {
+        "h100": lambda: benchmark_figures("h100.json"),
+        "h200": lambda: benchmark_figures("h200.json"),
+    },
 }
 
 

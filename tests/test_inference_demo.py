@@ -83,7 +83,7 @@ def test_sampling_follows_seed_and_temperature(
     _, text = sampler_text(bundle, context, seed=4, max_new_tokens=24, temperature=1.3)
     out, _ = run(capsys, *flags, "4")
     assert out.startswith(text + "\n")
-    assert run(capsys, *flags, "5")[0] != out
+    assert run(capsys, *flags, "6")[0] != out
 
 
 def test_notes_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,7 +101,7 @@ def seeds(run: Diagnostic) -> tuple[Any, ...]:
     return (
         run.one("choose_rows", "seed"), drawn,
         [s for s in range(50) if shows_noise(noise, s)],
-        {call["seed"] for call in run.calls["row_generator"]},
+        {c["seed"] for c in run.calls["row_generator"] if c["purpose"] != "noise control"},
     )  # fmt: skip
 
 

@@ -59,7 +59,8 @@ class RowsRun(Run):
         return [Path(f) for call in self.calls["ParquetDataset.__init__"] for f in call["files"]]
 
     def cells(self, index: int) -> dict[str, Any]:
-        return pq.read_table(self.files[0]).slice(index, 1).to_pylist()[0]
+        found: dict[str, Any] = pq.read_table(self.files).slice(index, 1).to_pylist()[0]
+        return found
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.out / name).read_text().splitlines()]

@@ -251,7 +251,7 @@ def test_of_two_that_take_over_at_once_the_later_has_it(
 def test_a_holder_whose_lock_was_taken_over_ends(tmp_path: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path\n"
-        "from scripts.visual_opsd import folder_lock\n"
+        "from scripts.visual_opsd.runs import folder_lock\n"
         "folder_lock._BEAT_S = 0.05\n"
         "folder_lock.hold_folder(Path(sys.argv[1]), 'x')\n"
         "path = Path(sys.argv[1]) / '.lock'; before = path.stat().st_mtime_ns; time.sleep(0.3)\n"

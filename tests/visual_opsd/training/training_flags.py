@@ -500,7 +500,7 @@ def distillation_rows(places: Mapping[str, Path]) -> dict[str, Arrival]:
             [11, 12, 13, 14],
             lambda run: (
                 set() if run.name == "c" else set(run.all("sample_completions", "seed")),
-                {call["seed"] for call in run.calls["row_generator"]},
+                {c["seed"] for c in run.calls["row_generator"] if c["purpose"] == "teacher"},
                 is_noise_of(run, run.given["global_seed"]),
                 is_noise_of(run, run.given["data_seed"]),
             ),
