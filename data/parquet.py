@@ -223,9 +223,9 @@ class _Steps(IterableDataset[Any], Generic[T]):
     """Steps [start, stop) of a rank; with workers, each builds whole steps in turn."""
 
     def __init__(
-        self, sampler: StepOrder, prepare: Callable[[Row], T], slots: range, steps: range
+        self, order: StepOrder, prepare: Callable[[Row], T], slots: range, steps: range
     ) -> None:
-        self.sampler, self.prepare = sampler, prepare
+        self.order, self.prepare = order, prepare
         self.slots, self.steps = slots, steps
 
     def build(self, step: int) -> StepRows[T]:
@@ -233,9 +233,9 @@ class _Steps(IterableDataset[Any], Generic[T]):
 
     def _fill(self, step: int, slot: int) -> SlotItem[T]:
         """The first candidate of a slot that can be used. Raises ValueError if none can."""
-        position = self.sampler.position(step, slot)
+        position = self.order.position(step, slot)
         rejects: list[Reject] = []
-        candidates = self.sampler.candidates(step, slot)
+        candidates = self.order.candidates(step, slot)
         for dataset, index in itertools.islice(candidates, MAX_CANDIDATES):
             found = prepare_row(dataset, index, self.prepare, position)
             if not isinstance(found, Reject):
@@ -387,7 +387,7 @@ class StepLoader(Generic[T]):
 
 
 def make_loader(
-    sampler: StepOrder,
+    order: StepOrder,
     prepare: Callable[[Row], T],
     *,
     rank: int = 0,
@@ -408,7 +408,7 @@ def make_loader(
     """
     assert num_workers >= 0 and prefetch_factor >= 1, (num_workers, prefetch_factor)
     steps = range(start_step, max(start_step, total_steps))
-    dataset = _Steps(sampler, prepare, sampler.slots(rank, world_size), steps)
+    dataset = _Steps(order, prepare, order.slots(rank, world_size), steps)
     closing = multiprocessing.RawValue(ctypes.c_bool, False)
     loader: DataLoader[Any] = DataLoader(
         dataset,

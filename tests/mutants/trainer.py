@@ -214,7 +214,7 @@ FAULTS = [
          "visual_opsd/training/test_trainer.py::test_replayed_completions_give_the_same_run"),
     ]),
     *faults("scripts/visual_opsd/training/run_contents.py", "visual_opsd/training/test_run_identity.py", [
-        ("the order of the rows is not saved", "ROW_ORDER: sampler.signature()", "ROW_ORDER: None"),
+        ("the order of the rows is not saved", "ROW_ORDER: order.signature()", "ROW_ORDER: None"),
         ("the drawing branch is not part of the base", "weights_fingerprint(base, drawing=True)",
          "weights_fingerprint(base)"),
         ("a data set's files are not read", 'f"{file_fingerprint(Path(file))}"', '""'),

@@ -45,8 +45,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_sharded_s
 
 from modeling.host.disk import check_room, disk_errors, size_text
 from scripts.visual_opsd.processes import DistEnv, attempt, gather_objects, on_main
+from scripts.visual_opsd.runs.identity import differences
 from scripts.visual_opsd.training.checkpoint_folders import remove, step_folder
-from scripts.visual_opsd.training.run_contents import ROW_ORDER, differences
+from scripts.visual_opsd.training.run_contents import ROW_ORDER
 from scripts.visual_opsd.training.state_files import (
     DamagedState,
     describe_files,

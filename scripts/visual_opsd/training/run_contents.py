@@ -8,7 +8,6 @@ another base, prompt or row, while the same contents may lie anywhere.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,26 +29,26 @@ _BASE_FILES = (
     "added_tokens.json",
 )
 ROW_ORDER = "row order"
-_SHOWN, _SHOWN_TEXT = 8, 80
 
 
-def run_contents(config: TrainConfig, sampler: StepOrder) -> dict[str, Any]:
+
+def run_contents(config: TrainConfig, order: StepOrder) -> dict[str, Any]:
     """Flag -> prompts, or digests of the files it names; JSON values. Reads files of the run."""
     base = Path(config.model.model_path)
     files = {n: file_fingerprint(base / n) for n in _BASE_FILES if (base / n).is_file()}
     replay = Path(config.run.replay_samples or "")  # SFT has the flag, and no use for the file
-    names = [f"{s.dataset.name} ({s.dataset.split})" for s in sampler.sources]
+    names = [f"{s.dataset.name} ({s.dataset.split})" for s in order.sources]
     return {
         "model_path": {"weights": weights_fingerprint(base, drawing=True), **files},
         "prompts": asdict(config.prompt.build()),
         "dataset_config_file": {
             name: {"place": n, "weight": source.weight, "num_used_rows": source.num_used_rows}
-            for n, (name, source) in enumerate(zip(names, sampler.sources, strict=True))
+            for n, (name, source) in enumerate(zip(names, order.sources, strict=True))
         },
-        "data_root": {n: _data(s) for n, s in zip(names, sampler.sources, strict=True)},
+        "data_root": {n: _data(s) for n, s in zip(names, order.sources, strict=True)},
         "replay_samples": file_fingerprint(replay) if replay.is_file() else None,
         "random numbers": RANDOMNESS_VERSION,
-        ROW_ORDER: sampler.signature(),
+        ROW_ORDER: order.signature(),
     }
 
 
@@ -64,27 +63,3 @@ def _data(source: Source) -> dict[str, Any]:
         for file, count in rows.items()
     }
     return {"rows": len(source.dataset), **described}
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Texts "name: saved ..., now ..." for each entry in which two flat mappings differ."""
-    absent = "(absent)"
-    found = []
-    for name in sorted(old.keys() | new.keys()):
-        saved, now = old.get(name, absent), new.get(name, absent)
-        if saved != now:
-            found.append(f"{name}: saved {_short(saved, now)}, now {_short(now, saved)}")
-    if len(found) > _SHOWN:
-        found[_SHOWN:] = [f"and {len(found) - _SHOWN} more"]
-    return found
-
-
-def _short(value: Any, other: Any) -> str:
-    """The value, of a long text the part that begins where it differs from `other`."""
-    if not isinstance(value, str) or len(value) <= _SHOWN_TEXT:
-        return repr(value)
-    other = other if isinstance(other, str) else ""
-    same = next((n for n, (a, b) in enumerate(zip(value, other)) if a != b), len(other))  # noqa: B905
-    start = max(0, same - _SHOWN_TEXT // 4)
-    part = value[start : start + _SHOWN_TEXT]
-    return "..." * (start > 0) + repr(part) + "..." * (start + _SHOWN_TEXT < len(value))

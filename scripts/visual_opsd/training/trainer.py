@@ -106,7 +106,7 @@ class Trainer:
         self.base = Base.open(config.model.model_path, env.device, latents=latents)
         dataset_config = load_dataset_config(config.data.dataset_config_file)
         sources = open_sources(dataset_config, objective.needs, config.data.data_root)
-        self.sampler = StepOrder(sources, config.data.data_seed, config.data.global_batch_size)
+        self.order = StepOrder(sources, config.data.data_seed, config.data.global_batch_size)
         self.prepare = objective.prepare(self.base)
         self.ledger = RejectLedger(
             self.results / "bad_rows.jsonl" if env.is_main else None,
@@ -119,7 +119,7 @@ class Trainer:
             on_main(env, self.wandb.check)
         # What forbids a start is said before minutes of loading.
         on_main(env, self._hold_folders)
-        self.contents = on_main(env, lambda: run_contents(config, self.sampler))
+        self.contents = on_main(env, lambda: run_contents(config, self.order))
         self.checkpoint = choose_checkpoint(run.checkpoints, run.resume_specs, env)
         on_main(env, self._check_resume)
         with memory_errors("while models are built", OFFLOAD_ADVICE, FailedAlone):
@@ -238,7 +238,7 @@ class Trainer:
     def _loader(self) -> StepLoader[TrainRow]:
         config = self.config
         return make_loader(
-            self.sampler,
+            self.order,
             self.prepare,
             rank=self.env.rank,
             world_size=self.env.world_size,

@@ -117,10 +117,11 @@ class VisualOPSD(Objective):
             pairs = list(zip(batch.items, completions, strict=True))
             shown = pairs[: self.config.run.samples_per_step]
             write_samples(path, batch.step, shown, place.base.tokenizer.decode)
-        return [
-            score_completion(row.name, row.student, row.teacher or (), completion, limit)
-            for row, completion in zip(rows, completions, strict=True)
-        ]
+        scored = []
+        for row, completion in zip(rows, completions, strict=True):
+            assert row.teacher is not None  # as `PrepareOPSD` makes them
+            scored.append(score_completion(row.name, row.student, row.teacher, completion, limit))
+        return scored
 
     def roll_out(self, batch: StepRows[TrainRow], place: Workplace) -> list[Completion]:
         """One completion for each row, from the student's current weights; called by all ranks."""

@@ -138,7 +138,7 @@ def numbers(
     found: Numbers = {}
     for rank in range(ranks):
         loader = make_loader(
-            trainer.sampler, trainer.prepare, rank=rank, world_size=ranks, total_steps=2
+            trainer.order, trainer.prepare, rank=rank, world_size=ranks, total_steps=2
         )
         for batch in loader:
             for item, value in zip(batch.items, read(trainer, batch), strict=True):
@@ -168,7 +168,7 @@ def test_the_order_of_the_rows(tmp_path: Path, env: DistEnv) -> None:
     def order(**seeds: Any) -> list[int]:
         sampler = build(
             tmp_path, tmp_path / "out", env, global_batch_size=5, teacher_mode="self", **seeds
-        ).sampler
+        ).order
         return [next(sampler.candidates(step, slot))[1] for step in range(6) for slot in range(5)]
 
     base = order(data_seed=1, global_seed=1)

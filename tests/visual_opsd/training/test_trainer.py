@@ -83,8 +83,8 @@ def test_noise_replaces_the_visual_thoughts_only(world: Path, tmp_path: Path) ->
     pooled = torch.cat([v.flatten() for v in values])
     assert abs(float(pooled.mean())) < 0.05 and abs(float(pooled.std()) - 1) < 0.05
     # The same row at another place of the run gets other noise.
-    dataset, index = next(noise.sampler.candidates(0, 0))
-    later: Any = noise.prepare(dataset.read_row(index, noise.sampler.position(5, 0)))
+    dataset, index = next(noise.order.candidates(0, 0))
+    later: Any = noise.prepare(dataset.read_row(index, noise.order.position(5, 0)))
     assert vt_patches(later)[0].shape == values[0].shape
     assert not torch.equal(vt_patches(later)[0], values[0])
 

@@ -108,7 +108,7 @@ def first_rows(trainer: Trainer, step: int = 0) -> list[TrainRow]:
     size = trainer.config.data.global_batch_size
     rows = []
     for slot in range(size):
-        dataset, index = next(trainer.sampler.candidates(step, slot))
-        position = trainer.sampler.position(step, slot)
+        dataset, index = next(trainer.order.candidates(step, slot))
+        position = trainer.order.position(step, slot)
         rows.append(trainer.prepare(dataset.read_row(index, position)))
     return rows
