@@ -96,12 +96,14 @@ def _checked_value(meta: typing.Mapping[str, Any], base: Any, value: Any) -> Any
         problem = bounds_problem(value, **{name: meta[name] for name in BOUNDS if name in meta})
         if problem:
             raise ValueError(problem)
-    if not isinstance(value, str):
-        return value
-    if meta.get("path") == "list":
+    return _checked_text(meta.get("path"), value) if isinstance(value, str) else value
+
+
+def _checked_text(path: bool | str | None, value: str) -> str:
+    if path == "list":
         parts = (part.strip() for part in value.split(","))
         return ",".join(expand_path(part) if part else part for part in parts)
-    return expand_path(value) if meta.get("path") else valid_text(value)
+    return expand_path(value) if path else valid_text(value)
 
 
 def parse_bool(text: str) -> bool:

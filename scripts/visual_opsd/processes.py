@@ -59,12 +59,7 @@ def init_distributed(device: str = "auto", timeout_s: float = 1800) -> DistEnv:
         ValueError: "cuda" without a GPU, (on all ranks) not a GPU for each of them, variables of a
             launcher that are incomplete, or processes that do not come.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "device cuda was asked for, but torch sees no GPU (CPU build of torch, no driver, or "
-            "CUDA_VISIBLE_DEVICES is empty): install a CUDA build or use --device cpu"
-        )
-    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    use_cuda = _uses_cuda(device)
     rank, world_size, local_rank, local_world_size = _launched_as()
     if use_cuda and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
@@ -87,6 +82,16 @@ def init_distributed(device: str = "auto", timeout_s: float = 1800) -> DistEnv:
                 raise
     here = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     return DistEnv(rank, world_size, local_rank, local_world_size, here)
+
+
+def _uses_cuda(device: str) -> bool:
+    found = torch.cuda.is_available()
+    if device == "cuda" and not found:
+        raise ValueError(
+            "device cuda was asked for, but torch sees no GPU (CPU build of torch, no driver, or "
+            "CUDA_VISIBLE_DEVICES is empty): install a CUDA build or use --device cpu"
+        )
+    return found and device != "cpu"
 
 
 def check_gpus(local_rank: int) -> None:
@@ -130,7 +135,7 @@ def _launched_as() -> tuple[int, int, int, int]:
     local_rank = numbers.get("LOCAL_RANK", 0)
     absent = [name for name in needed if name not in given]
     # Alone, a rank other than 0 would believe that it is rank 0.
-    if absent and (world_size > 1 or rank > 0 or local_rank > 0):
+    if absent and max(world_size - 1, rank, local_rank) > 0:
         found = ", ".join(f"{name}={text}" for name, text in given.items())
         raise ValueError(
             f"{found}, but {', '.join(absent)} not set: no launcher started this process. Unset "
@@ -141,10 +146,10 @@ def _launched_as() -> tuple[int, int, int, int]:
         raise ValueError(
             f"RANK={rank} and LOCAL_RANK={local_rank} must be less than WORLD_SIZE={world_size}"
         )
-    local_world_size = _whole("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_WORLD_SIZE") or "0")
     if numbers.get("MASTER_PORT", 0) > 65535:
         raise ValueError(f"MASTER_PORT={given['MASTER_PORT']} is no port: they end at 65535")
-    return rank, world_size, local_rank, min(local_world_size or world_size, world_size)
+    beside = _whole("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_WORLD_SIZE") or "0") or world_size
+    return rank, world_size, local_rank, min(beside, world_size)
 
 
 def _whole(name: str, text: str) -> int:

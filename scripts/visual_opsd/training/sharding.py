@@ -154,23 +154,11 @@ def check_precision(
     """
     if param_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"compute dtype {param_dtype} is not supported: float32 or bfloat16")
-    wrong: list[str] = []
-    on_cpu = False
-    for label, module, every in (("model", model, False), ("ema", ema, True)):
-        if module is None:
-            continue
-        for name, param in module.named_parameters():
-            if not isinstance(param, DTensor):
-                wrong.append(f"{label} {name} is not sharded")
-            elif (every or param.requires_grad) and param.dtype != torch.float32:
-                wrong.append(f"{label} {name} has {param.dtype} shards")
-            on_cpu |= isinstance(param, DTensor) and param.device_mesh.device_type == "cpu"
-        wrong += [
-            f"{label} buffer {name} is {buffer.dtype}"
-            for name, buffer in module.named_buffers()
-            if buffer.is_floating_point() and buffer.dtype != torch.float32
-        ]
-    if on_cpu and param_dtype != torch.float32:
+    wrong = _precision_faults("model", model, every=False)
+    if ema is not None:
+        wrong += _precision_faults("ema", ema, every=True)
+    shards = [p for p in model.parameters() if isinstance(p, DTensor)]
+    if param_dtype != torch.float32 and any(p.device_mesh.device_type == "cpu" for p in shards):
         wrong.append(f"compute dtype on CPU is {param_dtype}")
     if wrong:
         shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
@@ -178,6 +166,21 @@ def check_precision(
             f"precision contract broken: {shown}. Build the model in float32, shard it with "
             "shard_model (compute may be bfloat16 on CUDA only), keep buffers in float32"
         )
+
+
+def _precision_faults(label: str, module: nn.Module, *, every: bool) -> list[str]:
+    """Parameters and buffers in another dtype than fp32; of the former all, or those that train."""
+    wrong = []
+    for name, param in module.named_parameters():
+        if not isinstance(param, DTensor):
+            wrong.append(f"{label} {name} is not sharded")
+        elif (every or param.requires_grad) and param.dtype != torch.float32:
+            wrong.append(f"{label} {name} has {param.dtype} shards")
+    return wrong + [
+        f"{label} buffer {name} is {buffer.dtype}"
+        for name, buffer in module.named_buffers()
+        if buffer.is_floating_point() and buffer.dtype != torch.float32
+    ]
 
 
 # ----------------------------------------------------------------------------------- weights

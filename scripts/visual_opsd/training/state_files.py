@@ -118,14 +118,18 @@ def read_marker(path: Path) -> dict[str, Any]:
     named = STEP_NAME.fullmatch(path.name)
     if named and int(named[1]) != marker["step"]:
         raise DamagedState(f"{path} was renamed: it holds the state of step {marker['step']}")
-    for name, size in marker["files"].items():
+    _check_sizes(path, marker["files"])
+    return marker
+
+
+def _check_sizes(path: Path, sizes: Mapping[str, int]) -> None:
+    for name, size in sizes.items():
         try:
             found = (path / name).stat().st_size
         except OSError as error:
             raise DamagedState(f"{path / name}: {error.strerror}") from error
         if found != size:
             raise DamagedState(f"{path / name} has {found} bytes, {size} were written")
-    return marker
 
 
 def check_digests(path: Path, env: DistEnv) -> None:
