@@ -191,4 +191,4 @@ def test_everything_is_restored(start: Callable[..., Trainer], tmp_path: Path) -
         "ema.language_model.lm_head.weight", "random states.python.1.624", "random states.torch",
     ):  # fmt: skip
         assert name in changed, name
-    assert len({"wandb.run_id", "sampler.signature"} & before.keys()) == 2
+    assert len({"wandb.run_id", "order.signature"} & before.keys()) == 2
