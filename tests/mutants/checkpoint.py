@@ -7,16 +7,16 @@ from tests.mutants import faults
 
 FAULTS = [
     *faults("scripts/visual_opsd/training/checkpoints.py", "visual_opsd/training/test_checkpoints.py", [
-        ("shards are not on the disk before the name", '        _fsync(tmp / "state")\n', "",
+        ("shards are not on the disk before the name", '        flush_to_disk(tmp / "state")\n', "",
          "visual_opsd/training/test_state_damage.py::test_everything_is_on_disk_before_the_name"),
-        ("the folder is not on the disk after its name", "        _fsync(checkpoint_dir)\n", "",
+        ("the folder is not on the disk after its name", "        flush_to_disk(checkpoint_dir)\n", "",
          "visual_opsd/training/test_state_damage.py::test_everything_is_on_disk_before_the_name"),
         ("a file is closed before it is on the disk", "        os.fsync(handle.fileno())\n", "",
          "visual_opsd/training/test_state_damage.py::test_everything_is_on_disk_before_the_name"),
         ("the marker comes after the name",
-         '        write_marker(tmp, marker, files)\n        _fsync(tmp / "state")\n        '
-         "_fsync(tmp)\n        os.replace(tmp, final)\n",
-         '        _fsync(tmp / "state")\n        _fsync(tmp)\n        os.replace(tmp, final)\n '
+         '        write_marker(tmp, marker, files)\n        flush_to_disk(tmp / "state")\n        '
+         "flush_to_disk(tmp)\n        os.replace(tmp, final)\n",
+         '        flush_to_disk(tmp / "state")\n        flush_to_disk(tmp)\n        os.replace(tmp, final)\n '
          "       write_marker(final, marker, files)\n"),
         ("a checkpoint is written over", "        if final.exists():\n", "        if False:\n"),
         ("a failed save leaves its folder", "            remove(tmp)  # or the disk stays full\n",

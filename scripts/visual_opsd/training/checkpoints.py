@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded_state
 
-from modeling.host.disk import check_room, disk_errors, size_text
+from modeling.host.disk import check_room, disk_errors, flush_to_disk, size_text
 from scripts.visual_opsd.processes import DistEnv, attempt, gather_objects, on_main
 from scripts.visual_opsd.runs.identity import differences
 from scripts.visual_opsd.training.checkpoint_folders import remove, step_folder
@@ -219,10 +219,10 @@ def save_checkpoint(
     @refused()
     def finish() -> None:
         write_marker(tmp, marker, files)
-        _fsync(tmp / "state")
-        _fsync(tmp)
+        flush_to_disk(tmp / "state")
+        flush_to_disk(tmp)
         os.replace(tmp, final)
-        _fsync(checkpoint_dir)
+        flush_to_disk(checkpoint_dir)
 
     try:
         on_main(env, start)
@@ -282,14 +282,6 @@ def _save_synced(obj: Any, path: Path) -> None:
         torch.save(obj, handle)
         handle.flush()
         os.fsync(handle.fileno())
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------ loading

@@ -31,7 +31,6 @@ _BASE_FILES = (
 ROW_ORDER = "row order"
 
 
-
 def run_contents(config: TrainConfig, order: StepOrder) -> dict[str, Any]:
     """Flag -> prompts, or digests of the files it names; JSON values. Reads files of the run."""
     base = Path(config.model.model_path)
