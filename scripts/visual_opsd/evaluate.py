@@ -23,17 +23,14 @@ from scripts.visual_opsd.evaluation.benchmark_table import FIGURES_FILE, describ
 from scripts.visual_opsd.evaluation.questions import EvaluateConfig
 from scripts.visual_opsd.evaluation.store import read_json
 from scripts.visual_opsd.evaluation.summary import comparison_lines, table, timing_text
-from scripts.visual_opsd.processes import init_distributed, shutdown
+from scripts.visual_opsd.processes import process_group
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     config = parse_config(EvaluateConfig, argv, "Accuracy of a checkpoint on a parquet split.")
-    env = init_distributed(config.compute.device, config.compute.timeout_s)
-    try:
+    with process_group(config.compute.device, config.compute.timeout_s) as env:
         summary = evaluate(config, env)
-    finally:
-        shutdown()
     if env.is_main:
         settings = config.evaluate
         folder = Path(settings.output_dir)

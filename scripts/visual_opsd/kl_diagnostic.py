@@ -27,17 +27,14 @@ from scripts.visual_opsd.analysis.diagnosis import diagnose
 from scripts.visual_opsd.analysis.kl_measurement import DiagnosticConfig
 from scripts.visual_opsd.analysis.kl_statistics import table
 from scripts.visual_opsd.cli import parse_config, run_main
-from scripts.visual_opsd.processes import init_distributed, shutdown
+from scripts.visual_opsd.processes import process_group
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code (0 for GO and for NO-GO)."""
     config = parse_config(DiagnosticConfig, argv, "Teacher-student divergence on the same tokens.")
-    env = init_distributed(config.compute.device, config.compute.timeout_s)
-    try:
+    with process_group(config.compute.device, config.compute.timeout_s) as env:
         result = diagnose(config, env)
-    finally:
-        shutdown()
     if env.is_main:
         print(table(result))
         folder = Path(config.diagnostic.output_dir)

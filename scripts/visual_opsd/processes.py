@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 import sys
 import zlib
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -202,6 +202,16 @@ def shutdown() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     release_folders()
+
+
+@contextmanager
+def process_group(device: str, timeout_s: float) -> Iterator[DistEnv]:
+    """`init_distributed` for a block, and `shutdown` whatever ends it."""
+    env = init_distributed(device, timeout_s)
+    try:
+        yield env
+    finally:
+        shutdown()
 
 
 def all_reduce_sums(values: Mapping[str, float | Tensor], env: DistEnv) -> dict[str, float]:

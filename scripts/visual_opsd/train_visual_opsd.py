@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from scripts.visual_opsd.cli import parse_config, run_main
 from scripts.visual_opsd.config import TrainConfig
-from scripts.visual_opsd.processes import init_distributed, shutdown
+from scripts.visual_opsd.processes import process_group
 from scripts.visual_opsd.training.trainer import Trainer
 from scripts.visual_opsd.training.visual_opsd import VisualOPSD
 
@@ -18,11 +18,8 @@ from scripts.visual_opsd.training.visual_opsd import VisualOPSD
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code."""
     config = parse_config(TrainConfig, argv, "Train with Visual-OPSD.")
-    env = init_distributed(config.run.device, config.run.timeout_s)
-    try:
+    with process_group(config.run.device, config.run.timeout_s) as env:
         return Trainer(config, env, VisualOPSD(config)).train()
-    finally:
-        shutdown()
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ from scripts.visual_opsd.evaluation.runner import (
 )
 from scripts.visual_opsd.evaluation.store import RankedLines, Record, write_json
 from scripts.visual_opsd.evaluation.summary import by_dataset
-from scripts.visual_opsd.processes import DistEnv, init_distributed, on_main, shutdown
+from scripts.visual_opsd.processes import DistEnv, on_main, process_group
 from scripts.visual_opsd.rows import encode_pictures, open_builder
 
 PARTS = ("first_token", "problem_image", "vt", "text", "answer")
@@ -416,11 +416,8 @@ def table(summary: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     config = parse_config(AnalysisConfig, argv, "Where answer tokens look, before and after VTs.")
-    env = init_distributed(config.compute.device, config.compute.timeout_s)
-    try:
+    with process_group(config.compute.device, config.compute.timeout_s) as env:
         summary = analyse(config, env)
-    finally:
-        shutdown()
     if env.is_main:
         print(table(summary))
         print(Path(config.analysis.output_dir) / "attention.json")

@@ -68,7 +68,7 @@ from scripts.visual_opsd.evaluation.scoring import (
 )
 from scripts.visual_opsd.evaluation.store import RankedLines, Record, write_json
 from scripts.visual_opsd.evaluation.summary import by_dataset, share
-from scripts.visual_opsd.processes import DistEnv, init_distributed, on_main, shutdown
+from scripts.visual_opsd.processes import DistEnv, on_main, process_group
 from scripts.visual_opsd.runs.identity import stable_hash
 
 
@@ -380,11 +380,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Accuracy with the drawn visual thought kept, removed or replaced.",
         DEFAULTS,
     )
-    env = init_distributed(config.compute.device, config.compute.timeout_s)
-    try:
+    with process_group(config.compute.device, config.compute.timeout_s) as env:
         summary = run(config, env)
-    finally:
-        shutdown()
     if env.is_main:
         print(table(summary))
         folder = Path(config.intervention.output_dir)
