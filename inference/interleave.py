@@ -391,8 +391,7 @@ class InterleaveEngine:
         """An image after each conversation's context, which does not hold it yet."""
         self._vae()
         guidance = options.guidance(joint_global=self.reference_compat)
-        config = self.model.config
-        dim = config.latent_patch_size**2 * config.latent_channels
+        dim = self.model.config.latent_dim
         drawings = []
         for c in conversations:
             image = LatentSegment.blank(self._positions(*c.size), dim)

@@ -40,10 +40,9 @@ class Bagel(nn.Module):
         self.connector = Connector(config.vision.hidden_size, width)
         self.vit_pos_embed = PositionTable(width, config.vit_max_patches_per_side)
         if config.visual_gen:
-            latent_dim = config.latent_patch_size**2 * config.latent_channels
             self.time_embedder = TimestepEmbedder(width)
-            self.vae2llm = nn.Linear(latent_dim, width)
-            self.llm2vae = nn.Linear(width, latent_dim)
+            self.vae2llm = nn.Linear(config.latent_dim, width)
+            self.llm2vae = nn.Linear(width, config.latent_dim)
             self.latent_pos_embed = PositionTable(width, config.max_latent_size)
 
     @staticmethod
