@@ -25,8 +25,7 @@ from data.parquet import StepOrder
 from scripts.visual_opsd.processes import DistEnv
 from scripts.visual_opsd.training.sharding import full_tensor
 from scripts.visual_opsd.training.trainer import Trainer
-from tests.data.synthetic import image_cell, truncated_png, write_dataset
-from tests.visual_opsd.training.trainers import build, one_process
+from tests.visual_opsd.training.trainers import build, one_process, write_damaged
 
 # What a trainer holds besides its state.
 NOT_STATE = {
@@ -118,14 +117,7 @@ def same(one: Any, other: Any) -> bool:
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
     """Ten rows, of which three cannot be used: an epoch meets them all."""
-    broken: dict[int, dict[str, Any]] = {
-        3: {"problem_image_0": image_cell(truncated_png())},
-        5: {"reasoning_image_0": image_cell(None)},
-        8: {"answer": None},
-    }
-    write_dataset(tmp_path, rows=10, change=lambda i: broken.get(i, {}))
-    (tmp_path / "datasets.yaml").write_text("datasets:\n  - {name: Jigsaw_Assembly}\n")
-    return tmp_path
+    return write_damaged(tmp_path, rows=10)
 
 
 @pytest.fixture

@@ -21,8 +21,6 @@ from scripts.visual_opsd.training import step as step_module
 from scripts.visual_opsd.training.sharding import full_tensor
 from scripts.visual_opsd.training.text_sft import TextSFT
 from tests.data.synthetic import (
-    image_cell,
-    truncated_png,
     write_dataset,
 )
 from tests.visual_opsd.launching import program_environment
@@ -37,6 +35,7 @@ from tests.visual_opsd.training.trainers import (
     samples,
     train,
     weights,
+    write_damaged,
 )
 from tests.visual_opsd.training_runs import (
     kill_tree,
@@ -137,14 +136,7 @@ def test_training_stops_after_k_nonfinite_steps_in_a_row(
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
     """Twelve rows, of which three cannot be used."""
-    broken: dict[int, dict[str, Any]] = {
-        3: {"problem_image_0": image_cell(truncated_png())},
-        5: {"reasoning_image_0": image_cell(None)},
-        8: {"answer": None},
-    }
-    write_dataset(tmp_path, rows=12, change=lambda i: broken.get(i, {}))
-    (tmp_path / "datasets.yaml").write_text("datasets:\n  - {name: Jigsaw_Assembly}\n")
-    return tmp_path
+    return write_damaged(tmp_path, rows=12)
 
 
 def test_bad_rows_are_replaced_and_listed(damaged: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from scripts.visual_opsd.training.sharding import iter_full_state
 from scripts.visual_opsd.training.text_sft import TextSFT
 from scripts.visual_opsd.training.trainer import Trainer
 from scripts.visual_opsd.training.visual_opsd import VisualOPSD
+from tests.data.synthetic import image_cell, truncated_png, write_dataset
 from tests.visual_opsd.training_runs import TINY_BAGEL, train_arguments
 
 SFT = {
@@ -112,3 +113,15 @@ def first_rows(trainer: Trainer, step: int = 0) -> list[TrainRow]:
         position = trainer.order.position(step, slot)
         rows.append(trainer.prepare(dataset.read_row(index, position)))
     return rows
+
+
+def write_damaged(folder: Path, rows: int) -> Path:
+    """A data set of which three rows cannot be used, and datasets.yaml; returns the folder."""
+    broken: dict[int, dict[str, Any]] = {
+        3: {"problem_image_0": image_cell(truncated_png())},
+        5: {"reasoning_image_0": image_cell(None)},
+        8: {"answer": None},
+    }
+    write_dataset(folder, rows=rows, change=lambda i: broken.get(i, {}))
+    (folder / "datasets.yaml").write_text("datasets:\n  - {name: Jigsaw_Assembly}\n")
+    return folder
