@@ -61,7 +61,7 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> tuple[str, ...]:
         ValueError: a name that stands for none.
     """
     linear = [path for path, m in model.named_modules() if isinstance(m, nn.Linear)]
-    linear = [path for path in linear if _GENERATION not in path]
+    linear = [p for p in linear if _GENERATION not in p and not is_adapter_key(f"{p}.")]
     found: set[str] = set()
     for target in targets:
         within = PARTS["llm"] if target in PROJECTIONS else PARTS.get(target)

@@ -13,8 +13,8 @@ from data.packing import pack
 from modeling import load_bagel
 from modeling.bagel.adapters import (
     PROJECTIONS,
-    AdapterConfig,
     AdaptedLinear,
+    AdapterConfig,
     adapter_shapes,
     add_adapters,
     find_targets,
@@ -75,7 +75,9 @@ def test_targets() -> None:
         "language_model.model.layers.0.self_attn.v_proj",
     )
     assert not [p for p in find_targets(model, EVERYWHERE) if "moe_gen" in p or "lm_head" in p]
-    with pytest.raises(ValueError, match=r"no linear layers are called 'lm_head': name some of llm"):
+    with pytest.raises(
+        ValueError, match=r"no linear layers are called 'lm_head': name some of llm"
+    ):
         find_targets(model, ["llm", "lm_head"])
 
 

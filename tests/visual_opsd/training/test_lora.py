@@ -7,6 +7,7 @@ tests/modeling/release/test_adapters.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,7 @@ def scored(trainer: Trainer, weights_: dict[str, Tensor], row: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("mode", ["fixed", "ema", "self"])
-def test_teacher_is_the_base_with_its_own_adapters(
-    world: Path, tmp_path: Path, mode: str
-) -> None:
+def test_teacher_is_the_base_with_its_own_adapters(world: Path, tmp_path: Path, mode: str) -> None:
     """After some steps: none (fixed), the averages (ema), the live ones (self)."""
     decay, base = 0.7, base_weights()
     with one_process() as env:
@@ -110,15 +109,12 @@ def test_teacher_is_the_base_with_its_own_adapters(
         row = first_rows(trainer)[0]
         assert row.teacher is not None
         batch = pack([row.teacher], trainer.base.special)
-        trainer.teacher.student(batch)  # its first forward outside training
-        hidden = trainer.teacher.model or trainer.teacher.student
-        found = _all_hidden(trainer, batch)
+        found = trainer.teacher.hidden(replace(batch, score_rows=torch.arange(batch.total)))
         reference = scored(trainer, merged(expected, base), row)
         torch.testing.assert_close(found.double(), reference, atol=2e-4, rtol=2e-3)
         if mode != "self":
             other = scored(trainer, merged(live, base), row)
             assert float((other - reference).abs().max()) > 1e-2
-        assert hidden is trainer.student
         # The student is what it was: the exchange was undone, and nothing is left switched off.
         after = adapters(trainer.student)
         assert all(torch.equal(after[name], live[name]) for name in live)
@@ -132,46 +128,25 @@ def test_teacher_is_the_base_with_its_own_adapters(
                 torch.testing.assert_close(tensor.double(), whole[name], atol=1e-5, rtol=1e-5)
 
 
-def _all_hidden(trainer: Trainer, batch: Any) -> Tensor:
-    """The teacher's hidden states at every position."""
-    import dataclasses
-
-    every = dataclasses.replace(batch, score_rows=torch.arange(batch.total))
-    assert trainer.teacher is not None
-    return trainer.teacher.hidden(every)
-
-
 @pytest.mark.parametrize("mode", ["fixed", "ema"])
 def test_resume_is_exact_and_the_state_is_small(world: Path, tmp_path: Path, mode: str) -> None:
     """The base is not in a state; it is read again from the release."""
     size = {**LORA, "teacher_mode": mode, "total_steps": 4, "save_every": 2, "keep_last": 3}
-    whole = train(world, tmp_path / "whole", **size)
-    with one_process() as env:
-        cut = build(world, tmp_path / "cut", env, **size)
-        cut.stop.number = 0
-        steps = iter(range(2))
-        one_step = cut._one_step
-
-        def two_steps(rows: Any) -> bool:
-            done = one_step(rows)
-            if next(steps) == 1:
-                cut.stop.number = 15
-            return done
-
-        cut._one_step = two_steps  # type: ignore[method-assign]
-        assert cut.train() != 0
-    resumed = train(world, tmp_path / "cut", **size, resume="latest")
-    ours, theirs = metrics(tmp_path / "cut"), metrics(tmp_path / "whole")
+    whole = train(world, tmp_path, **size)
+    lines = metrics(tmp_path)
+    resumed = train(world, tmp_path, **size, resume="2")
     for key in ("loss", "grad_norm"):
-        assert [line[key] for line in ours] == [line[key] for line in theirs]
+        assert [line[key] for line in metrics(tmp_path)] == [line[key] for line in lines]
     assert not moved(weights(whole.student), weights(resumed.student))
     if whole.ema is not None and resumed.ema is not None:
         assert not moved(weights(whole.ema), weights(resumed.ema))
-    state = tmp_path / "whole" / "checkpoints" / "step_0000004" / "state"
+    state = tmp_path / "checkpoints" / "step_0000004" / "state"
     held = sum(path.stat().st_size for path in state.rglob("*") if path.is_file())
     trained = sum(p.numel() for p in whole.student.parameters() if p.requires_grad)
     copies = 4 if mode == "ema" else 3
-    assert held < copies * 4 * trained + 200_000 < 4 * sum(t.numel() for t in base_weights().values())
+    assert (
+        held < copies * 4 * trained + 200_000 < 4 * sum(t.numel() for t in base_weights().values())
+    )
 
 
 def test_saved_adapters_and_the_merged_release(world: Path, tmp_path: Path) -> None:
@@ -230,7 +205,7 @@ def test_sft_trains_adapters_too(world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        ("--lora_rank 0", "--lora_rank must be at least 1, got 0"),
+        ("--lora_rank 0", "--lora_rank must be at least 1 .*got 0"),
         ("--lora_rank 4 --lora_targets lm_head", "name some of llm, vit, connector, q_proj"),
         ("--lora_rank 4 --lora_targets ,", "--lora_targets ',': name some of llm"),
         ("--lora_rank 4 --freeze_llm True", "--lora_targets llm contradicts the flag that freezes"),
