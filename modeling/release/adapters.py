@@ -255,8 +255,8 @@ def _number(
 def _refuse_other_methods(file: Path, settings: Mapping[str, Any]) -> None:
     if settings.get("peft_type") != "LORA":
         raise ValueError(
-            f"{file}: peft_type is {settings.get('peft_type')!r}, which is not supported; only "
-            "LORA is"
+            f"{file}: peft_type is {json.dumps(settings.get('peft_type'))[:80]}, which is not "
+            "supported; only LORA is"
         )
     odd = [json.dumps({name: value})[1:-1][:100] for name, value in settings.items()
            if name not in _HARMLESS and value and value != "none"]  # fmt: skip
