@@ -313,7 +313,9 @@ def test_python_blocks_run(tmp_path: Path) -> None:
     assert len(found) >= 2
     for block in found:
         block = block.replace("models/ThinkMorph-7B", str(TINY_BAGEL))
-        block = block.replace("results/my-lora/adapter", str(tmp_path / "adapter"))
+        block = block.replace(
+            "results/my-lora/checkpoints/adapter_0001000", str(tmp_path / "adapter")
+        )
         block = block.replace("problem.png", str(tmp_path / "problem.png"))
         exec(compile(block, "a document's block", "exec"), {})
 
