@@ -36,6 +36,7 @@ from modeling.bagel.config import (
 from modeling.bagel.projections import empty_adjoining
 from modeling.host.disk import check_room, disk_errors, flush_to_disk
 from modeling.release.finite import check_finite
+from modeling.release.serving_config import serving_files
 from modeling.release.tokenizer import load_tokenizer
 from modeling.release.weight_files import (
     FLOAT_DTYPES,
@@ -59,9 +60,7 @@ _COPIED_FILES = (
     AE_FILE,
     "llm_config.json",
     "vit_config.json",
-    "config.json",
     "generation_config.json",
-    "preprocessor_config.json",
     "vocab.json",
     "merges.txt",
     "tokenizer.json",
@@ -289,10 +288,12 @@ def save_bagel(
     """Write a complete release folder: `tensors` over the base checkpoint they were trained from.
 
     Every tensor gets the base's dtype and shape; those not given are copied from the base as
-    bytes, as are the autoencoder, the configurations and the tokenizer. The output is always
-    one `model.safetensors`. Both position tables are written (the latent one if the base has a
-    generation branch). Written under `out_dir` + ".tmp", flushed, then renamed. Memory beyond
-    the caller's tensor stays near 16 MiB.
+    bytes, as are the autoencoder, the configurations and the tokenizer; only a config.json or
+    preprocessor_config.json that is absent or contradicts the weights is written anew
+    (`modeling.release.serving_config`). The output is always one `model.safetensors`. Both
+    position tables are written (the latent one if the base has a generation branch). Written
+    under `out_dir` + ".tmp", flushed, then renamed. Memory beyond the caller's tensor stays near
+    16 MiB.
 
     Args:
         tensors: a module, or (release key, full tensor) pairs in any order, on any device. When
@@ -334,8 +335,9 @@ def _write_folder(
     if out_dir.exists() and not overwrite:
         raise ValueError(f"{out_dir} exists already; choose another folder or pass overwrite=True")
     stored = open_weights(base)
-    layout, tables = _layout(base, stored)
+    config, layout, tables = _layout(base, stored)
     copied = [base / name for name in _COPIED_FILES if (base / name).is_file()]
+    serving = serving_files(base, config)
     _warn_if_incomplete(base, stored)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     size = sum(math.prod(shape) * FLOAT_DTYPES[name].itemsize for name, shape in layout.values())
@@ -350,8 +352,10 @@ def _write_folder(
         for file in copied:
             shutil.copyfile(file, temporary / file.name)
             flush_to_disk(temporary / file.name)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        flush_to_disk(temporary / "README.md")
+        contents = {made.name: made.content for made in serving}
+        for name, content in {**contents, "README.md": card.encode()}.items():
+            (temporary / name).write_bytes(content)
+            flush_to_disk(temporary / name)
         flush_to_disk(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -362,8 +366,8 @@ def _write_folder(
 
 def _layout(
     base: Path, stored: Mapping[str, StoredTensor]
-) -> tuple[Layout, dict[str, ComputedTensor]]:
-    """The output's tensors in file order (base's, then tables it lacks), and those tables."""
+) -> tuple[BagelConfig, Layout, dict[str, ComputedTensor]]:
+    """Configuration, the output's tensors in file order (base's, then tables it lacks), tables."""
     odd = [f"{key} ({s.dtype})" for key, s in stored.items() if s.dtype not in FLOAT_DTYPES]
     if odd or not stored:
         raise ValueError(
@@ -376,7 +380,7 @@ def _layout(
     usual = Counter(source.dtype for source in stored.values()).most_common(1)[0][0]
     layout = {key: (source.dtype, source.shape) for key, source in stored.items()}
     layout.update({key: (usual, table.shape) for key, table in tables.items()})
-    return layout, tables
+    return config, layout, tables
 
 
 def _write_tensors(
@@ -444,7 +448,8 @@ def _model_card(base: Path, step: int | None, run_config: Mapping[str, Any] | No
         f"- Base: {name}",
         f"- Optimiser step: {'not recorded' if step is None else step}",
         "- Layout: a BAGEL / ThinkMorph release folder. Tensors that training did not touch, the "
-        "autoencoder, the configurations and the tokenizer are byte for byte the base's.",
+        "autoencoder, llm_config.json, vit_config.json and the tokenizer are byte for byte the "
+        "base's.",
         f"- Licence: {licence}, the base's"
         + ("." if stated else " (its folder states none; BAGEL-7B-MoT is Apache-2.0)."),
     ]
