@@ -113,10 +113,6 @@ FAULTS = [
          "        os.fsync(stream.fileno())\n", ""),
     ]),
     *faults("modeling/release/checkpoint.py", "modeling/release/test_checkpoint.py", [
-        ("other ranks are left waiting after an error",
-         "        deque(items, 0)  # other ranks wait in the collectives of the remaining "
-         "tensors\n", ""),
-        ("an existing folder is replaced", "if out_dir.exists() and not overwrite:", "if False:"),
         ("trained tensors are copied from the base",
          "        writer.write(key, tensor)\n        del",
          "        (writer.copy(stored[key]) if key in stored else writer.write(key, tensor))\n "
@@ -141,6 +137,12 @@ FAULTS = [
          "from modeling.release.checkpoint import read_bagel_config as read\n"
          "    config = read(folder, open_weights(folder), visual_gen=draws)"),
         ("what a full disk cut stays", "        temporary.unlink(missing_ok=True)\n", ""),
+    ]),
+    *faults("modeling/release/folders.py", "modeling/release/test_checkpoint.py", [
+        ("other ranks are left waiting after an error",
+         "        deque(items, 0)  # other ranks wait in the collectives of the remaining "
+         "tensors\n", ""),
+        ("an existing folder is replaced", "if out_dir.exists() and not overwrite:", "if False:"),
     ]),
     *faults("modeling/release/finite.py", "modeling/release/test_finite.py", [
         ("infinity is finite", "ends.isfinite()", "(~ends.isnan())"),
