@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from data.dataset_info import load_dataset_config
 from data.parquet import StepLoader, StepOrder, StepRows, make_loader, open_sources
 from data.rejects import RejectLedger
+from modeling.host.disk import DiskRefused
 from modeling.host.memory import memory_errors
 from modeling.release.checkpoint import save_bagel
 from modeling.release.weight_files import FLOAT_DTYPES, open_weights
@@ -210,8 +211,7 @@ class Trainer:
                     self.log.message(f"terminated: {self.states.keep()}")
                     return exit_code(all_reduce_max_int(self.stop.number, self.env))
                 if self._saves() and not self.states.bad_steps:
-                    self.states.save(last=self.step == config.optim.total_steps)
-                    self._save_release()
+                    self._save()
         if self.states.bad_steps:
             raise self.states.diverged(" at the end of the run, so it has no result")
         return 0
@@ -233,7 +233,7 @@ class Trainer:
         good = self._saves() and not (self.checkpoint / NOT_GOOD).exists()
         owed = own and good and not release_folder(run.checkpoints, self.step).exists()
         if agree(owed, self.env):
-            self._save_release()
+            self._save()
 
     def _loader(self) -> StepLoader[TrainRow]:
         config = self.config
@@ -387,6 +387,19 @@ class Trainer:
         self.log.message(f"step {self.step}: non-finite, update skipped; rows: {where}")
         if self.states.bad_steps >= self.config.optim.max_nonfinite_steps:
             raise self.states.diverged(f" (rows of the last: {where}); lower --lr or check them")
+
+    def _save(self) -> None:
+        """The state of the last completed step and its release folder, unless the disk refuses."""
+        last = self.step == self.config.optim.total_steps
+        try:
+            self.states.save(last=last)
+            self._save_release()
+        except DiskRefused as error:  # on all ranks together
+            if last or self.config.run.on_save_error == "stop":
+                raise
+            text = str(error)
+            self.log.message(f"step {self.step} is not saved, training goes on: {text}")
+            self._together(lambda: self.log.log(self.step, {"save_error": text}))
 
     def _save_release(self) -> None:
         """A complete release folder `<checkpoint_dir>/<step>`, which evaluators load."""
