@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from scripts.bench.load import MemoryWatch
 from scripts.visual_opsd.processes import init_distributed
-from scripts.visual_opsd.training import sharded_files
+from scripts.visual_opsd.training import sharded_files, state_files
 from scripts.visual_opsd.training.checkpoints import (
     TrainingState,
     load_checkpoint,
@@ -61,6 +61,7 @@ def pinned() -> int:
 
 def main(folder: Path, device: str, rows: int, count: int, piece_bytes: int) -> dict[str, int]:
     sharded_files.PIECE_BYTES = piece_bytes
+    state_files._BLOCK_BYTES = piece_bytes // 8  # of which up to four are hashed at once
     env = init_distributed(device)
     here = str(env.device)
     saved, loaded = state(here, rows, count, 1.0), state(here, rows, count, 7.0)
