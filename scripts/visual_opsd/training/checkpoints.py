@@ -26,7 +26,7 @@ import random
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded_state
 
 from modeling.host.disk import check_room, disk_errors, flush_to_disk, size_text
+from scripts.visual_opsd.config import SFTConfig
 from scripts.visual_opsd.processes import DistEnv, attempt, gather_objects, on_main
 from scripts.visual_opsd.runs.identity import differences
 from scripts.visual_opsd.training.checkpoint_folders import remove, step_folder
@@ -138,7 +139,10 @@ def check_resumable(
         free -= _BY_CONTENTS
         held = {ROW_ORDER: saved.pop("rows")} if "rows" in saved else {}
         now = {key: now[key] for key in held}
-    settings = differences(_flatten(saved, free), _flatten(config, free))
+    asked = _flatten(config, free)
+    # An option that did not exist when the state was saved was at what is its default today.
+    absent = {k: v for k, v in _flatten(asdict(SFTConfig()), free).items() if k in asked}
+    settings = differences({**absent, **_flatten(saved, free)}, asked)
     files = differences(_flatten(held), now)
     if len(settings) + len(files) > 1:  # a consequence of the others
         files = [text for text in files if not text.startswith(ROW_ORDER)]
