@@ -343,6 +343,11 @@ class RunSettings(Settings):
     )
     save_release: bool = option(True, "write a release folder at each checkpoint too")
     keep_last: int = option(2, "training states kept; release folders are all kept", **ROWS)
+    on_save_error: str = option(
+        "stop", "when the disk refuses a state or release folder: `stop` ends the run; `continue` "
+        "trains on and tries again after `--save_every` steps, but the last step must be saved",
+        choices=("stop", "continue"),
+    )  # fmt: skip
     log_every: int = option(10, "steps between lines of `metrics.jsonl`", **ROWS)
     samples_per_step: int = option(
         2, "completions of rank 0 written to `samples.jsonl` at each step",

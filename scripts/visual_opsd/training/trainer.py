@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from data.dataset_info import load_dataset_config
 from data.parquet import StepLoader, StepOrder, StepRows, make_loader, open_sources
 from data.rejects import RejectLedger
+from modeling.host.disk import DiskRefused
 from modeling.host.memory import memory_errors
 from scripts.visual_opsd.cli import flat
 from scripts.visual_opsd.config import TrainConfig, compute_dtype
@@ -210,8 +211,7 @@ class Trainer:
                     self.log.message(f"terminated: {self.states.keep()}")
                     return exit_code(all_reduce_max_int(self.stop.number, self.env))
                 if self._saves() and not self.states.bad_steps:
-                    self.states.save(last=self.step == config.optim.total_steps)
-                    self.releases.save(self.step)
+                    self._save()
         if self.states.bad_steps:
             raise self.states.diverged(" at the end of the run, so it has no result")
         return 0
@@ -220,6 +220,19 @@ class Trainer:
         """Whether a checkpoint is due after the last completed step."""
         last = self.step == self.config.optim.total_steps
         return last or self.step % self.config.run.save_every == 0
+
+    def _save(self) -> None:
+        """The state of the last completed step and its release folder, unless the disk refuses."""
+        last = self.step == self.config.optim.total_steps
+        try:
+            self.states.save(last=last)
+            self.releases.save(self.step)
+        except DiskRefused as error:  # on all ranks together
+            if last or self.config.run.on_save_error == "stop":
+                raise
+            text = str(error)
+            self.log.message(f"step {self.step} is not saved, training goes on: {text}")
+            self._together(lambda: self.log.log(self.step, {"save_error": text}))
 
     def _begin(self) -> None:
         """Say where the run starts; write the release folder that a killed run still owes."""
@@ -232,7 +245,7 @@ class Trainer:
         own = self.checkpoint.resolve().parent == run.checkpoints.resolve()
         good = self._saves() and not (self.checkpoint / NOT_GOOD).exists()
         if agree(own and good and self.releases.is_owed(self.step), self.env):
-            self.releases.save(self.step)
+            self._save()
 
     def _loader(self) -> StepLoader[TrainRow]:
         config = self.config

@@ -57,7 +57,10 @@ ALONE = {
     "lora_alpha": "test_adapters",
     "lora_targets": "test_adapters",
 }
-ELSEWHERE = {"sft_format": "tests/visual_opsd/training/test_sft_flags.py"}
+ELSEWHERE = {
+    "sft_format": "tests/visual_opsd/training/test_sft_flags.py",
+    "on_save_error": "tests/visual_opsd/training/test_save_errors.py",
+}
 HERE = Path("places")  # only the names of the rows are wanted without a folder
 NAMES = {"one", "two", "model", "other", "train", "heldout", "prompts", "results"}
 TABLE = table_of(training_rows(dict.fromkeys(NAMES, HERE), "opsd"),
