@@ -109,6 +109,15 @@ def _flatten(mapping: Mapping[str, Any], left_out: Collection[str] = ()) -> dict
     return flat
 
 
+def _comparable(config: Mapping[str, Any], free: Collection[str]) -> dict[str, Any]:
+    """The settings that a resumed run must share with the saved one.
+
+    States of --optimizer_state gpu and host are the same, and older ones do not name it.
+    """
+    flat, name = _flatten(config, free), "optim.optimizer_state"
+    return {**flat, name: "8bit" if flat.get(name) == "8bit" else "gpu or host"}
+
+
 def config_hash(config: Mapping[str, Any]) -> str:
     """Short hash of the settings that must not change over a resume."""
     text = json.dumps(_flatten(config, FREE_FIELDS), sort_keys=True)
@@ -134,7 +143,7 @@ def check_resumable(
         free -= _BY_CONTENTS
         held = {ROW_ORDER: saved.pop("rows")} if "rows" in saved else {}
         now = {key: now[key] for key in held}
-    settings = differences(_flatten(saved, free), _flatten(config, free))
+    settings = differences(_comparable(saved, free), _comparable(config, free))
     files = differences(_flatten(held), now)
     if len(settings) + len(files) > 1:  # a consequence of the others
         files = [text for text in files if not text.startswith(ROW_ORDER)]

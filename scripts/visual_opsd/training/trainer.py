@@ -66,6 +66,7 @@ from scripts.visual_opsd.training.metrics import (
 )
 from scripts.visual_opsd.training.models import build_models
 from scripts.visual_opsd.training.objective import Base, Objective, Workplace
+from scripts.visual_opsd.training.optimizers import make_optimizer
 from scripts.visual_opsd.training.run_contents import run_contents
 from scripts.visual_opsd.training.sharding import (
     OFFLOAD_ADVICE,
@@ -140,13 +141,7 @@ class Trainer:
         )
         self.ema = None if self.teacher is None else self.teacher.ema
         self.trainable = [p for p in self.student.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trainable,
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-        )
+        self.optimizer = make_optimizer(self.trainable, optim, self.env.device)
         self.scheduler = LambdaLR(self.optimizer, lambda step: learning_rate_factor(step, optim))
 
     @property
