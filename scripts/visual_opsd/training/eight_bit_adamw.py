@@ -29,7 +29,6 @@ from scripts.visual_opsd.training.sharding import local_part
 
 LARGEST_BLOCK, SMALLEST_BLOCK = 256, 16  # values; a scale has 4 bytes
 SMALLEST_WEIGHT = 4096  # values; smaller ones keep fp32 moments, as in torchao
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def block_size(shape: Sequence[int]) -> int | None:
@@ -42,92 +41,91 @@ def block_size(shape: Sequence[int]) -> int | None:
     return size if math.prod(shape) >= SMALLEST_WEIGHT and size >= SMALLEST_BLOCK else None
 
 
-class EightBitAdamW(KeptState, AdamW8bit):
+class EightBitAdamW(KeptState):
     """AdamW with 8-bit moments on DTensors that are sharded by rows, if at all.
 
-    On a GPU torchao compiles its update, once for each shape of a weight; elsewhere it runs as it
-    is. `state_dict` holds plain DTensors: `exp_avg.codes` (the weight's shape, uint8),
-    `exp_avg.scale` (rows, blocks of a row; fp32), or `exp_avg` (fp32), and so for `exp_avg_sq`.
+    torchao's optimiser does the updates, on the shards. On a GPU it compiles them, once for each
+    shape of a shard; elsewhere they run as they are. `state[parameter]` shows its state as plain
+    tensors: `step`, `exp_avg.codes` (the weight's shape, uint8), `exp_avg.scale` (rows, blocks of
+    a row; fp32), or `exp_avg` (fp32), and so for `exp_avg_sq`; all but the first are DTensors.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], **group: Any) -> None:
-        super().__init__(parameters, **group)
-        for each in self.param_groups:
-            each["lr"] = self.defaults["lr"]  # a number again, see `step`
-        for parameter in parameters:
+        super().__init__(parameters, group)
+        self._shards = [nn.Parameter(local_part(parameter)) for parameter in parameters]
+        self._updates = AdamW8bit(self._shards, **group)
+        for parameter, shard in zip(parameters, self._shards, strict=True):
             assert isinstance(parameter, DTensor), "shards are DTensors"
             assert all(p.is_replicate() or p.is_shard(0) for p in parameter.placements)
-            self.state[parameter] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": _zeros(parameter, signed=True),
-                "exp_avg_sq": _zeros(parameter, signed=False),
+            step, block = torch.tensor(0.0), block_size(parameter.shape)
+            moments = {
+                "exp_avg": _zeros(shard, block, signed=True),
+                "exp_avg_sq": _zeros(shard, block, signed=False),
             }
+            self._updates.state[shard] = {"step": step, **moments}
+            plain: dict[str, Tensor] = {"step": step}
+            for name, moment in moments.items():
+                plain |= _plain_parts(name, moment, parameter, block)
+            self.state[parameter] = plain
 
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update all parameters that have a gradient."""
-        rates = [group["lr"] for group in self.param_groups]
-        on_gpu = all(p.is_cuda for group in self.param_groups for p in group["params"])
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        (group,), (theirs,) = self.param_groups, self._updates.param_groups
+        theirs |= {key: group[key] for key in ("betas", "eps", "weight_decay")}
+        theirs["lr"].fill_(group["lr"])  # a tensor, or each value would be compiled anew
+        for parameter, shard in zip(group["params"], self._shards, strict=True):
+            shard.data = local_part(parameter)  # FSDP2 may have moved it
+            shard.grad = None
+            if parameter.grad is not None and shard.numel():
+                shard.grad = local_part(parameter.grad)
+            elif parameter.grad is not None:
+                self.state[parameter]["step"] += 1
         how: AbstractContextManager[Any] = nullcontext()
-        if not on_gpu:  # compiling for a CPU takes 20 s a shape
+        if not self._shards[0].is_cuda:  # compiling for a CPU takes 20 s a shape
             how = torch.compiler.set_stance("force_eager")
-        try:
-            for group, rate in zip(self.param_groups, rates, strict=True):
-                # torchao wants a tensor; schedules and states want a number.
-                group["lr"] = torch.tensor(rate, dtype=torch.float32)
-            with how:
-                return super().step(closure)
-        finally:
-            for group, rate in zip(self.param_groups, rates, strict=True):
-                group["lr"] = rate
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as plain tensors that share the memory of this one."""
-        packed = super().state_dict()
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        numbers = [n for group in packed["param_groups"] for n in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
-            packed["state"][number] = _plain(parameter, self.state[parameter])
-        return packed
+        with how:
+            self._updates.step()
+        self._updates.zero_grad(set_to_none=True)  # or they would outlive the parameters'
+        return loss
 
 
-@torch.no_grad()
-def _zeros(parameter: DTensor, *, signed: bool) -> DTensor:
-    """A moment of zeros for a weight."""
-    local, block = parameter.to_local(), block_size(parameter.shape)
-    zeros = torch.zeros_like(local)
-    if block is not None and local.numel():  # torchao's tensor cannot be empty
-        made = OptimState8bit.zeros(local.shape, signed, block, local.device, local.dtype)
-        if not signed:
-            made.qmap[0] = made.qmap[1]
-        zeros = made
-    return _sharded_as(parameter, zeros, parameter.shape)
+def _zeros(shard: Tensor, block: int | None, *, signed: bool) -> Tensor:
+    """A moment of zeros for a shard."""
+    if block is None or not shard.numel():  # torchao's tensor cannot be empty
+        return torch.zeros_like(shard, requires_grad=False)
+    zeros = OptimState8bit.zeros(shard.shape, signed, block, shard.device, shard.dtype)
+    if not signed:
+        zeros.qmap[0] = zeros.qmap[1]
+    return zeros
 
 
-def _sharded_as(parameter: DTensor, local: Tensor, shape: Sequence[int]) -> DTensor:
-    """`local` as this rank's rows of a tensor (rows of `parameter`, ...) of `shape`."""
+def _plain_parts(
+    name: str, moment: Tensor, parameter: DTensor, block: int | None
+) -> dict[str, Tensor]:
+    """A moment as tensors that any mesh can load; they share its memory."""
+    if block is None:
+        return {name: _rows_of(parameter, moment, parameter.shape)}
+    if isinstance(moment, OptimState8bit):
+        codes, scale = moment.codes, moment.scale
+    else:  # no row is this rank's
+        codes, scale = moment.to(torch.uint8), moment.new_empty(0)
+    per_row = math.prod(parameter.shape[1:]) // block
+    scale = scale.view(len(moment), per_row)
+    return {
+        f"{name}.codes": _rows_of(parameter, codes, parameter.shape),
+        f"{name}.scale": _rows_of(parameter, scale, (parameter.shape[0], per_row)),
+    }
+
+
+def _rows_of(parameter: DTensor, local: Tensor, shape: Sequence[int]) -> DTensor:
+    """`local` as this rank's rows of a tensor of `shape` that is sharded as the parameter is."""
     whole = torch.empty(tuple(shape), device="meta")
     return DTensor.from_local(
         local, parameter.device_mesh, parameter.placements,
         run_check=False, shape=whole.shape, stride=whole.stride(),
     )  # fmt: skip
-
-
-@torch.no_grad()
-def _plain(parameter: DTensor, state: dict[str, Any]) -> dict[str, Any]:
-    """A parameter's state for a file: codes and scales are tensors of their own."""
-    block = block_size(parameter.shape)
-    if block is None:
-        return state
-    rows, per_row = len(local_part(parameter)), math.prod(parameter.shape[1:]) // block
-    found = {"step": state["step"]}
-    for name in _MOMENTS:
-        moment = local_part(state[name])
-        if isinstance(moment, OptimState8bit):
-            codes, scale = moment.codes, moment.scale
-        else:  # no row is this rank's
-            codes = moment.to(torch.uint8)
-            scale = moment.new_empty(0)
-        found[f"{name}.codes"] = _sharded_as(parameter, codes, parameter.shape)
-        whole = (parameter.shape[0], per_row)
-        found[f"{name}.scale"] = _sharded_as(parameter, scale.view(rows, per_row), whole)
-    return found

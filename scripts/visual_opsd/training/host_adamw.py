@@ -130,7 +130,7 @@ class HostAdamW(KeptState, torch.optim.AdamW):
     ) -> torch.cuda.Event | None:
         """One piece through its slot (2, n); `emptied`: when the slot's last content had left."""
         inward, outward = self._inward, self._outward
-        with _on(inward):
+        with on_stream(inward):
             if inward is not None and emptied is not None:
                 inward.wait_event(emptied)
             for staged, moment in zip(slot, piece.moments, strict=True):
@@ -140,13 +140,14 @@ class HostAdamW(KeptState, torch.optim.AdamW):
         _adamw(piece, slot)
         if outward is not None:
             outward.wait_stream(torch.cuda.current_stream(self.device))
-        with _on(outward):
+        with on_stream(outward):
             for staged, moment in zip(slot, piece.moments, strict=True):
                 moment.copy_(staged, non_blocking=True)
             return None if outward is None else outward.record_event()
 
 
-def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
+def on_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
+    """Queue work on `stream`; on a CPU there is none, and work is done at once."""
     return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 

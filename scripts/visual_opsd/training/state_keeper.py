@@ -49,7 +49,7 @@ def is_finite(state: TrainingState, env: DistEnv) -> bool:
         tensors += state.ema.parameters()
     tensors += [
         value
-        for moments in state.optimizer.state_dict()["state"].values()
+        for moments in state.optimizer.state.values()
         for value in moments.values()
         if isinstance(value, Tensor)
     ]

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scripts.visual_opsd.config import OptimSettings
 from scripts.visual_opsd.processes import DistEnv, all_reduce_sums
-from scripts.visual_opsd.training import eight_bit_adamw, host_adamw
+from scripts.visual_opsd.training import host_adamw
 from scripts.visual_opsd.training import sharding as D
 from scripts.visual_opsd.training.checkpoints import TrainingState
 from scripts.visual_opsd.training.optimizers import make_optimizer
@@ -147,6 +147,8 @@ def toy_optimizer(params: list[nn.Parameter], kind: str = "gpu") -> torch.optim.
 @contextmanager
 def toy_sizes() -> Iterator[None]:
     """Pieces and blocks so small that the toy's weights have several."""
+    from scripts.visual_opsd.training import eight_bit_adamw  # importing torchao takes seconds
+
     with (
         mock.patch.object(host_adamw, "PIECE", 64),
         mock.patch.object(eight_bit_adamw, "SMALLEST_WEIGHT", 64),
