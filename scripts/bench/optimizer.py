@@ -33,7 +33,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from modeling.bagel.bagel import Bagel
 from modeling.host.memory import OutOfMemory, memory_errors
-from scripts.bench.common import TRUE_SIZE, Machine, add_report, check_report, sized, versions, write
+from scripts.bench.common import (
+    TRUE_SIZE,
+    Machine,
+    add_report,
+    check_report,
+    sized,
+    versions,
+    write,
+)
 from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.config import OPTIMIZER_STATES, OptimSettings
 from scripts.visual_opsd.processes import init_distributed, shutdown

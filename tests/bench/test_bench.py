@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from scripts.bench import all as bench
-from scripts.bench import decode, gather, load, paper_shape
+from scripts.bench import decode, gather, load, optimizer, paper_shape
 from scripts.visual_opsd.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +111,23 @@ def test_gathering_is_timed_in_its_three_ways(tmp_path: Path) -> None:
     assert report == json.loads(done.stdout) and report["tiny"]
     for way in ("bound", "copied", "refreshed"):
         assert report[way]["median_s"] > 0
+
+
+def test_optimizer_steps_are_timed_beside_transfers(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "scripts.bench.optimizer", "--tiny", "--device", "cpu"]
+    file = tmp_path / "optimizer.json"
+    more = ["--repeats", "1", "--only", "gpu", "host", "--json", str(file)]
+    done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report == json.loads(done.stdout) and report["tiny"]
+    least = 8 * report["parameters"] / 1e9 / report["gb_s"]["both"]
+    assert report["transfer_s"] == pytest.approx(least, abs=1e-3)
+    for kind in ("gpu", "host"):
+        assert report[kind]["median_s"] > 0
+    assert "8bit" not in report
+    with pytest.raises(ValueError, match="repeats must be at least 1"):
+        optimizer.main(["--tiny", "--device", "cpu", "--repeats", "0"])
 
 
 def test_the_paper_shape_times_a_run_of_the_launcher(

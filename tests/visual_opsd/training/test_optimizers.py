@@ -244,7 +244,9 @@ def test_another_kind_of_state(env: DistEnv, small: None, tmp_path: Path) -> Non
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("host", "8bit"):
         with pytest.raises(ValueError, match=f"does not go with --optimizer_state {kind}"):
-            TrainConfig(optim=OptimSettings(optimizer_state=kind), run=RunSettings(cpu_offload=True))
+            TrainConfig(
+                optim=OptimSettings(optimizer_state=kind), run=RunSettings(cpu_offload=True)
+            )
     TrainConfig(run=RunSettings(cpu_offload=True))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     OptimSettings(optimizer_state="host")

@@ -369,9 +369,10 @@ def check_optimizer_states(env: DistEnv, work: Path) -> None:
                     assert state_hash(again.state) == state_hash(run.state), kind
             if kind != "gpu":  # the parent test's, of one process
                 one = ToyRun(env, (1, 2), seed=9, kind=kind)
-                assert load(work / f"single_{kind}" / "step_0000002", one) == (
-                    work / f"hash_one_rank_{kind}"
-                ).read_text()
+                assert (
+                    load(work / f"single_{kind}" / "step_0000002", one)
+                    == (work / f"hash_one_rank_{kind}").read_text()
+                )
         assert hashes["gpu"] == hashes["host"] != hashes["8bit"]
         for kind, other in (("gpu", "host"), ("host", "gpu")):
             assert load(states[kind], ToyRun(env, (2, 1), seed=9, kind=other)) == hashes[kind]
