@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from data.sequence import Prompts
+from modeling.bagel.adapters import PARTS, PROJECTIONS
 from scripts.visual_opsd.cli import (
     PACKED,
     ROUNDS,
@@ -77,6 +78,27 @@ class ModelSettings(Settings):
                 "--visual_gen True: only interleaved SFT trains the drawing branch (train_sft "
                 "--mode interleaved); otherwise the saved folder holds the base's"
             )
+
+
+@dataclass(frozen=True)
+class LoraSettings(Settings):
+    """Low-rank adapters (arXiv 2106.09685) on a frozen base, instead of training the weights."""
+
+    lora_rank: int | None = option(
+        None, "train adapters of this rank beside the frozen base; `none`: train the weights",
+        at_least=1, at_most=8192,
+    )  # fmt: skip
+    lora_alpha: float | None = option(
+        None, "adapters count `lora_alpha / lora_rank` times; `none`: twice", above=0, at_most=1e6
+    )
+    lora_targets: str = option(
+        "llm", "layers that have adapters, by commas: all linear ones of `llm` (the decoder's "
+        "understanding branch), `vit` or `connector`, or the decoder's of one name (`q_proj`, ...)",
+    )  # fmt: skip
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(part.strip() for part in self.lora_targets.split(",") if part.strip())
 
 
 @dataclass(frozen=True)
@@ -396,11 +418,30 @@ class RunSettings(Settings):
         return tuple(dict.fromkeys(spec for spec in specs if spec is not None))
 
 
+def check_adapters(lora: LoraSettings, model: ModelSettings) -> None:
+    """Raises ValueError: adapters of no or unknown layers, or on what is to stay as it is."""
+    known = (*PARTS, *PROJECTIONS)
+    unknown = [target for target in lora.targets if target not in known]
+    if unknown or not lora.targets:
+        raise ValueError(
+            f"--lora_targets {lora.lora_targets!r}: name some of {', '.join(known)}, by commas"
+        )
+    frozen = {"vit": model.freeze_vit, "connector": model.freeze_und}
+    for target in lora.targets:
+        part = target if target in frozen else "llm"
+        if frozen.get(part, model.freeze_llm):
+            raise ValueError(
+                f"--lora_targets {target} contradicts the flag that freezes this part: with "
+                "--lora_rank the weights are frozen anyway, so leave the --freeze flags out"
+            )
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything a training run is told."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)
     data: DataSettings = field(default_factory=DataSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
@@ -410,6 +451,8 @@ class TrainConfig:
     run: RunSettings = field(default_factory=RunSettings)
 
     def __post_init__(self) -> None:
+        if self.lora.lora_rank is not None:
+            check_adapters(self.lora, self.model)
         kind = self.optim.optimizer_state
         if self.run.cpu_offload and kind != "gpu":
             raise ValueError(
@@ -434,6 +477,14 @@ class SFTConfig(TrainConfig):
     """The settings of SFT: those of every training run, and its mode."""
 
     flow: FlowSettings = field(default_factory=FlowSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora.lora_rank is not None and self.flow.mode == "interleaved":
+            raise ValueError(
+                "--lora_rank: adapters are of the understanding branch, and --mode interleaved "
+                "trains the drawing branch; leave --lora_rank out"
+            )
 
 
 # What the text-only SFT baseline sets differently (the paper's 2,000 steps; the loss is CE alone).

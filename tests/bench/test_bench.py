@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from scripts.bench import all as bench
-from scripts.bench import decode, gather, load, optimizer, paper_shape
+from scripts.bench import decode, gather, lab, load, optimizer, paper_shape
 from scripts.visual_opsd.cli import run_main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,7 +164,7 @@ def test_waiting_is_what_no_phase_holds() -> None:
     shared = {"completion_length": 5, "scored_tokens": 9, "loss": 1.0, "grad_norm": 1.0}
     shared |= {"peak_memory_gb": 2.0, "tokens_per_s/sample": 7.0}
     lines = [{**shared, "seconds/sample": s, "seconds/train": 1.0} for s in (9.0, 2.0, 3.0)]
-    run = paper_shape.Run(lines, [10.0, 14.0, 18.5], {}, "", None, 20.0)
+    run = lab.Run(lines, [10.0, 14.0, 18.5], [], "", None, 20.0)
     found = run.figures(skip=1)
     assert found["step_s"] == {"median": 4.25, "spread": 0.5}
     assert found["waiting_s"] == {"median": 0.75, "spread": 0.5}

@@ -113,16 +113,18 @@ FAULTS = [
          "        os.fsync(stream.fileno())\n", ""),
     ]),
     *faults("modeling/release/checkpoint.py", "modeling/release/test_checkpoint.py", [
-        ("other ranks are left waiting after an error",
-         "        deque(items, 0)  # other ranks wait in the collectives of the remaining "
-         "tensors\n", ""),
-        ("an existing folder is replaced", "if out_dir.exists() and not overwrite:", "if False:"),
         ("trained tensors are copied from the base",
          "        writer.write(key, tensor)\n        del",
          "        (writer.copy(stored[key]) if key in stored else writer.write(key, tensor))\n "
          "       del"),
         ("weights may be NaN", "    check_finite(state, stored)\n", "",
          "modeling/release/test_finite.py"),
+    ]),
+    *faults("modeling/release/folders.py", "modeling/release/test_checkpoint.py", [
+        ("other ranks are left waiting after an error",
+         "        deque(items, 0)  # other ranks wait in the collectives of the remaining "
+         "tensors\n", ""),
+        ("an existing folder is replaced", "if out_dir.exists() and not overwrite:", "if False:"),
     ]),
     *faults("modeling/release/finite.py", "modeling/release/test_finite.py", [
         ("infinity is finite", "ends.isfinite()", "(~ends.isnan())"),

@@ -25,7 +25,7 @@ import random
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_sharded_
 from torch.distributed.checkpoint.state_dict_saver import save as save_sharded_state
 
 from modeling.host.disk import check_room, disk_errors, flush_to_disk, size_text
+from scripts.visual_opsd.config import SFTConfig
 from scripts.visual_opsd.processes import DistEnv, attempt, gather_objects, on_main
 from scripts.visual_opsd.runs.identity import differences
 from scripts.visual_opsd.training.checkpoint_folders import remove, step_folder
@@ -109,13 +110,10 @@ def _flatten(mapping: Mapping[str, Any], left_out: Collection[str] = ()) -> dict
     return flat
 
 
-def _comparable(config: Mapping[str, Any], free: Collection[str]) -> dict[str, Any]:
-    """The settings that a resumed run must share with the saved one.
-
-    States of --optimizer_state gpu and host are the same, and older ones do not name it.
-    """
-    flat, name = _flatten(config, free), "optim.optimizer_state"
-    return {**flat, name: "8bit" if flat.get(name) == "8bit" else "gpu or host"}
+def _comparable(flat: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they are compared: fp32 moments are saved alike wherever they lie."""
+    name = "optim.optimizer_state"
+    return flat | ({name: "gpu or host"} if flat.get(name) in ("gpu", "host") else {})
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -143,7 +141,10 @@ def check_resumable(
         free -= _BY_CONTENTS
         held = {ROW_ORDER: saved.pop("rows")} if "rows" in saved else {}
         now = {key: now[key] for key in held}
-    settings = differences(_comparable(saved, free), _comparable(config, free))
+    asked = _flatten(config, free)
+    # An option that did not exist when the state was saved was at what is its default today.
+    absent = {k: v for k, v in _flatten(asdict(SFTConfig()), free).items() if k in asked}
+    settings = differences(_comparable({**absent, **_flatten(saved, free)}), _comparable(asked))
     files = differences(_flatten(held), now)
     if len(settings) + len(files) > 1:  # a consequence of the others
         files = [text for text in files if not text.startswith(ROW_ORDER)]

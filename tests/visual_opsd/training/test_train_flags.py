@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from modeling.bagel.adapters import PROJECTIONS, add_adapters
 from scripts.visual_opsd.cli import parse_config
 from scripts.visual_opsd.config import TrainConfig
 from scripts.visual_opsd.processes import init_distributed
@@ -51,6 +52,9 @@ ALONE = {
     "resume_from": "test_where_a_run_begins",
     "device": "test_device",
     "take_over": "test_take_over",
+    "lora_rank": "test_adapters",
+    "lora_alpha": "test_adapters",
+    "lora_targets": "test_adapters",
 }
 ELSEWHERE = {"sft_format": "tests/visual_opsd/training/test_sft_flags.py"}
 HERE = Path("places")  # only the names of the rows are wanted without a folder
@@ -121,6 +125,22 @@ def test_take_over(
     assert [(call["flag"], call["take_over"]) for call in calls] == [
         ("results_dir", take_over), ("checkpoint_dir", take_over),
     ]  # fmt: skip
+
+
+def test_adapters(runs: list[TrainRun], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the student gets, and that nothing else of it trains."""
+    calls = spy(monkeypatch, add_adapters, stop)
+    given = {**apart(runs[0], tmp_path), "freeze_llm": False, "freeze_vit": False}
+    for flags, rank, alpha, last in (
+        ({"lora_rank": 5}, 5, 10.0, "up_proj"),
+        ({"lora_rank": 3, "lora_alpha": 7.5, "lora_targets": "v_proj, k_proj"}, 3, 7.5, "v_proj"),
+    ):
+        with pytest.raises(Stop):
+            main(words({**given, **flags}))
+        made = calls[-1]["config"]
+        assert (made.rank, made.alpha) == (rank, alpha)
+        assert {path.rpartition(".")[2] for path in made.modules} <= set(PROJECTIONS)
+        assert max(path.rpartition(".")[2] for path in made.modules) == last
 
 
 @pytest.mark.parametrize(
