@@ -114,6 +114,12 @@ def _flatten(mapping: Mapping[str, Any], left_out: Collection[str] = ()) -> dict
     return flat
 
 
+def _comparable(flat: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they are compared: fp32 moments are saved alike wherever they lie."""
+    name = "optim.optimizer_state"
+    return flat | ({name: "gpu or host"} if flat.get(name) in ("gpu", "host") else {})
+
+
 def config_hash(config: Mapping[str, Any]) -> str:
     """Short hash of the settings that must not change over a resume."""
     text = json.dumps(_flatten(config, FREE_FIELDS), sort_keys=True)
@@ -142,7 +148,7 @@ def check_resumable(
     asked = _flatten(config, free)
     # An option that did not exist when the state was saved was at what is its default today.
     absent = {k: v for k, v in _flatten(asdict(SFTConfig()), free).items() if k in asked}
-    settings = differences({**absent, **_flatten(saved, free)}, asked)
+    settings = differences(_comparable({**absent, **_flatten(saved, free)}), _comparable(asked))
     files = differences(_flatten(held), now)
     if len(settings) + len(files) > 1:  # a consequence of the others
         files = [text for text in files if not text.startswith(ROW_ORDER)]

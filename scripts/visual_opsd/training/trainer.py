@@ -64,6 +64,7 @@ from scripts.visual_opsd.training.metrics import (
 )
 from scripts.visual_opsd.training.models import adapter_config, build_models
 from scripts.visual_opsd.training.objective import Base, Objective, Workplace
+from scripts.visual_opsd.training.optimizers import make_optimizer
 from scripts.visual_opsd.training.releases import ReleaseWriter
 from scripts.visual_opsd.training.run_contents import run_contents
 from scripts.visual_opsd.training.sharding import (
@@ -141,13 +142,7 @@ class Trainer:
         lora = self.config.lora
         self.adapters = adapter_config(self.student, lora) if lora.lora_rank else None
         self.trainable = [p for p in self.student.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trainable,
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-        )
+        self.optimizer = make_optimizer(self.trainable, optim, self.env.device)
         self.scheduler = LambdaLR(self.optimizer, lambda step: learning_rate_factor(step, optim))
 
     @property
