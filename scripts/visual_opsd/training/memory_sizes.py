@@ -68,6 +68,8 @@ class Footprint:
     use_system_prompt: bool
     smallest_image: int  # ViT patches
     largest_image: int
+    smallest_picture: int  # latent tokens; 0: the autoencoder has no part
+    largest_picture: int
     sample_max_new_tokens: int
     sample_batch_size: int
     max_prefill_tokens: int
@@ -130,6 +132,14 @@ def make_footprint(
         width, height = transform.target_size(pixels, pixels)
         return min(width // patch, side) * min(height // patch, side)
 
+    latents = objective.trains_drawing or objective.teacher_reads_latents
+    picture = ImageTransform(**prompt.vae_config())
+
+    def latent_tokens(pixels: int) -> int:
+        sides = picture.target_size(pixels, pixels)
+        stride = 8 * model.latent_patch_size
+        return math.prod(min(side // stride, model.max_latent_size) for side in sides) * latents
+
     footprint = Footprint(
         model=replace(model, visual_gen=False),
         gpus=world.gpus,
@@ -158,6 +168,8 @@ def make_footprint(
         use_system_prompt=prompt.use_system_prompt,
         smallest_image=patches(1),
         largest_image=patches(10**4),
+        smallest_picture=latent_tokens(1),
+        largest_picture=latent_tokens(10**4),
         sample_max_new_tokens=sample.sample_max_new_tokens,
         sample_batch_size=sample.sample_batch_size,
         max_prefill_tokens=sample.sampler().max_prefill_tokens,
@@ -315,21 +327,30 @@ def autoencoder_bytes(of: Footprint) -> int:
 
 @dataclass(frozen=True)
 class RowLengths:
-    """Of one row, in tokens: a problem image and text; for the teacher another image and text."""
+    """Of one row, in tokens: a problem image and text; for the teacher another image and text.
+
+    shown: patches of the VT that the teacher reads; 0: there is none. latents: of a picture that
+    the teacher reads or, twice (noised and clean), the student learns to draw; 0: there is none.
+    new: tokens of the completion.
+    """
 
     image: int
     text: int
-    shown: int  # patches of the VT that the teacher reads; 0: there is no teacher
+    shown: int
     shown_text: int
-    new: int  # tokens of the completion
+    new: int
+    latents: int = 0
+    draws: bool = False
 
     @property
     def student(self) -> int:
-        return self.image + self.text + 4  # two markers each
+        drawn = 2 * (self.latents + 2) if self.draws else 0
+        return self.image + self.text + 4 + drawn  # two markers each
 
     @property
     def teacher(self) -> int:
-        return self.student + (self.shown + self.shown_text + 4 if self.shown else 0)
+        latents = self.latents + 2 if self.latents and not self.draws else 0
+        return self.student + (self.shown + self.shown_text + 4 + latents if self.shown else 0)
 
     @property
     def longest(self) -> int:
@@ -341,18 +362,32 @@ def shortest_row(of: Footprint) -> RowLengths:
     """As short as a sensible one can be: the smallest images, a short question and answer."""
     text = _QUESTION_TOKENS + (_SYSTEM_TOKENS if of.use_system_prompt else 0)
     shown = 0 if of.teacher_mode is None else of.smallest_image
-    row = RowLengths(of.smallest_image, text, shown, _REFERENCE_TOKENS if shown else 0, 1)
-    return replace(row, new=max(1, min(16, of.sample_max_new_tokens - 1)))
+    return RowLengths(
+        of.smallest_image,
+        text,
+        shown,
+        _REFERENCE_TOKENS if shown else 0,
+        new=max(1, min(16, of.sample_max_new_tokens - 1)),
+        latents=of.smallest_picture,
+        draws=of.draws,
+    )
 
 
 def longest_row(of: Footprint) -> RowLengths:
-    """As long as the settings let one be, its completion of full length."""
+    """As long as the settings let one be: a completion of full length (of given text: a quarter),
+    the largest images that leave room for it, text in what remains."""
     row = shortest_row(of)
-    new = of.sample_max_new_tokens - 1 if of.samples else max(row.new, of.max_forward_tokens // 4)
-    row = replace(row, new=max(1, min(new, of.max_forward_tokens - row.longest + row.new)))
-    room = of.max_forward_tokens - row.longest
-    bigger = max(0, min(of.largest_image - row.image, room))
-    return replace(row, image=row.image + bigger, text=row.text + max(0, room - bigger))
+
+    def room() -> int:
+        return max(0, of.max_forward_tokens - row.longest)
+
+    new = of.sample_max_new_tokens - 1 if of.teacher_mode or of.samples else 0
+    new = max(row.new, new or of.max_forward_tokens // 4)
+    row = replace(row, new=min(new, row.new + room()))
+    larger = replace(row, latents=of.largest_picture)
+    row = larger if larger.longest <= of.max_forward_tokens else row
+    row = replace(row, image=min(of.largest_image, row.image + room()))
+    return replace(row, text=row.text + room())
 
 
 @dataclass(frozen=True)
