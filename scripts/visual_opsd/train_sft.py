@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from scripts.visual_opsd.cli import parse_config, run_main
 from scripts.visual_opsd.config import INTERLEAVED_DEFAULTS, SFT_DEFAULTS, SFTConfig
-from scripts.visual_opsd.training.start import start
 from scripts.visual_opsd.training.interleaved import InterleavedSFT
 from scripts.visual_opsd.training.objective import Objective
+from scripts.visual_opsd.training.start import start
 from scripts.visual_opsd.training.text_sft import TextSFT
 
 _TITLE = "SFT: the text-only baseline, or (--mode interleaved) thoughts and drawings."

@@ -30,6 +30,7 @@ from scripts.visual_opsd.runs.folder_lock import release_folders
 from scripts.visual_opsd.training.memory_plan import planned_phases
 from scripts.visual_opsd.training.memory_sizes import (
     Footprint,
+    ReleaseSizes,
     RowLengths,
     World,
     load_of,
@@ -167,13 +168,13 @@ def dry_run(config: TrainConfig, env: DistEnv, objective: Objective) -> int:
         if isinstance(objective, VisualOPSD):
             objective = FullLength(own, 1)
         trainer = DryRun(own, env, objective)
-        model = trainer.base.model
+        release = ReleaseSizes.read(config.model.model_path)
         world = World(env.world_size, env.local_world_size, env.device)
-        of = make_footprint(config, model, objective, world)
+        of = make_footprint(config, release, objective, world)
         row = longest_row(of)
         if isinstance(objective, FullLength):
             objective.completion = full_completion(row.new)
-        trainer.row = made_up_row(row, model)
+        trainer.row = made_up_row(row, release.model)
         assert isinstance(trainer.timer, MeasuredPhases)
         trainer.timer.before = before
         with trainer.timer("resident"):

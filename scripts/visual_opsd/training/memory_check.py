@@ -146,7 +146,7 @@ _Change = dict[str, object]
 
 
 def _changes(of: Footprint, resource: str) -> Iterator[_Change]:
-    """Settings one might change, as fields of a footprint; those that are so already are left out."""
+    """Settings one might change, as fields of a footprint."""
     if resource == DISK:
         yield {"keep_last": 1}
         yield {"save_release": False}
@@ -177,7 +177,9 @@ def _changes(of: Footprint, resource: str) -> Iterator[_Change]:
     yield {"gradient_accumulation_steps": 1}
     for name in ("sample_batch_size", "pack_tokens", "sample_max_new_tokens", "max_forward_tokens",
                  "loss_chunk_size"):  # fmt: skip
-        value = min(getattr(of, name), of.rows) if name == "sample_batch_size" else getattr(of, name)
+        value = (
+            min(getattr(of, name), of.rows) if name == "sample_batch_size" else getattr(of, name)
+        )
         yield {name: max(1, value // 2)}
 
 
@@ -239,5 +241,3 @@ def _together(
         if whole.fits:
             return [whole] if len(flags) > 1 else []
     return []
-
-

@@ -24,7 +24,6 @@ from scripts.visual_opsd.training.memory_sizes import (
     Load,
     Unit,
     Weights,
-    autoencoder_bytes,
     largest_load,
     least_load,
     student_weights,
@@ -41,7 +40,7 @@ _HOST_GPU, _HOST_CPU, _WORKER = 3.0e9, 1.0e9, 0.5e9  # a process: Python, torch,
 _SAVING = 4e9  # staging of a process that saves
 _HOST_STAGING = 1e9  # on the GPU, of moments on their way from the host
 _MOMENTS = {"gpu": 8.0, "host": 8.0, "8bit": 2.06}  # bytes a number
-_LATENT_PIXELS = 1024**2
+_LATENT_PIXELS = 256  # that a latent token covers
 
 
 @dataclass(frozen=True)
@@ -170,18 +169,21 @@ class _Gpu:
                 size = _MOMENTS[of.optimizer_state] * student.trained_local
                 parts.append(Component("moments", size, "AdamW's two averages of gradients"))
         if not of.teacher_cpu_offload:
-            parts.append(Component("teacher", teacher_bytes(of, student, self.teacher),
-                                   f"{of.teacher_mode}: {shard} weights it scores with"))  # fmt: skip
-        parts.append(Component("autoencoder", autoencoder_bytes(of), "turns pictures to latents"))
+            size = teacher_bytes(of, student, self.teacher)
+            why = f"{of.teacher_mode}: {shard} weights it scores with"
+            parts.append(Component("teacher", size, why))
+        parts.append(Component("autoencoder", of.autoencoder_bytes, "turns pictures to latents"))
         return _some(parts)
 
     def moments(self) -> list[Moment]:
         found = []
         if self.of.samples:
             found.append(_fullest("sample", self._gather(), self._prefill(), self._decode()))
-        if self.of.draws or self.of.teacher_latents:
-            encoder = _ENCODER_BYTES * _LATENT_PIXELS
-            found.append(_fullest("encode", [Component("encoder", encoder, "one picture's layers")]))
+        if self.of.largest_picture:
+            encoder = _ENCODER_BYTES * _LATENT_PIXELS * self.of.largest_picture
+            found.append(
+                _fullest("encode", [Component("encoder", encoder, "one picture's layers")])
+            )
         forwards = [self._student_forward(), self._first_backward(), self._last_backward(),
                     self._root_backward()]  # fmt: skip
         if self.load.teacher:
@@ -311,8 +313,9 @@ class _Gpu:
         load = self.load
         size = load.teacher * (self._pass_bytes + self.of.model.llm.hidden_size * self.of.item)
         size += self._pixels(load.teacher_patches)
-        return [self._gradients(), self._heads(), self._gathered(self.teacher or self.student),
-                Component("teacher's pack", size, f"one layer of {load.teacher} tokens")]  # fmt: skip
+        pack = Component("teacher's pack", size, f"one layer of {load.teacher} tokens")
+        gathered = self._gathered(self.teacher or self.student)
+        return [self._gradients(), self._heads(), gathered, pack]
 
     def _student_forward(self) -> list[Component]:
         """In the loss, when every layer's activations are kept."""
@@ -412,10 +415,8 @@ def _host(
 ) -> list[Component]:
     ranks = min(of.per_node, of.gpus)
     each = _HOST_GPU if of.on_gpu else _HOST_CPU
-    row = 4.0 * of.model.vision.patch_dim * of.max_forward_tokens
-    row += (12.0 * _LATENT_PIXELS) * (of.draws or of.teacher_latents)
-    patches = max(load.teacher_patches, load.student_patches, 1)
-    row = min(row, 4.0 * of.model.vision.patch_dim * patches)
+    patches = min(of.max_forward_tokens, max(load.teacher_patches, load.student_patches))
+    row = 4.0 * (of.model.vision.patch_dim * patches + 3 * _LATENT_PIXELS * of.largest_picture)
     # A step's rows are held as tensors and, on their way through the pipe, as bytes.
     ahead = 2 * of.num_workers * of.prefetch_factor * of.rows * row
     offloaded = pinned_bytes(student, of) if of.cpu_offload else 0.0

@@ -5,20 +5,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from modeling.autoencoder import AE_FILE
-from modeling.bagel.config import BagelConfig, read_llm_config, read_vision_config
-from modeling.release.checkpoint import read_bagel_config
-from modeling.release.weight_files import open_weights
 from scripts.visual_opsd.config import TrainConfig
 from scripts.visual_opsd.processes import DistEnv, attempt, launched_as
 from scripts.visual_opsd.training.memory_check import Finding, Room, judge, suggest
 from scripts.visual_opsd.training.memory_plan import Component, Plan, largest_plan, least_plan
 from scripts.visual_opsd.training.memory_sizes import (
     Footprint,
+    ReleaseSizes,
     World,
     longest_row,
     make_footprint,
@@ -34,21 +30,6 @@ _DOING = {
     "save": "while a state is saved",
 }
 _WIDTH = 30  # of the names
-
-
-def read_sizes(path: str | Path) -> tuple[BagelConfig, int | None]:
-    """Sizes of a release folder and its bytes; of a folder without weights, by its two
-    configuration files alone, the bytes are None.
-
-    Raises:
-        ValueError: a configuration is missing or malformed, or weights that do not fit it.
-    """
-    folder = Path(path)
-    llm, vision = read_llm_config(folder), read_vision_config(folder)
-    if not any(file.name != AE_FILE for file in folder.glob("*.safetensors*")):
-        return BagelConfig(llm, vision), None
-    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    return read_bagel_config(folder, open_weights(folder)), size
 
 
 # -------------------------------------------------------------------------------------- table
@@ -79,7 +60,9 @@ def _heading(of: Footprint) -> list[str]:
     what = "adapters" if of.lora_rank is not None else "numbers"
     trained, total = student.trained / 1e9, student.total("numbers") / 1e9
     unit = "GPU" if of.on_gpu else "process"
-    shard = f"each holds 1/{of.shards} of the weights" if of.shards > 1 else "each holds all weights"
+    shard = (
+        f"each holds 1/{of.shards} of the weights" if of.shards > 1 else "each holds all weights"
+    )
     return [
         f"Memory plan: {trained:.2f} billion {what} train, of {total:.2f} billion; "
         f"{_count(of.gpus, unit)}, {shard}; computed in {dtype}.",
@@ -134,7 +117,7 @@ def show_plan(config: TrainConfig, objective: Objective, *, gpus: int | None = N
     Raises:
         ValueError: no release folder's configuration there, or settings that contradict.
     """
-    model, size = read_sizes(config.model.model_path)
+    release = ReleaseSizes.read(config.model.model_path)
     rank, world, _, local = launched_as()
     if rank:
         return 0
@@ -145,7 +128,7 @@ def show_plan(config: TrainConfig, objective: Objective, *, gpus: int | None = N
         world = local = settings.plan_gpus
     imagined = settings.plan_gpus is not None or settings.plan_gpu_gb is not None
     device = torch.device("cpu" if config.run.device == "cpu" and not imagined else "cuda")
-    of = make_footprint(config, model, objective, World(world, local, device), size)
+    of = make_footprint(config, release, objective, World(world, local, device))
     print(describe(largest_plan(of), least_plan(of)))
     room = Room.here(device, config.run.checkpoints)
     if imagined:  # of another machine nothing else is known
@@ -158,9 +141,7 @@ def show_plan(config: TrainConfig, objective: Objective, *, gpus: int | None = N
     return int(any(finding.impossible for finding in findings))
 
 
-def check_memory(
-    config: TrainConfig, model: BagelConfig, objective: Objective, env: DistEnv
-) -> None:
+def check_memory(config: TrainConfig, objective: Objective, env: DistEnv) -> None:
     """Compare a run's plan with what is there; called by all ranks, before anything is loaded.
 
     What rows of full length would exceed is a warning on stderr.
@@ -173,7 +154,8 @@ def check_memory(
     world = World(env.world_size, env.local_world_size, env.device)
 
     def check() -> None:
-        of = make_footprint(config, model, objective, world)
+        release = ReleaseSizes.read(config.model.model_path)
+        of = make_footprint(config, release, objective, world)
         findings = judge(of, Room.here(env.device, config.run.checkpoints))
         lacking = [finding for finding in findings if finding.impossible]
         if lacking:

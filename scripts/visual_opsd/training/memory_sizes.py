@@ -10,15 +10,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from data.transforms import ImageTransform
+from modeling.autoencoder import AE_FILE
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.config import BagelConfig
+from modeling.bagel.config import BagelConfig, read_llm_config, read_vision_config
 from modeling.bagel.decoder import DecoderLayer
-from modeling.release.checkpoint import is_generation_key
+from modeling.release.checkpoint import is_generation_key, read_bagel_config
+from modeling.release.weight_files import open_weights
 from scripts.visual_opsd.config import ModelSettings, TrainConfig, compute_dtype
 from scripts.visual_opsd.training.models import freeze
 from scripts.visual_opsd.training.objective import Objective
@@ -28,7 +31,7 @@ from scripts.visual_opsd.training.sharding import mesh_shape
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Tokens of the prompts, about: no tokenizer is needed for a plan.
 _SYSTEM_TOKENS, _QUESTION_TOKENS, _REFERENCE_TOKENS = 90, 32, 64
-_AUTOENCODER_BYTES = 335_000_000  # fp32, and its file
+_AUTOENCODER_BYTES = 335_000_000  # of the releases: fp32, in the file and in memory
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Footprint:
     keep_last: int
     save_release: bool
     release_bytes: int
+    autoencoder_bytes: int  # 0: it has no part
     lora_rank: int | None = None
     lora_targets: tuple[str, ...] = ALL_LINEAR
     optimizer_state: str = "gpu"
@@ -107,22 +111,45 @@ class World:
     device: torch.device
 
 
+@dataclass(frozen=True)
+class ReleaseSizes:
+    """Of a release folder: of its model, and bytes of the folder and of the autoencoder."""
+
+    model: BagelConfig
+    folder: int
+    autoencoder: int = _AUTOENCODER_BYTES
+
+    @classmethod
+    def of_model(cls, model: BagelConfig) -> ReleaseSizes:
+        """As a release of such a model has them: both branches in bf16."""
+        units = _units(replace(model, visual_gen=True), 1, (True, True, True), False, 0, ())
+        return cls(model, 2 * Weights(units).total("numbers") + _AUTOENCODER_BYTES)
+
+    @classmethod
+    def read(cls, path: str | Path) -> ReleaseSizes:
+        """Those of a folder; without weights, what its two configuration files describe.
+
+        Raises:
+            ValueError: a configuration is missing or malformed, or weights that do not fit it.
+        """
+        folder = Path(path)
+        llm, vision = read_llm_config(folder), read_vision_config(folder)
+        if not any(file.name != AE_FILE for file in folder.glob("*.safetensors*")):
+            return cls.of_model(BagelConfig(llm, vision))
+        found = {f.name: f.stat().st_size for f in folder.iterdir() if f.is_file()}
+        model = read_bagel_config(folder, open_weights(folder))
+        return cls(model, sum(found.values()), found.get(AE_FILE, _AUTOENCODER_BYTES))
+
+
 def make_footprint(
-    config: TrainConfig,
-    model: BagelConfig,
-    objective: Objective,
-    world: World,
-    release_bytes: int | None = None,
+    config: TrainConfig, release: ReleaseSizes, objective: Objective, world: World
 ) -> Footprint:
     """The footprint of a configuration.
-
-    Args:
-        release_bytes: of the folder that is started from; None: as its sizes would make it.
 
     Raises:
         ValueError: bf16 on a CPU, or a mesh that the processes do not make.
     """
-    on_gpu = world.device.type == "cuda"
+    on_gpu, model = world.device.type == "cuda", release.model
     run, settings, sample, prompt = config.run, config.model, config.sample, config.prompt
     transform = ImageTransform(**prompt.vit_config())
     side = model.vit_max_patches_per_side
@@ -180,7 +207,8 @@ def make_footprint(
         save_every=run.save_every,
         keep_last=run.keep_last,
         save_release=run.save_release,
-        release_bytes=release_size(model) if release_bytes is None else release_bytes,
+        release_bytes=release.folder,
+        autoencoder_bytes=release.autoencoder * latents,
     )
     assert footprint.shards > 0
     return footprint
@@ -310,16 +338,6 @@ def teacher_weights(of: Footprint) -> Weights | None:
         return None
     model = replace(of.model, visual_gen=of.teacher_latents)
     return Weights(_units(model, of.shards, (True, True, True), False, 0, ()))
-
-
-def release_size(model: BagelConfig) -> int:
-    """Bytes of a release folder: both branches in bf16, and the autoencoder."""
-    units = _units(replace(model, visual_gen=True), 1, (True, True, True), False, 0, ())
-    return 2 * Weights(units).total("numbers") + _AUTOENCODER_BYTES
-
-
-def autoencoder_bytes(of: Footprint) -> int:
-    return _AUTOENCODER_BYTES if of.draws or of.teacher_latents else 0
 
 
 # -------------------------------------------------------------------------------------- rows

@@ -121,7 +121,7 @@ class Trainer:
             self.wandb = WandbSettings(run.wandb_project, run.wandb_name, run.wandb_offline)
             on_main(env, self.wandb.check)
         # What forbids a start is said before minutes of loading.
-        check_memory(config, self.base.model, objective, env)
+        check_memory(config, objective, env)
         on_main(env, self._hold_folders)
         self.contents = on_main(env, lambda: run_contents(config, self.order))
         self.checkpoint = choose_checkpoint(run.checkpoints, run.resume_specs, env)
