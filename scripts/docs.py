@@ -36,6 +36,7 @@ BENCHMARKS = ROOT / "docs" / "benchmarks"
 HEADINGS = {
     "model": "Model", "prompt": "Contexts", "data": "Data", "teacher": "Teacher",
     "sample": "Sampling and sequence lengths", "loss": "Loss", "optim": "Optimiser", "run": "Run",
+    "memory": "Memory plan",
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from scripts.visual_opsd.opsd_loss import CLIP_SCOPES, LOSS_KINDS, LossConfig
 
 TEACHER_MODES = ("ema", "fixed", "self")
 TEACHER_VTS = ("vit", "vae+vit")
+OPTIMIZER_STATES = ("gpu", "host", "8bit")
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -307,6 +309,12 @@ class OptimSettings(Settings):
     beta2: float = option(0.95, "AdamW", at_least=0, below=1)
     eps: float = option(1e-15, "AdamW", at_least=1e-30, at_most=1)
     weight_decay: float = option(0.0, "AdamW", at_least=0, at_most=1000)
+    optimizer_state: str = option(
+        "gpu", "AdamW's two moments: `gpu`, fp32 beside the weights, 8 bytes a parameter; `host`, "
+        "fp32 in pinned host memory, through which every update passes them; `8bit`, beside the "
+        "weights in about 2 bytes a parameter, which changes the updates (package torchao)",
+        choices=OPTIMIZER_STATES,
+    )  # fmt: skip
     max_grad_norm: float = option(
         1.0, "global norm the gradient is clipped to", at_least=1e-8, at_most=1e9
     )
@@ -327,6 +335,11 @@ class OptimSettings(Settings):
             )
         if self.min_lr > self.lr:
             raise ValueError(f"--min_lr must be at most --lr ({self.lr}), got {self.min_lr}")
+        if self.optimizer_state == "8bit" and importlib.util.find_spec("torchao") is None:
+            raise ValueError(
+                "--optimizer_state 8bit needs the package torchao: "
+                "python -m pip install 'torchao>=0.18'"
+            )
 
 
 @dataclass(frozen=True)
@@ -429,6 +442,33 @@ def check_adapters(lora: LoraSettings, model: ModelSettings) -> None:
 
 
 @dataclass(frozen=True)
+class PlanSettings(Settings):
+    """Whether a run's memory is planned, and for which machine."""
+
+    plan: bool | None = option(
+        None, "print how much memory and disk the run takes, say whether that fits, and end; "
+        "`none`: compare it with what is there before anything is loaded; `False`: do not"
+    )  # fmt: skip
+    plan_gpus: int | None = option(
+        None, "with `--plan`: GPUs of one machine, instead of those at hand", **TOGETHER
+    )
+    plan_gpu_gb: float | None = option(
+        None, "with `--plan`: memory of each of them, in GB (1e9 bytes)", above=0, at_most=1e6
+    )
+    dry_run: bool = option(
+        False, "make one step with rows as long as the settings allow, show planned beside "
+        "measured memory, and leave nothing behind"
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.plan and (self.plan_gpus, self.plan_gpu_gb) != (None, None):
+            raise ValueError("--plan_gpus and --plan_gpu_gb are of a plan: add --plan")
+        if self.plan and self.dry_run:
+            raise ValueError("--plan computes and --dry_run measures: give one of them")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything a training run is told."""
 
@@ -441,10 +481,17 @@ class TrainConfig:
     loss: LossSettings = field(default_factory=LossSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    memory: PlanSettings = field(default_factory=PlanSettings)
 
     def __post_init__(self) -> None:
         if self.lora.lora_rank is not None:
             check_adapters(self.lora, self.model)
+        kind = self.optim.optimizer_state
+        if self.run.cpu_offload and kind != "gpu":
+            raise ValueError(
+                f"--cpu_offload True keeps weights, gradients and moments in host memory and "
+                f"updates them there: it does not go with --optimizer_state {kind}; leave one out"
+            )
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def init_distributed(device: str = "auto", timeout_s: float = 1800) -> DistEnv:
             launcher that are incomplete, or processes that do not come.
     """
     use_cuda = _uses_cuda(device)
-    rank, world_size, local_rank, local_world_size = _launched_as()
+    rank, world_size, local_rank, local_world_size = launched_as()
     if use_cuda and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
     # gloo beside NCCL: flags, object gathers and checkpoint staging travel through host memory.
@@ -122,7 +122,7 @@ def check_gpus(local_rank: int) -> None:
         owners[gpu] = rank
 
 
-def _launched_as() -> tuple[int, int, int, int]:
+def launched_as() -> tuple[int, int, int, int]:
     """Rank, world size, local rank and local world size, from the launcher's variables.
 
     Variables that a shell or a pod holds for another program would make this one wait for

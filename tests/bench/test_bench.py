@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from scripts.bench import all as bench
-from scripts.bench import decode, gather, lab, load, paper_shape, saving
+from scripts.bench import decode, gather, lab, load, optimizer, paper_shape, saving
 from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.processes import process_group
 
@@ -160,6 +160,23 @@ def test_a_digest_counts_every_bit_and_its_place() -> None:
                 values[5] = torch.nextafter(values[5], values[5] + 1)
                 found.add(saving.digest(state))
     assert len(found) == 5
+
+
+def test_optimizer_steps_are_timed_beside_transfers(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "scripts.bench.optimizer", "--tiny", "--device", "cpu"]
+    file = tmp_path / "optimizer.json"
+    more = ["--repeats", "1", "--only", "gpu", "host", "--json", str(file)]
+    done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report == json.loads(done.stdout) and report["tiny"]
+    least = 8 * report["parameters"] / 1e9 / report["gb_s"]["both"]
+    assert report["transfer_s"] == pytest.approx(least, abs=1e-3)
+    for kind in ("gpu", "host"):
+        assert report[kind]["median_s"] > 0
+    assert "8bit" not in report
+    with pytest.raises(ValueError, match="repeats must be at least 1"):
+        optimizer.main(["--tiny", "--device", "cpu", "--repeats", "0"])
 
 
 def test_the_paper_shape_times_a_run_of_the_launcher(

@@ -74,6 +74,7 @@ FREE_FIELDS = _BY_CONTENTS | frozenset((
     "cpu_offload", "teacher_cpu_offload", "gradient_accumulation_steps", "pack_tokens",
     "sample_batch_size", "loss_chunk_size", "activation_checkpointing", "checkpointed_layers",
     "compile_blocks", "wandb_project", "wandb_name", "wandb_offline",
+    "plan", "plan_gpus", "plan_gpu_gb", "dry_run",
 ))
 # fmt: on
 
@@ -114,6 +115,12 @@ def _flatten(mapping: Mapping[str, Any], left_out: Collection[str] = ()) -> dict
     return flat
 
 
+def _comparable(flat: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they are compared: fp32 moments are saved alike wherever they lie."""
+    name = "optim.optimizer_state"
+    return flat | ({name: "gpu or host"} if flat.get(name) in ("gpu", "host") else {})
+
+
 def config_hash(config: Mapping[str, Any]) -> str:
     """Short hash of the settings that must not change over a resume."""
     text = json.dumps(_flatten(config, FREE_FIELDS), sort_keys=True)
@@ -142,7 +149,7 @@ def check_resumable(
     asked = _flatten(config, free)
     # An option that did not exist when the state was saved was at what is its default today.
     absent = {k: v for k, v in _flatten(asdict(SFTConfig()), free).items() if k in asked}
-    settings = differences({**absent, **_flatten(saved, free)}, asked)
+    settings = differences(_comparable({**absent, **_flatten(saved, free)}), _comparable(asked))
     files = differences(_flatten(held), now)
     if len(settings) + len(files) > 1:  # a consequence of the others
         files = [text for text in files if not text.startswith(ROW_ORDER)]

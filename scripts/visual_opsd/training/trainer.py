@@ -11,7 +11,7 @@ another number of workers see the same batches and the same completions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -56,6 +56,7 @@ from scripts.visual_opsd.training.checkpoints import (
     check_resumable,
     load_checkpoint,
 )
+from scripts.visual_opsd.training.memory_report import check_memory
 from scripts.visual_opsd.training.metrics import (
     MetricLogger,
     PhaseTimer,
@@ -64,6 +65,7 @@ from scripts.visual_opsd.training.metrics import (
 )
 from scripts.visual_opsd.training.models import adapter_config, build_models
 from scripts.visual_opsd.training.objective import Base, Objective, Workplace
+from scripts.visual_opsd.training.optimizers import make_optimizer
 from scripts.visual_opsd.training.releases import ReleaseWriter
 from scripts.visual_opsd.training.run_contents import run_contents
 from scripts.visual_opsd.training.sharding import (
@@ -95,6 +97,8 @@ class Trainer:
         ValueError: anything the user can mend, with cause and fix.
     """
 
+    timer_class: type[PhaseTimer] = PhaseTimer
+
     def __init__(self, config: TrainConfig, env: DistEnv, objective: Objective) -> None:
         self.config, self.env, self.objective = config, env, objective
         self.dtype = compute_dtype(config.model.precision, env.device)
@@ -116,6 +120,7 @@ class Trainer:
             self.wandb = WandbSettings(run.wandb_project, run.wandb_name, run.wandb_offline)
             on_main(env, self.wandb.check)
         # What forbids a start is said before minutes of loading.
+        check_memory(config, objective, env)
         on_main(env, self._hold_folders)
         self.contents = on_main(env, lambda: run_contents(config, self.order))
         self.checkpoint = choose_checkpoint(run.checkpoints, run.resume_specs, env)
@@ -123,7 +128,7 @@ class Trainer:
         with memory_errors("while models are built", OFFLOAD_ADVICE, FailedAlone):
             self._build_models()
         self.stop = StopRequest()
-        self.timer = PhaseTimer(env.device)
+        self.timer = self.timer_class(env.device)
         self.place = Workplace(env, self.base, self.student, self.timer, self.stop)
         self.step = 0  # completed optimiser steps
         self.releases = ReleaseWriter(config, self.student, self.adapters, env)
@@ -141,13 +146,7 @@ class Trainer:
         lora = self.config.lora
         self.adapters = adapter_config(self.student, lora) if lora.lora_rank else None
         self.trainable = [p for p in self.student.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trainable,
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-        )
+        self.optimizer = make_optimizer(self.trainable, optim, self.env.device)
         self.scheduler = LambdaLR(self.optimizer, lambda step: learning_rate_factor(step, optim))
 
     @property
@@ -204,7 +203,7 @@ class Trainer:
                 config=flat(config),
             )
         )
-        with self.stop, logger as self.log, closing(iter(self._loader())) as rows:
+        with self.stop, logger as self.log, closing(self._rows()) as rows:
             self._begin()
             while self.step < config.optim.total_steps:
                 if not self._one_step(rows):
@@ -247,9 +246,10 @@ class Trainer:
         if agree(own and good and self.releases.is_owed(self.step), self.env):
             self._save()
 
-    def _loader(self) -> StepLoader[TrainRow]:
+    def _rows(self) -> Generator[StepRows[TrainRow], None, None]:
+        """This rank's rows of each step that is to come."""
         config = self.config
-        return make_loader(
+        loader: StepLoader[TrainRow] = make_loader(
             self.order,
             self.prepare,
             rank=self.env.rank,
@@ -260,6 +260,7 @@ class Trainer:
             prefetch_factor=config.data.prefetch_factor,
             stuck_after_s=config.run.timeout_s,
         )
+        return iter(loader)
 
     def _together(self, action: Callable[[], T]) -> T | None:
         """Run on every rank: None on all when one was told to stop, one's error raised on all.

@@ -23,6 +23,7 @@ from scripts.visual_opsd.training.checkpoint_folders import choose_checkpoint
 from scripts.visual_opsd.training.metrics import read_metrics
 from scripts.visual_opsd.training.sharding import clip_grad_norm, make_mesh, shard_model
 from tests.arrivals import (
+    ABSENT,
     Stop,
     check_arrival,
     check_complete,
@@ -133,7 +134,8 @@ def test_take_over(
 def test_adapters(runs: list[TrainRun], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What the student gets, and that nothing else of it trains."""
     calls = spy(monkeypatch, add_adapters, stop)
-    given = {**apart(runs[0], tmp_path), "freeze_llm": False, "freeze_vit": False}
+    whole = ("freeze_llm", "freeze_vit", "freeze_und", "num_shard", "num_replicate")
+    given = {**apart(runs[0], tmp_path), **dict.fromkeys(whole, ABSENT)}
     for flags, rank, alpha, last in (
         ({"lora_rank": 5}, 5, 10.0, "up_proj"),
         ({"lora_rank": 3, "lora_alpha": 7.5, "lora_targets": "v_proj, k_proj"}, 3, 7.5, "v_proj"),
