@@ -25,6 +25,9 @@ FAULTS = [
     ]),
     *faults("scripts/visual_opsd/training/trainer.py",
             "visual_opsd/training/test_step_oracle.py::test_a_run_recomputed", [
+        ("a run whose last step is not saved ends well",
+         'if last or self.config.run.on_save_error == "stop":',
+         'if self.config.run.on_save_error == "stop":', "visual_opsd/training/test_save_errors.py"),
         ("a teacher scores with the student's head",
          "None if self.teacher is None else self.teacher.head(self.dtype),\n", "None,\n"),
         ("the gradient is not clipped",
@@ -304,6 +307,8 @@ FAULTS = [
     ]),
     *faults("scripts/visual_opsd/processes.py", "visual_opsd/training/test_sharding.py", [
         ("the value of any rank is the least", "op=dist.ReduceOp.MAX", "op=dist.ReduceOp.MIN"),
+        ("a disk's refusal is another error elsewhere", "for kind in (DiskRefused, ValueError)",
+         "for kind in (ValueError,)"),
         ("the others do not get rank 0's result",
          "        dist.broadcast_object_list(result, src=0)\n", "        pass\n"),
         ("an error of another rank passes", "        if report is not None:\n",
