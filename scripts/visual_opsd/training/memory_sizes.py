@@ -466,10 +466,11 @@ def largest_load(of: Footprint) -> Load:
             student_patches=int(load.student_patches * more),
             teacher_patches=int(load.teacher_patches * more), scored=int(load.scored * more),
         )  # fmt: skip
-    if of.samples:  # shorter contexts: more of them are decoded together
-        decoded = min(of.rows, of.sample_batch_size)
-        prefill = min(decoded * row.student, of.max_prefill_tokens)
-        prefill = max(prefill, row.student)
+    if of.samples:
+        # A completion may be cut, so a context may be longer; and of shorter ones more are decoded
+        # together.
+        context, decoded = row.student + row.new - 1, min(of.rows, of.sample_batch_size)
+        prefill = max(context, min(decoded * context, of.max_prefill_tokens))
         load = replace(
             load, decoded=decoded, prefill_tokens=prefill,
             cache_tokens=prefill + decoded * (of.sample_max_new_tokens + 1),
