@@ -59,11 +59,13 @@ def plan_layer(
     *,
     holds_weights: bool = True,
     compiled: bool = False,
+    adapted: bool = False,
 ) -> LayerPlan:
     """The plan of layers that see rows like x, with a gradient or not as the caller's mode is.
 
     head_dim: of layers that rotate their heads. holds_weights: False where a hook brings each
         weight for the call of its own module. compiled: by torch, which our kernels would stop.
+        adapted: linear layers must be called, as their weights are not all of them.
     """
     compiled = compiled or torch.compiler.is_compiling()
     row_kernels = not compiled and fast.runs_kernels("rows", x)
@@ -73,7 +75,7 @@ def plan_layer(
     if isinstance(layout, AttentionLayout):
         backend = choose_backend(x, layout, compiled=compiled)
     # What follows reuses memory or reads weights directly.
-    if torch.is_grad_enabled() or not holds_weights or compiled:
+    if torch.is_grad_enabled() or not holds_weights or compiled or adapted:
         return LayerPlan(backend, row_kernels, head_kernels)
     return LayerPlan(
         backend,
@@ -95,9 +97,12 @@ def plan_layers(
     devices: Sequence[torch.device] | None = None,
 ) -> list[LayerPlan]:
     """The plan of each layer of a stack; one for all unless they are spread over `devices`."""
-    compiled = any(isinstance(layer, Layer) and layer.compiled for layer in layers)
+    own = [layer for layer in layers if isinstance(layer, Layer)]
+    compiled = any(layer.compiled for layer in own)
+    adapted = any(layer.adapted for layer in own)
     if devices is None:
-        return [plan_layer(x, layout, head_dim, compiled=compiled)] * len(layers)
+        plan = plan_layer(x, layout, head_dim, compiled=compiled, adapted=adapted)
+        return [plan] * len(layers)
     return [
         plan_layer(
             x.new_empty(0, device=device),
@@ -105,6 +110,7 @@ def plan_layers(
             head_dim,
             holds_weights=all(weight.device == device for weight in layer.parameters()),
             compiled=compiled,
+            adapted=adapted,
         )
         for layer, device in zip(layers, devices, strict=True)
     ]

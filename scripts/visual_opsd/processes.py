@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from modeling.host.disk import DiskRefused
 from scripts.visual_opsd.runs.folder_lock import release_folders
 from scripts.visual_opsd.runs.peers import Watch
 
@@ -264,16 +265,18 @@ def gather_objects(obj: Any) -> list[Any]:
 def raise_together(error: Exception | None) -> None:
     """Raise on all ranks when any rank brings an error, so that nobody waits for the failed one.
 
-    The failed rank raises its own error, the others a ValueError or RuntimeError that quotes it.
+    The failed rank raises its own error, the others a DiskRefused, ValueError or RuntimeError (the
+    first of them that it is) that quotes it.
     """
-    mine = None if error is None else (isinstance(error, ValueError), f"{error}")
+    kinds = (kind for kind in (DiskRefused, ValueError) if isinstance(error, kind))
+    mine = None if error is None else (next(kinds, RuntimeError), f"{error}")
     reports = gather_objects(mine)
     if error is not None:
         raise error
     for rank, report in enumerate(reports):
         if report is not None:
-            is_value_error, text = report
-            raise (ValueError if is_value_error else RuntimeError)(f"rank {rank}: {text}")
+            kind, text = report
+            raise kind(f"rank {rank}: {text}")
 
 
 def on_main(env: DistEnv, action: Callable[[], T]) -> T:

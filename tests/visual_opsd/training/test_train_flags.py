@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from modeling.bagel.adapters import PROJECTIONS, add_adapters
 from scripts.visual_opsd.cli import parse_config
 from scripts.visual_opsd.config import TrainConfig
 from scripts.visual_opsd.processes import init_distributed
@@ -22,6 +23,7 @@ from scripts.visual_opsd.training.checkpoint_folders import choose_checkpoint
 from scripts.visual_opsd.training.metrics import read_metrics
 from scripts.visual_opsd.training.sharding import clip_grad_norm, make_mesh, shard_model
 from tests.arrivals import (
+    ABSENT,
     Stop,
     check_arrival,
     check_complete,
@@ -51,8 +53,14 @@ ALONE = {
     "resume_from": "test_where_a_run_begins",
     "device": "test_device",
     "take_over": "test_take_over",
+    "lora_rank": "test_adapters",
+    "lora_alpha": "test_adapters",
+    "lora_targets": "test_adapters",
 }
-ELSEWHERE = {"sft_format": "tests/visual_opsd/training/test_sft_flags.py"}
+ELSEWHERE = {
+    "sft_format": "tests/visual_opsd/training/test_sft_flags.py",
+    "on_save_error": "tests/visual_opsd/training/test_save_errors.py",
+}
 HERE = Path("places")  # only the names of the rows are wanted without a folder
 NAMES = {"one", "two", "model", "other", "train", "heldout", "prompts", "results"}
 TABLE = table_of(training_rows(dict.fromkeys(NAMES, HERE), "opsd"),
@@ -121,6 +129,23 @@ def test_take_over(
     assert [(call["flag"], call["take_over"]) for call in calls] == [
         ("results_dir", take_over), ("checkpoint_dir", take_over),
     ]  # fmt: skip
+
+
+def test_adapters(runs: list[TrainRun], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the student gets, and that nothing else of it trains."""
+    calls = spy(monkeypatch, add_adapters, stop)
+    whole = ("freeze_llm", "freeze_vit", "freeze_und", "num_shard", "num_replicate")
+    given = {**apart(runs[0], tmp_path), **dict.fromkeys(whole, ABSENT)}
+    for flags, rank, alpha, last in (
+        ({"lora_rank": 5}, 5, 10.0, "up_proj"),
+        ({"lora_rank": 3, "lora_alpha": 7.5, "lora_targets": "v_proj, k_proj"}, 3, 7.5, "v_proj"),
+    ):
+        with pytest.raises(Stop):
+            main(words({**given, **flags}))
+        made = calls[-1]["config"]
+        assert (made.rank, made.alpha) == (rank, alpha)
+        assert {path.rpartition(".")[2] for path in made.modules} <= set(PROJECTIONS)
+        assert max(path.rpartition(".")[2] for path in made.modules) == last
 
 
 @pytest.mark.parametrize(
