@@ -121,7 +121,7 @@ def test_a_stop_whose_state_cannot_be_saved_is_an_error(
                 trainer.stop.number = signal.SIGTERM
 
         monkeypatch.setattr(trainer.states, "complete", watch)
-        with pytest.raises(DiskRefused, match="the state of step 2 needs .* free; make room"):
+        with pytest.raises(DiskRefused, match=r"the state of step 2 needs .* free; make room"):
             trainer.train()
     assert list(complete_steps(tmp_path / "checkpoints")) == [1]
 
