@@ -176,8 +176,9 @@ def train_limited(gigabytes: float, argv: Sequence[str]) -> int:
     """Train, but the allocator gives no more than a smaller card has."""
     from scripts.visual_opsd import train_visual_opsd
 
-    whole = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / whole)
+    if torch.cuda.is_available():
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(gigabytes * 1e9 / whole)
     return train_visual_opsd.main(argv)
 
 
