@@ -144,8 +144,9 @@ def test_resume_is_exact_and_the_state_is_small(world: Path, tmp_path: Path, mod
     held = sum(path.stat().st_size for path in state.rglob("*") if path.is_file())
     trained = sum(p.numel() for p in whole.student.parameters() if p.requires_grad)
     copies = 4 if mode == "ema" else 3
+    # Names and sizes take 2 kB a tensor: much here, nothing at the true size.
     assert (
-        held < copies * 4 * trained + 200_000 < 4 * sum(t.numel() for t in base_weights().values())
+        held < copies * 4 * trained + 500_000 < 4 * sum(t.numel() for t in base_weights().values())
     )
 
 
