@@ -151,7 +151,7 @@ def _changes(of: Footprint, resource: str) -> Iterator[_Change]:
         yield {"keep_last": 1}
         yield {"save_release": False}
         yield {"save_every": of.total_steps}
-        yield {"lora_rank": 64}
+        yield from _adapters(of)
         return
     if resource == HOST:
         yield {"num_workers": 0}
@@ -162,13 +162,14 @@ def _changes(of: Footprint, resource: str) -> Iterator[_Change]:
     elif of.lora_rank is None and not of.cpu_offload:
         yield {"optimizer_state": "host"}
         yield {"optimizer_state": "8bit"}
-    yield {"lora_rank": 64}
+    yield from _adapters(of)
     if of.teacher_mode is not None:
         yield {"teacher_mode": "fixed"}
         yield {"teacher_mode": "self"}
     if resource == GPU:
         yield {"teacher_cpu_offload": True}
-        yield {"cpu_offload": True}
+        if of.optimizer_state == "gpu":
+            yield {"cpu_offload": True}
         yield {"activation_checkpointing": True, "checkpointed_layers": None}
         yield {"freeze_vit": True}
     for gpus in (2, 4, 8):
@@ -181,6 +182,11 @@ def _changes(of: Footprint, resource: str) -> Iterator[_Change]:
             min(getattr(of, name), of.rows) if name == "sample_batch_size" else getattr(of, name)
         )
         yield {name: max(1, value // 2)}
+
+
+def _adapters(of: Footprint) -> Iterator[_Change]:
+    if of.lora_rank is None and not (of.draws or of.freeze_llm):
+        yield {"lora_rank": 64}
 
 
 def _flags(change: _Change) -> str:

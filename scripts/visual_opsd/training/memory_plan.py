@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scripts.visual_opsd.training.host_adamw import PIECE, SLOTS
 from scripts.visual_opsd.training.memory_sizes import (
     Footprint,
     Load,
@@ -29,6 +30,7 @@ from scripts.visual_opsd.training.memory_sizes import (
     student_weights,
     teacher_weights,
 )
+from scripts.visual_opsd.training.sharded_files import PIECE_BYTES
 
 # Measured or read in the code of others; none of them depends on a setting.
 _CONTEXT = 0.6e9  # a CUDA context with its modules
@@ -37,9 +39,9 @@ _FRAGMENTS = 0.03  # share of the peak that the allocator can't hand out
 _WORKSPACE = 0.15e9  # cuBLAS and a captured decoding step
 _ENCODER_BYTES = 3200  # of the autoencoder's activations, a pixel
 _HOST_GPU, _HOST_CPU, _WORKER = 3.0e9, 1.0e9, 0.5e9  # a process: Python, torch, CUDA's libraries
-_SAVING = 4e9  # staging of a process that saves
-_HOST_STAGING = 1e9  # on the GPU, of moments on their way from the host
-_MOMENTS = {"gpu": 8.0, "host": 8.0, "8bit": 2.06}  # bytes a number
+_STAGING = 8.0 * SLOTS * PIECE  # on the GPU, of moments on their way from the host
+# Bytes a number; of 8 bits with their scales, and a few that stay in fp32.
+_MOMENTS = {"gpu": 8.0, "host": 8.0, "8bit": 2.04}
 _LATENT_PIXELS = 256  # that a latent token covers
 
 
@@ -116,7 +118,7 @@ def plan_memory(of: Footprint, load: Load) -> Plan:
         moments,
         _beside(of, peak),
         _some(_host(of, load, student, teacher, state, peak)),
-        _disk(of, state),
+        _disk(of, student, state),
         state + of.release_bytes * of.save_release,
     )
 
@@ -201,7 +203,7 @@ class _Gpu:
                          if self.student.adapted else "all of them, to sample from")  # fmt: skip
 
     def _gather(self) -> list[Component]:
-        units = 2 * self.of.item * self.student.largest()
+        units = (3 if self.student.adapted else 2) * self.of.item * self.student.largest()
         return [self._copy(), Component("a layer", units, "gathered while it is copied")]
 
     def _cache(self) -> Component:
@@ -368,7 +370,7 @@ class _Gpu:
         if of.cpu_offload:
             size, why = 0.0, ""
         elif of.optimizer_state == "host":
-            size, why = min(_HOST_STAGING, 16.0 * trained), "moments on their way"
+            size, why = min(_STAGING, 8.0 * trained), "moments on their way"
         elif of.optimizer_state == "8bit" or not of.on_gpu:
             longest = max(unit.longest for unit in self.student.units)
             size, why = 8.0 * longest, "of the largest tensor"
@@ -423,13 +425,16 @@ def _host(
     if of.teacher_cpu_offload:
         offloaded += teacher_bytes(of, student, teacher)
     moments = 8.0 * student.trained_local if of.optimizer_state == "host" else 0.0
+    # Pieces of a state; of a release folder one tensor, on the first rank.
+    staging = ranks * min(2.0 * PIECE_BYTES, state / of.gpus)
+    staging += 4.0 * of.model.llm.vocab_size * of.model.llm.hidden_size * of.save_release
     parts = [
         Component("processes", ranks * each, f"{ranks} of the run: Python, torch, its libraries"),
         Component("data workers", ranks * (of.num_workers * _WORKER + ahead),
                   f"{of.num_workers} a process, rows of {of.prefetch_factor} steps each"),
         Component("offloaded", ranks * offloaded, "shards kept here by --cpu_offload"),
         Component("moments", ranks * moments, "AdamW's averages, pinned"),
-        Component("saving", ranks * min(_SAVING, state / of.gpus), "staging of what is written"),
+        Component("saving", staging, "staging of what is written"),
     ]  # fmt: skip
     if not of.on_gpu:
         parts.append(Component("computing", ranks * peak, "what a GPU would hold, see below"))
@@ -444,24 +449,27 @@ def pinned_bytes(student: Weights, of: Footprint) -> float:
 
 
 def state_bytes(of: Footprint, student: Weights, teacher: Weights | None) -> float:
-    """A training state: weights, moments and EMA, whole; of adapters alone where there are such."""
-    ema = of.teacher_mode == "ema"
-    moments = _MOMENTS[of.optimizer_state] * student.trained
-    if student.adapted:
-        return (4 + 4 * ema) * student.trained + moments
-    averages = 4.0 * teacher.total("numbers") if ema and teacher is not None else 0.0
-    return 4.0 * student.total("numbers") + moments + averages
+    """A training state: weights, moments and EMA, whole. Frozen weights are left out if they are
+    the most."""
+    total, trained = student.total("numbers"), student.trained
+    kept = trained if student.adapted or total > 2 * trained else total
+    averages = 0
+    if of.teacher_mode == "ema":
+        averages = trained if teacher is None else teacher.total("numbers")
+    return 4.0 * (kept + averages) + _MOMENTS[of.optimizer_state] * trained
 
 
-def _disk(of: Footprint, state: float) -> tuple[Component, ...]:
+def _disk(of: Footprint, student: Weights, state: float) -> tuple[Component, ...]:
     saves = math.ceil(of.total_steps / of.save_every)
     states = min(saves, of.keep_last + 1)
-    one = f"{state / 1e9:.1f} GB each: --keep_last, and the one being written"
-    folders = saves * of.release_bytes * of.save_release
-    return _some(
-        (
-            Component("states", states * state, f"{states}, {one}"),
-            Component("release folders", folders,
-                      f"{saves}, {of.release_bytes / 1e9:.1f} GB each: one every --save_every"),
-        )
-    )  # fmt: skip
+    kept = f"{states}, {state / 1e9:.1f} GB each: --keep_last, and the one being written"
+    parts = [Component("states", states * state, kept)]
+    if of.save_release:
+        folders = 1 if student.adapted else saves
+        when = "at the end" if student.adapted else "one every --save_every"
+        why = f"{folders}, {of.release_bytes / 1e9:.1f} GB each: {when}"
+        parts.append(Component("release folders", folders * of.release_bytes, why))
+        if student.adapted:
+            size = 4.0 * saves * student.trained
+            parts.append(Component("adapters", size, f"{saves}: one every --save_every"))
+    return _some(parts)

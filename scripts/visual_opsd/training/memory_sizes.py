@@ -17,18 +17,17 @@ from torch import nn
 
 from data.transforms import ImageTransform
 from modeling.autoencoder import AE_FILE
+from modeling.bagel.adapters import find_targets
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig, read_llm_config, read_vision_config
 from modeling.bagel.decoder import DecoderLayer
-from modeling.release.checkpoint import is_generation_key, read_bagel_config
+from modeling.release.checkpoint import read_bagel_config
 from modeling.release.weight_files import open_weights
 from scripts.visual_opsd.config import ModelSettings, TrainConfig, compute_dtype
 from scripts.visual_opsd.training.models import freeze
 from scripts.visual_opsd.training.objective import Objective
 from scripts.visual_opsd.training.sharding import mesh_shape
 
-# Linear layers of a decoder layer's understanding branch, which adapters are put on by default.
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Tokens of the prompts, about: no tokenizer is needed for a plan.
 _SYSTEM_TOKENS, _QUESTION_TOKENS, _REFERENCE_TOKENS = 90, 32, 64
 _AUTOENCODER_BYTES = 335_000_000  # of the releases: fp32, in the file and in memory
@@ -85,9 +84,9 @@ class Footprint:
     save_release: bool
     release_bytes: int
     autoencoder_bytes: int  # 0: it has no part
-    lora_rank: int | None = None
-    lora_targets: tuple[str, ...] = ALL_LINEAR
-    optimizer_state: str = "gpu"
+    lora_rank: int | None
+    lora_targets: tuple[str, ...]
+    optimizer_state: str
 
     @property
     def shards(self) -> int:
@@ -209,6 +208,9 @@ def make_footprint(
         save_release=run.save_release,
         release_bytes=release.folder,
         autoencoder_bytes=release.autoencoder * latents,
+        lora_rank=config.lora.lora_rank,
+        lora_targets=config.lora.targets,
+        optimizer_state=config.optim.optimizer_state,
     )
     assert footprint.shards > 0
     return footprint
@@ -251,26 +253,20 @@ def _units(
                trains_drawing=draws)  # fmt: skip
     blocks = {n: m for n, m in bagel.named_modules() if isinstance(m, Bagel.block_classes())}
     held = {id(p) for block in blocks.values() for p in block.parameters()}
-    root = [p for p in bagel.parameters() if id(p) not in held]
-    units = [_unit("root", root, shards)]
+    units = {"": _unit("root", [p for p in bagel.parameters() if id(p) not in held], shards)}
     for name, block in blocks.items():
         kind = "decoder" if isinstance(block, DecoderLayer) else "vision"
-        unit = _unit(kind, list(block.parameters()), shards)
-        pairs = [
-            shape
-            for path, module in block.named_modules()
-            if rank and isinstance(module, nn.Linear) and path.split(".")[-1] in targets
-            and not is_generation_key(f"{name}.{path}")
-            for shape in ((rank, module.in_features), (module.out_features, rank))
-        ]  # fmt: skip
-        units.append(
-            replace(
-                unit,
-                adapters=sum(math.prod(shape) for shape in pairs),
-                adapters_local=sum(_shard(shape, shards) for shape in pairs),
-            )
+        units[name] = _unit(kind, list(block.parameters()), shards)
+    for path in find_targets(bagel, targets) if rank else ():
+        module = bagel.get_submodule(path)
+        name = next((name for name in blocks if path.startswith(f"{name}.")), "")
+        pair = ((rank, int(module.in_features)), (int(module.out_features), rank))  # type: ignore[arg-type]
+        units[name] = replace(
+            units[name],
+            adapters=units[name].adapters + sum(math.prod(shape) for shape in pair),
+            adapters_local=units[name].adapters_local + sum(_shard(s, shards) for s in pair),
         )
-    return tuple(units)
+    return tuple(units.values())
 
 
 def _unit(kind: str, weights: list[nn.Parameter], shards: int) -> Unit:
@@ -324,7 +320,8 @@ class Weights:
 
 def student_weights(of: Footprint) -> Weights:
     """Of the student, as `models.build_models` makes it."""
-    draws = of.draws or (of.teacher_mode == "self" and of.teacher_latents)
+    one_model = of.teacher_mode == "self" or of.lora_rank is not None
+    draws = of.draws or (one_model and of.teacher_latents)
     frozen = (of.freeze_llm, of.freeze_vit, of.freeze_und)
     model = replace(of.model, visual_gen=draws)
     rank = of.lora_rank or 0
@@ -466,10 +463,11 @@ def largest_load(of: Footprint) -> Load:
             student_patches=int(load.student_patches * more),
             teacher_patches=int(load.teacher_patches * more), scored=int(load.scored * more),
         )  # fmt: skip
-    if of.samples:  # shorter contexts: more of them are decoded together
-        decoded = min(of.rows, of.sample_batch_size)
-        prefill = min(decoded * row.student, of.max_prefill_tokens)
-        prefill = max(prefill, row.student)
+    if of.samples:
+        # A completion may be cut, so a context may be longer; and of shorter ones more are decoded
+        # together.
+        context, decoded = row.student + row.new - 1, min(of.rows, of.sample_batch_size)
+        prefill = max(context, min(decoded * context, of.max_prefill_tokens))
         load = replace(
             load, decoded=decoded, prefill_tokens=prefill,
             cache_tokens=prefill + decoded * (of.sample_max_new_tokens + 1),

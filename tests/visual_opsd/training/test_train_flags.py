@@ -6,6 +6,7 @@ A new field of `TrainConfig` without a row fails here.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from data.dataset_info import load_dataset_config
 from modeling.bagel.adapters import PROJECTIONS, add_adapters
 from scripts.visual_opsd.cli import parse_config
 from scripts.visual_opsd.config import TrainConfig
@@ -20,6 +22,9 @@ from scripts.visual_opsd.processes import init_distributed
 from scripts.visual_opsd.runs.folder_lock import hold_folder
 from scripts.visual_opsd.train_visual_opsd import main
 from scripts.visual_opsd.training.checkpoint_folders import choose_checkpoint
+from scripts.visual_opsd.training.dry_run import dry_run
+from scripts.visual_opsd.training.memory_check import judge
+from scripts.visual_opsd.training.memory_report import describe
 from scripts.visual_opsd.training.metrics import read_metrics
 from scripts.visual_opsd.training.sharding import clip_grad_norm, make_mesh, shard_model
 from tests.arrivals import (
@@ -42,6 +47,7 @@ from tests.visual_opsd.training.training_flags import (
     table_of,
     training_rows,
 )
+from tests.visual_opsd.training_runs import TINY_BAGEL
 
 # Settings that contradict the runs of the table, and the test that has them.
 ALONE = {
@@ -116,6 +122,36 @@ def test_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
 def apart(run: TrainRun, results: Path) -> dict[str, Any]:
     """A run's settings for one beside it, without W&B, which need not be installed."""
     return {**run.given, "results_dir": results, "wandb_project": "none"}
+
+
+@pytest.mark.parametrize(("plan", "checks"), [("none", 1), ("False", 0)])
+def test_plan(
+    runs: list[TrainRun], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], plan: str, checks: int,
+) -> None:  # fmt: skip
+    """How often a plan is compared with the machine, and for which machine one is shown."""
+    judged = spy(monkeypatch, judge)
+    spy(monkeypatch, make_mesh, stop)
+    given = {**apart(runs[0], tmp_path), "num_shard": 1, "num_replicate": 1}
+    with pytest.raises(Stop):
+        main(words({**given, "plan": plan}))
+    assert len(judged) == checks
+    shown = spy(monkeypatch, describe)
+    for gpus, gb in ((1, 9.0), (4, 80.0)):
+        machine = {"plan_gpus": gpus, "plan_gpu_gb": gb, "num_shard": gpus}
+        assert main(words({**given, **machine, "plan": True})) == 0
+        assert shown[-1]["plan"].of.gpus == gpus and judged[-1]["room"].gpu == gb * 1e9
+    assert "Memory plan: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wished", [False, True])
+def test_dry_run(monkeypatch: pytest.MonkeyPatch, wished: bool) -> None:
+    ran = spy(monkeypatch, dry_run, lambda config, env, objective: 0)
+    spy(monkeypatch, load_dataset_config, stop)
+    arguments = ["--model_path", str(TINY_BAGEL), "--device", "cpu", "--dry_run", str(wished)]
+    with nullcontext() if wished else pytest.raises(Stop):
+        assert main(arguments) == 0
+    assert len(ran) == wished
 
 
 @pytest.mark.parametrize("take_over", [False, True])
