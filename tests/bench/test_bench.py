@@ -145,7 +145,7 @@ def test_saving_is_measured_and_survives_a_kill(
         saving.main([*words, "--overwrite"])
     (folder / "x").touch()
     with pytest.raises(ValueError, match="is not empty"):
-        saving.main(words)
+        saving.main([*words, "--overwrite"])
 
 
 def test_a_digest_counts_every_bit_and_its_place() -> None:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from scripts.visual_opsd.merge import main
 from tests.conftest import TINY_BAGEL
 
 
-def test_right_and_wrong_arguments(tmp_path: Path) -> None:
+def test_right_and_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter, base, out = tmp_path / "adapter", str(TINY_BAGEL), str(tmp_path / "out")
     config = AdapterConfig(2, 4, ("connector.fc2",))
     pair = {f"connector.fc2.lora_{which}.weight": torch.ones(shape)
@@ -43,9 +41,8 @@ def test_right_and_wrong_arguments(tmp_path: Path) -> None:
             main(wrong)
         assert ended.value.code == 2
     assert [entry.name for entry in tmp_path.iterdir()] == ["adapter"]
-    command = [sys.executable, "-m", "scripts.visual_opsd.merge", lora, base, out]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, out, "")
+    assert main([lora, base, out]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
     base_weight = open_weights(base)["connector.fc2.weight"].get()
     # 4 / 2 * (1 * 1 + 1 * 1)
     assert torch.equal(open_weights(out)["connector.fc2.weight"].get(), base_weight + 4)

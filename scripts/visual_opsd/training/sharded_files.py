@@ -90,7 +90,9 @@ class _PieceByPiece(DefaultSavePlanner):
         source, start = self._cut_from.get(write_item.index, (write_item.index, None))
         shard = super().resolve_data(replace(write_item, index=source))
         assert isinstance(shard, Tensor)
+        shard = shard.detach()
+        assert type(shard) is Tensor, f"{type(shard).__name__}: a copy would be saved, not itself"
         if start is not None:
             shard = shard.narrow(0, start, write_item.tensor_data.chunk.sizes[0])
         self._lent = torch.empty(shard.shape, dtype=shard.dtype, device="cpu")
-        return self._lent.copy_(shard.detach())
+        return self._lent.copy_(shard)

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 from scripts.visual_opsd.processes import DistEnv, init_distributed, shutdown
 from scripts.visual_opsd.training import checkpoints as T
 from scripts.visual_opsd.training import sharded_files
+from scripts.visual_opsd.training.sharding import local_part
 from scripts.visual_opsd.training.state_files import read_marker
 from tests.conftest import needs_gpu
 from tests.visual_opsd.training.toy_distributed_model import ToyRun, state_hash
@@ -118,6 +119,8 @@ def test_states_with_and_without_the_frozen_load(
     run = ToyRun(env, (1, 1))
     run.train_step(0)
     for left_out in (False, True):
+        with torch.no_grad():  # the base's value is 0.5: an older state counts, whatever it holds
+            local_part(run.model.frozen).fill_(0.5 if left_out else 0.25)
         monkeypatch.setattr(T, "_is_mostly_frozen", lambda _, value=left_out: value)
         path = T.save_checkpoint(tmp_path / f"{left_out}", 1, run.state, env=env, **SAID, extra={})
         assert ("frozen" in named_in(path, "model")) != left_out
