@@ -164,3 +164,12 @@ def test_a_dry_run_leaves_nothing(
     assert ("sample" in phases) == (module is train_visual_opsd)
     assert ("encode" in phases) == (more.get("mode") != "text")
     assert not (tmp_path / "run").exists() and contents(tmp_path / "scratch") == set()
+
+
+def test_a_dry_run_without_room_for_a_row(world: Path, tmp_path: Path) -> None:
+    arguments = train_arguments(
+        world, tmp_path / "run", dry_run=True, max_forward_tokens=400, vit_min_size=112,
+        use_system_prompt=False, use_reference_intro=False, use_transition_prompt=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="--max_forward_tokens 400 leaves no room"):
+        train_visual_opsd.main([*arguments, "--vit_max_size", "224", "--vit_min_size", "196"])
