@@ -78,13 +78,13 @@ class HostAdamW(KeptState, torch.optim.AdamW):
                 moment = torch.empty_like(parameter, device="cpu")  # its memory is never touched
                 assert isinstance(moment, DTensor), "shards are DTensors"
                 local = next(memory).view(shape)
-                moment.to_local().set_(local)
+                moment.to_local().data = local
                 assert moment.to_local().data_ptr() == local.data_ptr()
                 state[name] = moment
             self.state[parameter] = state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient; returns when host memory is complete."""
         loss = None
         if closure is not None:
