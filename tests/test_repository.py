@@ -154,7 +154,7 @@ COMMANDS = {
     f"{EXPERIMENT}/{command}.py"
     for command in (
         "train_visual_opsd", "train_visual_opsd_offline", "train_sft", "evaluate",
-        "kl_diagnostic", "plan", "merge", "collect_traces", "report",
+        "kl_diagnostic", "plan", "merge", "serving_config", "collect_traces", "report",
     )
 }  # fmt: skip
 SHARED_FILES = {

@@ -235,10 +235,16 @@ def _read_settings(folder: Path) -> tuple[int, float]:
     return rank, float(alpha) * (math.sqrt(rank) if settings.get("use_rslora") else 1)
 
 
-def _number(file: Path, settings: Mapping[str, Any], name: str, kind: type, **bounds: float) -> Any:
+def _number(
+    file: Path,
+    settings: Mapping[str, Any],
+    name: str,
+    kind: type[int] | type[float],
+    **bounds: float,
+) -> Any:
     """A whole number, or (float) any number, within bounds (those of `bounds_problem`)."""
     value = settings.get(name)
-    if not isinstance(value, kind | int) or isinstance(value, bool):
+    if not isinstance(value, (int, kind)) or isinstance(value, bool):
         wanted = "a whole number" if kind is int else "a number"
         raise ValueError(f"{file}: {name} must be {wanted}, got {json.dumps(value)[:80]}")
     if problem := bounds_problem(value, **bounds):
@@ -249,8 +255,8 @@ def _number(file: Path, settings: Mapping[str, Any], name: str, kind: type, **bo
 def _refuse_other_methods(file: Path, settings: Mapping[str, Any]) -> None:
     if settings.get("peft_type") != "LORA":
         raise ValueError(
-            f"{file}: peft_type is {settings.get('peft_type')!r}, which is not supported; only "
-            "LORA is"
+            f"{file}: peft_type is {json.dumps(settings.get('peft_type'))[:80]}, which is not "
+            "supported; only LORA is"
         )
     odd = [json.dumps({name: value})[1:-1][:100] for name, value in settings.items()
            if name not in _HARMLESS and value and value != "none"]  # fmt: skip

@@ -35,6 +35,7 @@ from modeling.host.disk import check_room, disk_errors, flush_to_disk
 from modeling.release.cards import model_card
 from modeling.release.finite import check_finite
 from modeling.release.folders import drive_to_the_end, new_folder, write_text
+from modeling.release.serving_config import serving_files
 from modeling.release.tokenizer import load_tokenizer
 from modeling.release.weight_files import (
     FLOAT_DTYPES,
@@ -57,15 +58,13 @@ _SQUARE_TABLES = (VIT_TABLE, _PATCH_POSITIONS, LATENT_TABLE)
 _GENERATION_PREFIXES = ("time_embedder.", "vae2llm.", "llm2vae.", "latent_pos_embed.")
 _LAYOUT = (
     "Layout: a BAGEL / ThinkMorph release folder. Tensors that training did not touch, the "
-    "autoencoder, the configurations and the tokenizer are byte for byte the base's."
+    "autoencoder, llm_config.json, vit_config.json and the tokenizer are byte for byte the base's."
 )
 _COPIED_FILES = (
     AE_FILE,
     "llm_config.json",
     "vit_config.json",
-    "config.json",
     "generation_config.json",
-    "preprocessor_config.json",
     "vocab.json",
     "merges.txt",
     "tokenizer.json",
@@ -293,10 +292,12 @@ def save_bagel(
     """Write a complete release folder: `tensors` over the base checkpoint they were trained from.
 
     Every tensor gets the base's dtype and shape; those not given are copied from the base as
-    bytes, as are the autoencoder, the configurations and the tokenizer. The output is always
-    one `model.safetensors`. Both position tables are written (the latent one if the base has a
-    generation branch). Written under `out_dir` + ".tmp", flushed, then renamed. Memory beyond
-    the caller's tensor stays near 16 MiB.
+    bytes, as are the autoencoder, the configurations and the tokenizer; only a config.json or
+    preprocessor_config.json that is absent or contradicts the weights is written anew
+    (`modeling.release.serving_config`). The output is always one `model.safetensors`. Both
+    position tables are written (the latent one if the base has a generation branch). Written
+    under `out_dir` + ".tmp", flushed, then renamed. Memory beyond the caller's tensor stays near
+    16 MiB.
 
     Args:
         tensors: a module, or (release key, full tensor) pairs in any order, on any device. When
@@ -335,8 +336,9 @@ def _write_folder(
 ) -> Path:
     with new_folder(out_dir, overwrite=overwrite) as folder:
         stored = open_weights(base)
-        layout, tables = _layout(base, stored)
+        config, layout, tables = _layout(base, stored)
         copied = [base / name for name in _COPIED_FILES if (base / name).is_file()]
+        serving = serving_files(base, config)
         _warn_if_incomplete(base, stored)
         size = layout_bytes(layout) + sum(file.stat().st_size for file in copied)
         check_room(out_dir.parent, size, str(out_dir))
@@ -345,14 +347,17 @@ def _write_folder(
         for file in copied:
             shutil.copyfile(file, folder / file.name)
             flush_to_disk(folder / file.name)
+        for made in serving:
+            (folder / made.name).write_bytes(made.content)
+            flush_to_disk(folder / made.name)
         write_text(folder / "README.md", card)
     return out_dir
 
 
 def _layout(
     base: Path, stored: Mapping[str, StoredTensor]
-) -> tuple[Layout, dict[str, ComputedTensor]]:
-    """The output's tensors in file order (base's, then tables it lacks), and those tables."""
+) -> tuple[BagelConfig, Layout, dict[str, ComputedTensor]]:
+    """Configuration, the output's tensors in file order (base's, then tables it lacks), tables."""
     odd = [f"{key} ({s.dtype})" for key, s in stored.items() if s.dtype not in FLOAT_DTYPES]
     if odd or not stored:
         raise ValueError(
@@ -365,7 +370,7 @@ def _layout(
     usual = Counter(source.dtype for source in stored.values()).most_common(1)[0][0]
     layout = {key: (source.dtype, source.shape) for key, source in stored.items()}
     layout.update({key: (usual, table.shape) for key, table in tables.items()})
-    return layout, tables
+    return config, layout, tables
 
 
 def _write_tensors(

@@ -356,6 +356,11 @@ class RunSettings(Settings):
     )
     save_release: bool = option(True, "write a release folder at each checkpoint too")
     keep_last: int = option(2, "training states kept; release folders are all kept", **ROWS)
+    on_save_error: str = option(
+        "stop", "when the disk refuses a state or release folder: `stop` ends the run; `continue` "
+        "trains on and tries again after `--save_every` steps, but the last step must be saved",
+        choices=("stop", "continue"),
+    )  # fmt: skip
     log_every: int = option(10, "steps between lines of `metrics.jsonl`", **ROWS)
     samples_per_step: int = option(
         2, "completions of rank 0 written to `samples.jsonl` at each step",
@@ -437,6 +442,33 @@ def check_adapters(lora: LoraSettings, model: ModelSettings) -> None:
 
 
 @dataclass(frozen=True)
+class PlanSettings(Settings):
+    """Whether a run's memory is planned, and for which machine."""
+
+    plan: bool | None = option(
+        None, "print how much memory and disk the run takes, say whether that fits, and end; "
+        "`none`: compare it with what is there before anything is loaded; `False`: do not"
+    )  # fmt: skip
+    plan_gpus: int | None = option(
+        None, "with `--plan`: GPUs of one machine, instead of those at hand", **TOGETHER
+    )
+    plan_gpu_gb: float | None = option(
+        None, "with `--plan`: memory of each of them, in GB (1e9 bytes)", above=0, at_most=1e6
+    )
+    dry_run: bool = option(
+        False, "make one step with rows as long as the settings allow, show planned beside "
+        "measured memory, and leave nothing behind"
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.plan and (self.plan_gpus, self.plan_gpu_gb) != (None, None):
+            raise ValueError("--plan_gpus and --plan_gpu_gb are of a plan: add --plan")
+        if self.plan and self.dry_run:
+            raise ValueError("--plan computes and --dry_run measures: give one of them")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything a training run is told."""
 
@@ -449,6 +481,7 @@ class TrainConfig:
     loss: LossSettings = field(default_factory=LossSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    memory: PlanSettings = field(default_factory=PlanSettings)
 
     def __post_init__(self) -> None:
         if self.lora.lora_rank is not None:

@@ -34,8 +34,21 @@ FAULTS = [
         ("a loaded state is dropped", "                local_part(target).copy_(local_part(source))",
          "                pass"),
     ]),
+    *faults("scripts/visual_opsd/training/teacher.py", "visual_opsd/training/test_lora.py", [
+        ("the fixed teacher has the adapters", 'if self.mode == "fixed":', "if False:"),
+        ("the averaged adapters score nothing", "with _exchanged(self.ema, self.student):",
+         "if True:"),
+        ("the student keeps the averages", "    finally:\n        exchange()", "    finally:\n        pass"),
+    ]),
+    *faults("scripts/visual_opsd/training/sharding.py", "visual_opsd/training/test_lora.py", [
+        ("completions are the base's", "        name: owner.merged_weight()\n",
+         "        name: owner.weight\n"),
+    ]),
     *faults("scripts/visual_opsd/training/trainer.py",
             "visual_opsd/training/test_step_oracle.py::test_a_run_recomputed", [
+        ("a run whose last step is not saved ends well",
+         'if last or self.config.run.on_save_error == "stop":',
+         'if self.config.run.on_save_error == "stop":', "visual_opsd/training/test_save_errors.py"),
         ("a teacher scores with the student's head",
          "None if self.teacher is None else self.teacher.head(self.dtype),\n", "None,\n"),
         ("the gradient is not clipped",
@@ -315,6 +328,8 @@ FAULTS = [
     ]),
     *faults("scripts/visual_opsd/processes.py", "visual_opsd/training/test_sharding.py", [
         ("the value of any rank is the least", "op=dist.ReduceOp.MAX", "op=dist.ReduceOp.MIN"),
+        ("a disk's refusal is another error elsewhere", "for kind in (DiskRefused, ValueError)",
+         "for kind in (ValueError,)"),
         ("the others do not get rank 0's result",
          "        dist.broadcast_object_list(result, src=0)\n", "        pass\n"),
         ("an error of another rank passes", "        if report is not None:\n",

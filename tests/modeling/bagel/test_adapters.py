@@ -43,7 +43,7 @@ def adapted(targets: tuple[str, ...] = EVERYWHERE, seed: int = 0) -> Any:
 
 def batch(model: Any) -> Any:
     bundle = load_bagel(TINY_BAGEL)
-    contexts = [[text(6), image(4, model), text(9, scored=True)], [text(12, 30, scored=True)]]
+    contexts: list[Any] = [[text(6), image(4, model), text(9, scored=True)], [text(12, 30, scored=True)]]
     return pack(contexts, bundle.special_tokens)
 
 
@@ -53,7 +53,7 @@ def logits(model: Any, packed: Any) -> Tensor:
 
 def merged(model: Any) -> Any:
     """A plain model of the merged weights."""
-    plain = load_bagel(TINY_BAGEL, visual_gen=True).model
+    plain: Any = load_bagel(TINY_BAGEL, visual_gen=True).model
     with torch.no_grad():
         for path, module in model.named_modules():
             if isinstance(module, AdaptedLinear):
@@ -116,8 +116,8 @@ def test_gradients_are_the_full_ones_projected() -> None:
             (module.lora_A.weight, module.lora_B.weight.t() @ full),
         ):
             assert own.grad is not None
-            close = {"atol": 1e-5 * float(own.grad.abs().max()) + 1e-9, "rtol": 1e-3}
-            torch.testing.assert_close(own.grad, 1.5 * projected, **close)
+            least = 1e-5 * float(own.grad.abs().max()) + 1e-9
+            torch.testing.assert_close(own.grad, 1.5 * projected, atol=least, rtol=1e-3)
             checked += 1
     assert checked == 2 * len(find_targets(plain, EVERYWHERE))
     shapes = adapter_shapes(model)

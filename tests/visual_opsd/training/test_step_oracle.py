@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_two_ranks_recomputed(world: Path, alone: Callable[[str], Run], tmp_path
 
 def assert_adapters_as_alone(world: Path, two: Path) -> None:
     """One process has the losses and adapters of two, and goes on from their state."""
-    flags = {
+    flags: dict[str, Any] = {
         "lora_rank": 3, "lr": 0.01, "teacher_mode": "ema", "ema_decay": 0.7, "total_steps": 3,
         "save_every": 2, "keep_last": 2, "save_release": True, "global_batch_size": 4,
     }  # fmt: skip

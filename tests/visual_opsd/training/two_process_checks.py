@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from modeling.host.disk import DiskRefused
 from modeling.host.programs import leave
 from modeling.release.weight_files import read_file
 from scripts.visual_opsd.processes import (
@@ -102,6 +103,8 @@ def check_collectives(env: DistEnv, work: Path) -> None:
         raise ValueError("the disk is full")
 
     expect_error(ValueError, "the disk is full", lambda: on_main(env, fail))
+    refused = DiskRefused("no room") if env.rank == 1 else None
+    expect_error(DiskRefused, "no room", lambda: raise_together(refused))
     error = OSError("broken") if env.rank == 1 else None
     expect_error((OSError, RuntimeError), "broken", lambda: raise_together(error))
 

@@ -63,7 +63,7 @@ def adapters_train(world: Path, out: Path, env: DistEnv) -> None:
 
     test_step_oracle.py runs the one process.
     """
-    lora = {"lora_rank": 3, "lr": 0.01, "teacher_mode": "ema", "ema_decay": 0.7}
+    lora: dict[str, Any] = {"lora_rank": 3, "lr": 0.01, "teacher_mode": "ema", "ema_decay": 0.7}
     trainer = build(
         world, out / "adapters", env, total_steps=3, save_every=2, keep_last=2, save_release=True,
         global_batch_size=4, **lora,
