@@ -234,8 +234,14 @@ def test_another_kind_of_state(env: DistEnv, small: None, tmp_path: Path) -> Non
     for saved, now in (("gpu", "8bit"), ("8bit", "host")):
         with pytest.raises(ValueError, match=r"optim\.optimizer_state: saved .*8bit"):
             T.check_resumable(paths[saved], config=configs[now], contents={})
-    old = {"optim": {"lr": 1.0}}  # from before there was a choice
-    T.check_resumable(paths["gpu"], config=old, contents={})
+    old: dict[str, Any] = {"optim": {"lr": 1.0}}  # from before there was a choice
+    path = T.save_checkpoint(
+        tmp_path / "old", 1, runs["gpu"].state, env=env, config=old, **SETTINGS
+    )
+    for now in ("gpu", "host"):
+        T.check_resumable(path, config=configs[now], contents={})
+    with pytest.raises(ValueError, match=r"optim\.optimizer_state: saved .*8bit"):
+        T.check_resumable(path, config=configs["8bit"], contents={})
     with pytest.raises(ValueError, match="saved with another --optimizer_state"):
         runs["8bit"].state.optimizer.load_state_dict(runs["gpu"].state.optimizer.state_dict())
 
