@@ -18,8 +18,6 @@ FAULTS = [
     *faults("scripts/visual_opsd/training/host_adamw.py", "visual_opsd/training/test_optimizers.py", [
         ("updated moments do not return", "                moment.copy_(staged, non_blocking=True)\n",
          "                pass\n"),
-        ("a piece updates the next one's slot", "slots[place, :, : len(piece.weight)]",
-         "slots[0, :, : len(piece.weight)].roll(1, 1)"),
         ("each piece counts as a step", "steps = state[\"step\"].item()", "steps = 0.0"),
         ("decay is left out", 'weight_decay=group["weight_decay"]', "weight_decay=0.0"),
         ("blocks overlap", "                end += rounded[i]\n", "                end += rounded[i] // 2\n"),
