@@ -12,6 +12,25 @@ FAULTS = [
         ("betas never reach AdamW", '        "betas": (settings.beta1, settings.beta2),\n', ""),
         ("eps never reaches AdamW", '        "eps": settings.eps,\n', ""),
         ("weight decay never reaches AdamW", '        "weight_decay": settings.weight_decay,\n', ""),
+        ("moments stay on the GPU", 'if kind == "gpu":', 'if kind in ("gpu", "host"):',
+         "visual_opsd/training/test_train_flags.py"),
+    ]),
+    *faults("scripts/visual_opsd/training/host_adamw.py", "visual_opsd/training/test_optimizers.py", [
+        ("updated moments do not return", "                moment.copy_(staged, non_blocking=True)\n",
+         "                pass\n"),
+        ("each piece counts as a step", "steps = state[\"step\"].item()", "steps = 0.0"),
+        ("decay is left out", 'weight_decay=group["weight_decay"]', "weight_decay=0.0"),
+        ("blocks overlap", "                end += rounded[i]\n", "                end += rounded[i] // 2\n"),
+    ]),
+    *faults("scripts/visual_opsd/training/eight_bit_adamw.py", "visual_opsd/training/test_optimizers.py", [
+        ("a second moment may be zero", "        zeros.qmap[0] = zeros.qmap[1]\n", "        pass\n"),
+        ("a block crosses rows", "math.gcd(math.prod(shape[1:]), LARGEST_BLOCK)",
+         "math.gcd(math.prod(shape), LARGEST_BLOCK)"),
+        ("the schedule never reaches torchao", 'theirs["lr"].fill_(group["lr"])', "pass"),
+    ]),
+    *faults("scripts/visual_opsd/training/kept_state.py", "visual_opsd/training/test_optimizers.py", [
+        ("a loaded state is dropped", "                local_part(target).copy_(local_part(source))",
+         "                pass"),
     ]),
     *faults("scripts/visual_opsd/training/teacher.py", "visual_opsd/training/test_lora.py", [
         ("the fixed teacher has the adapters", 'if self.mode == "fixed":', "if False:"),

@@ -78,7 +78,7 @@ class HostAdamW(KeptState, torch.optim.AdamW):
                 moment = torch.empty_like(parameter, device="cpu")  # its memory is never touched
                 assert isinstance(moment, DTensor), "shards are DTensors"
                 local = next(memory).view(shape)
-                moment.to_local().set_(local)  # type: ignore[call-overload]
+                moment.to_local().data = local
                 assert moment.to_local().data_ptr() == local.data_ptr()
                 state[name] = moment
             self.state[parameter] = state
