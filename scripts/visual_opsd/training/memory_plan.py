@@ -287,13 +287,16 @@ class _Gpu:
         size = 0 if self.of.cpu_offload else 4 * self.student.trained_local
         return Component("gradients", size, "fp32 shards, summed over a step's packs")
 
-    def _held(self, kinds: Sequence[str]) -> Component:
+    @property
+    def _holds(self) -> bool:
         """Where there are several copies, FSDP2 holds each unit's reduced gradients until the
         backward pass ends; in a step's first pack these are the gradients themselves."""
         several = self.of.gpus > self.of.shards
-        held = several and (self.load.repeated or self.of.cpu_offload)
-        units = [unit for unit in self.student.units if unit.kind in kinds]
-        size = 4 * sum(self.student.trained_of(unit, local=True) for unit in units) * held
+        return several and (self.load.repeated or self.of.cpu_offload)
+
+    def _held(self, kinds: Sequence[str]) -> Component:
+        units = [unit for unit in self.student.units if unit.kind in kinds and self._holds]
+        size = 4 * sum(self.student.trained_of(unit, local=True) for unit in units)
         return Component("reduced gradients", size, "of the current pack, until its end")
 
     def _head(self) -> int:
@@ -343,11 +346,12 @@ class _Gpu:
         return Component("a layer again", size, "computed again, with its gradients")
 
     def _reduction(self, unit: Unit) -> Component:
-        """The unit's gradients as computed, and their copy in fp32 that ranks add up."""
+        """The unit's gradients in fp32, whole, as ranks add them up; before that as computed,
+        after it this rank's part of the sum, unless that is among what is held."""
         trained = self.student.trained_of(unit)
-        own = 4 * self.student.trained_of(unit, local=True)
-        size = 4 * trained + max(0, self.of.item * trained - own)
-        return Component("reduction", size, "a layer's gradients in fp32, whole, to be added up")
+        part = 4 * self.student.trained_of(unit, local=True)
+        size = 4 * trained + max(self.of.item * trained, part) - part * self._holds
+        return Component("reduction", size, "a unit's gradients in fp32, whole, to be added up")
 
     def _widest(self) -> Unit:
         layers = [unit for unit in self.student.units if unit.kind == "decoder"]

@@ -210,14 +210,24 @@ SIDE_518 = RowLengths(1369, 190, 1369, 62, 1023)
 def test_peaks_of_real_runs(
     layers: int, vit_layers: int, gpus: int, rows: int, row: RowLengths, measured: float
 ) -> None:
-    """H200s, torch 2.11, EMA teacher, defaults otherwise."""
+    """H200s, torch 2.11, EMA teacher, defaults otherwise; when every mesh had two dimensions, so
+    that each GPU held what one of two copies holds today."""
     model = replace(
         TRUE_SIZE,
         llm=replace(TRUE_SIZE.llm, num_hidden_layers=layers),
         vision=replace(TRUE_SIZE.vision, num_hidden_layers=vit_layers),
     )
-    of = footprint(model, gpus, global_batch_size=rows)
+    of = footprint(model, 2 * gpus, num_shard=gpus, global_batch_size=2 * rows)
     assert plan_memory(of, load_of(of, row)).allocated / 1e9 == pytest.approx(measured, rel=0.015)
+
+
+def test_one_copy_holds_no_reduced_gradients() -> None:
+    one, two = footprint(), footprint(gpus=2, num_shard=1, global_batch_size=32)
+    assert "reduced gradients" not in moment(largest_plan(one), "train")
+    held = moment(largest_plan(two), "train")["reduced gradients"]
+    assert held == 4 * student_weights(two).trained
+    single = replace(two, gradient_accumulation_steps=1, pack_tokens=2**20)  # one pack a step
+    assert "reduced gradients" not in moment(largest_plan(single), "train")
 
 
 def test_the_full_size() -> None:
@@ -260,7 +270,7 @@ def test_no_row_within_the_limits_takes_more_than_the_most() -> None:
 def test_least_is_less_than_most() -> None:
     for of in (footprint(gpus=8), footprint(lora_rank=64)):
         assert least_plan(of).allocated < largest_plan(of).allocated
-    of = footprint()  # of one GPU the end of the backward pass, where no row counts
+    of = footprint()  # of one GPU the optimiser's step, where no row counts
     assert least_plan(of).allocated == largest_plan(of).allocated
 
 

@@ -177,16 +177,16 @@ def test_adapters(runs: list[TrainRun], monkeypatch: pytest.MonkeyPatch, tmp_pat
     calls = spy(monkeypatch, add_adapters, stop)
     whole = ("freeze_llm", "freeze_vit", "freeze_und", "num_shard", "num_replicate")
     given = {**apart(runs[0], tmp_path), **dict.fromkeys(whole, ABSENT)}
-    for flags, rank, alpha, last in (
-        ({"lora_rank": 5}, 5, 10.0, "up_proj"),
-        ({"lora_rank": 3, "lora_alpha": 7.5, "lora_targets": "v_proj, k_proj"}, 3, 7.5, "v_proj"),
+    for flags, rank, alpha, adapted in (
+        ({"lora_rank": 5}, 5, 10.0, set(PROJECTIONS)),
+        ({"lora_rank": 3, "lora_alpha": 7.5, "lora_targets": "v_proj, k_proj"}, 3, 7.5,
+         {"k_proj", "v_proj"}),
     ):
         with pytest.raises(Stop):
             main(words({**given, **flags}))
         made = calls[-1]["config"]
         assert (made.rank, made.alpha) == (rank, alpha)
-        assert {path.rpartition(".")[2] for path in made.modules} <= set(PROJECTIONS)
-        assert max(path.rpartition(".")[2] for path in made.modules) == last
+        assert {path.rpartition(".")[2] for path in made.modules} == adapted
 
 
 @pytest.mark.parametrize(
