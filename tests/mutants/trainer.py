@@ -335,4 +335,36 @@ FAULTS = [
         ("sums are of this rank", "    dist.all_reduce(packed)\n",
          "    packed[-1] *= env.world_size\n"),
     ]),
+    *faults("scripts/visual_opsd/training/memory_plan.py",
+            "visual_opsd/training/test_memory_plan.py", [
+        ("reduced gradients are not held", "held = self.load.repeated or self.of.cpu_offload",
+         "held = self.of.cpu_offload"),
+        ("the root's gradients are not reduced in fp32", "        size = 4 * trained + max(0",
+         "        size = 2 * trained + max(0"),
+        ("moments on the host take memory of the GPU", 'if of.optimizer_state != "host":',
+         "if True:"),
+        ("a state has no EMA", "(kept + averages)", "(kept)"),
+    ]),
+    *faults("scripts/visual_opsd/training/memory_check.py",
+            "visual_opsd/test_plan.py::test_what_is_tight_is_a_warning", [
+        ("what is tight is an error", "return self.least > self.room",
+         "return self.most > self.room"),
+    ]),
+    *faults("scripts/visual_opsd/training/trainer.py",
+            "visual_opsd/test_plan.py::test_what_cannot_fit_ends_before_anything_is_loaded", [
+        ("no plan is compared with the machine", "        check_memory(config, objective, env)\n",
+         ""),
+    ]),
+    *faults("scripts/visual_opsd/training/memory_report.py",
+            "visual_opsd/test_plan.py::test_what_cannot_fit_ends_before_anything_is_loaded", [
+        ("--plan False is not heard", "    if config.memory.plan is False:\n        return\n", ""),
+    ]),
+    *faults("scripts/visual_opsd/training/dry_run.py",
+            "visual_opsd/test_plan.py::test_a_dry_run_leaves_nothing", [
+        ("a dry run saves a state", "    def _saves(self) -> bool:\n        return False\n", ""),
+        ("a dry run leaves its folder", "            shutil.rmtree(folder, ignore_errors=True)\n",
+         "            pass\n"),
+        ("completions keep their length", "return [self.completion] * len(batch.items)",
+         "return super().roll_out(batch, place)"),
+    ]),
 ]  # fmt: skip

@@ -13,8 +13,10 @@ import pytest
 
 from scripts.visual_opsd import plan, train_sft, train_visual_opsd
 from scripts.visual_opsd.config import PlanSettings
+from scripts.visual_opsd.training.checkpoints import save_checkpoint
 from scripts.visual_opsd.training.memory_check import Room
 from scripts.visual_opsd.training.sharding import load_sharded
+from scripts.visual_opsd.training.step import run_pack
 from tests.arrivals import spy
 from tests.visual_opsd.training_runs import TINY_BAGEL, train_arguments
 
@@ -151,6 +153,7 @@ def test_a_dry_run_leaves_nothing(
     monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
     monkeypatch.setattr("tempfile.tempdir", None)
     (tmp_path / "scratch").mkdir()
+    saves, packs = spy(monkeypatch, save_checkpoint), spy(monkeypatch, run_pack)
     arguments = train_arguments(
         world, tmp_path / "run", dry_run=True, total_steps=500, warmup_steps=100,
         max_forward_tokens=600, sample_max_new_tokens=40, global_batch_size=2, vae_max_size=64,
@@ -163,4 +166,16 @@ def test_a_dry_run_leaves_nothing(
     assert phases >= {"resident", "train", "optimise"}
     assert ("sample" in phases) == (module is train_visual_opsd)
     assert ("encode" in phases) == (more.get("mode") != "text")
+    assert saves == []
+    rows = [row for call in packs for row in call["rows"]]
+    assert {row.length for row in rows} == {600}, "each row is as long as the limit"
     assert not (tmp_path / "run").exists() and contents(tmp_path / "scratch") == set()
+
+
+def test_a_dry_run_without_room_for_a_row(world: Path, tmp_path: Path) -> None:
+    arguments = train_arguments(
+        world, tmp_path / "run", dry_run=True, max_forward_tokens=400, vit_min_size=112,
+        use_system_prompt=False, use_reference_intro=False, use_transition_prompt=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="--max_forward_tokens 400 leaves no room"):
+        train_visual_opsd.main([*arguments, "--vit_max_size", "224", "--vit_min_size", "196"])

@@ -172,6 +172,12 @@ def dry_run(config: TrainConfig, env: DistEnv, objective: Objective) -> int:
         world = World(env.world_size, env.local_world_size, env.device)
         of = make_footprint(config, release, objective, world)
         row = longest_row(of)
+        limit = config.sample.max_forward_tokens
+        if row.longest > limit:
+            raise ValueError(
+                f"--max_forward_tokens {limit} leaves no room for a row: one with the smallest "
+                f"images takes {row.longest} tokens; raise it, or lower --vit_min_size"
+            )
         if isinstance(objective, FullLength):
             objective.completion = full_completion(row.new)
         trainer.row = made_up_row(row, release.model)

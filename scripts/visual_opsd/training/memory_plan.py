@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scripts.visual_opsd.loss.chunk import BLOCK_ELEMENTS
 from scripts.visual_opsd.training.host_adamw import PIECE, SLOTS
 from scripts.visual_opsd.training.memory_sizes import (
     Footprint,
@@ -322,17 +323,21 @@ class _Gpu:
     def _student_forward(self) -> list[Component]:
         """In the loss, when every layer's activations are kept."""
         of, load, llm = self.of, self.load, self.of.model.llm
-        chunk = min(of.loss_chunk_size, load.scored) * llm.vocab_size * of.item
+        tokens = min(of.loss_chunk_size, load.scored)
+        chunk = tokens * llm.vocab_size * of.item
         hidden = 3 * load.scored * llm.hidden_size * of.item
-        # Blocks in fp32 (loss.chunk.BLOCK_ELEMENTS), a few of them.
-        loss = Component("loss", chunk * self._wide + hidden + 8 * 2**24,
-                         f"logits of {min(of.loss_chunk_size, load.scored)} tokens")  # fmt: skip
+        # A few blocks in fp32 (loss.chunk).
+        blocks = 8 * 4 * min(BLOCK_ELEMENTS, tokens * llm.vocab_size)
+        loss = Component("loss", chunk * self._wide + hidden + blocks, f"logits of {tokens} tokens")
         return [self._gradients(), self._heads(with_gradient=True), self._gathered(self.student),
                 self._kept(self._layers), loss]  # fmt: skip
 
     def _layer_backward(self) -> Component:
         llm = self.of.model.llm
-        slopes = (llm.intermediate_size + 4 * llm.hidden_size) * self.of.item * self._wide
+        numbers = llm.intermediate_size + 4 * llm.hidden_size
+        if self.student.adapted:  # a layer's output and its sum with the adapter's
+            numbers += llm.intermediate_size
+        slopes = numbers * self.of.item * self._wide
         size = self.load.student * (self._kept_bytes + slopes)
         return Component("a layer again", size, "computed again, with its gradients")
 

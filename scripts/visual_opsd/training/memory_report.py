@@ -58,17 +58,21 @@ def _heading(of: Footprint) -> list[str]:
     student, row = student_weights(of), longest_row(of)
     dtype = "bf16" if of.item == 2 else "fp32"
     what = "adapters" if of.lora_rank is not None else "numbers"
-    trained, total = student.trained / 1e9, student.total("numbers") / 1e9
+    trained, total = _size(student.trained), _size(student.total("numbers"))
     unit = "GPU" if of.on_gpu else "process"
     shard = (
         f"each holds 1/{of.shards} of the weights" if of.shards > 1 else "each holds all weights"
     )
     return [
-        f"Memory plan: {trained:.2f} billion {what} train, of {total:.2f} billion; "
+        f"Memory plan: {trained} {what} train, of {total}; "
         f"{_count(of.gpus, unit)}, {shard}; computed in {dtype}.",
         f"Rows are as long as the settings let them be: {row.longest} tokens with a completion of "
         f"{row.new}; {_count(of.rows, 'row')} a step on each.",
     ]
+
+
+def _size(numbers: int) -> str:
+    return f"{numbers / 1e9:.2f} billion" if numbers >= 1e8 else f"{numbers:,}"
 
 
 def _count(number: int, word: str) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from data.transforms import ImageTransform
+from modeling import fast
 from modeling.autoencoder import AE_FILE
 from modeling.bagel.adapters import find_targets
 from modeling.bagel.bagel import Bagel
@@ -184,7 +185,7 @@ def make_footprint(
         freeze_und=settings.freeze_und,
         activation_checkpointing=settings.activation_checkpointing,
         checkpointed_layers=settings.checkpointed_layers,
-        kernels=on_gpu and not settings.compile_blocks,
+        kernels=on_gpu and not settings.compile_blocks and fast.is_on("rows"),
         cpu_offload=run.cpu_offload,
         teacher_cpu_offload=config.teacher.teacher_cpu_offload,
         global_batch_size=config.data.global_batch_size,

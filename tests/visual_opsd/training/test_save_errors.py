@@ -41,6 +41,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 
 def run(world: Path, results: Path, disk: Disk, full: Collection[int], **changes: Any) -> str:
     """The error that a run ends with, empty for none; no state has room after the steps `full`."""
+    disk.trainer = None  # while it is built there is room
     with one_process() as env:
         disk.trainer = build(world, results, env, **{**SHORT, "save_release": False, **changes})
         disk.room |= {step: [9000] for step in full}

@@ -120,7 +120,7 @@ def test_states_with_and_without_the_frozen_load(
     run.train_step(0)
     for left_out in (False, True):
         with torch.no_grad():  # the base's value is 0.5: an older state counts, whatever it holds
-            local_part(run.model.frozen).fill_(0.5 if left_out else 0.25)
+            local_part(run.model.get_parameter("frozen")).fill_(0.5 if left_out else 0.25)
         monkeypatch.setattr(T, "_is_mostly_frozen", lambda _, value=left_out: value)
         path = T.save_checkpoint(tmp_path / f"{left_out}", 1, run.state, env=env, **SAID, extra={})
         assert ("frozen" in named_in(path, "model")) != left_out
