@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from modeling.bagel.bagel import Bagel
 from modeling.host.memory import OutOfMemory, memory_errors
@@ -85,7 +85,7 @@ def make_parameters(shapes: Sequence[torch.Size], mesh: DeviceMesh) -> list[nn.P
     made = []
     for shape in shapes:
         weight, gradient = (torch.empty(shape, device=mesh.device_type) for _ in range(2))
-        placements = [Replicate(), Shard(0)]
+        placements = [Shard(0)]
         parameter = nn.Parameter(DTensor.from_local(weight.normal_(0, 0.02), mesh, placements))
         parameter.grad = DTensor.from_local(gradient.normal_(0, 1e-5), mesh, placements)
         made.append(parameter)

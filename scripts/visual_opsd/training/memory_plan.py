@@ -288,9 +288,10 @@ class _Gpu:
         return Component("gradients", size, "fp32 shards, summed over a step's packs")
 
     def _held(self, kinds: Sequence[str]) -> Component:
-        """FSDP2 on a (replicate, shard) mesh holds each unit's reduced gradients until the
+        """Where there are several copies, FSDP2 holds each unit's reduced gradients until the
         backward pass ends; in a step's first pack these are the gradients themselves."""
-        held = self.load.repeated or self.of.cpu_offload
+        several = self.of.gpus > self.of.shards
+        held = several and (self.load.repeated or self.of.cpu_offload)
         units = [unit for unit in self.student.units if unit.kind in kinds]
         size = 4 * sum(self.student.trained_of(unit, local=True) for unit in units) * held
         return Component("reduced gradients", size, "of the current pack, until its end")

@@ -98,11 +98,20 @@ def make_mesh(
     num_shard: int | None = None,
     num_replicate: int | None = None,
 ) -> DeviceMesh:
-    """The 2-D mesh ("replicate", "shard"), also for one process; errors as in `mesh_shape`."""
+    """The mesh ("replicate", "shard"), or ("shard",) where there is one copy; also for one process.
+
+    Over two dimensions FSDP2 keeps every layer's reduced gradients until a backward pass ends, in
+    case that they travel between copies: 4 bytes a weight of the shard, for nothing where there
+    are none.
+
+    Raises:
+        ValueError: as `mesh_shape`.
+    """
     shape = mesh_shape(
         env.world_size, env.local_world_size, sharding_strategy, num_shard, num_replicate
     )
-    return init_device_mesh(env.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(env.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return mesh if shape[0] > 1 else mesh["shard"]
 
 
 # ---------------------------------------------------------------------------------- sharding

@@ -43,7 +43,10 @@ def adapted(targets: tuple[str, ...] = EVERYWHERE, seed: int = 0) -> Any:
 
 def batch(model: Any) -> Any:
     bundle = load_bagel(TINY_BAGEL)
-    contexts: list[Any] = [[text(6), image(4, model), text(9, scored=True)], [text(12, 30, scored=True)]]
+    contexts: list[Any] = [
+        [text(6), image(4, model), text(9, scored=True)],
+        [text(12, 30, scored=True)],
+    ]
     return pack(contexts, bundle.special_tokens)
 
 

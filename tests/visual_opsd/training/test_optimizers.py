@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from modeling.bagel.bagel import Bagel
 from scripts.bench.common import TRUE_SIZE
@@ -42,7 +42,7 @@ def small() -> Iterator[None]:
 
 def shards(env: DistEnv, tensors: list[Tensor]) -> list[Any]:
     mesh = make_mesh(env)
-    made = [DTensor.from_local(t.clone(), mesh, [Replicate(), Shard(0)]) for t in tensors]
+    made = [DTensor.from_local(t.clone(), mesh, [Shard(0)]) for t in tensors]
     return [nn.Parameter(tensor) for tensor in made]
 
 
