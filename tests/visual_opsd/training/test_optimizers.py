@@ -20,7 +20,7 @@ from scripts.visual_opsd.processes import DistEnv, init_distributed, shutdown
 from scripts.visual_opsd.training import checkpoints as T
 from scripts.visual_opsd.training import host_adamw
 from scripts.visual_opsd.training.host_adamw import HostAdamW, plan_blocks
-from scripts.visual_opsd.training.sharding import make_mesh
+from scripts.visual_opsd.training.sharding import local_part, make_mesh
 from scripts.visual_opsd.training.state_keeper import is_finite
 from tests.visual_opsd.training.toy_distributed_model import ToyRun, state_hash, toy_sizes
 
@@ -142,17 +142,21 @@ def test_eight_bits_follow_adamw(env: DistEnv) -> None:
     for kind in (torch.optim.AdamW, EightBitAdamW):
         parameters = shards(env, start)
         optimizer = kind(parameters, **settings)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
         g = torch.Generator().manual_seed(1)
         for step in range(8):
             give_gradients(parameters, [torch.randn(t.shape, generator=g) for t in start])
             optimizer.step()
+            schedule.step()
             weights[kind, step] = [p.to_local().detach().clone() for p in parameters]
     for step, bound in ((0, 1e-4), (7, 0.1)):
         pairs = zip(weights[torch.optim.AdamW, step], weights[EightBitAdamW, step], start,
                     strict=True)  # fmt: skip
         for exact, ours, first in pairs:
             assert (ours - exact).norm() < bound * (exact - first).norm(), (step, first.shape)
-    assert optimizer.param_groups[0]["lr"] == 1e-3  # a number, as schedules and states want it
+    assert (
+        optimizer.param_groups[0]["lr"] == 1e-3 / 2**8
+    )  # a number, as schedules and states want it
     assert optimizer.state_dict()["state"][0]["exp_avg.codes"].dtype == torch.uint8
 
 
@@ -200,6 +204,10 @@ def test_states_resume_exactly_and_must_be_finite(
     assert third.state.optimizer.param_groups[0]["lr"] == run.state.optimizer.param_groups[0]["lr"]
     third.model.load_state_dict(run.model.state_dict())
     assert third.train_step(3) == run.train_step(3)
+    ours, theirs = (r.state.optimizer.state_dict()["state"] for r in (third, run))
+    for number, tensors in theirs.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(local_part(ours[number][name]), local_part(tensor)), name
     assert is_finite(run.state, env)
     for p in run.trained:
         p.grad = torch.full_like(p, float("nan"))
