@@ -65,6 +65,7 @@ class Run:
         walls = [b - a for a, b in zip(self.arrivals, self.arrivals[1:], strict=False)]
         names = [k for k in self.lines[-1] if k.startswith(("seconds/", "tokens_per_s/"))]
         names += ["completion_length", "scored_tokens", "peak_memory_gb", "loss", "grad_norm"]
+        names += ["sampler_gap"] * ("sampler_gap" in self.lines[-1])
         columns = {name: [float(line[name]) for line in lines] for name in names}
         columns["step_s"] = walls[max(skip - 1, 0) :]
         phases = [sum(v for k, v in line.items() if k.startswith("seconds/")) for line in lines]

@@ -74,6 +74,7 @@ def planned(flags: Sequence[str]) -> dict[str, Any]:
 def train(lab: Lab, part: str, layers: int | None, steps: int, **more: Any) -> None:
     name = "whole" if layers is None else f"layers-{layers}"
     base = lab.base(name, TRUE_SIZE if layers is None else sized(layers))
+    more["plan"] = False  # nothing is saved, so the disk need not have room
     with lab.trying("memory", part):
         run = lab.train(part, base, 1, steps, rows=ROWS, **more)
         more.pop("program", None)
@@ -104,10 +105,10 @@ def long(lab: Lab) -> None:
     steps = lab.args.long_steps
     base = lab.base(f"layers-{lab.args.layers}", sized(lab.args.layers))
     with lab.trying("memory", "long"):
-        tokens = 24 if lab.args.tiny else 128
+        tokens = 24 if lab.args.tiny else 64
         run = lab.train(
-            "long", base, 1, steps, rows=ROWS, limit_s=600, sample_max_new_tokens=tokens,
-            **ALL_LINEAR,
+            "long", base, 1, steps, rows=ROWS // 2, limit_s=600, sample_max_new_tokens=tokens,
+            vit_max_size=112 if lab.args.tiny else 378, **ALL_LINEAR,
         )  # fmt: skip
         fifth = steps // 5
         parts = {"early": (fifth, 2 * fifth), "late": (steps - fifth, steps)}

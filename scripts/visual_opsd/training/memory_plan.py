@@ -384,8 +384,8 @@ class _Gpu:
         elif of.optimizer_state == "8bit" or not of.on_gpu:
             longest = max(unit.longest for unit in self.student.units)
             size, why = 8.0 * longest, "of the largest tensor"
-        else:  # torch's AdamW takes the square roots of all second moments at once
-            size, why = 4.0 * trained, "square roots of the second moments"
+        else:  # one pass over all
+            size, why = 0.0, ""
         return [self._gradients(), Component("temporaries", size, why)]
 
     def _save(self) -> list[Component]:

@@ -32,9 +32,11 @@ def make_optimizer(
         "weight_decay": settings.weight_decay,
     }
     kind = settings.optimizer_state
-    if kind == "gpu":
-        return torch.optim.AdamW(parameters, **group)
     offloaded = any(parameter.device.type != device.type for parameter in parameters)
+    if kind == "gpu":
+        # Unfused, torch takes the square roots of all second moments at once on a GPU.
+        fused = device.type == "cuda" and not offloaded
+        return torch.optim.AdamW(parameters, fused=fused or None, **group)
     assert not offloaded, "TrainConfig refuses --cpu_offload with it"
     if kind == "host":
         return HostAdamW(parameters, **group)

@@ -179,8 +179,12 @@ def test_adapters(runs: list[TrainRun], monkeypatch: pytest.MonkeyPatch, tmp_pat
     given = {**apart(runs[0], tmp_path), **dict.fromkeys(whole, ABSENT)}
     for flags, rank, alpha, adapted in (
         ({"lora_rank": 5}, 5, 10.0, set(PROJECTIONS)),
-        ({"lora_rank": 3, "lora_alpha": 7.5, "lora_targets": "v_proj, k_proj"}, 3, 7.5,
-         {"k_proj", "v_proj"}),
+        (
+            {"lora_rank": 3, "lora_alpha": 7.5, "lora_targets": "v_proj, k_proj"},
+            3,
+            7.5,
+            {"k_proj", "v_proj"},
+        ),
     ):
         with pytest.raises(Stop):
             main(words({**given, **flags}))
