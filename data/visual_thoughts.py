@@ -66,13 +66,13 @@ def show_thoughts(kind: str, row: Row, sample: Sample, seed: int = 0) -> ShownTh
     if kind == "other":
         others = other_thoughts(row, sample, seed)
         pairs = ((others[i % len(others)], image) for i, image in enumerate(own))
-        return ShownThoughts(tuple(_resize(other, image.size) for other, image in pairs))
+        return ShownThoughts(tuple(resize(other, image.size) for other, image in pairs))
     if kind == "blank":
         return ShownThoughts(own, lambda x, *_: torch.zeros_like(x))  # values lie in [-1, 1]
     if kind == "shuffled":
         return ShownThoughts(own, lambda x, n, stride: shuffle(x, seed, place, n, stride))
     if kind == "problem":
-        return ShownThoughts(tuple(_resize(sample.problem_image, image.size) for image in own))
+        return ShownThoughts(tuple(resize(sample.problem_image, image.size) for image in own))
     if kind == "none":
         return ShownThoughts(())
     assert kind == "real", kind
@@ -131,5 +131,6 @@ def _plain(answer: str) -> str:
     return " ".join(answer.casefold().split())
 
 
-def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture in the size (width, height) of the one that it stands for."""
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)

@@ -86,7 +86,7 @@ def test_nothing_but_the_visual_thoughts_differs(
     row = rows.read_row(0, 7)
     sample = parse_row(row)
     student = builder.student(sample)
-    real = builder.teacher(sample, student, with_latents=latents)
+    real: Any = builder.teacher(sample, student, with_latents=latents)
     _, found = shown(kind, row, builder, with_latents=latents)
     if kind == "none":
         texts = [s for s in real[len(student) :] if not isinstance(s, ImageSegment | PixelSegment)]

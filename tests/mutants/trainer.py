@@ -171,8 +171,8 @@ FAULTS = [
          "longest = max(context_length(student), context_length(teacher))",
          "longest = context_length(student)"),
         ("a pack of nothing sees no image of the teacher's own",
-         "teacher = (*context[:-1], other, context[-1]) if with_teacher",
-         "teacher = context if with_teacher"),
+         "teacher = (*context[:-1], *((other,) if with_shown else ()), context[-1])",
+         "teacher = context"),
     ]),
     *faults("scripts/visual_opsd/training/step.py", "visual_opsd/training/test_step.py", [
         ("labels may differ", "    check_same_labels(student_batch,",

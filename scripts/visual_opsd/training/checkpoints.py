@@ -119,7 +119,9 @@ def _comparable(flat: dict[str, Any]) -> dict[str, Any]:
     """Settings as they are compared: fp32 moments are saved alike wherever they lie, and noise has
     two flags."""
     name, noise, shown = "optim.optimizer_state", "teacher.noise_vt", "teacher.vt"
-    same = {name: "gpu or host"} if flat.get(name) in ("gpu", "host") else {}
+    same: dict[str, Any] = {}
+    if flat.get(name) in ("gpu", "host"):
+        same[name] = "gpu or host"
     if flat.get(noise) or flat.get(shown) == "noise":
         same |= {noise: True, shown: "noise"}
     return flat | same

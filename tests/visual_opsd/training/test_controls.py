@@ -19,24 +19,31 @@ from data.thinkmorph import BadRow
 from data.visual_thoughts import CONTROLS, VT_KINDS
 from scripts.visual_opsd.config import PromptSettings, TeacherSettings
 from scripts.visual_opsd.rows import open_builder
+from scripts.visual_opsd.scored_rows import empty_row
 from scripts.visual_opsd.training.checkpoints import (
     TrainingState,
     check_resumable,
     save_checkpoint,
 )
 from scripts.visual_opsd.training.visual_opsd import PrepareOPSD
+from tests.arrivals import spy
 from tests.conftest import TINY_BAGEL
 from tests.visual_opsd.training.trainers import one_process, train
 
 
-def test_controls_train_on_the_same_completions(world: Path, tmp_path: Path) -> None:
-    """With workers, to which the other rows' data set travels; only the labels differ."""
+def test_controls_train_on_the_same_completions(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With workers, to which the other rows' data set travels; only the labels differ. A rank
+    without rows runs the ViT as often as the others: once less where no VT is shown."""
     losses, samples = {}, {}
+    fillers = spy(monkeypatch, empty_row)
     for kind in ("real", "other", "none"):
         results = tmp_path / kind
         train(world, results, vt=kind, num_workers=1, total_steps=1)
         losses[kind] = json.loads((results / "metrics.jsonl").read_text().splitlines()[0])["loss"]
         samples[kind] = (results / "samples.jsonl").read_bytes()
+    assert [call["with_shown"] for call in fillers] == [True, True, False]
     assert len(set(losses.values())) == 3
     assert len(set(samples.values())) == 1
 
