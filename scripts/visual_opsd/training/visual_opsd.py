@@ -48,7 +48,8 @@ class PrepareOPSD:
 
     vt: what the teacher sees in the place of the VTs (`data.visual_thoughts`), by `seed`. A row
     whose contexts with the real ones do not fit the limits is rejected as "too_long", so that all
-    kinds train on the same rows.
+    kinds train on the same rows. contrast_with: what the control context shows; None: there is
+    none.
     with_latents: the teacher also reads the VTs' latents (still pixels here).
     """
 
@@ -57,6 +58,7 @@ class PrepareOPSD:
     seed: int = 0
     limits: ContextLimits = NO_LIMITS
     with_latents: bool = False
+    contrast_with: str | None = None
 
     def __call__(self, row: Row) -> TrainRow:
         sample = parse_row(row, OPSD_ROWS)
@@ -65,7 +67,11 @@ class PrepareOPSD:
         teacher = self.builder.teacher(sample, student, shown, with_latents=self.with_latents)
         longest = teacher if shown.images else self.builder.teacher(sample, student)
         self.limits.check(row, longest)
-        return TrainRow.of(row, sample, student, teacher=teacher)
+        control = None
+        if self.contrast_with is not None:
+            other = show_thoughts(self.contrast_with, row, sample, self.seed)
+            control = self.builder.teacher(sample, student, other, with_latents=self.with_latents)
+        return TrainRow.of(row, sample, student, teacher=teacher, control=control)
 
 
 def encode_teachers(rows: Sequence[TrainRow], vae: AutoEncoder, seed: int) -> list[TrainRow]:
@@ -74,7 +80,11 @@ def encode_teachers(rows: Sequence[TrainRow], vae: AutoEncoder, seed: int) -> li
     for row in rows:
         assert row.teacher is not None
         generator = row_generator("teacher", seed, row.position)
-        encoded.append(replace(row, teacher=encode_pictures(row.teacher, vae, generator)))
+        row = replace(row, teacher=encode_pictures(row.teacher, vae, generator))
+        if row.control is not None:
+            generator = row_generator("control teacher", seed, row.position)
+            row = replace(row, control=encode_pictures(row.control, vae, generator))
+        encoded.append(row)
     return encoded
 
 
@@ -102,7 +112,8 @@ class VisualOPSD(Objective):
         builder = make_builder(base.tokenizer, base.model, config.prompt)
         limits = scoring_limits(base.model, config.sample).check_settings(builder, teacher=True)
         shown, seed = config.teacher.shown, config.run.global_seed
-        return PrepareOPSD(builder, shown, seed, limits, self.teacher_reads_latents)
+        contrast_with = config.teacher.contrast_with if config.teacher.contrast else None
+        return PrepareOPSD(builder, shown, seed, limits, self.teacher_reads_latents, contrast_with)
 
     def label(self, batch: StepRows[TrainRow], place: Workplace) -> list[ScoredRow]:
         """The rows with completions of the student, which are also written to samples.jsonl."""
@@ -124,7 +135,8 @@ class VisualOPSD(Objective):
         scored = []
         for row, completion in zip(rows, completions, strict=True):
             assert row.teacher is not None  # as `PrepareOPSD` makes them
-            scored.append(score_completion(row.name, row.student, row.teacher, completion, limit))
+            contexts = row.student, row.teacher
+            scored.append(score_completion(row.name, *contexts, completion, limit, row.control))
         return scored
 
     def roll_out(self, batch: StepRows[TrainRow], place: Workplace) -> list[Completion]:
