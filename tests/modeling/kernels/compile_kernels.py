@@ -58,21 +58,22 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def products(capability: int) -> None:
     """Every product of a decoding step, for every class of batches that has tiles of its own."""
-    for count in (1, 2, 8, 16, 32, 64):
+    qkv, square = empty(QKV, HIDDEN), empty(HIDDEN, HEADS * DIM)
+    gate, down, head = (
+        empty(INTERMEDIATE, HIDDEN),
+        empty(HIDDEN, INTERMEDIATE),
+        empty(VOCAB, HIDDEN),
+    )
+    for count in (1, 8, 16, 32, 64):
         for chained in {False, capability >= 90 and count <= 8}:
             norm: dict[str, Any] = {"gain": empty(HIDDEN), "chained": chained}
-            x, wide = empty(count, HIDDEN), empty(count, INTERMEDIATE)
-            gate = empty(INTERMEDIATE, HIDDEN)
-            stream_linear.stream_linear(x, empty(QKV, HIDDEN), bias=empty(QKV), **norm)
-            stream_linear.stream_linear(
-                empty(count, HEADS * DIM), empty(HIDDEN, HEADS * DIM), residual=x, out=x,
-                chained=chained,
-            )  # fmt: skip
+            x = empty(count, HIDDEN)
+            onto: dict[str, Any] = {"residual": x, "out": x, "chained": chained}
+            stream_linear.stream_linear(x, qkv, bias=empty(QKV), **norm)
+            stream_linear.stream_linear(empty(count, HEADS * DIM), square, **onto)
             stream_linear.stream_linear(x, gate, second=gate, **norm)
-            stream_linear.stream_linear(
-                wide, empty(HIDDEN, INTERMEDIATE), residual=x, out=x, chained=chained
-            )
-            stream_linear.stream_linear(x, empty(VOCAB, HIDDEN), **norm)
+            stream_linear.stream_linear(empty(count, INTERMEDIATE), down, **onto)
+            stream_linear.stream_linear(x, head, **norm)
 
 
 def decoding(capability: int) -> None:
