@@ -124,7 +124,7 @@ def attention(_: int) -> None:
 
 
 def losses(_: int) -> None:
-    """Every form of the loss, whose kernels are specialised on it."""
+    """Every kind of divergence and every clip, on which the loss's kernels are specialised."""
     count = 4
     logits, labels = empty(count, VOCAB), torch.zeros(count, dtype=torch.int64)
     numbers, norm = empty(count, dtype=torch.float32), empty(count, 3, dtype=torch.float32)
@@ -134,15 +134,14 @@ def losses(_: int) -> None:
     index, log_t = labels[:, None].expand(count, 256).contiguous(), numbers[:, None].expand(-1, 256)
     clips: tuple[dict[str, Any], ...]
     clips = ({"token_clip": None}, {"clip_scope": "entry"}, {"clip_scope": "token"})
-    for beta in (0.0, 0.5, 1.0):
-        for clip in clips:
-            config = LossConfig(beta=beta, **clip)
-            loss_kernels.divergence_on_support(logits, index, log_t.contiguous(), numbers, config)
-            loss_kernels.full_divergence(logits, logits, norm, norm, config)
-            loss_kernels.write_gradient(
-                logits, config, labels, norm, ce_weight=numbers, pull=numbers,
-                teacher=logits, teacher_norm=norm, slope_sum=numbers,
-            )  # fmt: skip
+    for beta, clip in zip((0.0, 0.5, 1.0), clips, strict=True):
+        config = LossConfig(beta=beta, **clip)
+        loss_kernels.divergence_on_support(logits, index, log_t.contiguous(), numbers, config)
+        loss_kernels.full_divergence(logits, logits, norm, norm, config)
+        loss_kernels.write_gradient(
+            logits, config, labels, norm, ce_weight=numbers, pull=numbers,
+            teacher=logits, teacher_norm=norm, slope_sum=numbers,
+        )  # fmt: skip
     loss_kernels.write_gradient(logits, LossConfig(), labels, norm, pull=numbers)
     loss_kernels.write_gradient(logits, LossConfig(), labels, norm, ce_weight=numbers)
     hidden, values = empty(count, HIDDEN), empty(count, 256, dtype=torch.float32)
