@@ -51,6 +51,8 @@ docs: $(VENV)/.installed
 bench-cpu: $(VENV)/.installed
 	$(BIN)/python -m scripts.bench.all --tiny --device cpu --repeats 1 $(ARGS)
 	$(BIN)/python -m scripts.bench.gather --tiny --device cpu --repeats 2
+	$(BIN)/python -m scripts.bench.saving --tiny --device cpu
+	$(BIN)/python -m scripts.bench.optimizer --tiny --device cpu --repeats 2
 
 venv: $(VENV)/.installed-dev
 

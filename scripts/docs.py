@@ -11,14 +11,17 @@ import json
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from modeling.fast import FAST_PATHS
 from modeling.host.programs import run_main
 from scripts.bench.all import table as benchmark_table
+from scripts.bench.common import TRUE_SIZE
 from scripts.visual_opsd.analysis.kl_measurement import DiagnosticSettings
 from scripts.visual_opsd.cli import flat
 from scripts.visual_opsd.config import (
@@ -30,12 +33,16 @@ from scripts.visual_opsd.config import (
 )
 from scripts.visual_opsd.evaluation.questions import BenchmarkSettings, EvaluateSettings
 from scripts.visual_opsd.training.checkpoints import FREE_FIELDS
+from scripts.visual_opsd.training.memory_plan import Plan, largest_plan
+from scripts.visual_opsd.training.memory_sizes import ReleaseSizes, World, make_footprint
+from scripts.visual_opsd.training.visual_opsd import VisualOPSD
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "docs" / "benchmarks"
 HEADINGS = {
     "model": "Model", "prompt": "Contexts", "data": "Data", "teacher": "Teacher",
     "sample": "Sampling and sequence lengths", "loss": "Loss", "optim": "Optimiser", "run": "Run",
+    "lora": "Adapters", "memory": "Memory plan",
 }  # fmt: skip
 
 
@@ -131,6 +138,96 @@ def demo_results() -> str:
     return markdown_table((*header, "gap closed, real / noise", "time"), rows)
 
 
+# GPUs of one machine and settings, as the tables of memory show them.
+PLANNED: tuple[tuple[int, dict[str, Any]], ...] = (
+    (8, {}), (4, {}), (2, {}), (2, {"optimizer_state": "host"}), (1, {}),
+    (1, {"optimizer_state": "host"}), (1, {"lora_rank": 64}),
+)  # fmt: skip
+CARDS = (48, 80, 141)  # GB
+
+
+def memory_plan(gpus: int, changes: Mapping[str, Any]) -> Plan:
+    """Of Visual-OPSD on a 7B release with rows as long as the settings allow."""
+    config = TrainConfig()
+    release, world = ReleaseSizes.of_model(TRUE_SIZE), World(gpus, gpus, torch.device("cuda"))
+    of = make_footprint(config, release, VisualOPSD(config), world)
+    return largest_plan(replace(of, **changes))
+
+
+def changed_text(changes: Mapping[str, Any]) -> str:
+    return " ".join(f"`--{name} {value}`" for name, value in changes.items()) or "defaults"
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f}"
+
+
+def memory_totals() -> str:
+    """GB of each GPU, of the host and of the disk, and the smallest card that has them."""
+    rows = []
+    for gpus, changes in PLANNED:
+        plan = memory_plan(gpus, changes)
+        card = next((f"{gb} GB" for gb in CARDS if gb * 1e9 >= plan.gpu), "none")
+        host, disk = (sum(part.size for part in parts) for parts in (plan.host, plan.disk))
+        sizes = (plan.gpu, host, disk)
+        rows.append((str(gpus), changed_text(changes), *map(gigabytes, sizes), card))
+    header = ("GPUs", "settings", "each GPU", "host memory", "disk", "fits a card of")
+    return markdown_table(header, rows)
+
+
+def memory_parts() -> str:
+    """GB of each GPU: what is always there, and what each phase adds at its fullest."""
+    plans = [memory_plan(gpus, changes) for gpus, changes in PLANNED]
+    names = {
+        "sample": "drawing completions", "train": "forward and backward passes",
+        "optimise": "optimiser", "save": "saving",
+    }  # fmt: skip
+    rows: dict[str, list[str]] = {}
+
+    def add(name: str, sizes: Iterable[float]) -> None:
+        rows[name] = [gigabytes(size) if size else "" for size in sizes]
+
+    for name in ("frozen base", "weights", "adapters", "moments", "teacher"):
+        add(name, (sum(part.size for part in p.resident if part.name == name) for p in plans))
+    for phase, name in names.items():
+        add(f"+ {name}", (sum(m.size for m in p.moments if m.phase == phase) for p in plans))
+    add("+ CUDA, NCCL, gaps", (sum(part.size for part in p.beside) for p in plans))
+    add("**in all**", (plan.gpu for plan in plans))
+    header = [f"{gpus} GPU{'s' * (gpus > 1)}, {changed_text(c)}" for gpus, c in PLANNED]
+    return markdown_table(("GB of each GPU", *header), ([name, *row] for name, row in rows.items()))
+
+
+def memory_measured() -> str:
+    """docs/benchmarks/memory.json: what runs took of the GPU and the host, planned and measured."""
+    recorded = json.loads((BENCHMARKS / "memory.json").read_text(encoding="utf-8"))
+    rows = []
+    for run in recorded["runs"].values():
+        peak, planned = run["peak_memory_gb"]["median"], run["planned/peak_gb"]
+        host = (run["rank0/host_gb"], run["planned/host_gb"])
+        phases = [run[f"seconds/{phase}"]["median"] for phase in ("sample", "train", "optimise")]
+        rows.append((
+            run["what"], f"{planned:.1f}", f"{peak:.1f}", f"{planned / peak:.3f}",
+            f"{run['gpu0/used_gb']:.1f}", f"{host[0]:.1f} ({host[1]:.1f})",
+            " / ".join(f"{seconds:.2f}" for seconds in phases), f"{run['step_s']['median']:.1f}",
+        ))  # fmt: skip
+    header = (
+        "run", "planned peak, GB", "measured", "ratio", "in use by nvidia-smi",
+        "host (planned)", "sample / train / optimise, s", "a step, s",
+    )  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def optimizer_measured() -> str:
+    """docs/benchmarks/memory.json: seconds of an update of 8.05 billion parameters."""
+    found = json.loads((BENCHMARKS / "memory.json").read_text(encoding="utf-8"))["optimizer"]
+    rows = [
+        (f"`{kind}`", *(f"{found[kind][name]:.2f}" for name in ("median_s", "ratio", "first_s")))
+        for kind in ("host", "8bit")
+    ]
+    header = ("`--optimizer_state`", "an update, s", "of the transfer's time", "the first, s")
+    return markdown_table(header, rows)
+
+
 def benchmark_figures(name: str) -> str:
     return benchmark_table(json.loads((BENCHMARKS / name).read_text(encoding="utf-8")))
 
@@ -138,12 +235,17 @@ def benchmark_figures(name: str) -> str:
 # Document -> region -> what stands in it.
 REGIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo results": demo_results},
-    "INSTALL.md": {"fast paths": fast_paths},
+    "INSTALL.md": {"fast paths": fast_paths, "memory: totals": memory_totals},
     "TRAIN.md": {
+        "memory: parts": memory_parts,
         "options: TrainConfig": training_options,
         "options: SFT": sft_defaults,
         "options: FlowSettings": lambda: option_table(FlowSettings),
         "free": free_settings,
+    },
+    "docs/memory.md": {
+        "memory: measured": memory_measured,
+        "memory: optimiser": optimizer_measured,
     },
     "EVAL.md": {
         f"options: {group.__name__}": lambda group=group: option_table(group)  # type: ignore[misc]

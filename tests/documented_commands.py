@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "scripts.visual_opsd.train_visual_opsd": (TrainConfig, {}),
     "scripts.visual_opsd.train_sft": (SFTConfig, SFT_DEFAULTS),
+    "scripts.visual_opsd.plan": (TrainConfig, {"plan": True}),
     "scripts.visual_opsd.evaluate": (EvaluateConfig, {}),
     "scripts.visual_opsd.kl_diagnostic": (DiagnosticConfig, {}),
 }

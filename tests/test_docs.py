@@ -16,10 +16,13 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from data.rejects import Reject
+from modeling.bagel.adapters import AdapterConfig
 from modeling.bagel.attention import BACKENDS
+from modeling.release.adapters import save_adapter
 from scripts import docs
 from scripts.visual_opsd import evaluate, train_visual_opsd
 from scripts.visual_opsd.analysis.kl_measurement import DiagnosticSettings
@@ -129,7 +132,8 @@ def test_every_choice_is_explained(group: type) -> None:
 
 
 def test_attention_backends_are_explained() -> None:
-    text = DOCUMENTS["INSTALL.md"].split("<!-- end -->")[1].split("##")[0]
+    after = DOCUMENTS["INSTALL.md"].split("<!-- fast paths -->")[1].split("<!-- end -->")[1]
+    text = after.split("##")[0]
     assert all(f"`{name}`" in text for name in BACKENDS)
 
 
@@ -302,10 +306,17 @@ def test_what_an_evaluation_writes(world: Path, tmp_path: Path) -> None:
 
 def test_python_blocks_run(tmp_path: Path) -> None:
     Image.new("RGB", (60, 40), "teal").save(tmp_path / "problem.png")
+    config = AdapterConfig(1, 2, ("connector.fc2",))
+    pair = {"A": torch.ones(1, 64), "B": torch.ones(64, 1)}
+    tensors = {f"connector.fc2.lora_{which}.weight": tensor for which, tensor in pair.items()}
+    save_adapter(tensors, tmp_path / "adapter", base=TINY_BAGEL, config=config)
     found = [block for text in DOCUMENTS.values() for block in blocks(text, "python")]
     assert len(found) >= 2
     for block in found:
         block = block.replace("models/ThinkMorph-7B", str(TINY_BAGEL))
+        block = block.replace(
+            "results/my-lora/checkpoints/adapter_0001000", str(tmp_path / "adapter")
+        )
         block = block.replace("problem.png", str(tmp_path / "problem.png"))
         exec(compile(block, "a document's block", "exec"), {})
 

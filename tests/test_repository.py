@@ -23,7 +23,7 @@ OWN_MODULES = {*ROOMS, "tests", "examples", "inferencer", "download_model"}
 # What a package is imported as, where that differs from its name on the index.
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}
 # Used when present, never required.
-OPTIONAL = {"flash_attn", "triton", "vlmeval"}
+OPTIONAL = {"flash_attn", "torchao", "triton", "vlmeval"}
 # Held to no version: torch's CUDA builds bring their own, which constraints.txt must not fight.
 UNPINNED = {"triton"}
 MEGABYTE = 1 << 20
@@ -154,7 +154,7 @@ COMMANDS = {
     f"{EXPERIMENT}/{command}.py"
     for command in (
         "train_visual_opsd", "train_visual_opsd_offline", "train_sft", "evaluate",
-        "kl_diagnostic", "plan", "merge", "collect_traces", "report",
+        "kl_diagnostic", "plan", "merge", "serving_config", "collect_traces", "report",
     )
 }  # fmt: skip
 SHARED_FILES = {

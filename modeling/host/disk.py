@@ -10,6 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+class DiskRefused(ValueError):
+    """A disk had no room or refused to write: the same may succeed later."""
+
+
 def size_text(size: float) -> str:
     """ "512 bytes", "3.1 kB", "2.0 MB", "128.0 GB"."""
     if size < 1000:
@@ -22,10 +26,10 @@ def size_text(size: float) -> str:
 
 
 def check_room(folder: Path, needed: float, what: str) -> None:
-    """Raises ValueError, saying how much is needed and there, if a disk has too little room."""
+    """Raises DiskRefused, saying how much is needed and there, if a disk has too little room."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise ValueError(
+        raise DiskRefused(
             f"{what} needs {size_text(needed)} but {folder} has {size_text(free)} free; make room "
             "or choose another disk"
         )
@@ -44,7 +48,7 @@ def flush_to_disk(path: Path) -> None:
 def disk_errors(
     doing: str, folder: Path, advice: str = "make room or choose another disk"
 ) -> Iterator[None]:
-    """What the system refuses under `folder` (full, quota, read-only, gone) as a ValueError."""
+    """What the system refuses under `folder` (full, quota, read-only, gone) as DiskRefused."""
     try:
         yield
     except (ConnectionError, TimeoutError):
@@ -56,4 +60,4 @@ def disk_errors(
         except OSError:
             room = f"{folder} cannot be reached"
         reason = error.strerror or error
-        raise ValueError(f"{doing} failed: {reason}{where}; {room}; {advice}") from error
+        raise DiskRefused(f"{doing} failed: {reason}{where}; {room}; {advice}") from error

@@ -9,19 +9,16 @@ generation tensor is; saving streams those back from the base, and the result is
 
 from __future__ import annotations
 
-import json
 import math
-import re
 import shutil
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from modeling.autoencoder import AE_FILE, AutoEncoder, load_autoencoder
@@ -35,7 +32,10 @@ from modeling.bagel.config import (
 )
 from modeling.bagel.projections import empty_adjoining
 from modeling.host.disk import check_room, disk_errors, flush_to_disk
+from modeling.release.cards import model_card
 from modeling.release.finite import check_finite
+from modeling.release.folders import drive_to_the_end, new_folder, write_text
+from modeling.release.serving_config import serving_files
 from modeling.release.tokenizer import load_tokenizer
 from modeling.release.weight_files import (
     FLOAT_DTYPES,
@@ -45,6 +45,7 @@ from modeling.release.weight_files import (
     TensorSource,
     WeightWriter,
     describe_mismatch,
+    layout_bytes,
     open_weights,
     write_weights,
 )
@@ -55,13 +56,15 @@ _EMBEDDING = "language_model.model.embed_tokens.weight"
 _PATCH_POSITIONS = "vit_model.vision_model.embeddings.position_embedding.weight"
 _SQUARE_TABLES = (VIT_TABLE, _PATCH_POSITIONS, LATENT_TABLE)
 _GENERATION_PREFIXES = ("time_embedder.", "vae2llm.", "llm2vae.", "latent_pos_embed.")
+_LAYOUT = (
+    "Layout: a BAGEL / ThinkMorph release folder. Tensors that training did not touch, the "
+    "autoencoder, llm_config.json, vit_config.json and the tokenizer are byte for byte the base's."
+)
 _COPIED_FILES = (
     AE_FILE,
     "llm_config.json",
     "vit_config.json",
-    "config.json",
     "generation_config.json",
-    "preprocessor_config.json",
     "vocab.json",
     "merges.txt",
     "tokenizer.json",
@@ -289,10 +292,12 @@ def save_bagel(
     """Write a complete release folder: `tensors` over the base checkpoint they were trained from.
 
     Every tensor gets the base's dtype and shape; those not given are copied from the base as
-    bytes, as are the autoencoder, the configurations and the tokenizer. The output is always
-    one `model.safetensors`. Both position tables are written (the latent one if the base has a
-    generation branch). Written under `out_dir` + ".tmp", flushed, then renamed. Memory beyond
-    the caller's tensor stays near 16 MiB.
+    bytes, as are the autoencoder, the configurations and the tokenizer; only a config.json or
+    preprocessor_config.json that is absent or contradicts the weights is written anew
+    (`modeling.release.serving_config`). The output is always one `model.safetensors`. Both
+    position tables are written (the latent one if the base has a generation branch). Written
+    under `out_dir` + ".tmp", flushed, then renamed. Memory beyond the caller's tensor stays near
+    16 MiB.
 
     Args:
         tensors: a module, or (release key, full tensor) pairs in any order, on any device. When
@@ -316,54 +321,43 @@ def save_bagel(
     if isinstance(tensors, nn.Module):
         tensors = tensors.state_dict()
     items = iter(tensors.items() if isinstance(tensors, Mapping) else tensors)
-    try:
-        if out_dir is not None:
-            card = _model_card(Path(base), step, run_config)
-            with disk_errors(f"writing {out_dir}", Path(out_dir).parent):
-                return _write_folder(items, Path(out_dir), Path(base), card, overwrite)
-    except Exception:
-        deque(items, 0)  # other ranks wait in the collectives of the remaining tensors
-        raise
-    deque(items, 0)
-    return None
+    with drive_to_the_end(items):
+        if out_dir is None:
+            return None
+        card = model_card(
+            Path(base), title="Trained from", facts=[_LAYOUT], step=step, run_config=run_config
+        )
+        with disk_errors(f"writing {out_dir}", Path(out_dir).parent):
+            return _write_folder(items, Path(out_dir), Path(base), card, overwrite)
 
 
 def _write_folder(
     items: Iterator[tuple[str, Tensor]], out_dir: Path, base: Path, card: str, overwrite: bool
 ) -> Path:
-    if out_dir.exists() and not overwrite:
-        raise ValueError(f"{out_dir} exists already; choose another folder or pass overwrite=True")
-    stored = open_weights(base)
-    layout, tables = _layout(base, stored)
-    copied = [base / name for name in _COPIED_FILES if (base / name).is_file()]
-    _warn_if_incomplete(base, stored)
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    size = sum(math.prod(shape) * FLOAT_DTYPES[name].itemsize for name, shape in layout.values())
-    size += sum(file.stat().st_size for file in copied)
-    check_room(out_dir.parent, size, str(out_dir))
-    temporary = out_dir.with_name(out_dir.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        with write_weights(temporary / "model.safetensors", layout) as writer:
+    with new_folder(out_dir, overwrite=overwrite) as folder:
+        stored = open_weights(base)
+        config, layout, tables = _layout(base, stored)
+        copied = [base / name for name in _COPIED_FILES if (base / name).is_file()]
+        serving = serving_files(base, config)
+        _warn_if_incomplete(base, stored)
+        size = layout_bytes(layout) + sum(file.stat().st_size for file in copied)
+        check_room(out_dir.parent, size, str(out_dir))
+        with write_weights(folder / "model.safetensors", layout) as writer:
             _write_tensors(writer, items, stored, tables)
         for file in copied:
-            shutil.copyfile(file, temporary / file.name)
-            flush_to_disk(temporary / file.name)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        flush_to_disk(temporary / "README.md")
-        flush_to_disk(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _put_in_place(temporary, out_dir)
+            shutil.copyfile(file, folder / file.name)
+            flush_to_disk(folder / file.name)
+        for made in serving:
+            (folder / made.name).write_bytes(made.content)
+            flush_to_disk(folder / made.name)
+        write_text(folder / "README.md", card)
     return out_dir
 
 
 def _layout(
     base: Path, stored: Mapping[str, StoredTensor]
-) -> tuple[Layout, dict[str, ComputedTensor]]:
-    """The output's tensors in file order (base's, then tables it lacks), and those tables."""
+) -> tuple[BagelConfig, Layout, dict[str, ComputedTensor]]:
+    """Configuration, the output's tensors in file order (base's, then tables it lacks), tables."""
     odd = [f"{key} ({s.dtype})" for key, s in stored.items() if s.dtype not in FLOAT_DTYPES]
     if odd or not stored:
         raise ValueError(
@@ -376,7 +370,7 @@ def _layout(
     usual = Counter(source.dtype for source in stored.values()).most_common(1)[0][0]
     layout = {key: (source.dtype, source.shape) for key, source in stored.items()}
     layout.update({key: (usual, table.shape) for key, table in tables.items()})
-    return layout, tables
+    return config, layout, tables
 
 
 def _write_tensors(
@@ -414,42 +408,3 @@ def _warn_if_incomplete(base: Path, stored: Mapping[str, StoredTensor]) -> None:
             "trains and answers here, but VLMEvalKit's ThinkMorph wrapper needs them to load it",
             stacklevel=4,
         )
-
-
-def _put_in_place(temporary: Path, out_dir: Path) -> None:
-    replaced = out_dir.with_name(out_dir.name + ".old")
-    if out_dir.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        out_dir.rename(replaced)
-    temporary.rename(out_dir)
-    flush_to_disk(out_dir.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _model_card(base: Path, step: int | None, run_config: Mapping[str, Any] | None) -> str:
-    """README.md: where the weights come from, how they were trained, under which licence."""
-    own_card = base / "README.md"
-    text = own_card.read_text(encoding="utf-8", errors="replace") if own_card.is_file() else ""
-    stated = re.search(r"^license:\s*(\S+)", text, re.MULTILINE)
-    licence = stated.group(1) if stated else "unknown"
-    name = base.resolve().name
-    header = {"license": licence, "base_model": name, "tags": ["visual-opsd"]}
-    lines = [
-        "---",
-        yaml.safe_dump(header, sort_keys=False).strip(),
-        "---",
-        "",
-        f"# Trained from {name}",
-        "",
-        f"- Base: {name}",
-        f"- Optimiser step: {'not recorded' if step is None else step}",
-        "- Layout: a BAGEL / ThinkMorph release folder. Tensors that training did not touch, the "
-        "autoencoder, the configurations and the tokenizer are byte for byte the base's.",
-        f"- Licence: {licence}, the base's"
-        + ("." if stated else " (its folder states none; BAGEL-7B-MoT is Apache-2.0)."),
-    ]
-    if run_config is not None:
-        plain = json.loads(json.dumps(run_config, default=str))
-        dumped = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-        lines += ["", "## Run configuration", "", "```yaml", dumped.strip(), "```"]
-    return "\n".join(lines) + "\n"

@@ -222,6 +222,11 @@ def open_weights(path: str | Path) -> dict[str, StoredTensor]:
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # key -> (dtype's name, shape)
 
 
+def layout_bytes(layout: Layout) -> int:
+    """Bytes of all tensors of a layout."""
+    return sum(math.prod(shape) * FLOAT_DTYPES[name].itemsize for name, shape in layout.values())
+
+
 class WeightWriter:
     """Writes one safetensors file whose tensors arrive in any order; `write_weights` makes it.
 

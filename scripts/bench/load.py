@@ -81,35 +81,38 @@ def copying(nbytes: int, device: torch.device) -> Callable[[], None]:
     return work
 
 
-def anonymous_bytes() -> int:
-    """RssAnon of this process: pages of mapped files do not count. 0 where there is no /proc."""
+def status_bytes(name: str = "RssAnon") -> int:
+    """An entry of /proc/self/status in bytes, 0 where there is no /proc.
+
+    In RssAnon pages of mapped files do not count; in VmRSS they do.
+    """
     status = Path("/proc/self/status")
     if not status.exists():
         return 0
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(lines["RssAnon"].split()[0]) * 1024
+    return int(lines[name].split()[0]) * 1024
 
 
 class MemoryWatch:
-    """RssAnon of this process when a `with` block begins (`before`), and at most (`peak`)."""
+    """Memory of this process when a `with` block begins (`before`), and at most (`peak`)."""
 
-    def __init__(self, every_s: float) -> None:
-        self._every_s, self._ended = every_s, threading.Event()
+    def __init__(self, every_s: float, name: str = "RssAnon") -> None:
+        self._every_s, self._name, self._ended = every_s, name, threading.Event()
         self._sampler = threading.Thread(target=self._sample)
 
     def __enter__(self) -> MemoryWatch:
-        self.peak = self.before = anonymous_bytes()
+        self.peak = self.before = status_bytes(self._name)
         self._sampler.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._sampler.join()
-        self.peak = max(self.peak, anonymous_bytes())
+        self.peak = max(self.peak, status_bytes(self._name))
 
     def _sample(self) -> None:
         while not self._ended.wait(self._every_s):
-            self.peak = max(self.peak, anonymous_bytes())
+            self.peak = max(self.peak, status_bytes(self._name))
 
 
 def timed_load(folder: Path, machine: Machine) -> dict[str, Any]:

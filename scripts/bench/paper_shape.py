@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -31,289 +30,26 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.json_lines import read_log
-from data.worlds.writer import write_spatial_navigation
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
-from modeling.host.programs import number, path_argument
-from scripts.bench.common import TINY, TRUE_SIZE, sized, versions
-from scripts.bench.load import ROOT, write_release
+from modeling.host.programs import number
+from scripts.bench.common import TINY, TRUE_SIZE, sized
+from scripts.bench.lab import TIMEOUT_S, Lab, lab_parser, ranks, run_parts
+from scripts.bench.load import ROOT
 from scripts.visual_opsd import on_policy_sampler
 from scripts.visual_opsd.cli import run_main
 
-LAUNCHER = "scripts/visual_opsd/run_visual_opsd.sh"
 TINY_BAGEL = ROOT / "tests" / "tiny-bagel"
-ROWS, ACCUMULATION = 8, 2  # rows of a GPU's step, forwards they are split into: the paper's 16 on 2
 SIZES = (1, 2, 4, 8)
 WARM_UP = 2
 SAVED_STEP = 3
-LIMIT_S = 240.0  # of one run
-# A first start compiles kernels; what follows a failure must be over much sooner.
-TIMEOUT_S = 60
-
-
-@dataclass
-class Run:
-    """What a run showed: its lines of metrics.jsonl, and when each appeared after its start."""
-
-    lines: list[dict[str, Any]]
-    arrivals: list[float]
-    memory: dict[str, float]
-    output: str
-    code: int | None  # None: it was ended here
-    seconds: float
-    ended_after: float = 0.0  # what was done to it once it had shown enough
-
-    def figures(self, skip: int) -> dict[str, Any]:
-        """Median and spread of the steps after the warm-up."""
-        lines = self.lines[skip:]
-        walls = [b - a for a, b in zip(self.arrivals, self.arrivals[1:], strict=False)]
-        names = [k for k in self.lines[-1] if k.startswith(("seconds/", "tokens_per_s/"))]
-        names += ["completion_length", "scored_tokens", "peak_memory_gb", "loss", "grad_norm"]
-        columns = {name: [float(line[name]) for line in lines] for name in names}
-        columns["step_s"] = walls[max(skip - 1, 0) :]
-        phases = [sum(v for k, v in line.items() if k.startswith("seconds/")) for line in lines]
-        # Phases are means over the ranks: what is left waits for the slowest, or is in no phase.
-        pairs = zip(columns["step_s"], phases, strict=False)
-        columns["waiting_s"] = [wall - phase for wall, phase in pairs]
-        return {name: spread(values) for name, values in columns.items() if values}
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    median = statistics.median(values)
-    return {"median": round(median, 5), "spread": round(max(values) - min(values), 5)}
-
-
-# -------------------------------------------------------------------------------- processes
-
-
-def tree(pid: int) -> list[int]:
-    """A process and everything below it, whatever sessions torchrun made."""
-    parents: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            parents.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found = [pid]
-    for known in found:
-        found += parents.get(known, [])
-    return found
-
-
-def ranks(pid: int) -> dict[int, int]:
-    """Process of each rank below a launcher; a rank's own children come after it."""
-    found: dict[int, int] = {}
-    for process in tree(pid):
-        with contextlib.suppress(OSError):
-            for entry in Path(f"/proc/{process}/environ").read_bytes().split(b"\0"):
-                if entry.startswith(b"RANK="):
-                    found.setdefault(int(entry[5:]), process)
-    return found
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to a launcher and all its ranks at once."""
-    for pid in tree(process.pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
-
-
-def ask_gpus(what: str) -> list[str]:
-    """One answer of nvidia-smi for each GPU; none without it."""
-    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    except OSError:
-        return []
-
-
-class Watch:
-    """Peaks while a run lasts: resident and own (not mapped) memory a rank, memory in use a GPU."""
-
-    def __init__(self, pid: int, on_gpu: bool) -> None:
-        self.pid, self.on_gpu, self.peaks = pid, on_gpu, dict[str, float]()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-        self._thread.start()
-
-    def close(self) -> dict[str, float]:
-        self._ended.set()
-        self._thread.join()
-        return dict(sorted(self.peaks.items()))
-
-    def _note(self, name: str, gigabytes: float) -> None:
-        self.peaks[name] = max(self.peaks.get(name, 0.0), round(gigabytes, 3))
-
-    def _look(self) -> None:
-        while not self._ended.wait(1.0):
-            for rank, pid in ranks(self.pid).items():
-                with contextlib.suppress(OSError, KeyError):  # it ended meanwhile
-                    text = Path(f"/proc/{pid}/status").read_text()
-                    status = dict(line.split(":", 1) for line in text.splitlines())
-                    for key, name in (("VmRSS", "host_gb"), ("RssAnon", "host_own_gb")):
-                        self._note(f"rank{rank}/{name}", int(status[key].split()[0]) * 1024 / 1e9)
-            for gpu, used in enumerate(ask_gpus("memory.used") if self.on_gpu else []):
-                with contextlib.suppress(ValueError):  # "[N/A]"
-                    self._note(f"gpu{gpu}/used_gb", float(used) * 2**20 / 1e9)
-
-
-# --------------------------------------------------------------------------------------- lab
-
-
-@dataclass
-class Lab:
-    """Where runs happen, and what they share."""
-
-    args: argparse.Namespace
-    out: Path
-    space: Path
-    report: dict[str, Any] = field(default_factory=dict)
-    bases: dict[str, BagelConfig] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.deadline = time.monotonic() + self.args.limit_s
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.args.device != "cpu"
-
-    def base(self, name: str, config: BagelConfig) -> Path:
-        """A release folder of random weights, written when it is first wanted."""
-        folder = self.space / name
-        if name not in self.bases:
-            start = time.monotonic()
-            write_release(folder, TINY if self.args.tiny else config)
-            self.bases[name] = TINY if self.args.tiny else config
-            self.say("bases", name, {"seconds": round(time.monotonic() - start, 2)})
-        return folder
-
-    def short(self) -> Path:
-        return self.base("short", sized(self.args.layers))
-
-    def world(self) -> Path:
-        """Mazes of 520 pixels a side, which the ViT sees at 518 (37 x 37 patches)."""
-        folder = self.space / "world"
-        if not folder.exists():
-            cell = 14 if self.args.tiny else 130
-            write_spatial_navigation(
-                folder, rows=128, heldout_rows=8, sizes=(4,), style="full", cell=cell
-            )
-            (folder / "datasets.yaml").write_text("datasets:\n  - {name: Spatial_Navigation}\n")
-        return folder
-
-    def flags(self, name: str, rows: int, more: dict[str, Any]) -> list[str]:
-        world, tiny = self.world(), self.args.tiny
-        values: dict[str, Any] = {
-            "dataset_config_file": world / "datasets.yaml",
-            "data_root": world,
-            "results_dir": self.space / name,
-            "checkpoint_dir": self.space / name / "checkpoints",
-            "global_batch_size": rows,
-            "gradient_accumulation_steps": ACCUMULATION,
-            "sample_max_new_tokens": 24 if tiny else self.args.tokens,
-            "log_every": 1,
-            "save_every": 1_000_000,
-            "save_release": False,
-            "samples_per_step": 0,
-            "device": "cuda" if self.on_gpu else "cpu",
-            "progress": False,
-            "timeout_s": TIMEOUT_S if tiny else 300,
-            "vit_max_size": 112 if tiny else 980,
-            "vit_min_size": 14 if tiny else 378,
-            **more,
-        }
-        return [part for key, value in values.items() for part in (f"--{key}", str(value))]
-
-    def train(
-        self,
-        name: str,
-        base: Path,
-        processes: int,
-        steps: int,
-        *,
-        rows: int | None = None,
-        starved: int | None = None,
-        after: Callable[[subprocess.Popen[bytes]], None] = kill,
-        **more: Any,
-    ) -> Run:
-        """Start a run, wait until `steps` lines of metrics are there, do `after` to it.
-
-        starved: a rank that finds no memory in its third rollout; without the launcher then.
-
-        Raises:
-            RuntimeError: it ended by itself, or its time was over, before it had shown enough.
-        """
-        flags = self.flags(name, rows or ROWS * processes, more)
-        command = ["bash", LAUNCHER, str(base), "ema", "0.5", "1.0", "1.0", "1000", name, *flags]
-        if starved is not None:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command += [f"--nproc_per_node={processes}", "-m", "scripts.bench.paper_shape"]
-            command += ["--starve", str(starved), "--model_path", str(base), *flags]
-        environment = {**os.environ, "NPROC_PER_NODE": str(processes), "PYTHON": sys.executable}
-        log, metrics = self.space / f"{name}.log", self.space / name / "metrics.jsonl"
-        start = time.monotonic()
-        limit = min(start + LIMIT_S, self.deadline)
-        arrivals: list[float] = []
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
-            )
-        watch = Watch(process.pid, self.on_gpu)
-        try:
-            while len(arrivals) < steps and process.poll() is None and time.monotonic() < limit:
-                count = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-                arrivals += [time.monotonic() - start] * (count - len(arrivals))
-                time.sleep(0.005)
-            enough, reached = len(arrivals) >= steps, time.monotonic()
-            if enough:
-                after(process)
-        finally:
-            kill(process)
-            memory = watch.close()
-        ended = time.monotonic()
-        text = log.read_text(errors="replace")
-        with (self.out / "log.txt").open("a") as file:
-            file.write(f"==== {name}: {shlex.join(command)}\n{text[-6000:]}\n")
-        lines = read_log(metrics)[: len(arrivals)] if arrivals else []
-        code = None if after is kill else process.returncode
-        run = Run(lines, arrivals, memory, text, code, ended - start, ended - reached)
-        if not enough:
-            last = " | ".join(text.strip().splitlines()[-3:])
-            raise RuntimeError(
-                f"{name}: {len(lines)} of {steps} steps in {run.seconds:.0f} s: {last}"
-            )
-        return run
-
-    def say(self, part: str, name: str, found: dict[str, Any]) -> None:
-        """Print and keep what was found, before anything else is tried."""
-        self.report.setdefault(part, {})[name] = found
-        line = json.dumps({"part": part, "name": name, **found})
-        print(line, flush=True)
-        with (self.out / "runs.jsonl").open("a") as file:
-            file.write(line + "\n")
-        (self.out / "report.json").write_text(json.dumps(self.report, indent=1) + "\n")
-
-    @contextmanager
-    def trying(self, part: str, name: str) -> Iterator[None]:
-        """An error of one run is reported, and the next one is tried."""
-        try:
-            yield
-        except (RuntimeError, OSError, ValueError, AssertionError) as error:
-            self.say(part, name, {"error": str(error)})
-
-
-# -------------------------------------------------------------------------------------- parts
 
 
 def shard_counts(n: int) -> tuple[int, ...]:
@@ -441,9 +177,10 @@ def failures(lab: Lab) -> None:
         os.kill(ranks(process.pid)[n - 1], signal.SIGKILL)
         wait(process)
 
+    starving = ["scripts.bench.paper_shape", "--starve", str(n - 1)]
     ways: dict[str, dict[str, Any]] = {
         "killed": {"after": kill_one},
-        "out_of_memory": {"after": wait, "starved": n - 1},
+        "out_of_memory": {"after": wait, "program": starving},
     }
     wanted = re.compile(rf"\brank {n - 1}: |local_rank: {n - 1}\b|out of memory|allocate memory")
     for name, how in ways.items():
@@ -478,38 +215,14 @@ def starve(rank: int, argv: Sequence[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = lab_parser(__doc__, list(PARTS))
+    parser.set_defaults(out="results/paper_shape")
+    count = number(int, at_least=1)
+    parser.add_argument(
+        "gpus", type=int, choices=SIZES, help="GPUs of this host to use; with cpu: processes"
     )
-    add, count = parser.add_argument, number(int, at_least=1)
-    add("gpus", type=int, choices=SIZES, help="GPUs of this host to use; with cpu: processes")
-    add("--only", default=",".join(PARTS), help="%(default)s (all of them)")
-    add(
-        "--out",
-        type=path_argument,
-        default="results/paper_shape",
-        help="runs.jsonl, report.json, log",
-    )
-    add("--space", type=path_argument, help="for weights, data and states (default: in --out)")
-    add("--limit_s", type=float, default=3600, help="seconds after which none starts")
-    add("--layers", type=count, default=12, help="of the smaller model")
-    add("--tokens", type=count, default=1024, help="of a completion, at most")
-    add("--steps", type=count, default=8, help="measured after the warm-up")
-    add("--tiny", action="store_true", help="a tiny model, on any machine")
-    add("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--steps", type=count, default=8, help="measured after the warm-up")
     return parser
-
-
-def find_hardware(args: argparse.Namespace) -> str:
-    """Raises ValueError: too few GPUs for what was asked."""
-    if args.device == "cpu":
-        if not args.tiny:
-            raise ValueError("the true size needs GPUs; --tiny --device cpu runs anywhere")
-        return "cpu"
-    names = ask_gpus("name")
-    if len(names) < args.gpus:
-        raise ValueError(f"{args.gpus} GPUs, but nvidia-smi shows {len(names)}; ask for fewer")
-    return f"{args.gpus} x {names[0]}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -517,24 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["--starve"]:
         return starve(int(words[1]), words[2:])
     args = build_parser().parse_args(words)
-    parts = args.only.split(",")
-    if unknown := [part for part in parts if part not in PARTS]:
-        raise ValueError(f"--only {','.join(unknown)}: choose among {', '.join(PARTS)}")
-    hardware = find_hardware(args)
-    out = Path(args.out).resolve()
-    space = Path(args.space).resolve() if args.space else out / "space"
-    for folder in (out, space):
-        folder.mkdir(parents=True, exist_ok=True)
-    if (out / "runs.jsonl").exists() or any(space.iterdir()):
-        raise ValueError(f"--out {out} or --space {space} holds an earlier run: name other folders")
-    lab = Lab(args, out, space)
-    run = {"hardware": hardware, "versions": versions(), "tiny": args.tiny, "cores": os.cpu_count()}
     command = shlex.join(["scripts/bench/paper_shape.sh", *words])
-    lab.say("run", "how", {**run, "command": command, "rows_a_gpu": ROWS, "tokens": args.tokens})
-    for part in parts:
-        if time.monotonic() < lab.deadline:
-            PARTS[part](lab)
-    return 0
+    return run_parts(args, PARTS, args.gpus, command)
 
 
 if __name__ == "__main__":

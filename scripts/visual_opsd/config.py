@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from data.sequence import Prompts
+from modeling.bagel.adapters import PARTS, PROJECTIONS
 from scripts.visual_opsd.cli import (
     PACKED,
     ROUNDS,
@@ -31,6 +33,7 @@ from scripts.visual_opsd.opsd_loss import CLIP_SCOPES, LOSS_KINDS, LossConfig
 
 TEACHER_MODES = ("ema", "fixed", "self")
 TEACHER_VTS = ("vit", "vae+vit")
+OPTIMIZER_STATES = ("gpu", "host", "8bit")
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -75,6 +78,27 @@ class ModelSettings(Settings):
                 "--visual_gen True: only interleaved SFT trains the drawing branch (train_sft "
                 "--mode interleaved); otherwise the saved folder holds the base's"
             )
+
+
+@dataclass(frozen=True)
+class LoraSettings(Settings):
+    """Low-rank adapters (arXiv 2106.09685) on a frozen base, instead of training the weights."""
+
+    lora_rank: int | None = option(
+        None, "train adapters of this rank beside the frozen base; `none`: train the weights",
+        at_least=1, at_most=8192,
+    )  # fmt: skip
+    lora_alpha: float | None = option(
+        None, "adapters count `lora_alpha / lora_rank` times; `none`: twice", above=0, at_most=1e6
+    )
+    lora_targets: str = option(
+        "llm", "layers that have adapters, by commas: all linear ones of `llm` (the decoder's "
+        "understanding branch), `vit` or `connector`, or the decoder's of one name (`q_proj`, ...)",
+    )  # fmt: skip
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(part.strip() for part in self.lora_targets.split(",") if part.strip())
 
 
 @dataclass(frozen=True)
@@ -285,6 +309,12 @@ class OptimSettings(Settings):
     beta2: float = option(0.95, "AdamW", at_least=0, below=1)
     eps: float = option(1e-15, "AdamW", at_least=1e-30, at_most=1)
     weight_decay: float = option(0.0, "AdamW", at_least=0, at_most=1000)
+    optimizer_state: str = option(
+        "gpu", "AdamW's two moments: `gpu`, fp32 beside the weights, 8 bytes a parameter; `host`, "
+        "fp32 in pinned host memory, through which every update passes them; `8bit`, beside the "
+        "weights in about 2 bytes a parameter, which changes the updates (package torchao)",
+        choices=OPTIMIZER_STATES,
+    )  # fmt: skip
     max_grad_norm: float = option(
         1.0, "global norm the gradient is clipped to", at_least=1e-8, at_most=1e9
     )
@@ -305,6 +335,11 @@ class OptimSettings(Settings):
             )
         if self.min_lr > self.lr:
             raise ValueError(f"--min_lr must be at most --lr ({self.lr}), got {self.min_lr}")
+        if self.optimizer_state == "8bit" and importlib.util.find_spec("torchao") is None:
+            raise ValueError(
+                "--optimizer_state 8bit needs the package torchao: "
+                "python -m pip install 'torchao>=0.18'"
+            )
 
 
 @dataclass(frozen=True)
@@ -321,6 +356,11 @@ class RunSettings(Settings):
     )
     save_release: bool = option(True, "write a release folder at each checkpoint too")
     keep_last: int = option(2, "training states kept; release folders are all kept", **ROWS)
+    on_save_error: str = option(
+        "stop", "when the disk refuses a state or release folder: `stop` ends the run; `continue` "
+        "trains on and tries again after `--save_every` steps, but the last step must be saved",
+        choices=("stop", "continue"),
+    )  # fmt: skip
     log_every: int = option(10, "steps between lines of `metrics.jsonl`", **ROWS)
     samples_per_step: int = option(
         2, "completions of rank 0 written to `samples.jsonl` at each step",
@@ -383,11 +423,57 @@ class RunSettings(Settings):
         return tuple(dict.fromkeys(spec for spec in specs if spec is not None))
 
 
+def check_adapters(lora: LoraSettings, model: ModelSettings) -> None:
+    """Raises ValueError: adapters of no or unknown layers, or on what is to stay as it is."""
+    known = (*PARTS, *PROJECTIONS)
+    unknown = [target for target in lora.targets if target not in known]
+    if unknown or not lora.targets:
+        raise ValueError(
+            f"--lora_targets {lora.lora_targets!r}: name some of {', '.join(known)}, by commas"
+        )
+    frozen = {"vit": model.freeze_vit, "connector": model.freeze_und}
+    for target in lora.targets:
+        part = target if target in frozen else "llm"
+        if frozen.get(part, model.freeze_llm):
+            raise ValueError(
+                f"--lora_targets {target} contradicts the flag that freezes this part: with "
+                "--lora_rank the weights are frozen anyway, so leave the --freeze flags out"
+            )
+
+
+@dataclass(frozen=True)
+class PlanSettings(Settings):
+    """Whether a run's memory is planned, and for which machine."""
+
+    plan: bool | None = option(
+        None, "print how much memory and disk the run takes, say whether that fits, and end; "
+        "`none`: compare it with what is there before anything is loaded; `False`: do not"
+    )  # fmt: skip
+    plan_gpus: int | None = option(
+        None, "with `--plan`: GPUs of one machine, instead of those at hand", **TOGETHER
+    )
+    plan_gpu_gb: float | None = option(
+        None, "with `--plan`: memory of each of them, in GB (1e9 bytes)", above=0, at_most=1e6
+    )
+    dry_run: bool = option(
+        False, "make one step with rows as long as the settings allow, show planned beside "
+        "measured memory, and leave nothing behind"
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.plan and (self.plan_gpus, self.plan_gpu_gb) != (None, None):
+            raise ValueError("--plan_gpus and --plan_gpu_gb are of a plan: add --plan")
+        if self.plan and self.dry_run:
+            raise ValueError("--plan computes and --dry_run measures: give one of them")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything a training run is told."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     prompt: PromptSettings = field(default_factory=PromptSettings)
     data: DataSettings = field(default_factory=DataSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
@@ -395,6 +481,17 @@ class TrainConfig:
     loss: LossSettings = field(default_factory=LossSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    memory: PlanSettings = field(default_factory=PlanSettings)
+
+    def __post_init__(self) -> None:
+        if self.lora.lora_rank is not None:
+            check_adapters(self.lora, self.model)
+        kind = self.optim.optimizer_state
+        if self.run.cpu_offload and kind != "gpu":
+            raise ValueError(
+                f"--cpu_offload True keeps weights, gradients and moments in host memory and "
+                f"updates them there: it does not go with --optimizer_state {kind}; leave one out"
+            )
 
 
 @dataclass(frozen=True)
@@ -413,6 +510,14 @@ class SFTConfig(TrainConfig):
     """The settings of SFT: those of every training run, and its mode."""
 
     flow: FlowSettings = field(default_factory=FlowSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora.lora_rank is not None and self.flow.mode == "interleaved":
+            raise ValueError(
+                "--lora_rank: adapters are of the understanding branch, and --mode interleaved "
+                "trains the drawing branch; leave --lora_rank out"
+            )
 
 
 # What the text-only SFT baseline sets differently (the paper's 2,000 steps; the loss is CE alone).

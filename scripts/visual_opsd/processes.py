@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from modeling.host.disk import DiskRefused
 from scripts.visual_opsd.runs.folder_lock import release_folders
 from scripts.visual_opsd.runs.peers import Watch
 
@@ -60,7 +61,7 @@ def init_distributed(device: str = "auto", timeout_s: float = 1800) -> DistEnv:
             launcher that are incomplete, or processes that do not come.
     """
     use_cuda = _uses_cuda(device)
-    rank, world_size, local_rank, local_world_size = _launched_as()
+    rank, world_size, local_rank, local_world_size = launched_as()
     if use_cuda and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
     # gloo beside NCCL: flags, object gathers and checkpoint staging travel through host memory.
@@ -121,7 +122,7 @@ def check_gpus(local_rank: int) -> None:
         owners[gpu] = rank
 
 
-def _launched_as() -> tuple[int, int, int, int]:
+def launched_as() -> tuple[int, int, int, int]:
     """Rank, world size, local rank and local world size, from the launcher's variables.
 
     Variables that a shell or a pod holds for another program would make this one wait for
@@ -264,16 +265,18 @@ def gather_objects(obj: Any) -> list[Any]:
 def raise_together(error: Exception | None) -> None:
     """Raise on all ranks when any rank brings an error, so that nobody waits for the failed one.
 
-    The failed rank raises its own error, the others a ValueError or RuntimeError that quotes it.
+    The failed rank raises its own error, the others a DiskRefused, ValueError or RuntimeError (the
+    first of them that it is) that quotes it.
     """
-    mine = None if error is None else (isinstance(error, ValueError), f"{error}")
+    kinds = (kind for kind in (DiskRefused, ValueError) if isinstance(error, kind))
+    mine = None if error is None else (next(kinds, RuntimeError), f"{error}")
     reports = gather_objects(mine)
     if error is not None:
         raise error
     for rank, report in enumerate(reports):
         if report is not None:
-            is_value_error, text = report
-            raise (ValueError if is_value_error else RuntimeError)(f"rank {rank}: {text}")
+            kind, text = report
+            raise kind(f"rank {rank}: {text}")
 
 
 def on_main(env: DistEnv, action: Callable[[], T]) -> T:

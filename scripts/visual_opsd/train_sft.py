@@ -11,11 +11,10 @@ from collections.abc import Sequence
 
 from scripts.visual_opsd.cli import parse_config, run_main
 from scripts.visual_opsd.config import INTERLEAVED_DEFAULTS, SFT_DEFAULTS, SFTConfig
-from scripts.visual_opsd.processes import process_group
 from scripts.visual_opsd.training.interleaved import InterleavedSFT
 from scripts.visual_opsd.training.objective import Objective
+from scripts.visual_opsd.training.start import start
 from scripts.visual_opsd.training.text_sft import TextSFT
-from scripts.visual_opsd.training.trainer import Trainer
 
 _TITLE = "SFT: the text-only baseline, or (--mode interleaved) thoughts and drawings."
 
@@ -36,8 +35,7 @@ def make_objective(config: SFTConfig) -> Objective:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code."""
     config = read_config(argv)
-    with process_group(config.run.device, config.run.timeout_s) as env:
-        return Trainer(config, env, make_objective(config)).train()
+    return start(config, make_objective)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,24 @@ from collections.abc import Sequence
 
 from scripts.visual_opsd.cli import parse_config, run_main
 from scripts.visual_opsd.config import TrainConfig
-from scripts.visual_opsd.processes import process_group
-from scripts.visual_opsd.training.trainer import Trainer
+from scripts.visual_opsd.training.start import start
 from scripts.visual_opsd.training.visual_opsd import VisualOPSD
+
+
+def read_config(argv: Sequence[str] | None) -> TrainConfig:
+    """The settings."""
+    return parse_config(TrainConfig, argv, "Train with Visual-OPSD.")
+
+
+def make_objective(config: TrainConfig) -> VisualOPSD:
+    """What is trained on."""
+    return VisualOPSD(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code."""
-    config = parse_config(TrainConfig, argv, "Train with Visual-OPSD.")
-    with process_group(config.run.device, config.run.timeout_s) as env:
-        return Trainer(config, env, VisualOPSD(config)).train()
+    config = read_config(argv)
+    return start(config, make_objective)
 
 
 if __name__ == "__main__":

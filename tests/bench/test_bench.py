@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from scripts.bench import all as bench
-from scripts.bench import decode, gather, load, paper_shape
+from scripts.bench import decode, gather, lab, load, optimizer, paper_shape, saving
 from scripts.visual_opsd.cli import run_main
+from scripts.visual_opsd.processes import process_group
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = json.loads((ROOT / "docs/benchmarks/h100.json").read_text())
@@ -129,6 +132,69 @@ def test_gathering_is_timed_in_its_three_ways(tmp_path: Path) -> None:
         assert report[way]["median_s"] > 0
 
 
+def test_saving_is_measured_and_survives_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is killed is a process; the other parts are run here."""
+
+    def here(part: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+        with process_group("cpu", 60) as env:
+            return saving.run_part(part, folder, saving.TINY, env)
+
+    monkeypatch.setattr(saving, "part_in_fresh_process", here)
+    file, folder = tmp_path / "saving.json", tmp_path / "states"
+    words = ["--tiny", "--device", "cpu", "--folder", str(folder), "--json", str(file)]
+    assert saving.main(words) == 0
+    report = json.loads(file.read_text())
+    assert report["digests_equal"] and report["run"]["tiny"] and not list(folder.iterdir())
+    assert 0 < report["kill"]["killed_at_gb"] < report["state_gb"] < 0.1
+    for part in ("save", "load", "load_after_kill"):
+        assert report[part]["seconds"] > 0 and report[part]["pinned_gb"] == 0
+    # A kill that comes too late, and another state than was saved, are errors.
+    with pytest.raises(ValueError, match="not killed in the middle"):
+        monkeypatch.setattr(saving, "command", lambda *_: [sys.executable, "-c", ""])
+        saving.main([*words, "--overwrite"])
+    monkeypatch.setattr(saving, "kill_in_a_save", lambda *_: {})
+    numbers = iter(range(9))
+    monkeypatch.setattr(saving, "digest", lambda _: next(numbers))
+    with pytest.raises(ValueError, match="other values than were saved"):
+        saving.main([*words, "--overwrite"])
+    (folder / "x").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        saving.main([*words, "--overwrite"])
+
+
+def test_a_digest_counts_every_bit_and_its_place() -> None:
+    with process_group("cpu", 60) as env:
+        state = saving.random_state(saving.TINY, env, seed=1)
+        found = {saving.digest(state)}
+        for part in (saving.shards(state)[3], saving.shards(state)[-1]):
+            values = part.view(-1)
+            with torch.no_grad():
+                values[:2] = values[:2].flip(0)
+                found.add(saving.digest(state))
+                values[5] = torch.nextafter(values[5], values[5] + 1)
+                found.add(saving.digest(state))
+    assert len(found) == 5
+
+
+def test_optimizer_steps_are_timed_beside_transfers(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "scripts.bench.optimizer", "--tiny", "--device", "cpu"]
+    file = tmp_path / "optimizer.json"
+    more = ["--repeats", "1", "--only", "gpu", "host", "--json", str(file)]
+    done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report == json.loads(done.stdout) and report["tiny"]
+    least = 8 * report["parameters"] / 1e9 / report["gb_s"]["both"]
+    assert report["transfer_s"] == pytest.approx(least, abs=1e-3)
+    for kind in ("gpu", "host"):
+        assert report[kind]["median_s"] > 0
+    assert "8bit" not in report
+    with pytest.raises(ValueError, match="repeats must be at least 1"):
+        optimizer.main(["--tiny", "--device", "cpu", "--repeats", "0"])
+
+
 def test_the_paper_shape_times_a_run_of_the_launcher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,7 +229,7 @@ def test_waiting_is_what_no_phase_holds() -> None:
     shared = {"completion_length": 5, "scored_tokens": 9, "loss": 1.0, "grad_norm": 1.0}
     shared |= {"peak_memory_gb": 2.0, "tokens_per_s/sample": 7.0}
     lines = [{**shared, "seconds/sample": s, "seconds/train": 1.0} for s in (9.0, 2.0, 3.0)]
-    run = paper_shape.Run(lines, [10.0, 14.0, 18.5], {}, "", None, 20.0)
+    run = lab.Run(lines, [10.0, 14.0, 18.5], [], "", None, 20.0)
     found = run.figures(skip=1)
     assert found["step_s"] == {"median": 4.25, "spread": 0.5}
     assert found["waiting_s"] == {"median": 0.75, "spread": 0.5}

@@ -351,8 +351,9 @@ def test_command_trains_and_writes_a_release_folder(tmp_path: Path) -> None:
     assert [line["step"] for line in lines if "accuracy" in line] == [2]
     assert set(lines[-1]["final"]) and lines[-1]["step"] == 4
     assert sorted(p.name for p in out.iterdir()) == [
-        "README.md", "llm_config.json", "merges.txt", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json", "vit_config.json", "vocab.json",
+        "README.md", "config.json", "llm_config.json", "merges.txt", "model.safetensors",
+        "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "vit_config.json",
+        "vocab.json",
     ]  # fmt: skip
     assert sum(p.stat().st_size for p in out.iterdir()) < 12e6
     bundle = load_bagel(out)

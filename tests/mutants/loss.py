@@ -75,8 +75,8 @@ FAULTS = [
             "visual_opsd/training/test_step_oracle.py::test_a_run_recomputed", [
         ("the teacher is the student", "self.model if self.model is not None else self.student",
          "self.student", "visual_opsd/training/test_step.py"),
-        ("the fixed teacher follows", 'return self.model if self.mode == "ema" else None',
-         "return self.model"),
+        ("the fixed teacher follows", 'self.ema: nn.Module | None = model if mode == "ema" else None',
+         "self.ema: nn.Module | None = model"),
         ("the teacher's head is the student's",
          "        if self.model is None:\n            return None",
          "        if True:\n            return None"),
@@ -84,7 +84,8 @@ FAULTS = [
     *faults("scripts/visual_opsd/training/sharding.py",
             "visual_opsd/training/test_step.py visual_opsd/training/test_sharding.py", [
         ("the EMA keeps what it should give", "make_update(decay)(", "make_update(1 - decay)("),
-        ("what is frozen follows too", "        if current.requires_grad:\n", "        if True:\n"),
+        ("what is frozen follows too", "for name, p in model.named_parameters() if p.requires_grad}",
+         "for name, p in model.named_parameters()}"),
         ("the norm after clipping is told",
          "norm = torch.nn.utils.clip_grad_norm_(params, max_norm)",
          "torch.nn.utils.clip_grad_norm_(params := list(params), max_norm)\n    norm = "

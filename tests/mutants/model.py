@@ -113,16 +113,52 @@ FAULTS = [
          "        os.fsync(stream.fileno())\n", ""),
     ]),
     *faults("modeling/release/checkpoint.py", "modeling/release/test_checkpoint.py", [
-        ("other ranks are left waiting after an error",
-         "        deque(items, 0)  # other ranks wait in the collectives of the remaining "
-         "tensors\n", ""),
-        ("an existing folder is replaced", "if out_dir.exists() and not overwrite:", "if False:"),
         ("trained tensors are copied from the base",
          "        writer.write(key, tensor)\n        del",
          "        (writer.copy(stored[key]) if key in stored else writer.write(key, tensor))\n "
          "       del"),
         ("weights may be NaN", "    check_finite(state, stored)\n", "",
          "modeling/release/test_finite.py"),
+    ]),
+    *faults("modeling/release/adapters.py", "modeling/release/test_adapters.py", [
+        ("the scale is left out", "addmm_(b, a, alpha=config.scale)", "addmm_(b, a)"),
+        ("products are formed in the stored dtype", ", torch.float32)\n        weight = stored",
+         ", torch.bfloat16)\n        weight = stored"),
+        ("rank-stabilised scales are read as plain ones", 'if settings.get("use_rslora")',
+         "if False"),
+        ("other methods are taken for plain LoRA", "    if odd:\n        raise ValueError(\n"
+         '            f"{file} asks', "    if False:\n        raise ValueError(\n"
+         '            f"{file} asks'),
+        ("an adapter may hold NaN", "    check_finite(tensors, stored)\n", ""),
+        ("bare names of layers", '"target_modules": sorted(config.modules)',
+         '"target_modules": sorted({m.rpartition(".")[2] for m in config.modules})'),
+        ("the step of the training is lost", "step=recorded_step(adapter)", "step=None"),
+        ("an adapter may be overwritten by its merge",
+         "if overwrite and folder.resolve()", "if False and folder.resolve()"),
+    ]),
+    *faults("modeling/release/serving_config.py", "modeling/release/test_serving_config.py", [
+        ("a config.json without qk_norm will do", '"model_type", "qk_norm", "tie', '"model_type", "tie'),
+        ("sizes of the ViT are not compared", 'or _difference(\n            "vit_config.",',
+         'or None and _difference(\n            "vit_config.",'),
+        ("Python files of the base are named", '"architectures", "auto_map",', '"architectures",'),
+        ("the last ViT layer is not counted", "        \"num_channels\": config.vision.num_channels,",
+         "        \"num_hidden_layers\": config.vision.num_hidden_layers,\n"
+         "        \"num_channels\": config.vision.num_channels,"),
+        ("the base's file is replaced always", "if problem is None:", "if False:"),
+        ("the latent side is the releases'", "config.max_latent_size,", "64,"),
+    ]),
+    *faults("scripts/visual_opsd/serving_config.py", "visual_opsd/test_serving_config.py", [
+        ("a good file is written again", "if file.problem is not None:", "if True:"),
+        ("weights are not looked at", "config, _ = locate_weights(folder, visual_gen=draws)",
+         "from modeling.release.checkpoint import read_bagel_config as read\n"
+         "    config = read(folder, open_weights(folder), visual_gen=draws)"),
+        ("what a full disk cut stays", "        temporary.unlink(missing_ok=True)\n", ""),
+    ]),
+    *faults("modeling/release/folders.py", "modeling/release/test_checkpoint.py", [
+        ("other ranks are left waiting after an error",
+         "        deque(items, 0)  # other ranks wait in the collectives of the remaining "
+         "tensors\n", ""),
+        ("an existing folder is replaced", "if out_dir.exists() and not overwrite:", "if False:"),
     ]),
     *faults("modeling/release/finite.py", "modeling/release/test_finite.py", [
         ("infinity is finite", "ends.isfinite()", "(~ends.isnan())"),

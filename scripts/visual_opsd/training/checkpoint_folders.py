@@ -31,7 +31,8 @@ NOT_GOOD = "not_good.jsonl"  # in a state after which every step was non-finite
 _NEWEST = ("latest", "last_good")  # the same: nothing bad is ever taken
 _STEP = re.compile(r"[0-9]{1,18}")
 _RELEASE_NAME = re.compile(r"([0-9]{7})")
-_STALE_NAME = re.compile(r"(step_)?[0-9]{7}(\..*)?\.tmp")
+_ADAPTER_NAME = re.compile(r"adapter_([0-9]{7})")
+_STALE_NAME = re.compile(r"(step_|adapter_)?[0-9]{7}(\..*)?\.tmp")
 _DELETED = ".deleted.tmp"
 _RUN_FILES = ("metrics.jsonl", "samples.jsonl", "bad_rows.jsonl", "config.yaml")
 
@@ -42,6 +43,10 @@ def step_folder(checkpoint_dir: Path, step: int) -> Path:
 
 def release_folder(checkpoint_dir: Path, step: int) -> Path:
     return checkpoint_dir / f"{step:07d}"
+
+
+def adapter_folder(checkpoint_dir: Path, step: int) -> Path:
+    return checkpoint_dir / f"adapter_{step:07d}"
 
 
 def _folders(checkpoint_dir: Path, name: re.Pattern[str] = STEP_NAME) -> dict[int, Path]:
@@ -223,7 +228,11 @@ def check_claim(checkpoint_dir: Path, resumed_from: Path | None) -> int:
     """
     if resumed_from is not None and resumed_from.resolve().parent == checkpoint_dir.resolve():
         return int(read_marker(resumed_from)["step"])
-    states, released = _folders(checkpoint_dir), _folders(checkpoint_dir, _RELEASE_NAME)
+    states = _folders(checkpoint_dir)
+    released = {
+        **_folders(checkpoint_dir, _RELEASE_NAME),
+        **_folders(checkpoint_dir, _ADAPTER_NAME),
+    }
     if states:
         raise ValueError(
             f"{checkpoint_dir} already holds checkpoints (steps "
@@ -271,7 +280,7 @@ def claim_checkpoint_dir(checkpoint_dir: Path, resumed_from: Path | None, env: D
             if _STALE_NAME.fullmatch(stale.name):
                 logger.warning("removing %s, left half-written by an earlier run", stale)
                 remove(stale)
-        for name in (STEP_NAME, _RELEASE_NAME):
+        for name in (STEP_NAME, _RELEASE_NAME, _ADAPTER_NAME):
             for step, path in _folders(checkpoint_dir, name).items():
                 if step > resumed_step:
                     supersede(path, f"later than step {resumed_step},")

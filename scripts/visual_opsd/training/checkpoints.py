@@ -13,7 +13,8 @@
 The folder must be on storage that all ranks share. Order of calls in a trainer (those without a
 file are in checkpoint_folders.py): `choose_checkpoint`, `check_resumable` (nothing is loaded yet),
 `load_checkpoint`, `claim_checkpoint_dir`, `restart_logs` (nothing was moved or cut before), then
-training with `save_checkpoint`.
+training with `save_checkpoint`. If most parameters of the student are frozen, they are left out:
+they are the base's, whose fingerprint is compared before a state is loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import random
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,20 +36,24 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
-    get_state_dict,
+    get_optimizer_state_dict,
     set_model_state_dict,
-    set_state_dict,
+    set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as load_sharded_state
-from torch.distributed.checkpoint.state_dict_saver import save as save_sharded_state
 
 from modeling.host.disk import check_room, disk_errors, flush_to_disk, size_text
+from scripts.visual_opsd.config import SFTConfig
 from scripts.visual_opsd.processes import DistEnv, attempt, gather_objects, on_main
 from scripts.visual_opsd.runs.identity import differences
 from scripts.visual_opsd.training.checkpoint_folders import remove, step_folder
 from scripts.visual_opsd.training.run_contents import ROW_ORDER
+from scripts.visual_opsd.training.sharded_files import save_sharded_state
 from scripts.visual_opsd.training.state_files import (
+    FORMAT_VERSION,
+    WITHOUT_FROZEN,
     DamagedState,
     describe_files,
     read_marker,
@@ -63,12 +68,13 @@ _BY_CONTENTS = frozenset(("model_path", "prompts", "dataset_config_file", "repla
 # fmt: off
 FREE_FIELDS = _BY_CONTENTS | frozenset((
     "results_dir", "checkpoint_dir", "data_root", "resume", "auto_resume", "resume_from",
-    "take_over", "save_every", "save_release", "keep_last", "log_every", "samples_per_step",
-    "progress", "timeout_s", "num_workers", "prefetch_factor", "max_bad_rate",
+    "take_over", "save_every", "save_release", "keep_last", "on_save_error", "log_every",
+    "samples_per_step", "progress", "timeout_s", "num_workers", "prefetch_factor", "max_bad_rate",
     "max_nonfinite_steps", "device", "sharding_strategy", "num_shard", "num_replicate",
     "cpu_offload", "teacher_cpu_offload", "gradient_accumulation_steps", "pack_tokens",
     "sample_batch_size", "loss_chunk_size", "activation_checkpointing", "checkpointed_layers",
     "compile_blocks", "wandb_project", "wandb_name", "wandb_offline",
+    "plan", "plan_gpus", "plan_gpu_gb", "dry_run",
 ))
 # fmt: on
 
@@ -109,6 +115,12 @@ def _flatten(mapping: Mapping[str, Any], left_out: Collection[str] = ()) -> dict
     return flat
 
 
+def _comparable(flat: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they are compared: fp32 moments are saved alike wherever they lie."""
+    name = "optim.optimizer_state"
+    return flat | ({name: "gpu or host"} if flat.get(name) in ("gpu", "host") else {})
+
+
 def config_hash(config: Mapping[str, Any]) -> str:
     """Short hash of the settings that must not change over a resume."""
     text = json.dumps(_flatten(config, FREE_FIELDS), sort_keys=True)
@@ -134,7 +146,10 @@ def check_resumable(
         free -= _BY_CONTENTS
         held = {ROW_ORDER: saved.pop("rows")} if "rows" in saved else {}
         now = {key: now[key] for key in held}
-    settings = differences(_flatten(saved, free), _flatten(config, free))
+    asked = _flatten(config, free)
+    # An option that did not exist when the state was saved was at what is its default today.
+    absent = {k: v for k, v in _flatten(asdict(SFTConfig()), free).items() if k in asked}
+    settings = differences(_comparable({**absent, **_flatten(saved, free)}), _comparable(asked))
     files = differences(_flatten(held), now)
     if len(settings) + len(files) > 1:  # a consequence of the others
         files = [text for text in files if not text.startswith(ROW_ORDER)]
@@ -178,8 +193,10 @@ def save_checkpoint(
     """
     final = step_folder(checkpoint_dir, step)
     tmp = final.with_name(final.name + ".tmp")
-    tensors = _sharded_state(state, bool(state.optimizer.state))
+    with_frozen = not _is_mostly_frozen(state.model)
+    tensors = _sharded_state(state, bool(state.optimizer.state), with_frozen)
     marker: dict[str, Any] = {
+        "format_version": FORMAT_VERSION if with_frozen else WITHOUT_FROZEN,
         "step": step,
         "world_size": env.world_size,
         "has_ema": state.ema is not None,
@@ -227,7 +244,7 @@ def save_checkpoint(
     try:
         on_main(env, start)
         with refused(), _ordinary_errors(f"writing {tmp / 'state'}"):
-            save_sharded_state(tensors, checkpoint_id=tmp / "state")  # flushed to disk
+            save_sharded_state(tensors, tmp / "state")  # flushed to disk
         files = {k: v for part in gather_objects(attempt(add_ours)) for k, v in part.items()}
         on_main(env, finish)
     except Exception:
@@ -249,13 +266,21 @@ def _state_bytes(tensors: Mapping[str, Any], env: DistEnv) -> int:
     return total
 
 
-def _sharded_state(state: TrainingState, with_optimizer: bool) -> dict[str, Any]:
+def _is_mostly_frozen(model: nn.Module) -> bool:
+    counts = {True: 0, False: 0}
+    for parameter in model.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    return counts[False] > counts[True]
+
+
+def _sharded_state(
+    state: TrainingState, with_optimizer: bool, with_frozen: bool = True
+) -> dict[str, Any]:
     """References to the shards, by parameter name, so that any mesh can load them."""
-    if with_optimizer:
-        model, optimizer = get_state_dict(state.model, state.optimizer)
-        tensors: dict[str, Any] = {"model": model, "optimizer": optimizer}
-    else:  # no step taken yet; asking for its state would make the optimiser take one
-        tensors = {"model": get_model_state_dict(state.model)}
+    options = StateDictOptions(ignore_frozen_params=not with_frozen)
+    tensors: dict[str, Any] = {"model": get_model_state_dict(state.model, options=options)}
+    if with_optimizer:  # before the first step, asking would make the optimiser take one
+        tensors["optimizer"] = get_optimizer_state_dict(state.model, state.optimizer)
     if state.ema is not None:
         tensors["ema"] = get_model_state_dict(state.ema)
     return tensors
@@ -313,7 +338,8 @@ def load_checkpoint(
     same_world = marker["world_size"] == env.world_size
     trainer = _load(path / "trainer.pt")
     rng = _load(path / f"rng_{env.rank:05d}.pt") if same_world else None
-    tensors = _sharded_state(state, marker["has_optimizer"])
+    with_frozen = marker["format_version"] != WITHOUT_FROZEN
+    tensors = _sharded_state(state, marker["has_optimizer"], with_frozen)
     try:
         with _ordinary_errors(f"reading {path / 'state'}"):
             load_sharded_state(tensors, checkpoint_id=path / "state")
@@ -321,15 +347,11 @@ def load_checkpoint(
         if "digests" in marker:
             raise  # its bytes are right: no damage, but too little memory, say
         raise _unreadable(path / "state", error) from error
+    # Not strict where the frozen lack; reading has checked that all else was there.
+    options = StateDictOptions(strict=with_frozen)
+    set_model_state_dict(state.model, tensors["model"], options=options)
     if marker["has_optimizer"]:
-        set_state_dict(
-            state.model,
-            state.optimizer,
-            model_state_dict=tensors["model"],
-            optim_state_dict=tensors["optimizer"],
-        )
-    else:
-        set_model_state_dict(state.model, tensors["model"])
+        set_optimizer_state_dict(state.model, state.optimizer, tensors["optimizer"])
     if state.ema is not None:
         set_model_state_dict(state.ema, tensors["ema"])
     state.scheduler.load_state_dict(trainer["scheduler"])

@@ -3,16 +3,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from data.randomness import row_generator
+from modeling.bagel.adapters import (
+    AdapterConfig,
+    adapter_shapes,
+    add_adapters,
+    find_targets,
+    initial_adapter,
+)
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
 from modeling.release.checkpoint import is_generation_key, iter_weights
 from modeling.release.weight_files import open_weights
-from scripts.visual_opsd.config import ModelSettings, TrainConfig
+from scripts.visual_opsd.config import LoraSettings, ModelSettings, TrainConfig
 from scripts.visual_opsd.processes import DistEnv
 from scripts.visual_opsd.training.objective import Objective
 from scripts.visual_opsd.training.sharding import (
@@ -24,7 +35,7 @@ from scripts.visual_opsd.training.sharding import (
     materialise,
     shard_model,
 )
-from scripts.visual_opsd.training.teacher import Teacher
+from scripts.visual_opsd.training.teacher import AdapterTeacher, Teacher
 
 
 def build_models(
@@ -40,22 +51,40 @@ def build_models(
     """
     run, settings = config.run, objective.teacher
     mesh = make_mesh(env, run.sharding_strategy, run.num_shard, run.num_replicate)
-    builder = _Builder(config.model, mesh, dtype, env.device)
+    builder = _Builder(config, mesh, dtype, env.device)
     mode = None if settings is None else settings.teacher_mode
-    drawing = objective.trains_drawing or (mode == "self" and objective.teacher_reads_latents)
+    # Where the weights do not change, or are the teacher's, one model is both.
+    one_model = mode == "self" or config.lora.lora_rank is not None
+    drawing = objective.trains_drawing or (one_model and objective.teacher_reads_latents)
     student = builder.outline(base, drawing)
-    freeze(student, config.model, trains_drawing=objective.trains_drawing)
+    if config.lora.lora_rank is not None:
+        add_adapters(student.to(dtype), adapter_config(student, config.lora))
+    else:
+        freeze(student, config.model, trains_drawing=objective.trains_drawing)
     builder.fill(student, run.cpu_offload)
-    model: Bagel | None = None
-    if settings is not None and mode != "self":
-        model = builder.outline(base, objective.teacher_reads_latents).requires_grad_(False)
-        # A fixed teacher never accumulates small steps, so compute dtype is enough.
-        model.to(torch.float32 if mode == "ema" else dtype)
-        builder.fill(model, settings.teacher_cpu_offload, source=student)
-    check_precision(student, dtype, ema=model if mode == "ema" else None)
     if settings is None:
+        check_precision(student, dtype)
         return student, None
-    return student, Teacher(settings.teacher_mode, model, student, settings.ema_decay)
+    if config.lora.lora_rank is not None:
+        teacher: Teacher = AdapterTeacher(settings.teacher_mode, student, settings.ema_decay)
+    else:
+        model: Bagel | None = None
+        if not one_model:
+            model = builder.outline(base, objective.teacher_reads_latents).requires_grad_(False)
+            # A fixed teacher never accumulates small steps, so compute dtype is enough.
+            model.to(torch.float32 if mode == "ema" else dtype)
+            builder.fill(model, settings.teacher_cpu_offload, source=student)
+        teacher = Teacher(settings.teacher_mode, model, student, settings.ema_decay)
+    check_precision(student, dtype, ema=teacher.ema)
+    return student, teacher
+
+
+def adapter_config(model: Bagel, settings: LoraSettings) -> AdapterConfig:
+    """The adapters of a run with `lora_rank`."""
+    rank, alpha = settings.lora_rank, settings.lora_alpha
+    assert rank is not None
+    modules = find_targets(model, settings.targets)
+    return AdapterConfig(rank, 2.0 * rank if alpha is None else alpha, modules)
 
 
 def freeze(model: Bagel, settings: ModelSettings, *, trains_drawing: bool) -> None:
@@ -80,7 +109,7 @@ def freeze(model: Bagel, settings: ModelSettings, *, trains_drawing: bool) -> No
 
 @dataclass(frozen=True)
 class _Builder:
-    settings: ModelSettings
+    config: TrainConfig
     mesh: DeviceMesh
     dtype: torch.dtype
     device: torch.device
@@ -92,7 +121,7 @@ class _Builder:
 
     def fill(self, model: Bagel, offload: bool, source: Bagel | None = None) -> None:
         """Shard an outline, and give it the weights of `source` or of the release folder."""
-        settings = self.settings
+        settings = self.config.model
         shard_model(
             model,
             self.mesh,
@@ -108,5 +137,12 @@ class _Builder:
             copy_shards(model, source)  # the same weights: no need to read them again
             return
         path = settings.model_path
-        load_sharded(model, iter_weights(path, visual_gen=model.config.visual_gen))
+        weights = iter_weights(path, visual_gen=model.config.visual_gen)
+        load_sharded(model, chain(weights, self._adapters(model)))
         check_shards(model, open_weights(path))
+
+    def _adapters(self, model: Bagel) -> Iterator[tuple[str, Tensor]]:
+        """What the model's adapters begin with, the same on every rank."""
+        seed = self.config.run.global_seed
+        for place, (key, shape) in enumerate(adapter_shapes(model).items()):
+            yield key, initial_adapter(key, shape, row_generator("adapter", seed, place))

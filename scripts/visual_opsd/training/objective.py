@@ -74,12 +74,14 @@ class Objective(ABC):
         needs: columns of the rows.
         teacher: the model that scores the same labels without gradient; None: there is none.
         flow_weight: weight of the flow-matching loss; None: nothing learns to draw.
+        samples: whether labels are drawn from the student.
         identity: stored with training states, which a run of another identity does not go on from.
     """
 
     needs: RowNeeds
     teacher: TeacherSettings | None = None
     flow_weight: float | None = None
+    samples: bool = False
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config

@@ -18,7 +18,7 @@ import copy
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from modeling import fast
+from modeling.bagel.adapters import AdaptedLinear, is_adapter_key, remove_adapters
 from modeling.bagel.projections import empty_adjoining
 from modeling.bagel.vit_graphs import drop_vit_graphs
 from modeling.release.finite import check_finite
@@ -45,6 +46,8 @@ from scripts.visual_opsd.processes import DistEnv, attempt
 OFFLOAD_ADVICE = "use more GPUs, or --cpu_offload True and --teacher_cpu_offload True"
 # Sharded model -> its plain twin on the meta device (see `summon_full_params`).
 _PLAIN_TWINS: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+# Of a parameter: its name in the model, the module that holds it, and its name there.
+_Place: TypeAlias = tuple[str, nn.Module, str]
 
 
 # --------------------------------------------------------------------------------------- mesh
@@ -95,11 +98,20 @@ def make_mesh(
     num_shard: int | None = None,
     num_replicate: int | None = None,
 ) -> DeviceMesh:
-    """The 2-D mesh ("replicate", "shard"), also for one process; errors as in `mesh_shape`."""
+    """The mesh ("replicate", "shard"), or ("shard",) where there is one copy; also for one process.
+
+    Over two dimensions FSDP2 keeps every layer's reduced gradients until a backward pass ends, in
+    case that they travel between copies: 4 bytes a weight of the shard, for nothing where there
+    are none.
+
+    Raises:
+        ValueError: as `mesh_shape`.
+    """
     shape = mesh_shape(
         env.world_size, env.local_world_size, sharding_strategy, num_shard, num_replicate
     )
-    return init_device_mesh(env.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(env.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return mesh if shape[0] > 1 else mesh["shard"]
 
 
 # ---------------------------------------------------------------------------------- sharding
@@ -267,9 +279,11 @@ def summon_full_params(model: nn.Module, *, copy: bool | None = None) -> Iterato
         if copy:
             _bind(plain, model, copy_units(model))
         else:
-            for unit in units:
+            weights: dict[str, Tensor] = {}
+            for unit, places in _units(model):
                 unit.unshard()
-            _bind(plain, model, dict(model.named_parameters(remove_duplicate=False)))
+                weights |= _plain_weights(places)
+            _bind(plain, model, weights)
         yield plain
     finally:
         drop_vit_graphs(plain)
@@ -287,7 +301,7 @@ def copy_units(model: nn.Module, into: dict[str, Tensor] | None = None) -> dict[
     copies = {} if into is None else into
     for unit, places in _units(model):
         unit.unshard()
-        full = {name: getattr(owner, attribute) for name, owner, attribute in places}
+        full = _plain_weights(places)
         if into is None and full:
             some = next(iter(full.values()))
             shapes = {name: parameter.shape for name, parameter in full.items()}
@@ -298,12 +312,23 @@ def copy_units(model: nn.Module, into: dict[str, Tensor] | None = None) -> dict[
     return copies
 
 
-def _units(model: nn.Module) -> list[tuple[FSDPModule, list[tuple[str, nn.Module, str]]]]:
-    """Each unit with what it gathers: (name in the model, module that holds it, attribute)."""
+def _plain_weights(places: Sequence[_Place]) -> dict[str, Tensor]:
+    """Gathered weights by name, as the plain twin has them: adapters are merged."""
+    return {
+        name: owner.merged_weight()
+        if isinstance(owner, AdaptedLinear) and attribute == "weight"
+        else getattr(owner, attribute)
+        for name, owner, attribute in places
+        if not is_adapter_key(name)
+    }
+
+
+def _units(model: nn.Module) -> list[tuple[FSDPModule, list[_Place]]]:
+    """Each unit with what it gathers."""
     modules = dict(model.named_modules(remove_duplicate=False))
     units = {name: m for name, m in modules.items() if isinstance(m, FSDPModule)}
     assert "" in units, "the root is sharded last, as a unit of its own"
-    places: dict[str, list[tuple[str, nn.Module, str]]] = {name: [] for name in units}
+    places: dict[str, list[_Place]] = {name: [] for name in units}
     for prefix, module in modules.items():
         unit = prefix
         while unit not in units:
@@ -315,13 +340,13 @@ def _units(model: nn.Module) -> list[tuple[FSDPModule, list[tuple[str, nn.Module
 
 
 def _plain_twin(model: nn.Module) -> nn.Module:
-    """A deep copy whose parameters and buffers are on meta: costs no memory, needs no factory."""
+    """A deep copy on meta, without adapters: costs no memory, needs no factory."""
     memo: dict[int, Any] = {}
     for param in model.parameters():
         memo[id(param)] = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo).eval()
+    return remove_adapters(copy.deepcopy(model, memo)).eval()
 
 
 def _bind(plain: nn.Module, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -392,16 +417,22 @@ def ema_update(ema_model: nn.Module, model: nn.Module, decay: float) -> None:
     `ema_model` (a drawing branch that only the teacher has) stay as they are.
     """
     averages, currents = [], []
-    of_model, of_ema = dict(model.named_parameters()), dict(ema_model.named_parameters())
-    common = {name: of_ema[name] for name in of_model if name in of_ema}
-    for (name, average), (_, current) in _paired(common, of_model):
-        if current.requires_grad:
-            assert average.dtype == current.dtype == torch.float32, f"{name} is not fp32"
-            averages.append(local_part(average))
-            currents.append(local_part(current))
+    for (name, average), (_, current) in trained_pairs(ema_model, model):
+        assert average.dtype == current.dtype == torch.float32, f"{name} is not fp32"
+        averages.append(local_part(average))
+        currents.append(local_part(current))
     # swa_utils' own multi-tensor update; it does not use the count of updates so far.
     make_update: Callable[[float], Any] = get_ema_multi_avg_fn
     make_update(decay)(averages, currents, torch.tensor(1))
+
+
+def trained_pairs(
+    other: nn.Module, model: nn.Module
+) -> Iterator[tuple[tuple[str, Tensor], tuple[str, Tensor]]]:
+    """What trains of `model`, beside the parameters of the same names of `other`."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    theirs = dict(other.named_parameters())
+    return _paired({name: theirs[name] for name in trained}, trained)
 
 
 def clip_grad_norm(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:

@@ -22,6 +22,7 @@ from scripts.visual_opsd.processes import DistEnv, gather_objects
 
 MARKER = "complete.json"
 FORMAT_VERSION = 2  # 1 had no digests: its files are believed by their sizes
+WITHOUT_FROZEN = 3  # the same without the student's frozen parameters, which are the base's
 STEP_NAME = re.compile(r"step_([0-9]+)")
 # Of which rank a file is: torch.distributed.checkpoint calls shards __RANK_NUMBER.distcp.
 _RANK_NAME = re.compile(r"(?:state/__|rng_)([0-9]+)[_.].*")
@@ -102,14 +103,14 @@ def read_marker(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DamagedState(str(error)) from error
     version = marker.get("format_version")
-    if version not in (1, FORMAT_VERSION):
+    if version not in (1, FORMAT_VERSION, WITHOUT_FROZEN):
         if version is None:
             raise DamagedState(f"{path / MARKER} names no format_version")
         raise ValueError(
-            f"{path} has checkpoint format {version}, this version reads 1 to {FORMAT_VERSION}: "
+            f"{path} has checkpoint format {version}, this version reads 1 to {WITHOUT_FROZEN}: "
             "continue it with the version that wrote it"
         )
-    sealed = version == FORMAT_VERSION or "digest" in marker
+    sealed = version != 1 or "digest" in marker
     if sealed and marker.get("digest") != _seal(marker):
         raise DamagedState(f"{path / MARKER} was changed: its contents do not fit its digest")
     lacking = [name for name in _FIELDS if name not in marker]

@@ -19,6 +19,7 @@ from scripts.visual_opsd.config import RunSettings
 from scripts.visual_opsd.processes import DistEnv, agree, gather_objects, on_main
 from scripts.visual_opsd.training.checkpoint_folders import (
     NOT_GOOD,
+    adapter_folder,
     delete_old_states,
     find_checkpoint,
     release_folder,
@@ -149,14 +150,15 @@ class StateKeeper:
     def _mark(self) -> None:
         """If only non-finite steps followed the newest state, it is not good."""
         folder, step = self.run.checkpoints, self._saved
-        state, release = step_folder(folder, step), release_folder(folder, step)
+        state = step_folder(folder, step)
         if self._proven:
             return
         if state.is_dir():
             line = {"step": step, "nonfinite_steps_after": self.bad_steps}
             write_lines(state / NOT_GOOD, [line])
-        if release.is_dir():
-            supersede(release, f"step {step}, after which every step was non-finite,")
+        for result in (release_folder(folder, step), adapter_folder(folder, step)):
+            if result.is_dir():
+                supersede(result, f"step {step}, after which every step was non-finite,")
 
     def _last_good(self) -> str:
         def find() -> str:

@@ -4,35 +4,45 @@
 ema    fp32 shards that follow the student: e <- d e + (1 - d) p after every step
 fixed  the base weights, for the whole run
 self   the student's live weights
+
+Where the student is a frozen base with adapters, the teacher needs no model of its own: it is the
+same base with no adapters (fixed), with averaged ones (ema) or with the live ones (self).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modeling import fast
+from modeling.bagel.adapters import switch_off
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch, SharedFeatures
-from scripts.visual_opsd.training.sharding import ema_update, full_tensor
+from scripts.visual_opsd.training.sharding import (
+    ema_update,
+    full_tensor,
+    local_part,
+    trained_pairs,
+)
 
 
 class Teacher:
     """Scores packs without gradient.
 
     Args:
-        model: the sharded teacher, or None for mode "self".
+        model: the sharded teacher, or None where it is the student.
         student: the sharded student.
+
+    Attributes:
+        ema: what follows the student, in mode "ema".
     """
 
     def __init__(self, mode: str, model: Bagel | None, student: Bagel, ema_decay: float) -> None:
-        assert (model is None) == (mode == "self"), mode
         self.mode, self.model, self.student, self.ema_decay = mode, model, student, ema_decay
-
-    @property
-    def ema(self) -> Bagel | None:
-        """The model that follows the student, in mode "ema"."""
-        return self.model if self.mode == "ema" else None
+        self.ema: nn.Module | None = model if mode == "ema" else None
 
     def shares_features(self, device: torch.device) -> bool:
         """Whether the student takes the teacher's ViT outputs of the images both see.
@@ -60,3 +70,59 @@ class Teacher:
         """Follow the student after an optimiser step."""
         if self.ema is not None:
             ema_update(self.ema, self.student, self.ema_decay)
+
+
+class AdapterTeacher(Teacher):
+    """The teacher of a student that has adapters; the base, and so the head, is the student's."""
+
+    def __init__(self, mode: str, student: Bagel, ema_decay: float) -> None:
+        super().__init__(mode, None, student, ema_decay)
+        if mode == "ema":
+            self.ema = _copy_trained(student)
+
+    @torch.no_grad()
+    def hidden(self, batch: PackedBatch, share: SharedFeatures | None = None) -> Tensor:
+        if self.mode == "fixed":
+            with switch_off(self.student):
+                return super().hidden(batch, share)
+        if self.ema is None:
+            return super().hidden(batch, share)
+        with _exchanged(self.ema, self.student):
+            return super().hidden(batch, share)
+
+
+def _copy_trained(model: nn.Module) -> nn.Module:
+    """Copies of the shards that train, by the same names, in a module without a forward."""
+    copies = nn.Module()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            path, _, own = name.rpartition(".")
+            holder = copies
+            for part in path.split("."):
+                if part not in dict(holder.named_children()):
+                    holder.add_module(part, nn.Module())
+                holder = holder.get_submodule(part)
+            copy = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            holder.register_parameter(own, copy)
+    return copies
+
+
+@contextmanager
+def _exchanged(other: nn.Module, model: nn.Module) -> Iterator[None]:
+    """Within this the model computes with the values of `other`, which holds the model's.
+
+    The shards are exchanged in place: the next gather, of any rank, sees them.
+    """
+    pairs = [(local_part(a), local_part(b)) for (_, a), (_, b) in trained_pairs(other, model)]
+
+    def exchange() -> None:
+        for ours, theirs in pairs:
+            kept = ours.clone()
+            ours.copy_(theirs)
+            theirs.copy_(kept)
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()

@@ -11,7 +11,7 @@ another number of workers see the same batches and the same completions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -24,9 +24,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from data.dataset_info import load_dataset_config
 from data.parquet import StepLoader, StepOrder, StepRows, make_loader, open_sources
 from data.rejects import RejectLedger
+from modeling.host.disk import DiskRefused
 from modeling.host.memory import memory_errors
-from modeling.release.checkpoint import save_bagel
-from modeling.release.weight_files import FLOAT_DTYPES, open_weights
 from scripts.visual_opsd.cli import flat
 from scripts.visual_opsd.config import TrainConfig, compute_dtype
 from scripts.visual_opsd.on_policy_sampler import Interrupted
@@ -50,7 +49,6 @@ from scripts.visual_opsd.training.checkpoint_folders import (
     check_folders,
     choose_checkpoint,
     claim_checkpoint_dir,
-    release_folder,
     restart_logs,
 )
 from scripts.visual_opsd.training.checkpoints import (
@@ -58,19 +56,21 @@ from scripts.visual_opsd.training.checkpoints import (
     check_resumable,
     load_checkpoint,
 )
+from scripts.visual_opsd.training.memory_report import check_memory
 from scripts.visual_opsd.training.metrics import (
     MetricLogger,
     PhaseTimer,
     WandbSettings,
     peak_memory_gb,
 )
-from scripts.visual_opsd.training.models import build_models
+from scripts.visual_opsd.training.models import adapter_config, build_models
 from scripts.visual_opsd.training.objective import Base, Objective, Workplace
+from scripts.visual_opsd.training.optimizers import make_optimizer
+from scripts.visual_opsd.training.releases import ReleaseWriter
 from scripts.visual_opsd.training.run_contents import run_contents
 from scripts.visual_opsd.training.sharding import (
     OFFLOAD_ADVICE,
     clip_grad_norm,
-    iter_full_state,
 )
 from scripts.visual_opsd.training.state_keeper import StateKeeper, nonfinite_rows
 from scripts.visual_opsd.training.step import (
@@ -97,6 +97,8 @@ class Trainer:
         ValueError: anything the user can mend, with cause and fix.
     """
 
+    timer_class: type[PhaseTimer] = PhaseTimer
+
     def __init__(self, config: TrainConfig, env: DistEnv, objective: Objective) -> None:
         self.config, self.env, self.objective = config, env, objective
         self.dtype = compute_dtype(config.model.precision, env.device)
@@ -118,6 +120,7 @@ class Trainer:
             self.wandb = WandbSettings(run.wandb_project, run.wandb_name, run.wandb_offline)
             on_main(env, self.wandb.check)
         # What forbids a start is said before minutes of loading.
+        check_memory(config, objective, env)
         on_main(env, self._hold_folders)
         self.contents = on_main(env, lambda: run_contents(config, self.order))
         self.checkpoint = choose_checkpoint(run.checkpoints, run.resume_specs, env)
@@ -125,9 +128,10 @@ class Trainer:
         with memory_errors("while models are built", OFFLOAD_ADVICE, FailedAlone):
             self._build_models()
         self.stop = StopRequest()
-        self.timer = PhaseTimer(env.device)
+        self.timer = self.timer_class(env.device)
         self.place = Workplace(env, self.base, self.student, self.timer, self.stop)
         self.step = 0  # completed optimiser steps
+        self.releases = ReleaseWriter(config, self.student, self.adapters, env)
         self.states = StateKeeper(run, self.state, self._saved_config(), env)
         self._restore()
 
@@ -139,14 +143,10 @@ class Trainer:
             self.config, self.base.model, self.objective, self.dtype, self.env
         )
         self.ema = None if self.teacher is None else self.teacher.ema
+        lora = self.config.lora
+        self.adapters = adapter_config(self.student, lora) if lora.lora_rank else None
         self.trainable = [p for p in self.student.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trainable,
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-        )
+        self.optimizer = make_optimizer(self.trainable, optim, self.env.device)
         self.scheduler = LambdaLR(self.optimizer, lambda step: learning_rate_factor(step, optim))
 
     @property
@@ -203,15 +203,14 @@ class Trainer:
                 config=flat(config),
             )
         )
-        with self.stop, logger as self.log, closing(iter(self._loader())) as rows:
+        with self.stop, logger as self.log, closing(self._rows()) as rows:
             self._begin()
             while self.step < config.optim.total_steps:
                 if not self._one_step(rows):
                     self.log.message(f"terminated: {self.states.keep()}")
                     return exit_code(all_reduce_max_int(self.stop.number, self.env))
                 if self._saves() and not self.states.bad_steps:
-                    self.states.save(last=self.step == config.optim.total_steps)
-                    self._save_release()
+                    self._save()
         if self.states.bad_steps:
             raise self.states.diverged(" at the end of the run, so it has no result")
         return 0
@@ -220,6 +219,19 @@ class Trainer:
         """Whether a checkpoint is due after the last completed step."""
         last = self.step == self.config.optim.total_steps
         return last or self.step % self.config.run.save_every == 0
+
+    def _save(self) -> None:
+        """The state of the last completed step and its release folder, unless the disk refuses."""
+        last = self.step == self.config.optim.total_steps
+        try:
+            self.states.save(last=last)
+            self.releases.save(self.step)
+        except DiskRefused as error:  # on all ranks together
+            if last or self.config.run.on_save_error == "stop":
+                raise
+            text = str(error)
+            self.log.message(f"step {self.step} is not saved, training goes on: {text}")
+            self._together(lambda: self.log.log(self.step, {"save_error": text}))
 
     def _begin(self) -> None:
         """Say where the run starts; write the release folder that a killed run still owes."""
@@ -231,13 +243,13 @@ class Trainer:
         self.log.message(f"resumed from {self.checkpoint}")
         own = self.checkpoint.resolve().parent == run.checkpoints.resolve()
         good = self._saves() and not (self.checkpoint / NOT_GOOD).exists()
-        owed = own and good and not release_folder(run.checkpoints, self.step).exists()
-        if agree(owed, self.env):
-            self._save_release()
+        if agree(own and good and self.releases.is_owed(self.step), self.env):
+            self._save()
 
-    def _loader(self) -> StepLoader[TrainRow]:
+    def _rows(self) -> Generator[StepRows[TrainRow], None, None]:
+        """This rank's rows of each step that is to come."""
         config = self.config
-        return make_loader(
+        loader: StepLoader[TrainRow] = make_loader(
             self.order,
             self.prepare,
             rank=self.env.rank,
@@ -248,6 +260,7 @@ class Trainer:
             prefetch_factor=config.data.prefetch_factor,
             stuck_after_s=config.run.timeout_s,
         )
+        return iter(loader)
 
     def _together(self, action: Callable[[], T]) -> T | None:
         """Run on every rank: None on all when one was told to stop, one's error raised on all.
@@ -387,22 +400,3 @@ class Trainer:
         self.log.message(f"step {self.step}: non-finite, update skipped; rows: {where}")
         if self.states.bad_steps >= self.config.optim.max_nonfinite_steps:
             raise self.states.diverged(f" (rows of the last: {where}); lower --lr or check them")
-
-    def _save_release(self) -> None:
-        """A complete release folder `<checkpoint_dir>/<step>`, which evaluators load."""
-        run, base = self.config.run, self.config.model.model_path
-        if not run.save_release:
-            return
-        trained = {name for name, p in self.student.named_parameters() if p.requires_grad}
-        dtypes = {key: FLOAT_DTYPES[tensor.dtype] for key, tensor in open_weights(base).items()}
-        tensors = iter_full_state(self.student, trained, dtypes.get)
-        attempt(
-            lambda: save_bagel(
-                tensors,
-                release_folder(run.checkpoints, self.step) if self.env.is_main else None,
-                base=base,
-                step=self.step,
-                run_config=flat(self.config),
-                overwrite=True,
-            )
-        )

@@ -92,6 +92,7 @@ class VisualOPSD(Objective):
         self.settings = config.sample.sampler()
         replay = config.run.replay_samples
         self.recorded = RecordedCompletions.read(replay) if replay else None
+        self.samples = self.recorded is None
 
     def prepare(self, base: Base) -> PrepareOPSD:
         config = self.config

@@ -328,7 +328,8 @@ def test_untrained_round_trip_is_bit_equal(
     assert saved == base.with_name("out")
     assert_same(load_file(saved / "model.safetensors"), cast(tiny, dtype))
     copied = {file.name for file in base.iterdir()} - {f"{name}.safetensors"}
-    assert {file.name for file in saved.iterdir()} == copied | {"model.safetensors", "README.md"}
+    written = {"model.safetensors", "README.md", "preprocessor_config.json"}
+    assert {file.name for file in saved.iterdir()} == copied | written
     for file in copied:
         assert (saved / file).read_bytes() == (base / file).read_bytes(), file
     with safe_open(saved / "model.safetensors", "pt") as opened:

@@ -253,6 +253,23 @@ def test_configurations_hold_what_the_wrapper_reads(saved: Path) -> None:
         assert name in llm, name
 
 
+def test_serving_files_describe_the_weights(saved: Path, tiny_bagel_path: Path) -> None:
+    """Whatever was trained; a base's own config.json that is good is kept."""
+    assert (saved / "config.json").read_bytes() == (tiny_bagel_path / "config.json").read_bytes()
+    config = json.loads((saved / "config.json").read_text())
+    shapes, llm, vit = (
+        stored(saved / "model.safetensors"),
+        config["llm_config"],
+        config["vit_config"],
+    )
+    embedding = shapes["language_model.model.embed_tokens.weight"]
+    assert (llm["vocab_size"], llm["hidden_size"]) == embedding and llm["qk_norm"] is True
+    assert shapes["vit_pos_embed.pos_embed"][0] == config["vit_max_num_patch_per_side"] ** 2
+    assert shapes["latent_pos_embed.pos_embed"][0] == config["max_latent_size"] ** 2
+    processor = json.loads((saved / "preprocessor_config.json").read_text())
+    assert processor["size"] == {"height": 980, "width": 980} and vit["image_size"] == 980
+
+
 def test_tokenizer_opens_as_the_wrapper_opens_it(saved: Path, tiny_bagel_path: Path) -> None:
     tokenizer = Qwen2Tokenizer.from_pretrained(str(saved))
     ours, special = load_tokenizer(saved)

@@ -37,6 +37,7 @@ NOT_STATE = {
     "timer": "measures a call of train()",
     "place": "names student, base, timer and stop again",
     "objective.config.run.resume": "config again",
+    "releases.config.run.resume": "and again",
     "log": "writes for a call of train()",
     "stop._before": "the process's own handlers, while train() runs",
     "env": "the same",

@@ -37,7 +37,8 @@ IDLE = {
 # The same lines of the same trainer: tests/visual_opsd/training/test_train_flags.py has them.
 ELSEWHERE = {
     "visual_gen", "precision", "max_nonfinite_steps", "resume", "auto_resume", "resume_from",
-    "take_over",
+    "take_over", "plan", "plan_gpus", "plan_gpu_gb", "dry_run",
+    "lora_rank", "lora_alpha", "lora_targets", "on_save_error",
 }  # fmt: skip
 ALONE = {"device": "test_device"}
 

@@ -24,6 +24,7 @@ from tests.visual_opsd.training.toy_distributed_model import (
     toy_batch,
     toy_generate,
     toy_model,
+    toy_sizes,
 )
 from tests.visual_opsd.training.two_process_checks import CHECKS
 
@@ -253,6 +254,16 @@ def test_two_processes(env: DistEnv, tmp_path: Path) -> None:
         tmp_path / "single", 2, single.state, env=env, config=CONFIG, contents={}, extra={}
     )
     (tmp_path / "hash_one_rank").write_text(state_hash(single.state))
+    with toy_sizes():
+        for kind in ("host", "8bit"):
+            one = ToyRun(env, (1, 1), kind=kind)
+            for step in range(2):
+                one.train_step(step)
+            T.save_checkpoint(
+                tmp_path / f"single_{kind}", 2, one.state,
+                env=env, config={}, contents={}, extra={},
+            )  # fmt: skip
+            (tmp_path / f"hash_one_rank_{kind}").write_text(state_hash(one.state))
 
     output = launch(2, str(HERE / "two_process_checks.py"), str(tmp_path), timeout=150)
     passed = [line.removeprefix("ok ") for line in output.splitlines() if line.startswith("ok ")]
@@ -262,3 +273,9 @@ def test_two_processes(env: DistEnv, tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "superseded" / "step_0000004"
     assert T.load_checkpoint(path, run.state, env=env, config=CONFIG, contents={}).step == 4
     assert state_hash(run.state) == (tmp_path / "hash_two_ranks").read_text()
+    with toy_sizes():
+        for kind in ("host", "8bit"):
+            one = ToyRun(env, (1, 1), seed=96, kind=kind)
+            path = tmp_path / kind / "step_0000002"
+            T.load_checkpoint(path, one.state, env=env, config={}, contents={})
+            assert state_hash(one.state) == (tmp_path / f"hash_two_ranks_{kind}").read_text()

@@ -246,9 +246,9 @@ def test_a_copy_under_another_name_of_the_step(states: Path) -> None:
 
 def test_an_unknown_format_is_not_passed_over(run: ToyRun, states: Path) -> None:
     marker = states / "step_0000003" / MARKER
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format_version": 3}))
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"format_version": 4}))
     for spec in ("latest", "3"):
-        with pytest.raises(ValueError, match="checkpoint format 3, this version reads 1 to 2"):
+        with pytest.raises(ValueError, match="checkpoint format 4, this version reads 1 to 3"):
             folders.choose_checkpoint(states, (spec,), run.env)
     assert folders.choose_checkpoint(states, ("2",), run.env) == states / "step_0000002"
 
@@ -477,6 +477,8 @@ REFUSALS = [
     (T, "describe_files", errno.EIO),
     (torch, "save", errno.ENOSPC),  # inside the sharded writer too
     (torch, "save", errno.ENOENT),
+    (torch, "save", errno.ENOTCONN),  # a mount whose server has gone
+    (T, "_save_synced", errno.ESTALE),
 ]
 
 

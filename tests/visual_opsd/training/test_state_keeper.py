@@ -316,7 +316,7 @@ def test_both_disks_refuse(world: Path, tmp_path: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         refuse(patch, "metrics.jsonl", 1, errno.EDQUOT)
         patch.setattr(shutil, "disk_usage", lambda _: usage)
-        _, error = run(world, tmp_path, total_steps=3, save_every=100)
+        _, error = run(world, tmp_path, total_steps=3, save_every=100, plan=False)
     assert "Disk quota exceeded" in error
     assert "nor was the state of step 2 saved: the state of step 2 needs" in error
     assert not list((tmp_path / "checkpoints").iterdir())

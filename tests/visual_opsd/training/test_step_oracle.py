@@ -6,14 +6,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from modeling.release.adapters import read_adapter
 from tests.visual_opsd.launching import HERE, launch
 from tests.visual_opsd.training.step_cases import CASES, TWO_RANKS, Recipe, Run, run_case
 from tests.visual_opsd.training.step_oracle import recompute
-from tests.visual_opsd.training.trainers import one_process
+from tests.visual_opsd.training.trainers import metrics, one_process, train
 
 
 def assert_recomputed(recipe: Recipe, run: Run) -> None:
@@ -74,3 +76,25 @@ def test_two_ranks_recomputed(world: Path, alone: Callable[[str], Run], tmp_path
             ):
                 assert row == other and ours is not None and theirs is not None
                 assert (ours.ids, ours.scored) == (theirs.ids, theirs.scored)
+    assert_adapters_as_alone(world, tmp_path)
+
+
+def assert_adapters_as_alone(world: Path, two: Path) -> None:
+    """One process has the losses and adapters of two, and goes on from their state."""
+    flags: dict[str, Any] = {
+        "lora_rank": 3, "lr": 0.01, "teacher_mode": "ema", "ema_decay": 0.7, "total_steps": 3,
+        "save_every": 2, "keep_last": 2, "save_release": True, "global_batch_size": 4,
+    }  # fmt: skip
+    train(world, two / "alone", **flags)
+    state = two / "adapters" / "checkpoints" / "step_0000002"
+    train(world, two / "resumed", **flags, resume=str(state))
+    lines, adapters = {}, {}
+    for name in ("adapters", "alone", "resumed"):
+        lines[name] = [(line["loss"], line["grad_norm"]) for line in metrics(two / name)]
+        adapters[name] = read_adapter(two / name / "checkpoints" / "adapter_0000003")[1]
+    assert len(lines["alone"]) == len(lines["adapters"]) == 3
+    assert lines["adapters"] == [pytest.approx(pair, rel=1e-4) for pair in lines["alone"]]
+    assert lines["resumed"][-1] == pytest.approx(lines["adapters"][-1], rel=1e-4)
+    for name, tensor in adapters["alone"].items():
+        for other in ("adapters", "resumed"):
+            torch.testing.assert_close(adapters[other][name], tensor, atol=1e-5, rtol=1e-3)

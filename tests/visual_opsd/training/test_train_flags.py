@@ -6,6 +6,7 @@ A new field of `TrainConfig` without a row fails here.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,21 @@ from typing import Any
 import pytest
 import torch
 
+from data.dataset_info import load_dataset_config
+from modeling.bagel.adapters import PROJECTIONS, add_adapters
 from scripts.visual_opsd.cli import parse_config
 from scripts.visual_opsd.config import TrainConfig
 from scripts.visual_opsd.processes import init_distributed
 from scripts.visual_opsd.runs.folder_lock import hold_folder
 from scripts.visual_opsd.train_visual_opsd import main
 from scripts.visual_opsd.training.checkpoint_folders import choose_checkpoint
+from scripts.visual_opsd.training.dry_run import dry_run
+from scripts.visual_opsd.training.memory_check import judge
+from scripts.visual_opsd.training.memory_report import describe
 from scripts.visual_opsd.training.metrics import read_metrics
 from scripts.visual_opsd.training.sharding import clip_grad_norm, make_mesh, shard_model
 from tests.arrivals import (
+    ABSENT,
     Stop,
     check_arrival,
     check_complete,
@@ -40,6 +47,7 @@ from tests.visual_opsd.training.training_flags import (
     table_of,
     training_rows,
 )
+from tests.visual_opsd.training_runs import TINY_BAGEL
 
 # Settings that contradict the runs of the table, and the test that has them.
 ALONE = {
@@ -51,8 +59,18 @@ ALONE = {
     "resume_from": "test_where_a_run_begins",
     "device": "test_device",
     "take_over": "test_take_over",
+    "lora_rank": "test_adapters",
+    "lora_alpha": "test_adapters",
+    "lora_targets": "test_adapters",
+    "plan": "test_plan",
+    "plan_gpus": "test_plan",
+    "plan_gpu_gb": "test_plan",
+    "dry_run": "test_dry_run",
 }
-ELSEWHERE = {"sft_format": "tests/visual_opsd/training/test_sft_flags.py"}
+ELSEWHERE = {
+    "sft_format": "tests/visual_opsd/training/test_sft_flags.py",
+    "on_save_error": "tests/visual_opsd/training/test_save_errors.py",
+}
 HERE = Path("places")  # only the names of the rows are wanted without a folder
 NAMES = {"one", "two", "model", "other", "train", "heldout", "prompts", "results"}
 TABLE = table_of(training_rows(dict.fromkeys(NAMES, HERE), "opsd"),
@@ -106,8 +124,39 @@ def test_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
 
 
 def apart(run: TrainRun, results: Path) -> dict[str, Any]:
-    """A run's settings for one beside it, without W&B, which need not be installed."""
-    return {**run.given, "results_dir": results, "wandb_project": "none"}
+    """A run's settings for one beside it, without W&B, which need not be installed, and without a
+    plan, as its mesh is of more processes than there are."""
+    return {**run.given, "results_dir": results, "wandb_project": "none", "plan": False}
+
+
+@pytest.mark.parametrize(("plan", "checks"), [("none", 1), ("False", 0)])
+def test_plan(
+    runs: list[TrainRun], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], plan: str, checks: int,
+) -> None:  # fmt: skip
+    """How often a plan is compared with the machine, and for which machine one is shown."""
+    judged = spy(monkeypatch, judge)
+    spy(monkeypatch, make_mesh, stop)
+    given = {**apart(runs[0], tmp_path), "num_shard": 1, "num_replicate": 1}
+    with pytest.raises(Stop):
+        main(words({**given, "plan": plan}))
+    assert len(judged) == checks
+    shown = spy(monkeypatch, describe)
+    for gpus, gb in ((1, 9.0), (4, 80.0)):
+        machine = {"plan_gpus": gpus, "plan_gpu_gb": gb, "num_shard": gpus}
+        assert main(words({**given, **machine, "plan": True})) == 0
+        assert shown[-1]["plan"].of.gpus == gpus and judged[-1]["room"].gpu == gb * 1e9
+    assert "Memory plan: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wished", [False, True])
+def test_dry_run(monkeypatch: pytest.MonkeyPatch, wished: bool) -> None:
+    ran = spy(monkeypatch, dry_run, lambda config, env, objective: 0)
+    spy(monkeypatch, load_dataset_config, stop)
+    arguments = ["--model_path", str(TINY_BAGEL), "--device", "cpu", "--dry_run", str(wished)]
+    with nullcontext() if wished else pytest.raises(Stop):
+        assert main(arguments) == 0
+    assert len(ran) == wished
 
 
 @pytest.mark.parametrize("take_over", [False, True])
@@ -121,6 +170,27 @@ def test_take_over(
     assert [(call["flag"], call["take_over"]) for call in calls] == [
         ("results_dir", take_over), ("checkpoint_dir", take_over),
     ]  # fmt: skip
+
+
+def test_adapters(runs: list[TrainRun], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the student gets, and that nothing else of it trains."""
+    calls = spy(monkeypatch, add_adapters, stop)
+    whole = ("freeze_llm", "freeze_vit", "freeze_und", "num_shard", "num_replicate")
+    given = {**apart(runs[0], tmp_path), **dict.fromkeys(whole, ABSENT)}
+    for flags, rank, alpha, adapted in (
+        ({"lora_rank": 5}, 5, 10.0, set(PROJECTIONS)),
+        (
+            {"lora_rank": 3, "lora_alpha": 7.5, "lora_targets": "v_proj, k_proj"},
+            3,
+            7.5,
+            {"k_proj", "v_proj"},
+        ),
+    ):
+        with pytest.raises(Stop):
+            main(words({**given, **flags}))
+        made = calls[-1]["config"]
+        assert (made.rank, made.alpha) == (rank, alpha)
+        assert {path.rpartition(".")[2] for path in made.modules} == adapted
 
 
 @pytest.mark.parametrize(
@@ -162,7 +232,7 @@ def test_where_a_run_begins(
     changes: dict[str, Any], begins: str | None,
 ) -> None:  # fmt: skip
     first = runs[0]
-    given = {**first.given, "wandb_project": "none", **changes}
+    given = {**first.given, "wandb_project": "none", "plan": False, **changes}
     if "resume_from" in given:
         given["resume_from"] = first.checkpoints / given["resume_from"]
     if changes.get("results_dir") == "new":

@@ -9,17 +9,22 @@ that ends in a scalar loss.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from scripts.visual_opsd.config import OptimSettings
 from scripts.visual_opsd.processes import DistEnv, all_reduce_sums
+from scripts.visual_opsd.training import host_adamw
 from scripts.visual_opsd.training import sharding as D
 from scripts.visual_opsd.training.checkpoints import TrainingState
+from scripts.visual_opsd.training.optimizers import make_optimizer
 
 VOCAB, WIDTH, PATCH, SIDE = 37, 12, 6, 5
 
@@ -134,14 +139,30 @@ def toy_generate(plain: nn.Module, patches: Tensor, length: int, sample_seed: in
     return [int(i) for i in ids[1:]]
 
 
-def toy_optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+def toy_optimizer(params: list[nn.Parameter], kind: str = "gpu") -> torch.optim.Optimizer:
+    settings = OptimSettings(lr=1e-2, eps=1e-8, weight_decay=0.01, optimizer_state=kind)
+    return make_optimizer(params, settings, torch.device("cpu"))
+
+
+@contextmanager
+def toy_sizes() -> Iterator[None]:
+    """Pieces and blocks so small that the toy's weights have several."""
+    from scripts.visual_opsd.training import eight_bit_adamw  # importing torchao takes seconds
+
+    with (
+        mock.patch.object(host_adamw, "PIECE", 64),
+        mock.patch.object(eight_bit_adamw, "SMALLEST_WEIGHT", 64),
+        mock.patch.object(eight_bit_adamw, "SMALLEST_BLOCK", 4),
+    ):
+        yield
 
 
 class ToyRun:
     """A sharded toy student with EMA, AdamW and a schedule, and one training step."""
 
-    def __init__(self, env: DistEnv, shape: tuple[int, int], seed: int = 0) -> None:
+    def __init__(
+        self, env: DistEnv, shape: tuple[int, int], seed: int = 0, kind: str = "gpu"
+    ) -> None:
         self.env = env
         mesh = D.make_mesh(env, "HYBRID_SHARD", num_replicate=shape[0], num_shard=shape[1])
         self.model, self.ema = (
@@ -151,8 +172,8 @@ class ToyRun:
             for _ in range(2)
         )
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = toy_optimizer(self.trained)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        optimizer = toy_optimizer(self.trained, kind)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         D.check_precision(self.model, torch.float32, ema=self.ema)
         self.state = TrainingState(self.model, optimizer, scheduler, self.ema)
 
@@ -180,9 +201,9 @@ def state_hash(state: TrainingState) -> str:
     for model in (state.model, state.ema):
         for key, tensor in model.state_dict().items():
             digest.update(key.encode() + D.full_tensor(tensor).numpy().tobytes())
-    for name, param in state.model.named_parameters():
-        for key, value in sorted(state.optimizer.state.get(param, {}).items()):
-            digest.update(f"{name}.{key}".encode() + D.full_tensor(value).numpy().tobytes())
+    for number, tensors in sorted(state.optimizer.state_dict()["state"].items()):
+        for key, value in sorted(tensors.items()):
+            digest.update(f"{number}.{key}".encode() + D.full_tensor(value).numpy().tobytes())
     return digest.hexdigest()
 
 

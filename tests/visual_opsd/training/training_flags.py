@@ -43,6 +43,8 @@ from scripts.visual_opsd.on_policy_sampler import sample_completions
 from scripts.visual_opsd.rows import encode_pictures
 from scripts.visual_opsd.scored_rows import score_completion, score_targets
 from scripts.visual_opsd.training.checkpoints import save_checkpoint
+from scripts.visual_opsd.training.eight_bit_adamw import EightBitAdamW
+from scripts.visual_opsd.training.host_adamw import HostAdamW
 from scripts.visual_opsd.training.sharding import (
     check_precision,
     ema_update,
@@ -74,6 +76,8 @@ METHODS: tuple[tuple[type, str], ...] = (
     (DataLoader, "__init__"), (StepLoader, "__init__"), (StepOrder, "__init__"),
     (RejectLedger, "__init__"), (ContextBuilder, "__init__"),
 )  # fmt: skip
+
+OPTIMIZERS = {torch.optim.AdamW: "gpu", HostAdamW: "host", EightBitAdamW: "8bit"}
 
 
 @dataclass
@@ -147,13 +151,18 @@ def record(main: Callable[[list[str]], int], name: str, given: Mapping[str, Any]
     calls: dict[str, Any] = {}
     steps: list[dict[str, Any]] = []
     stderr = io.StringIO()
-    update = torch.optim.AdamW.step
 
-    def stepped(self: Any, closure: Any = None) -> Any:
-        norms = [p.grad.to_local().norm() for p in self.param_groups[0]["params"]]
-        group = {k: v for k, v in self.param_groups[0].items() if k != "params"}
-        steps.append({"group": group, "norm": float(torch.stack(norms).norm())})
-        return update(self, closure)
+    def watch_steps(kind: type[torch.optim.Optimizer]) -> None:
+        update = kind.step
+
+        def stepped(self: Any, closure: Any = None) -> Any:
+            norms = [p.grad.to_local().norm() for p in self.param_groups[0]["params"]]
+            group = {k: v for k, v in self.param_groups[0].items() if k != "params"}
+            norm = float(torch.stack(norms).norm())
+            steps.append({"group": group, "norm": norm, "kind": kind})
+            return update(self, closure)
+
+        patch.setattr(kind, "step", stepped)
 
     def checked(model: Any, *args: Any, **kwargs: Any) -> Any:
         calls["trains"] = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -172,7 +181,8 @@ def record(main: Callable[[list[str]], int], name: str, given: Mapping[str, Any]
         calls["compile"] = spy_method(patch, nn.Module, "compile", lambda *_, **__: None)
         calls["group"] = spy_method(patch, dist, "init_process_group")  # type: ignore[arg-type]
         spy(patch, check_precision, checked)
-        patch.setattr(torch.optim.AdamW, "step", stepped)
+        for kind in OPTIMIZERS:
+            watch_steps(kind)
         with contextlib.redirect_stderr(stderr):
             assert main(words(given)) == 0
     return TrainRun(name, given, calls, stderr.getvalue(), steps)
@@ -363,6 +373,9 @@ def training_rows(places: Mapping[str, Path], tag: str) -> dict[str, Arrival]:
                        lambda run: {run.given["eps"]}),
         "weight_decay": Arrival([0.01, 0.02], lambda run: set(run.groups("weight_decay")),
                                 lambda run: {run.given["weight_decay"]}),
+        "optimizer_state": Arrival(["gpu", "host", "8bit", "gpu"],
+                                   lambda run: {OPTIMIZERS[step["kind"]] for step in run.steps},
+                                   lambda run: {run.given["optimizer_state"]}),
         "max_grad_norm": Arrival(  # as it is when the optimiser takes the gradient
             [1e-3, 2e-3],
             lambda run: [round(step["norm"] / run.given["max_grad_norm"], 2)

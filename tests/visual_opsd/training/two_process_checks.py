@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from modeling.host.disk import DiskRefused
 from modeling.host.programs import leave
 from modeling.release.weight_files import read_file
 from scripts.visual_opsd.processes import (
@@ -51,6 +52,7 @@ from tests.visual_opsd.training.toy_distributed_model import (
     toy_generate,
     toy_model,
     toy_optimizer,
+    toy_sizes,
 )
 
 MESHES = ((1, 2), (2, 1))
@@ -62,6 +64,7 @@ def plain_training(steps: int) -> tuple[list[tuple[float, float]], nn.Module, nn
     ema = copy.deepcopy(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = toy_optimizer(trained)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     record = []
     for step in range(steps):
         rows = toy_batch(step)
@@ -70,6 +73,7 @@ def plain_training(steps: int) -> tuple[list[tuple[float, float]], nn.Module, nn
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         with torch.no_grad():
             for average, current in zip(ema.parameters(), model.parameters(), strict=True):
@@ -99,6 +103,8 @@ def check_collectives(env: DistEnv, work: Path) -> None:
         raise ValueError("the disk is full")
 
     expect_error(ValueError, "the disk is full", lambda: on_main(env, fail))
+    refused = DiskRefused("no room") if env.rank == 1 else None
+    expect_error(DiskRefused, "no room", lambda: raise_together(refused))
     error = OSError("broken") if env.rank == 1 else None
     expect_error((OSError, RuntimeError), "broken", lambda: raise_together(error))
 
@@ -342,6 +348,42 @@ def check_checkpoints(env: DistEnv, work: Path) -> None:
     assert drawn[0] != drawn[1], "ranks must not share a random stream"
 
 
+def check_optimizer_states(env: DistEnv, work: Path) -> None:
+    """Moments elsewhere: the same trajectory, exact resumes on every mesh and world size."""
+
+    def load(path: Path, run: ToyRun) -> str:
+        T.load_checkpoint(path, run.state, env=env, config={}, contents={})
+        return state_hash(run.state)
+
+    hashes, states = {}, {}
+    with toy_sizes():
+        for kind in ("gpu", "host", "8bit"):
+            run, folder = ToyRun(env, (1, 2), kind=kind), work / kind
+            record = [run.train_step(step) for step in range(2)]
+            states[kind] = T.save_checkpoint(
+                folder, 2, run.state, env=env, config={}, contents={}, extra={}
+            )
+            hashes[kind] = state_hash(run.state)
+            for shape in MESHES:
+                again = ToyRun(env, shape, seed=9, kind=kind)
+                assert load(states[kind], again) == hashes[kind], (kind, shape)
+                if shape == (1, 2):
+                    assert again.train_step(2) == run.train_step(2), (kind, record)
+                    assert state_hash(again.state) == state_hash(run.state), kind
+            if kind != "gpu":  # the parent test's, of one process
+                one = ToyRun(env, (1, 2), seed=9, kind=kind)
+                assert (
+                    load(work / f"single_{kind}" / "step_0000002", one)
+                    == (work / f"hash_one_rank_{kind}").read_text()
+                )
+        assert hashes["gpu"] == hashes["host"] != hashes["8bit"]
+        for kind, other in (("gpu", "host"), ("host", "gpu")):
+            assert load(states[kind], ToyRun(env, (2, 1), seed=9, kind=other)) == hashes[kind]
+    if env.is_main:
+        for kind, text in hashes.items():
+            (work / f"hash_two_ranks_{kind}").write_text(text)
+
+
 CHECKS = (
     check_collectives,
     check_a_gpu_each,
@@ -351,6 +393,7 @@ CHECKS = (
     check_loading,
     check_odd_ranks,
     check_checkpoints,
+    check_optimizer_states,
 )
 
 

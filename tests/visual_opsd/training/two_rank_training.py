@@ -58,6 +58,19 @@ def features_are_shared(world: Path, out: Path, env: DistEnv) -> None:
     Teacher.shares_features = plain  # type: ignore[method-assign]
 
 
+def adapters_train(world: Path, out: Path, env: DistEnv) -> None:
+    """Adapters over two shards: the losses that one process has, and the state it can go on from.
+
+    test_step_oracle.py runs the one process.
+    """
+    lora: dict[str, Any] = {"lora_rank": 3, "lr": 0.01, "teacher_mode": "ema", "ema_decay": 0.7}
+    trainer = build(
+        world, out / "adapters", env, total_steps=3, save_every=2, keep_last=2, save_release=True,
+        global_batch_size=4, **lora,
+    )  # fmt: skip
+    assert trainer.train() == 0
+
+
 def one_rank_fails(world: Path, out: Path, env: DistEnv) -> None:
     """A mistake that only rank 1's rows show: both ranks raise, nobody waits for the other."""
     trainer: Any = build(world, out / "fails", env, global_batch_size=2)
@@ -130,7 +143,7 @@ if __name__ == "__main__":
     environment = init_distributed("cpu", 60)
     try:
         for check in (
-            record, features_are_shared, one_rank_fails, rejects_of_the_other_rank,
+            record, features_are_shared, adapters_train, one_rank_fails, rejects_of_the_other_rank,
             one_rank_is_told_to_stop,
         ):  # fmt: skip
             check(Path(sys.argv[1]), Path(sys.argv[2]), environment)
