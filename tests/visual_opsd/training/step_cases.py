@@ -203,7 +203,7 @@ def run_case(world: Path, results: Path, env: DistEnv, recipe: Recipe, **changes
         assert [slot for slot, _, _ in rows] == list(range(recipe.global_batch_size))
         taken.append([(name, completion) for _, name, completion in rows])
     if isinstance(trainer.prepare, PrepareOPSD):
-        trainer.prepare = replace(trainer.prepare, noise_seed=None)
+        trainer.prepare = replace(trainer.prepare, vt="real")
     rows = [first_rows(trainer, step) for step in range(recipe.total_steps)]
     return Run(rows, taken, end, metrics(results))
 
