@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from data.json_lines import read_given
@@ -136,10 +136,7 @@ def write_shard(
     }
     path, temporary = folder / name, folder / f"{name}.tmp"
     with disk_errors(f"writing {path}", folder):
-        try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-        except SafetensorError as error:  # as it tells of a full disk
-            raise OSError(str(error)) from error
+        temporary.write_bytes(save({name: t.contiguous() for name, t in tensors.items()}))
         flush_to_disk(temporary)
         os.replace(temporary, path)
     return places
