@@ -106,7 +106,7 @@ class PrepareOffline:
     limits: ContextLimits
     seed: int
 
-    def __call__(self, row: Row) -> OfflineRow:
+    def __call__(self, row: Row) -> TrainRow:
         sample = parse_row(row, EVALUATION_ROWS)
         places = self.cache.rows.get(row_key(row), ())
         if not places:
