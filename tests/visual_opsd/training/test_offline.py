@@ -18,12 +18,12 @@ from data.parquet import SlotItem
 from data.teacher_cache import INDEX, SUMMARY, Entries, TeacherCache, row_key
 from data.thinkmorph import EVALUATION_ROWS
 from modeling import load_bagel
-from scripts.visual_opsd import collect_traces
 from scripts.visual_opsd.train_visual_opsd_offline import main
 from scripts.visual_opsd.training.offline import VisualOPSDOffline
 from scripts.visual_opsd.training.samples import write_samples
 from scripts.visual_opsd.training.trainer import Trainer
 from scripts.visual_opsd.training.visual_opsd import VisualOPSD
+from tests.visual_opsd.teacher_caches import PROMPT, collect
 from tests.visual_opsd.training.trainers import (
     SMALL,
     base_weights,
@@ -36,18 +36,6 @@ from tests.visual_opsd.training.trainers import (
     weights,
 )
 from tests.visual_opsd.training_runs import TINY_BAGEL, train_arguments
-
-PROMPT = {"use_system_prompt": False, "vit_max_size": 56, "vit_min_size": 14}
-
-
-def collect(world: Path, out: Path, **changes: Any) -> Path:
-    given: dict[str, Any] = {
-        "model_path": TINY_BAGEL, "dataset_config_file": world / "datasets.yaml",
-        "data_root": world, "device": "cpu", "progress": False, "output_dir": out,
-        "sample_max_new_tokens": 12, **PROMPT, **changes,
-    }  # fmt: skip
-    assert collect_traces.main([f"--{name}={value}" for name, value in given.items()]) == 0
-    return out
 
 
 @pytest.fixture(scope="module")
