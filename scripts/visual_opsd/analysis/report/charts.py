@@ -1,8 +1,9 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
 """One figure of several runs over each other, as plain SVG.
 
-Lines are written in the units of the data, and a matrix brings them to their place: the browser's
-read-out takes exact values from them. Colours are classes of report.css: `r0`, `r1`, ... by run.
+Lines have steps as their first coordinate, which a matrix brings to their place, so that the
+browser's read-out finds the exact step; the second is a height in the drawing. Colours are classes
+of report.css: `r0`, `r1`, ... by run.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 8, 24
 _SMOOTHED_FROM = 40  # points; a line of fewer is shown as it is
 _DOTS_BELOW = 25
 _LOG_FROM = 1000  # largest by smallest value
+_LARGEST = 1e300  # values beyond stand at the edge: differences must stay finite
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,12 @@ def smoothed(points: Points) -> list[tuple[int, float]]:
     return found
 
 
+def constant(series: Sequence[Series]) -> float | None:
+    """The one value that all runs have at all steps, None if there are several or none."""
+    values = {value for s in series for _, value in s.points}
+    return values.pop() if len(values) == 1 else None
+
+
 def draw_chart(figure: Figure, series: Sequence[Series], number: int, most: int) -> str:
     """A <figure> of a figure's curves, "" if no run has a finite value of it.
 
@@ -119,7 +127,8 @@ def draw_chart(figure: Figure, series: Sequence[Series], number: int, most: int)
     if first == last:
         first, last = first - 1, last + 1
     x = _Axis(first, last, _LEFT, _WIDTH - _RIGHT)
-    unit = text(", ".join(part for part in (figure.unit, "log scale" if y.is_log else "") if part))
+    units = ("" if figure.is_share else figure.unit, "log scale" if y.is_log else "")
+    unit = text(", ".join(filter(None, units)))
     curves = "".join(_curves(s, x, y) for s in drawn)
     return (
         f'<figure class=chart><figcaption><b id="t{number}">{text(figure.title, 80)}</b>'
@@ -136,7 +145,7 @@ def draw_chart(figure: Figure, series: Sequence[Series], number: int, most: int)
 
 def _value_axis(values: Sequence[float]) -> _Axis:
     """Logarithmic where values reach over three powers of ten, from 0 on where 0 is near."""
-    low, high = min(values), max(values)
+    low, high = (min(max(v, -_LARGEST), _LARGEST) for v in (min(values), max(values)))
     start, end = _HEIGHT - _BOTTOM, _TOP
     if low > 0 and high / low >= _LOG_FROM:
         return _Axis(math.log10(low), math.log10(high), start, end, is_log=True)
@@ -170,7 +179,8 @@ def _frame(figure: Figure, x: _Axis, y: _Axis) -> str:
 
 
 def _curves(series: Series, x: _Axis, y: _Axis) -> str:
-    matrix = f"matrix({x.scale:.9g} 0 0 {y.scale:.9g} {x.offset:.9g} {y.offset:.9g})"
+    # Only steps are scaled: divergences of 1e-7 would need factors beyond a browser's floats.
+    matrix = f"matrix({x.scale:.9g} 0 0 1 {x.offset:.9g} 0)"
     is_smoothed = len(series.points) >= _SMOOTHED_FROM
     parts = [f'<g class="r{series.run}" data-run="{series.run}">']
     if series.low and series.high:
@@ -183,7 +193,7 @@ def _curves(series: Series, x: _Axis, y: _Axis) -> str:
         parts.append(f'<path class=line transform="{matrix}" d="{mean}"/>')
     elif len(series.points) <= _DOTS_BELOW:
         parts += [
-            f'<circle cx="{x.place(step):.1f}" cy="{y.place(_height(value, y)):.1f}" r=2.5 />'
+            f'<circle cx="{x.place(step):.1f}" cy="{_height(value, y):.1f}" r=2.5 />'
             for step, value in series.points
             if _is_drawable(value, y)
         ]
@@ -195,12 +205,13 @@ def _is_drawable(value: float, y: _Axis) -> bool:
 
 
 def _height(value: float, y: _Axis) -> float:
-    return math.log10(value) if y.is_log else value
+    shown = math.log10(value) if y.is_log else value
+    return y.place(min(max(shown, y.low), y.high))
 
 
 def _pairs(points: Points, y: _Axis) -> Iterator[str]:
     for step, value in points:
-        yield f"{step},{_height(value, y):.5g}" if _is_drawable(value, y) else ""
+        yield f"{step},{_height(value, y):.3f}" if _is_drawable(value, y) else ""
 
 
 def _path(points: Points, y: _Axis) -> str:

@@ -46,9 +46,14 @@ def short(value: float, *, is_share: bool = False) -> str:
     return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e+").replace("e+", "e")
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable[str]], caption: str = "") -> str:
-    """A table of cells that are HTML already; the first cell of each row is its head."""
-    lines = ["<div class=wide><table>"]
+def table(
+    header: Iterable[str], rows: Iterable[Iterable[str]], caption: str = "", *, kind: str = ""
+) -> str:
+    """A table of cells that are HTML already; the first cell of each row is its head.
+
+    kind: "values" for cells that hold more than numbers.
+    """
+    lines = [f'<div class=wide><table class="{kind}">']
     if caption:
         lines.append(f"<caption>{caption}</caption>")
     lines.append(

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modeling.host.disk import disk_errors
-from scripts.visual_opsd.analysis.report.charts import Series, draw_chart
+from scripts.visual_opsd.analysis.report.charts import Series, constant, draw_chart
 from scripts.visual_opsd.analysis.report.completions import CompletionCards, chosen_steps
 from scripts.visual_opsd.analysis.report.figures import Figure, group_figures
-from scripts.visual_opsd.analysis.report.markup import text
+from scripts.visual_opsd.analysis.report.markup import short, text
 from scripts.visual_opsd.analysis.report.runs import Run, read_runs
 from scripts.visual_opsd.analysis.report.tables import (
     arms_table,
@@ -108,12 +108,18 @@ def _sections(
     curves, number = "", 0
     most = _points_of_a_line(runs, sum(len(group.figures) for group in groups))
     for group in groups:
-        charts = []
+        charts, same = "", []
         for figure in group.figures:
-            charts.append(draw_chart(figure, _series(runs, figure), number, most))
             number += 1
-        if any(charts):
-            curves += f"<h3>{text(group.title)}</h3><div class=charts>{''.join(charts)}</div>"
+            series = _series(runs, figure)
+            value = constant(series)
+            if value is None:
+                charts += draw_chart(figure, series, number, most)
+            else:
+                same.append(f"{figure.title} {short(value, is_share=figure.is_share)}")
+        curves += f"<h3>{text(group.title)}</h3><div class=charts>{charts}</div>"
+        if same:
+            curves += f"<p class=same>The same at every step: {text('; '.join(same))}.</p>"
     if left_out:
         curves += f"<p class=note>{left_out} further figures are left out.</p>"
     note = (
@@ -183,7 +189,7 @@ def _completions(runs: Sequence[Run], wanted: Sequence[int] | None) -> str:
 
 def _key() -> str:
     """What the colours of tokens mean."""
-    shades = "".join(
+    shades = " ".join(  # the blanks are where a narrow page may break the line
         f"<b{f' class=t{5 - place}' if place < 5 else ''}>{shade}</b>"
         for place, shade in enumerate(_SHADES)
     )

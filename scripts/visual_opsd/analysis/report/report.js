@@ -1,13 +1,16 @@
 "use strict";
 // Reads values off the charts, and opens what is folded before printing. All else works without.
 
-// The points of a line, from its path in units of the data.
+// The points (step, height in the drawing) of a line.
 function pointsOf(path) {
   path.points ??= path.getAttribute("d").split(/[ML]/).slice(1).map(pair => pair.split(",").map(Number));
   return path.points;
 }
 
-function shown(value, chart) {
+// The value at a height of the drawing, as text.
+function shown(height, chart) {
+  const [scale, offset] = chart.dataset.y.split(" ").map(Number);
+  let value = (height - offset) / scale;
   if (chart.dataset.log === "1") value = 10 ** value;
   const share = chart.dataset.share === "1";
   return Number((share ? 100 * value : value).toPrecision(4)).toLocaleString("en", {

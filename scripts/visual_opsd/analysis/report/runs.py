@@ -126,7 +126,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
     """The settings of a run by the names of their flags. Raises ValueError: no such YAML."""
     if not path.exists():
         return {}
-    loaded = read_yaml(path, "configuration") or {}
+    loaded = read_yaml(path, "configuration")
+    if loaded is None:
+        return {}
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} must be a mapping of settings to values; it is another file")
     settings: dict[str, Any] = {}

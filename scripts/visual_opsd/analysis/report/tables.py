@@ -68,7 +68,7 @@ def settings_tables(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         rows = [_setting(n, held[n], defaults) for n in differ]
         parts.append(
-            table(heads, rows, "What the runs differ in.")
+            table(heads, rows, "What the runs differ in.", kind="values")
             if rows
             else "<p>The runs have the same settings.</p>"
         )
@@ -78,7 +78,7 @@ def settings_tables(runs: Sequence[Run]) -> str:
     ]  # fmt: skip
     if same:
         rows = [_setting(n, held[n][:1], defaults) for n in same]
-        shared = table(("setting", "value", "default"), rows)
+        shared = table(("setting", "value", "default"), rows, kind="values")
         title = "The same in all runs, and not the default" if len(runs) > 1 else "Not the default"
         opened = "" if len(runs) > 1 else " open"
         parts.append(f"<details{opened}><summary>{title} ({len(same)})</summary>{shared}</details>")
