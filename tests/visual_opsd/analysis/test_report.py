@@ -135,8 +135,9 @@ def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
     name = '<img src=x onerror="alert(1)">'
     settings = {"lr": HOSTILE, HOSTILE: 1, "model_path": HOSTILE, "data_root": HOSTILE,
                 "dataset_config_file": HOSTILE, "global_batch_size": 4, "data_seed": 1}  # fmt: skip
-    metrics: list[dict[str, Any]] = [*STEPS, {"step": 9, HOSTILE: 1.0}, {"step": 10, HOSTILE: 2.0, "save_error": HOSTILE},
-               {"step": 11, "loss": "nan", "nonfinite": 1}]  # fmt: skip
+    metrics: list[dict[str, Any]] = [*STEPS, {"step": 9, HOSTILE: 1.0}]
+    metrics.append({"step": 10, HOSTILE: 2.0, "save_error": HOSTILE})
+    metrics.append({"step": 11, "loss": "nan", "nonfinite": 1})
     texts: dict[str, Any] = dict.fromkeys(
         ("row", "question", "answer", "completion", "tokens"), HOSTILE
     )
