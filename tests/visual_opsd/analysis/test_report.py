@@ -32,6 +32,7 @@ from tests.visual_opsd.analysis.report_runs import (
     Page,
     sample,
     write_evaluation,
+    write_lines,
     write_run,
 )
 from tests.visual_opsd.training_runs import TINY_BAGEL, train_arguments
@@ -98,6 +99,15 @@ def test_what_it_shows_of_real_runs(world: Path, trained: list[Path], tmp_path: 
             assert any(np.array_equal(wanted, image) for image in shown), (name, column)
     assert len(shown) == 2 * len(taken) and len(taken) == 4
     assert {found["alt"] for found in page.of("img")} == {"problem image", "visual thought"}
+
+
+def test_another_rows_pictures_are_not_shown(trained: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "renamed"
+    shutil.copytree(trained[1], run)
+    samples = [{**r, "row": f"{r['row']}x"} for r in lines(run, "samples.jsonl")]
+    write_lines(run / "samples.jsonl", samples)
+    assert make(tmp_path, run).of("img") == []
+    assert make(tmp_path, trained[1]).of("img") != []
 
 
 def test_tokens_carry_what_the_sampler_gave_them(trained: list[Path], tmp_path: Path) -> None:
