@@ -9,9 +9,10 @@ how the files spell it; `reasoning_thought_i` is accepted too), `reasoning_image
 
 from __future__ import annotations
 
+import hashlib
 import math
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import partial
@@ -281,6 +282,18 @@ def _world(row: Row) -> tuple[str | None, str | None]:
         except ValueError as error:
             raise row.bad("bad_world", str(error)) from error
     return world or None, state or None
+
+
+def row_digest(row: Row, columns: Sequence[str]) -> str:
+    """Digest of the cells of some columns; image cells count by their bytes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for column in columns:
+        value = row.values.get(column)
+        if isinstance(value, Mapping):
+            value = value.get("bytes")
+        data = value if isinstance(value, bytes) else str("" if value is None else value).encode()
+        digest.update(f"{column} {len(data)} ".encode() + data)
+    return digest.hexdigest()
 
 
 def parse_row(row: Row, needs: RowNeeds = OPSD_ROWS) -> Sample:

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from scripts.visual_opsd.analysis.kl_measurement import DiagnosticConfig
+from scripts.visual_opsd.analysis.trace_rows import CollectConfig
 from scripts.visual_opsd.cli import flat, parse_config
 from scripts.visual_opsd.config import SFT_DEFAULTS, SFTConfig, TrainConfig
+from scripts.visual_opsd.training.offline import OFFLINE_DEFAULTS, OfflineConfig
 from tests.shell import LAUNCHERS, LEADING, dry_run, program_arguments, run
 
 # Script -> usage's name of each positional argument: (setting, two values); None: an output's name.
@@ -42,6 +44,18 @@ POSITIONAL: dict[str, Arguments] = {
         "NUM_SAMPLES": ("num_samples", (30, 40)),
         "OUTPUT_DIR": ("output_dir", ("here", "there")),
     },
+    "run_collect_traces.sh": {
+        "MODEL_PATH": ("model_path", ("m", "n")),
+        "OUTPUT_DIR": ("output_dir", ("here", "there")),
+    },
+    "run_visual_opsd_offline.sh": {
+        "MODEL_PATH": ("model_path", ("m", "n")),
+        "TEACHER_CACHE": ("teacher_cache", ("here", "there")),
+        "KD_WEIGHT": ("jsd_weight", (0.25, 0.75)),
+        "KD_TEMP": ("jsd_temperature", (1.0, 3.0)),
+        "TOTAL_STEPS": ("total_steps", (300, 400)),
+        "OUTPUT_NAME": (None, ("mine", "yours")),
+    },
 }
 CONFIGS: dict[str, tuple[type, dict[str, Any] | None]] = {
     "run_visual_opsd.sh": (TrainConfig, None),
@@ -49,6 +63,8 @@ CONFIGS: dict[str, tuple[type, dict[str, Any] | None]] = {
     "run_visual_opsd_control.sh": (TrainConfig, None),
     "run_sft_baseline.sh": (SFTConfig, SFT_DEFAULTS),
     "run_kl_diagnostic.sh": (DiagnosticConfig, None),
+    "run_collect_traces.sh": (CollectConfig, None),
+    "run_visual_opsd_offline.sh": (OfflineConfig, OFFLINE_DEFAULTS),
 }
 VARIABLES: dict[str, tuple[str, tuple[Any, Any]]] = {
     "EMA_DECAY": ("ema_decay", (0.9, 0.8)),

@@ -61,7 +61,9 @@ from scripts.visual_opsd.training.state_files import (
 )
 
 # Files whose contents are compared, not their paths (but in states of format 1, without contents).
-_BY_CONTENTS = frozenset(("model_path", "prompts", "dataset_config_file", "replay_samples"))
+_BY_CONTENTS = frozenset(
+    ("model_path", "prompts", "dataset_config_file", "replay_samples", "teacher_cache")
+)
 # Settings that may differ between the run that saved and the run that resumes: these files, and
 # those that name places, say how often to report, or split the same work differently. Everything
 # else must be equal.
