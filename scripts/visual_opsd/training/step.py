@@ -16,7 +16,7 @@ from data.packing import group_by_tokens, pack
 from data.sequence import Context, ImageSegment
 from data.teacher_cache import Entries
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.batch import SharedFeatures
+from modeling.bagel.batch import PackedBatch, SharedFeatures
 from modeling.bagel.config import SpecialTokens
 from modeling.bagel.flow import flow_loss
 from scripts.visual_opsd.config import OptimSettings
@@ -110,17 +110,14 @@ def run_pack(
     student_batch = pack([row.student for row in rows], step.special)
     teacher_hidden: Tensor | None = None
     if step.teacher is not None:
-
-        def score(contexts: Sequence[Context | None], share: SharedFeatures | None) -> Tensor:
-            assert step.teacher is not None
-            batch = pack([context for context in contexts if context is not None], step.special)
-            check_same_labels(student_batch, batch, [row.name for row in rows], step.decode)
-            return step.teacher.hidden(batch.to(step.device), share)
-
-        shared = shared_images(rows) if step.teacher.shares_features(step.device) else None
-        teacher_hidden = score([row.teacher for row in rows], shared)
+        batch = _pack_like(student_batch, [row.teacher for row in rows], rows, step)
+        blind: PackedBatch | None = None
         if step.contrast:
-            control = score([row.control for row in rows], None)
+            blind = _pack_like(student_batch, [row.control for row in rows], rows, step)
+        shared = shared_images(rows) if step.teacher.shares_features(step.device) else None
+        teacher_hidden = step.teacher.hidden(batch.to(step.device), shared)
+        if blind is not None:
+            control = step.teacher.hidden(blind.to(step.device))
             teacher_hidden = contrast(teacher_hidden, control, step.contrast)
         if shared is not None and shared.features is not None:
             student_batch = student_batch.with_features(shared.features)
@@ -151,6 +148,18 @@ def run_pack(
         stats["mse_rows"] = flow_sum.new_tensor(float(len(latents.velocity_rows)))
     logprobs = stats.pop("label_logprob")
     return PackResult(loss_sum.detach(), stats, logprobs, tuple(rows))
+
+
+def _pack_like(
+    student: PackedBatch,
+    contexts: Sequence[Context | None],
+    rows: Sequence[ScoredRow],
+    step: StepContext,
+) -> PackedBatch:
+    """The rows' contexts of another kind, which must score what the student's do."""
+    batch = pack([context for context in contexts if context is not None], step.special)
+    check_same_labels(student, batch, [row.name for row in rows], step.decode)
+    return batch
 
 
 def sampler_gap(results: Sequence[PackResult]) -> tuple[float, int]:
