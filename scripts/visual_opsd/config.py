@@ -221,7 +221,7 @@ class TeacherSettings(Settings):
         "teacher's figures are then of this target; 0: p itself", at_least=0, at_most=100,
     )  # fmt: skip
     contrast_with: str = option(
-        "noise", "with `--contrast`: a control, as in `--vt`", choices=CONTRASTS
+        "noise", "what p' is shown: `noise`, `other` or `none`, as in `--vt`", choices=CONTRASTS
     )
     teacher_cpu_offload: bool = option(False, "keep the teacher's shards in host memory")
 
@@ -232,20 +232,17 @@ class TeacherSettings(Settings):
                 f"--contrast_with {self.contrast_with} is what the teacher sees (--vt), so there "
                 "is nothing to contrast: choose another, or leave --contrast out"
             )
-        if self.contrast and self.contrast_with == "none" and self.teacher_vt == "vae+vit":
-            raise ValueError(
-                "--contrast_with none shows no picture whose latents --teacher_vt vae+vit could "
-                "read: choose another"
-            )
         if self.noise_vt and self.vt not in ("real", "noise"):
             raise ValueError(
                 f"--noise_vt True means --vt noise, which contradicts --vt {self.vt}: leave one out"
             )
-        if self.vt == "none" and self.teacher_vt == "vae+vit":
-            raise ValueError(
-                "--vt none shows no picture whose latents --teacher_vt vae+vit could read: leave "
-                "one out"
-            )
+        contrast_with = self.contrast_with if self.contrast else None
+        for flag, kind in (("vt", self.vt), ("contrast_with", contrast_with)):
+            if kind == "none" and self.teacher_vt == "vae+vit":
+                raise ValueError(
+                    f"--{flag} none shows no picture whose latents --teacher_vt vae+vit could "
+                    "read: choose another"
+                )
 
     @property
     def shown(self) -> str:

@@ -45,7 +45,13 @@ EVALUATE: tuple[dict[str, Any], str] = (
     "max_bad_rate compare",
 )
 DIAGNOSTIC: tuple[dict[str, Any], str] = (
-    {"num_samples": 3, "completions": "trace", "teacher_vt": "vae+vit", "seed": 3},
+    {
+        "num_samples": 3,
+        "completions": "trace",
+        "teacher_vt": "vae+vit",
+        "controls": "other",
+        "seed": 3,
+    },
     "model_path base_path baseline dataset_config_file data split data_root go_threshold "
     "output_dir overwrite figures heatmap_samples max_bad_rate",
 )
