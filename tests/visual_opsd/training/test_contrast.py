@@ -7,6 +7,7 @@ Its figures are recomputed in test_step_oracle.py, the forms of its loss in loss
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_what_is_combined() -> None:
 def test_a_run_of_none_is_one_without(world: Path, tmp_path: Path) -> None:
     """A = 0 to the last bit, whatever it is not contrasted with; else another loss, the same rows
     and completions."""
-    runs = {
+    runs: dict[str, dict[str, Any]] = {
         "plain": {},
         "zero": {"contrast": 0.0, "contrast_with": "other"},
         "half": {"contrast": 0.5, "contrast_with": "other", "num_workers": 1},
