@@ -1,5 +1,5 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""`make docs`: the tables that mirror the code, written anew between their markers.
+"""`make docs`: the tables that mirror the code, written anew between their markers; a drawing.
 
 A region begins with `<!-- NAME -->` and ends with `<!-- end -->`. What REGIONS does not name is
 written by hand. The meanings of options are the help texts of the settings.
@@ -20,6 +20,7 @@ import torch
 
 from modeling.fast import FAST_PATHS
 from modeling.host.programs import run_main
+from scripts import method_figure
 from scripts.bench.all import table as benchmark_table
 from scripts.bench.common import TRUE_SIZE
 from scripts.visual_opsd.analysis.kl_measurement import DiagnosticSettings
@@ -209,10 +210,42 @@ def memory_parts() -> str:
     return markdown_table(("GB of each GPU", *header), ([name, *row] for name, row in rows.items()))
 
 
+def memory_measured() -> str:
+    """docs/benchmarks/memory.json: what runs took of the GPU and the host, planned and measured."""
+    recorded = json.loads((BENCHMARKS / "memory.json").read_text(encoding="utf-8"))
+    rows = []
+    for run in recorded["runs"].values():
+        peak, planned = run["peak_memory_gb"]["median"], run["planned/peak_gb"]
+        host = (run["rank0/host_gb"], run["planned/host_gb"])
+        phases = [run[f"seconds/{phase}"]["median"] for phase in ("sample", "train", "optimise")]
+        rows.append((
+            run["what"], f"{planned:.1f}", f"{peak:.1f}", f"{planned / peak:.3f}",
+            f"{run['gpu0/used_gb']:.1f}", f"{host[0]:.1f} ({host[1]:.1f})",
+            " / ".join(f"{seconds:.2f}" for seconds in phases), f"{run['step_s']['median']:.1f}",
+        ))  # fmt: skip
+    header = (
+        "run", "planned peak, GB", "measured", "ratio", "in use by nvidia-smi",
+        "host (planned)", "sample / train / optimise, s", "a step, s",
+    )  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def optimizer_measured() -> str:
+    """docs/benchmarks/memory.json: seconds of an update of 8.05 billion parameters."""
+    found = json.loads((BENCHMARKS / "memory.json").read_text(encoding="utf-8"))["optimizer"]
+    rows = [
+        (f"`{kind}`", *(f"{found[kind][name]:.2f}" for name in ("median_s", "ratio", "first_s")))
+        for kind in ("host", "8bit")
+    ]
+    header = ("`--optimizer_state`", "an update, s", "of the transfer's time", "the first, s")
+    return markdown_table(header, rows)
+
+
 def benchmark_figures(name: str) -> str:
     return benchmark_table(json.loads((BENCHMARKS / name).read_text(encoding="utf-8")))
 
 
+DRAWINGS = {ROOT / "docs" / "figures" / "method.svg": method_figure.draw}
 # Document -> region -> what stands in it.
 REGIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo results": demo_results},
@@ -226,6 +259,10 @@ REGIONS: dict[str, dict[str, Callable[[], str]]] = {
         "options: OfflineSettings": lambda: option_table(OfflineSettings),
         "options: offline": offline_defaults,
         "free": free_settings,
+    },
+    "docs/memory.md": {
+        "memory: measured": memory_measured,
+        "memory: optimiser": optimizer_measured,
     },
     "EVAL.md": {
         f"options: {group.__name__}": lambda group=group: option_table(group)  # type: ignore[misc]
@@ -252,7 +289,7 @@ def renew(text: str, regions: Mapping[str, Callable[[], str]]) -> str:
 
 
 def renewed_documents() -> dict[Path, str]:
-    """The documents that differ from the code, as they should be."""
+    """The documents and drawings that differ from the code, as they should be."""
     found = {}
     for name, regions in REGIONS.items():
         text = (ROOT / name).read_text(encoding="utf-8")
@@ -262,6 +299,10 @@ def renewed_documents() -> dict[Path, str]:
             raise ValueError(f"{name}: {error}") from None
         if renewed != text:
             found[ROOT / name] = renewed
+    for path, draw in DRAWINGS.items():
+        drawn = draw()
+        if not path.is_file() or path.read_text(encoding="utf-8") != drawn:
+            found[path] = drawn
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,17 @@ torch.set_num_threads(1)
 
 # case -> worst |actual - expected| / (atol + rtol |expected|) and worst absolute difference.
 _deviations: dict[str, dict[str, float]] = defaultdict(lambda: {"share": 0.0, "abs": 0.0})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that hold a `slow` test come first, then those of many tests.
+
+    pyproject.toml has xdist keep this order (by itself it goes by the number of tests), so that
+    no core idles at the end while the other is in the middle of a long file.
+    """
+    counts = Counter(item.path for item in items)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, -counts[item.path]))
 
 
 @pytest.fixture

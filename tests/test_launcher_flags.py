@@ -17,7 +17,7 @@ from scripts.visual_opsd.analysis.trace_rows import CollectConfig
 from scripts.visual_opsd.cli import flat, parse_config
 from scripts.visual_opsd.config import SFT_DEFAULTS, SFTConfig, TrainConfig
 from scripts.visual_opsd.training.offline import OFFLINE_DEFAULTS, OfflineConfig
-from tests.shell import LAUNCHERS, dry_run, program_arguments, run
+from tests.shell import LAUNCHERS, LEADING, dry_run, program_arguments, run
 
 # Script -> usage's name of each positional argument: (setting, two values); None: an output's name.
 Arguments = dict[str, tuple[str | None, tuple[Any, Any]]]
@@ -33,6 +33,7 @@ OPSD: Arguments = {
 POSITIONAL: dict[str, Arguments] = {
     "run_visual_opsd.sh": OPSD,
     "run_visual_opsd_noise.sh": OPSD,
+    "run_visual_opsd_control.sh": OPSD,
     "run_sft_baseline.sh": {
         "MODEL_PATH": ("model_path", ("m", "n")),
         "TOTAL_STEPS": ("total_steps", (300, 400)),
@@ -59,6 +60,7 @@ POSITIONAL: dict[str, Arguments] = {
 CONFIGS: dict[str, tuple[type, dict[str, Any] | None]] = {
     "run_visual_opsd.sh": (TrainConfig, None),
     "run_visual_opsd_noise.sh": (TrainConfig, None),
+    "run_visual_opsd_control.sh": (TrainConfig, None),
     "run_sft_baseline.sh": (SFTConfig, SFT_DEFAULTS),
     "run_kl_diagnostic.sh": (DiagnosticConfig, None),
     "run_collect_traces.sh": (CollectConfig, None),
@@ -78,6 +80,7 @@ VARIABLES: dict[str, tuple[str, tuple[Any, Any]]] = {
 
 def settings(programs: Path, script: str, *arguments: str, **variables: str) -> dict[str, Any]:
     """What the program reads from the launcher's command line."""
+    arguments = (*LEADING.get(script, ()), *arguments)
     words = program_arguments(dry_run(programs, LAUNCHERS / script, *arguments, env=variables))
     config, defaults = CONFIGS[script]
     return flat(parse_config(config, words, "", defaults))
@@ -118,7 +121,9 @@ def test_every_argument_arrives_and_moves_nothing_else(
 
 
 @pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("script", ["run_visual_opsd.sh", "run_visual_opsd_noise.sh"])
+@pytest.mark.parametrize(
+    "script", ["run_visual_opsd.sh", "run_visual_opsd_noise.sh", "run_visual_opsd_control.sh"]
+)
 def test_every_variable_arrives_and_moves_nothing_else(
     programs: Path, script: str, number: int
 ) -> None:
@@ -127,9 +132,11 @@ def test_every_variable_arrives_and_moves_nothing_else(
     assert found == {name: values[number] for name, values in VARIABLES.values()}
 
 
-def test_what_the_noise_launcher_adds(programs: Path) -> None:
-    plain, noise = (settings(programs, name) for name in ("run_visual_opsd.sh",
-                                                          "run_visual_opsd_noise.sh"))  # fmt: skip
-    differ = {name for name in plain if plain[name] != noise[name]}
-    assert differ == {"noise_vt", "results_dir", "checkpoint_dir"}
-    assert (plain["noise_vt"], noise["noise_vt"]) == (False, True)
+def test_what_the_launchers_of_controls_add(programs: Path) -> None:
+    plain, noise, other = (
+        settings(programs, f"run_visual_opsd{name}.sh") for name in ("", "_noise", "_control")
+    )
+    for control, changed_flag, value in ((noise, "noise_vt", True), (other, "vt", "other")):
+        differ = {name for name in plain if plain[name] != control[name]}
+        assert differ == {changed_flag, "results_dir", "checkpoint_dir"}
+        assert control[changed_flag] == value

@@ -20,6 +20,7 @@ from scripts.visual_opsd.training.offline import OFFLINE_DEFAULTS, OfflineConfig
 from tests.shell import (
     DRY,
     LAUNCHERS,
+    LEADING,
     ROOT,
     RUN_OPSD,
     dry_run,
@@ -34,12 +35,14 @@ from tests.shell import (
 MODULES = {
     "run_visual_opsd.sh": "scripts.visual_opsd.train_visual_opsd",
     "run_visual_opsd_noise.sh": "scripts.visual_opsd.train_visual_opsd",
+    "run_visual_opsd_control.sh": "scripts.visual_opsd.train_visual_opsd",
     "run_sft_baseline.sh": "scripts.visual_opsd.train_sft",
     "run_kl_diagnostic.sh": "scripts.visual_opsd.kl_diagnostic",
     "run_collect_traces.sh": "scripts.visual_opsd.collect_traces",
     "run_visual_opsd_offline.sh": "scripts.visual_opsd.train_visual_opsd_offline",
 }
-OPSD_SCRIPTS = ("run_visual_opsd.sh", "run_visual_opsd_noise.sh")  # they read OPSD_VARIABLES
+# They read OPSD_VARIABLES.
+OPSD_SCRIPTS = ("run_visual_opsd.sh", "run_visual_opsd_noise.sh", "run_visual_opsd_control.sh")
 OPSD_VARIABLES = {
     "EMA_DECAY": ("--ema_decay", "0.9"),
     "JSD_TOP_K": ("--jsd_top_k", "32"),
@@ -99,6 +102,21 @@ def test_the_noise_control_differs_in_the_noise_and_the_name_only(programs: Path
     assert without == real
 
 
+def test_a_control_differs_in_what_is_shown_and_the_name_only(programs: Path) -> None:
+    real = program_arguments(dry_run(programs, RUN_OPSD, "m", "fixed", "--lr", "1"))
+    script = LAUNCHERS / "run_visual_opsd_control.sh"
+    for kind in ("other", "none"):
+        control = program_arguments(dry_run(programs, script, kind, "m", "fixed", "--lr", "1"))
+        assert flag(control, "--results_dir") == f"results/visual-opsd-{kind}-fixed-beta0.5"
+        place = control.index("--vt")
+        assert control[place + 1] == kind
+        rest = control[:place] + control[place + 2 :]
+        assert [word.replace(f"opsd-{kind}", "opsd") for word in rest] == real
+    for arguments in ((), ("--lr", "1"), ("-x",)):
+        done = run(programs, script, *arguments, env=DRY)
+        assert (done.returncode, "must be the KIND of control" in done.stderr) == (2, True)
+
+
 def test_arguments_of_the_others(programs: Path) -> None:
     sft = LAUNCHERS / "run_sft_baseline.sh"
     words = dry_run(programs, sft)
@@ -137,10 +155,11 @@ def test_arguments_of_the_others(programs: Path) -> None:
 
 @pytest.mark.parametrize("script", OPSD_SCRIPTS)
 def test_environment_variables_become_flags_only_when_set(programs: Path, script: str) -> None:
-    plain = dry_run(programs, LAUNCHERS / script, env={"EMA_DECAY": ""})
+    leading = LEADING.get(script, ())
+    plain = dry_run(programs, LAUNCHERS / script, *leading, env={"EMA_DECAY": ""})
     for name, (option, value) in OPSD_VARIABLES.items():
         assert option not in plain
-        words = dry_run(programs, LAUNCHERS / script, env={name: value})
+        words = dry_run(programs, LAUNCHERS / script, *leading, env={name: value})
         assert flag(words, option) == value
         assert len(words) == len(plain) + 2
 
@@ -157,7 +176,7 @@ def test_further_flags_pass_through_last_and_untouched(programs: Path) -> None:
 def test_every_launcher_works_from_another_directory(
     programs: Path, tmp_path: Path, script: str
 ) -> None:
-    words = dry_run(programs, LAUNCHERS / script, cwd=tmp_path)
+    words = dry_run(programs, LAUNCHERS / script, *LEADING.get(script, ()), cwd=tmp_path)
     assert words[1] == str(ROOT)
     assert words[words.index("-m", words.index("torch.distributed.run")) + 1] == MODULES[script]
 
@@ -183,7 +202,8 @@ def test_a_relative_model_path_is_the_callers_if_it_exists_there(
 def test_usage(programs: Path, script: str, option: str) -> None:
     done = run(programs, LAUNCHERS / script, option)
     assert done.returncode == 0
-    assert f"usage: {script} [MODEL_PATH]" in done.stdout
+    leading = "KIND " * (script in LEADING)
+    assert f"usage: {script} {leading}[MODEL_PATH]" in done.stdout
     for name in ("DRY_RUN", "PYTHON", "NPROC_PER_NODE", "SHUTDOWN_TIMEOUT", "ARNOLD_ID"):
         assert name in done.stdout
     if script in OPSD_SCRIPTS:
@@ -285,7 +305,9 @@ def test_the_programs_exist_and_know_the_flags_of_their_launcher(
 ) -> None:
     numbers = {"run_collect_traces.sh": "1", "run_visual_opsd_offline.sh": "12345"}
     given = ("m", *numbers.get(script, "123456" if script in OPSD_SCRIPTS else "12"))
-    words = program_arguments(dry_run(programs, LAUNCHERS / script, *given))
+    words = program_arguments(
+        dry_run(programs, LAUNCHERS / script, *LEADING.get(script, ()), *given)
+    )
     with pytest.raises(SystemExit) as exit_code:
         importlib.import_module(MODULES[script]).main(["--help"])
     assert exit_code.value.code == 0

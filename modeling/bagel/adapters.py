@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.bagel.layer import Layer
-
 M = TypeVar("M", bound=nn.Module)
 # What a target stands for: all linear layers below a path, or the decoder's of one name. None is
 # of the drawing branch, nor the head, nor what reads pixels.
@@ -112,7 +110,6 @@ def add_adapters(model: M, config: AdapterConfig) -> M:
         base = getattr(parent, name)
         assert isinstance(base, nn.Linear) and not isinstance(base, AdaptedLinear), path
         setattr(parent, name, AdaptedLinear(base, config.rank, config.scale))
-    _tell_layers(model)
     return model
 
 
@@ -126,7 +123,6 @@ def remove_adapters(model: M) -> M:
             plain.weight, plain.bias = module.weight, module.bias
             parent, name = _parent(model, path)
             setattr(parent, name, plain)
-    _tell_layers(model)
     return model
 
 
@@ -150,22 +146,13 @@ def switch_off(model: nn.Module) -> Iterator[None]:
     adapted = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
     for module in adapted:
         module.adapts = False
-    _tell_layers(model)
     try:
         yield
     finally:
         for module in adapted:
             module.adapts = True
-        _tell_layers(model)
 
 
 def _parent(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     parent, _, name = path.rpartition(".")
     return model.get_submodule(parent), name
-
-
-def _tell_layers(model: nn.Module) -> None:
-    """A layer's plan must know whether its linear layers are more than their weights."""
-    for layer in model.modules():
-        if isinstance(layer, Layer):
-            layer.adapted = any(isinstance(m, AdaptedLinear) and m.adapts for m in layer.modules())

@@ -21,7 +21,7 @@ from modeling.bagel.config import LLMConfig
 from modeling.bagel.kv_cache import KeyValues, Placement
 from modeling.bagel.layer import Layer
 from modeling.bagel.plan import PLAIN, LayerPlan, plan_layer, plan_layers
-from modeling.bagel.projections import add_linear, project_rows
+from modeling.bagel.projections import add_linear, are_plain, project_rows
 
 # Of the understanding expert, then of the generation expert.
 SUFFIXES = ("", "_moe_gen")
@@ -248,7 +248,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, plan: LayerPlan) -> Tensor:
         """`residual`, whose memory may be taken, with the MLP of the normed rows x added."""
-        if plan.streams(x):
+        if plan.streams(x) and are_plain(self.gate_proj, self.up_proj):
             from modeling.kernels.stream_linear import stream_linear
 
             hidden = stream_linear(x, self.gate_proj.weight, second=self.up_proj.weight)

@@ -14,7 +14,6 @@ class Layer(nn.Module):
     """Subclasses define `compute`; its first argument is a tensor of rows, or a tuple of such.
 
     checkpointing: the backward pass computes the activations again. compiled: set by `compile`.
-    adapted: a linear layer in it adds more than its weight says (adapters.py sets it).
     """
 
     compute: Callable[..., Any]
@@ -23,7 +22,6 @@ class Layer(nn.Module):
         super().__init__()
         self.checkpointing = False
         self.compiled = False
-        self.adapted = False
 
     def compile(self, *arguments: Any, **options: Any) -> None:
         super().compile(*arguments, **options)

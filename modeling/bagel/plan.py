@@ -59,13 +59,11 @@ def plan_layer(
     *,
     holds_weights: bool = True,
     compiled: bool = False,
-    adapted: bool = False,
 ) -> LayerPlan:
     """The plan of layers that see rows like x, with a gradient or not as the caller's mode is.
 
     head_dim: of layers that rotate their heads. holds_weights: False where a hook brings each
         weight for the call of its own module. compiled: by torch, which our kernels would stop.
-        adapted: linear layers must be called, as their weights are not all of them.
     """
     compiled = compiled or torch.compiler.is_compiling()
     row_kernels = not compiled and fast.runs_kernels("rows", x)
@@ -75,7 +73,7 @@ def plan_layer(
     if isinstance(layout, AttentionLayout):
         backend = choose_backend(x, layout, compiled=compiled)
     # What follows reuses memory or reads weights directly.
-    if torch.is_grad_enabled() or not holds_weights or compiled or adapted:
+    if torch.is_grad_enabled() or not holds_weights or compiled:
         return LayerPlan(backend, row_kernels, head_kernels)
     return LayerPlan(
         backend,
@@ -97,12 +95,9 @@ def plan_layers(
     devices: Sequence[torch.device] | None = None,
 ) -> list[LayerPlan]:
     """The plan of each layer of a stack; one for all unless they are spread over `devices`."""
-    own = [layer for layer in layers if isinstance(layer, Layer)]
-    compiled = any(layer.compiled for layer in own)
-    adapted = any(layer.adapted for layer in own)
+    compiled = any(isinstance(layer, Layer) and layer.compiled for layer in layers)
     if devices is None:
-        plan = plan_layer(x, layout, head_dim, compiled=compiled, adapted=adapted)
-        return [plan] * len(layers)
+        return [plan_layer(x, layout, head_dim, compiled=compiled)] * len(layers)
     return [
         plan_layer(
             x.new_empty(0, device=device),
@@ -110,7 +105,6 @@ def plan_layers(
             head_dim,
             holds_weights=all(weight.device == device for weight in layer.parameters()),
             compiled=compiled,
-            adapted=adapted,
         )
         for layer, device in zip(layers, devices, strict=True)
     ]

@@ -97,9 +97,14 @@ def joined_weights(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None] 
     return None if bias is None else (weight, bias)
 
 
+def are_plain(*layers: nn.Module) -> bool:
+    """Whether the layers are nothing but their weights and biases: no adapters, no wrappers."""
+    return all(type(layer) is nn.Linear for layer in layers)
+
+
 def project_rows(x: Tensor, layers: Sequence[nn.Linear], plan: LayerPlan) -> tuple[Tensor, ...]:
     """x (T, H) through layers side by side, in one product where planned and weights adjoin."""
-    joined = joined_weights(layers) if plan.joins_products else None
+    joined = joined_weights(layers) if plan.joins_products and are_plain(*layers) else None
     if joined is None:
         return tuple(layer(x) for layer in layers)
     weight, bias = joined
@@ -113,12 +118,12 @@ def project_rows(x: Tensor, layers: Sequence[nn.Linear], plan: LayerPlan) -> tup
 
 
 def add_linear(residual: Tensor, x: Tensor, layer: nn.Linear, plan: LayerPlan) -> Tensor:
-    """residual + layer(x), for a layer without bias.
+    """residual + layer(x); a plain layer must have no bias.
 
     Where planned, the sum is formed inside the product, in fp32, and rounded once; it then takes
     the residual's memory, which nobody else may need.
     """
-    if not plan.adds_in_product:
+    if not (plan.adds_in_product and are_plain(layer)):
         return residual + layer(x)
     if plan.streams(x):
         from modeling.kernels.stream_linear import stream_linear

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from modeling import fast
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.decoder import rotary
+from modeling.bagel.decoder import RMSNorm, rotary
 from modeling.bagel.kv_cache import KVCache
-from modeling.bagel.projections import adjoin_projections, joined_weights
+from modeling.bagel.projections import adjoin_projections, are_plain, joined_weights
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,30 @@ class _Weights:
 
 
 def can_stream(model: Bagel, batch: int) -> bool:
-    """Whether a model and batch can take the chain: half precision on one GPU, up to 64 rows."""
+    """Whether a model and batch can take the chain: half precision on one GPU, up to 64 rows, and
+    layers that are no more than their weights."""
     head = model.language_model.lm_head.weight
     dim = model.config.llm.head_dim
     return (
         model.layer_devices is None
+        and _is_plain(model)
         and type(head.data) is Tensor  # not a shard
         and fast.runs_kernels("decode", head)
         and batch <= 64
         and dim >= 32
         and dim & (dim - 1) == 0
     )
+
+
+def _is_plain(model: Bagel) -> bool:
+    layers: list[Any] = list(model.language_model.model.layers)
+    projections = [
+        projection
+        for layer in layers
+        for projection in (*layer.self_attn.children(), *layer.mlp.children())
+        if not isinstance(projection, RMSNorm)
+    ]
+    return are_plain(model.language_model.lm_head, *projections)
 
 
 class StreamedDecoder:

@@ -6,8 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AddedToken, Qwen2Tokenizer
-
 from modeling.bagel.config import SpecialTokens
 from modeling.host.text_files import read_json_object, read_text
 
@@ -27,6 +25,8 @@ def load_tokenizer(folder: str | Path) -> tuple[Any, SpecialTokens]:
         ValueError: neither tokenizer.json nor vocab.json and merges.txt are there, or a file is
             damaged; names the file.
     """
+    from transformers import AddedToken, Qwen2Tokenizer  # a second that --help need not take
+
     folder = Path(folder)
     has_pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     if not has_pair and not (folder / "tokenizer.json").is_file():

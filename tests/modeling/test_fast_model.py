@@ -90,7 +90,7 @@ def test_drawing(bundle: Any, with_kernels: Callable[[], None]) -> None:
     ]
     noise = initial_noise([6, 8], generator=torch.Generator().manual_seed(0))
     guidance = Guidance(4.0, 2.0, (0.4, 1.0), "global")
-    times = flow_schedule(4, 3.0)
+    times = flow_schedule(3, 3.0)
 
     def draw() -> Tensor:
         branches = pack_branches(blanks, pasts, special).to(DEVICE)

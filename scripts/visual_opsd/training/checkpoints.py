@@ -118,9 +118,15 @@ def _flatten(mapping: Mapping[str, Any], left_out: Collection[str] = ()) -> dict
 
 
 def _comparable(flat: dict[str, Any]) -> dict[str, Any]:
-    """Settings as they are compared: fp32 moments are saved alike wherever they lie."""
-    name = "optim.optimizer_state"
-    return flat | ({name: "gpu or host"} if flat.get(name) in ("gpu", "host") else {})
+    """Settings as they are compared: fp32 moments are saved alike wherever they lie, and noise has
+    two flags."""
+    name, noise, shown = "optim.optimizer_state", "teacher.noise_vt", "teacher.vt"
+    same: dict[str, Any] = {}
+    if flat.get(name) in ("gpu", "host"):
+        same[name] = "gpu or host"
+    if flat.get(noise) or flat.get(shown) == "noise":
+        same |= {noise: True, shown: "noise"}
+    return flat | same
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

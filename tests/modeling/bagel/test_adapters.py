@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.packing import pack
 from modeling import load_bagel
@@ -22,7 +22,10 @@ from modeling.bagel.adapters import (
     remove_adapters,
     switch_off,
 )
-from modeling.bagel.plan import plan_layer, plan_layers
+from modeling.bagel.config import LLMConfig
+from modeling.bagel.plan import LayerPlan
+from modeling.bagel.projections import add_linear, adjoin_projections, project_rows
+from modeling.bagel.streamed_decode import can_stream
 from tests.conftest import TINY_BAGEL
 from tests.modeling.segments import image, text
 
@@ -139,21 +142,27 @@ def test_begins_as_the_base() -> None:
     assert torch.equal(a, again)
 
 
-def test_a_plan_calls_layers_that_have_adapters() -> None:
-    """Fast paths that read a weight would leave its adapter out."""
-    model = adapted(("v_proj",))
-    decoder, vit = model.language_model.model.layers, model.vit_model.vision_model.encoder.layers
-    x = torch.zeros(2, 4)
-    layout = batch(model).layout
-    assert all(layer.adapted for layer in decoder) and not any(layer.adapted for layer in vit)
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("modeling.fast.runs_kernels", lambda *_: True)
-        patch.setattr("modeling.bagel.plan.choose_backend", lambda *_, **__: "padded")
-        free = plan_layer(x, layout, 4)
-        assert free.adds_in_product and free.streamed_rows
-        (plan, *_) = plan_layers(decoder, x, layout, 4)
-        assert not plan.adds_in_product and not plan.streamed_rows and not plan.joins_products
-        assert plan.row_kernels
-        with switch_off(model):
-            assert plan_layers(decoder, x, layout, 4)[0] == free
-    assert isinstance(decoder[0].self_attn.v_proj, nn.Linear)
+def test_fast_paths_call_layers_that_have_adapters() -> None:
+    """A product that reads weights would leave an adapter, or another wrapper, out."""
+    model = adapted(("q_proj", "down_proj"))
+    layer = model.language_model.model.layers[0]
+    attention, mlp = layer.self_attn, layer.mlp
+    plan = LayerPlan(joins_products=True, adds_in_product=True)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(3, attention.q_proj.in_features, generator=generator)
+    hidden = torch.randn(3, mlp.down_proj.in_features, generator=generator)
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    adjoin_projections(model)
+    with torch.no_grad():
+        called = [projection(x) for projection in projections]
+        for found, expected in zip(project_rows(x, projections, plan), called, strict=True):
+            assert torch.equal(found, expected)
+        added = add_linear(x.clone(), hidden, mlp.down_proj, plan)
+        torch.testing.assert_close(added, x + mlp.down_proj(hidden))
+        torch.testing.assert_close(
+            add_linear(x.clone(), x, attention.o_proj, plan), x + attention.o_proj(x)
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("modeling.fast.runs_kernels", lambda *_: True)
+            patch.setattr(LLMConfig, "head_dim", 32)
+            assert not can_stream(model, 1) and can_stream(remove_adapters(model), 1)

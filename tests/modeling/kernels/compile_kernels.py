@@ -58,21 +58,22 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def products(capability: int) -> None:
     """Every product of a decoding step, for every class of batches that has tiles of its own."""
-    for count in (1, 2, 8, 16, 32, 64):
+    qkv, square = empty(QKV, HIDDEN), empty(HIDDEN, HEADS * DIM)
+    gate, down, head = (
+        empty(INTERMEDIATE, HIDDEN),
+        empty(HIDDEN, INTERMEDIATE),
+        empty(VOCAB, HIDDEN),
+    )
+    for count in (1, 8, 16, 32, 64):
         for chained in {False, capability >= 90 and count <= 8}:
             norm: dict[str, Any] = {"gain": empty(HIDDEN), "chained": chained}
-            x, wide = empty(count, HIDDEN), empty(count, INTERMEDIATE)
-            gate = empty(INTERMEDIATE, HIDDEN)
-            stream_linear.stream_linear(x, empty(QKV, HIDDEN), bias=empty(QKV), **norm)
-            stream_linear.stream_linear(
-                empty(count, HEADS * DIM), empty(HIDDEN, HEADS * DIM), residual=x, out=x,
-                chained=chained,
-            )  # fmt: skip
+            x = empty(count, HIDDEN)
+            onto: dict[str, Any] = {"residual": x, "out": x, "chained": chained}
+            stream_linear.stream_linear(x, qkv, bias=empty(QKV), **norm)
+            stream_linear.stream_linear(empty(count, HEADS * DIM), square, **onto)
             stream_linear.stream_linear(x, gate, second=gate, **norm)
-            stream_linear.stream_linear(
-                wide, empty(HIDDEN, INTERMEDIATE), residual=x, out=x, chained=chained
-            )
-            stream_linear.stream_linear(x, empty(VOCAB, HIDDEN), **norm)
+            stream_linear.stream_linear(empty(count, INTERMEDIATE), down, **onto)
+            stream_linear.stream_linear(x, head, **norm)
 
 
 def decoding(capability: int) -> None:
@@ -123,7 +124,7 @@ def attention(_: int) -> None:
 
 
 def losses(_: int) -> None:
-    """Every form of the loss, whose kernels are specialised on it."""
+    """Every kind of divergence and every clip, on which the loss's kernels are specialised."""
     count = 4
     logits, labels = empty(count, VOCAB), torch.zeros(count, dtype=torch.int64)
     numbers, norm = empty(count, dtype=torch.float32), empty(count, 3, dtype=torch.float32)
@@ -133,15 +134,14 @@ def losses(_: int) -> None:
     index, log_t = labels[:, None].expand(count, 256).contiguous(), numbers[:, None].expand(-1, 256)
     clips: tuple[dict[str, Any], ...]
     clips = ({"token_clip": None}, {"clip_scope": "entry"}, {"clip_scope": "token"})
-    for beta in (0.0, 0.5, 1.0):
-        for clip in clips:
-            config = LossConfig(beta=beta, **clip)
-            loss_kernels.divergence_on_support(logits, index, log_t.contiguous(), numbers, config)
-            loss_kernels.full_divergence(logits, logits, norm, norm, config)
-            loss_kernels.write_gradient(
-                logits, config, labels, norm, ce_weight=numbers, pull=numbers,
-                teacher=logits, teacher_norm=norm, slope_sum=numbers,
-            )  # fmt: skip
+    for beta, clip in zip((0.0, 0.5, 1.0), clips, strict=True):
+        config = LossConfig(beta=beta, **clip)
+        loss_kernels.divergence_on_support(logits, index, log_t.contiguous(), numbers, config)
+        loss_kernels.full_divergence(logits, logits, norm, norm, config)
+        loss_kernels.write_gradient(
+            logits, config, labels, norm, ce_weight=numbers, pull=numbers,
+            teacher=logits, teacher_norm=norm, slope_sum=numbers,
+        )  # fmt: skip
     loss_kernels.write_gradient(logits, LossConfig(), labels, norm, pull=numbers)
     loss_kernels.write_gradient(logits, LossConfig(), labels, norm, ce_weight=numbers)
     hidden, values = empty(count, HIDDEN), empty(count, 256, dtype=torch.float32)

@@ -28,7 +28,7 @@ KINDS = ("gpu", "host", "8bit")
 SETTINGS: dict[str, Any] = {"contents": {}, "extra": {}}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def env() -> Iterator[DistEnv]:
     yield init_distributed("cpu")
     shutdown()

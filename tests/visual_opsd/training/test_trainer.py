@@ -212,15 +212,16 @@ def test_sft_traces_with_tags_are_not_wrapped_again(tmp_path: Path) -> None:
 # ------------------------------------------------------------- the same work, split differently
 
 SPLITS: dict[str, dict[str, Any]] = {
-    "accumulation 2": {"gradient_accumulation_steps": 2},
-    "accumulation beyond the rows": {"gradient_accumulation_steps": 7},
-    "packs of one row": {"pack_tokens": 20},
-    "rollout row by row": {"sample_batch_size": 1},
-    "loss in chunks of 3": {"loss_chunk_size": 3},
-    "activations kept": {"activation_checkpointing": False},
+    "accumulation 2, loss in chunks of 3": {
+        "gradient_accumulation_steps": 2, "loss_chunk_size": 3,
+    },
+    "accumulation beyond the rows, activations kept": {
+        "gradient_accumulation_steps": 7, "activation_checkpointing": False,
+    },
+    "packs of one row, rollout row by row": {"pack_tokens": 20, "sample_batch_size": 1},
     "offloaded": {"cpu_offload": True, "teacher_cpu_offload": True},
     "two workers": {"num_workers": 2, "prefetch_factor": 1},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
