@@ -45,6 +45,7 @@ def score_completion(
 ) -> ScoredRow:
     """Append a sampled completion to both contexts, cut so that the longer one fits.
 
+    A given text that the budget of a completion has cut counts as truncated too.
     The contexts leave room for a token at least: those of other rows were rejected as "too_long".
     """
     longest = max(context_length(student), context_length(teacher))
@@ -53,6 +54,7 @@ def score_completion(
     if truncated:
         assert room >= 1, f"{name}: its context takes {longest} of {max_forward_tokens} tokens"
         completion = completion.truncated(room)
+    truncated |= completion.given and completion.capped
     segment = completion.segment()
     return ScoredRow(name, (*student, segment), (*teacher, segment), completion, truncated)
 

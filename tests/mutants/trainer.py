@@ -117,7 +117,7 @@ FAULTS = [
         ("the rollout does not depend on the step", "                    step=batch.step,\n",
          "                    step=0,\n", "visual_opsd/training/test_randomness.py"),
         ("the rollout's numbers are those of the place on this rank",
-         "[item.slot for item in batch.items]", "list(range(len(batch.items)))",
+         "[item.slot for item in batch.items for _ in", "[i for i, _ in enumerate(batch.items) for _ in",
          "visual_opsd/training/test_randomness.py"),
         ("the noise control has the data's seed",
          "noise_seed = config.run.global_seed if config.teacher.noise_vt else None",
@@ -367,7 +367,7 @@ FAULTS = [
         ("a dry run saves a state", "    def _saves(self) -> bool:\n        return False\n", ""),
         ("a dry run leaves its folder", "            shutil.rmtree(folder, ignore_errors=True)\n",
          "            pass\n"),
-        ("completions keep their length", "return [self.completion] * len(batch.items)",
+        ("completions keep their length", "return [self.completion] * (each * len(batch.items))",
          "return super().roll_out(batch, place)"),
     ]),
 ]  # fmt: skip
