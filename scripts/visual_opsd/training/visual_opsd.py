@@ -151,7 +151,9 @@ class VisualOPSD(Objective):
             if share and off_policy_uniform(seed, step, item.slot) < share
         }
         others = replace(batch, items=tuple(i for i in batch.items if i.slot not in given))
-        if self.recorded is None:
+        if share == 1:
+            drawn = []  # no weights are gathered
+        elif self.recorded is None:
             drawn = self.roll_out(others, place)
         else:
             places = [(item, n) for item in others.items for n in range(each)]
