@@ -95,6 +95,8 @@ def _compare(
     """
     if target.entries is not None:
         assert target.log_probs is not None
+        if target.weight is not None:
+            scale = scale * target.weight
         divergence, forward_kl, inside = kernels.divergence_on_support(
             logits, target.entries, target.log_probs, scale, config, ce
         )

@@ -1,6 +1,6 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""The paper's objective, and its noise control: completions of the student, scored by a teacher
-that has seen the visual thoughts."""
+"""The paper's objective, and its controls: completions of the student, scored by a teacher that has
+seen the visual thoughts (VTs), or what a control shows in their place."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 
 from data.limits import NO_LIMITS, ContextLimits
 from data.parquet import StepRows
-from data.randomness import noise_generator, off_policy_uniform, row_generator
+from data.randomness import off_policy_uniform, row_generator
 from data.sequence import Completion, ContextBuilder, given_completion
 from data.thinkmorph import OPSD_ROWS, Row, parse_row
+from data.visual_thoughts import show_thoughts
 from modeling.autoencoder import AutoEncoder
 from modeling.bagel.bagel import Bagel
 from modeling.host.memory import memory_errors
@@ -45,15 +46,18 @@ _ADVICE = "lower --sample_batch_size or, in a new run, --sample_max_new_tokens"
 
 @dataclass(frozen=True)
 class PrepareOPSD:
-    """Row -> student and teacher context; with `noise_seed` the VTs become Gaussian noise.
+    """Row -> student and teacher context.
 
-    A row whose contexts do not fit the limits is rejected as "too_long".
+    vt: what the teacher sees in the place of the VTs (`data.visual_thoughts`), by `seed`. A row
+    whose contexts with the real ones do not fit the limits is rejected as "too_long", so that all
+    kinds train on the same rows.
     with_latents: the teacher also reads the VTs' latents (still pixels here). with_trace: the row
     must have a text trace, which becomes its target.
     """
 
     builder: ContextBuilder
-    noise_seed: int | None = None
+    vt: str = "real"
+    seed: int = 0
     limits: ContextLimits = NO_LIMITS
     with_latents: bool = False
     with_trace: bool = False
@@ -61,11 +65,10 @@ class PrepareOPSD:
     def __call__(self, row: Row) -> TrainRow:
         sample = parse_row(row, _TRACED_ROWS if self.with_trace else OPSD_ROWS)
         student = self.builder.student(sample)
-        noise = None
-        if self.noise_seed is not None:
-            noise = noise_generator(self.noise_seed, row.position)
-        teacher = self.builder.teacher(sample, student, noise, with_latents=self.with_latents)
-        self.limits.check(row, teacher)
+        shown = show_thoughts(self.vt, row, sample, self.seed)
+        teacher = self.builder.teacher(sample, student, shown, with_latents=self.with_latents)
+        longest = teacher if shown.images else self.builder.teacher(sample, student)
+        self.limits.check(row, longest)
         targets = self.builder.sft_targets(sample) if self.with_trace else ()
         return TrainRow.of(row, sample, student, teacher=teacher, targets=targets)
 
@@ -106,9 +109,9 @@ class VisualOPSD(Objective):
         config = self.config
         builder = make_builder(base.tokenizer, base.model, config.prompt)
         limits = scoring_limits(base.model, config.sample).check_settings(builder, teacher=True)
-        noise_seed = config.run.global_seed if config.teacher.noise_vt else None
+        shown, seed = config.teacher.shown, config.run.global_seed
         traced = self.rollout.off_policy_share > 0
-        return PrepareOPSD(builder, noise_seed, limits, self.teacher_reads_latents, traced)
+        return PrepareOPSD(builder, shown, seed, limits, self.teacher_reads_latents, traced)
 
     def label(self, batch: StepRows[TrainRow], place: Workplace) -> list[ScoredRow]:
         """The rows with their completions, which are also written to samples.jsonl.
