@@ -30,7 +30,7 @@ from scripts.visual_opsd.cli import (
     option,
 )
 from scripts.visual_opsd.on_policy_sampler import SamplerSettings
-from scripts.visual_opsd.opsd_loss import CLIP_SCOPES, LOSS_KINDS, LossConfig
+from scripts.visual_opsd.opsd_loss import CLIP_SCOPES, LOSS_KINDS, LossConfig, early_tokens
 
 TEACHER_MODES = ("ema", "fixed", "self")
 TEACHER_VTS = ("vit", "vae+vit")
@@ -284,6 +284,20 @@ class SampleSettings(Settings):
 
 
 @dataclass(frozen=True)
+class RolloutSettings(Settings):
+    """What Visual-OPSD's rows are completed with."""
+
+    completions_per_row: int = option(
+        1, "completions of each row in a step, each with random numbers of its own; scored as so "
+        "many rows", **TOGETHER,
+    )  # fmt: skip
+    off_policy_share: float = option(
+        0.0, "share of the rows that take the data set's text trace, with its answer, in the place "
+        "of their completions", **SHARES,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class LossSettings(Settings):
     jsd_weight: float = option(1.0, "weight of the divergence", **WEIGHTS)
     jsd_beta: float = option(
@@ -309,6 +323,14 @@ class LossSettings(Settings):
         "jsd", "`jsd`, or `tinker`: reverse KL on the sampled tokens", choices=LOSS_KINDS
     )
     ce_weight: float = option(0.0, "weight of the cross-entropy on the completion", **WEIGHTS)
+    token_weight: str = option(
+        "none", "which scored tokens count more, with mean 1 over each completion: `none`, all "
+        "alike; `early:N`, its first N tokens alone; `entropy`, by the student's; `teacher_ahead`, "
+        "by how much more probable the teacher finds the token, where it does",
+    )  # fmt: skip
+    skip_first_tokens: int = option(
+        0, "the first scored tokens of each completion have weight 0", at_least=0, at_most=2**17
+    )
     loss_chunk_size: int = option(
         512, "scored tokens whose logits exist at once, both models' counted: a divergence over "
         "the whole vocabulary works on half as many at a time", at_least=1, at_most=2**20,
@@ -322,6 +344,23 @@ class LossSettings(Settings):
                 "teacher and student alike, so loss and gradient are 0; --jsd_tail_bucket True "
                 "compares it with the rest"
             )
+        try:
+            first = early_tokens(self.token_weight)
+        except ValueError:
+            raise ValueError(
+                "--token_weight must be none, early:N (N a whole number of at least 1, as in "
+                f"early:32), entropy or teacher_ahead, got {self.token_weight!r}"
+            ) from None
+        if first is not None and first <= self.skip_first_tokens:
+            raise ValueError(
+                f"--token_weight {self.token_weight} counts the first {first} tokens, of which "
+                f"--skip_first_tokens {self.skip_first_tokens} leaves none: lower the latter"
+            )
+        if self.token_weight == "teacher_ahead" and self.jsd_weight == 0:
+            raise ValueError(
+                "--token_weight teacher_ahead needs a teacher, and with --jsd_weight 0 there is "
+                "none: use none, early:N or entropy"
+            )
 
     def build(self) -> LossConfig:
         return LossConfig(
@@ -334,6 +373,8 @@ class LossSettings(Settings):
             tail_bucket=self.jsd_tail_bucket,
             jsd_weight=self.jsd_weight,
             ce_weight=self.ce_weight,
+            token_weight=self.token_weight,
+            skip_first_tokens=self.skip_first_tokens,
         )
 
 
@@ -520,6 +561,7 @@ class TrainConfig:
     data: DataSettings = field(default_factory=DataSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     sample: SampleSettings = field(default_factory=SampleSettings)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     run: RunSettings = field(default_factory=RunSettings)
@@ -528,6 +570,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.lora.lora_rank is not None:
             check_adapters(self.lora, self.model)
+        if self.rollout.completions_per_row > 1 and not self.sample.sample_do_sample:
+            raise ValueError(
+                f"--completions_per_row {self.rollout.completions_per_row}: greedy completions "
+                "(--sample_do_sample False) of a row are all alike; leave one of the two out"
+            )
         kind = self.optim.optimizer_state
         if self.run.cpu_offload and kind != "gpu":
             raise ValueError(

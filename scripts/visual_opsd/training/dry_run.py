@@ -88,7 +88,8 @@ class FullLength(VisualOPSD):
     def roll_out(self, batch: StepRows[TrainRow], place: Workplace) -> list[Completion]:
         if self.samples:
             super().roll_out(batch, place)
-        return [self.completion] * len(batch.items)
+        each = self.rollout.completions_per_row
+        return [self.completion] * (each * len(batch.items))
 
 
 class MeasuredPhases(PhaseTimer):

@@ -73,6 +73,7 @@ class Footprint:
     largest_image: int
     smallest_picture: int  # latent tokens; 0: the autoencoder has no part
     largest_picture: int
+    completions_per_row: int
     sample_max_new_tokens: int
     sample_batch_size: int
     max_prefill_tokens: int
@@ -100,6 +101,11 @@ class Footprint:
     def rows(self) -> int:
         """Rows of a step on one GPU, at most."""
         return math.ceil(self.global_batch_size / self.gpus)
+
+    @property
+    def completions(self) -> int:
+        """What is decoded and scored of them: each completion is a row of its own."""
+        return self.rows * self.completions_per_row
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,7 @@ def make_footprint(
         width, height = transform.target_size(pixels, pixels)
         return min(width // patch, side) * min(height // patch, side)
 
+    completed = objective.samples or objective.teacher is not None
     latents = objective.trains_drawing or objective.teacher_reads_latents
     picture = ImageTransform(**prompt.vae_config())
 
@@ -197,6 +204,7 @@ def make_footprint(
         largest_image=patches(10**4),
         smallest_picture=latent_tokens(1),
         largest_picture=latent_tokens(10**4),
+        completions_per_row=config.rollout.completions_per_row if completed else 1,
         sample_max_new_tokens=sample.sample_max_new_tokens,
         sample_batch_size=sample.sample_batch_size,
         max_prefill_tokens=sample.sampler().max_prefill_tokens,
@@ -429,13 +437,13 @@ class Load:
 
 def _forward_rows(of: Footprint) -> int:
     """Rows of one of a step's forwards, before packs are cut."""
-    return math.ceil(of.rows / of.gradient_accumulation_steps)
+    return math.ceil(of.completions / of.gradient_accumulation_steps)
 
 
 def load_of(of: Footprint, row: RowLengths) -> Load:
     """The load of rows that are all alike."""
     together = max(1, of.max_prefill_tokens // row.student)
-    decoded = min(of.rows, of.sample_batch_size, together) if of.samples else 0
+    decoded = min(of.completions, of.sample_batch_size, together) if of.samples else 0
     packed = max(1, min(_forward_rows(of), of.pack_tokens // row.longest))
     room = row.student + of.sample_max_new_tokens + 1
     return Load(
@@ -448,7 +456,7 @@ def load_of(of: Footprint, row: RowLengths) -> Load:
         student_patches=packed * row.image,
         teacher_patches=packed * (row.image + row.shown) if row.shown else 0,
         scored=packed * (row.new + 1),
-        repeated=of.rows > packed,
+        repeated=of.completions > packed,
     )
 
 
@@ -467,18 +475,18 @@ def largest_load(of: Footprint) -> Load:
     if of.samples:
         # A completion may be cut, so a context may be longer; and of shorter ones more are decoded
         # together.
-        context, decoded = row.student + row.new - 1, min(of.rows, of.sample_batch_size)
+        context, decoded = row.student + row.new - 1, min(of.completions, of.sample_batch_size)
         prefill = max(context, min(decoded * context, of.max_prefill_tokens))
         load = replace(
             load, decoded=decoded, prefill_tokens=prefill,
             cache_tokens=prefill + decoded * (of.sample_max_new_tokens + 1),
             prefill_patches=min(prefill, decoded * row.image),
         )  # fmt: skip
-    several = of.gradient_accumulation_steps > 1 or of.rows * row.longest > of.pack_tokens
-    return replace(load, repeated=of.rows > 1 and several)
+    several = of.gradient_accumulation_steps > 1 or of.completions * row.longest > of.pack_tokens
+    return replace(load, repeated=of.completions > 1 and several)
 
 
 def least_load(of: Footprint) -> Load:
     """What every step has at least: one shortest row in a pack, and in the cache."""
     load = load_of(replace(of, sample_batch_size=1, pack_tokens=1), shortest_row(of))
-    return replace(load, repeated=of.rows > 1 and of.gradient_accumulation_steps > 1)
+    return replace(load, repeated=of.completions > 1 and of.gradient_accumulation_steps > 1)
