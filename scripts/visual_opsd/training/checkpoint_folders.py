@@ -333,7 +333,7 @@ def _claim_best(checkpoint_dir: Path, resumed_step: int, other: str) -> None:
         step = best_step(checkpoint_dir)
         if step is None:
             supersede(best, f"whose {BEST_FILE} names no step,")
-        elif step > resumed_step:
+        elif resumed_step < step:
             supersede(best, f"later than step {resumed_step},")
         elif other:
             supersede(best, f"as {other},")

@@ -181,7 +181,7 @@ def test_take_over(
 def test_validation(runs: list[TrainRun], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Which steps and rows are validated, what is kept, and where the run ends."""
     opened = spy(monkeypatch, open_data)
-    accuracies = iter(())
+    accuracies = iter((0.0,))
 
     def measure(self: Any, step: int, *_: Any) -> dict[str, float]:
         measured.append((step, len(self.rows)))
