@@ -1,5 +1,5 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""`make docs`: the tables that mirror the code, written anew between their markers.
+"""`make docs`: the tables that mirror the code, written anew between their markers; a drawing.
 
 A region begins with `<!-- NAME -->` and ends with `<!-- end -->`. What REGIONS does not name is
 written by hand. The meanings of options are the help texts of the settings.
@@ -20,6 +20,7 @@ import torch
 
 from modeling.fast import FAST_PATHS
 from modeling.host.programs import run_main
+from scripts import method_figure
 from scripts.bench.all import table as benchmark_table
 from scripts.bench.common import TRUE_SIZE
 from scripts.visual_opsd.analysis.kl_measurement import DiagnosticSettings
@@ -232,6 +233,7 @@ def benchmark_figures(name: str) -> str:
     return benchmark_table(json.loads((BENCHMARKS / name).read_text(encoding="utf-8")))
 
 
+DRAWINGS = {ROOT / "docs" / "figures" / "method.svg": method_figure.draw}
 # Document -> region -> what stands in it.
 REGIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo results": demo_results},
@@ -272,7 +274,7 @@ def renew(text: str, regions: Mapping[str, Callable[[], str]]) -> str:
 
 
 def renewed_documents() -> dict[Path, str]:
-    """The documents that differ from the code, as they should be."""
+    """The documents and drawings that differ from the code, as they should be."""
     found = {}
     for name, regions in REGIONS.items():
         text = (ROOT / name).read_text(encoding="utf-8")
@@ -282,6 +284,10 @@ def renewed_documents() -> dict[Path, str]:
             raise ValueError(f"{name}: {error}") from None
         if renewed != text:
             found[ROOT / name] = renewed
+    for path, draw in DRAWINGS.items():
+        drawn = draw()
+        if not path.is_file() or path.read_text(encoding="utf-8") != drawn:
+            found[path] = drawn
     return found
 
 

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from modeling import fast
 
@@ -353,8 +354,6 @@ def _one_call(q: Tensor, k: Tensor, v: Tensor, call: _Call, causal: bool, backen
 
 
 def _call_by_segment(q: Tensor, k: Tensor, v: Tensor, call: _Call, causal: bool) -> Tensor:
-    from torch.nn.attention.bias import causal_lower_right  # loads torch's compiler: two seconds
-
     bounds = list(zip(call.cu_query.tolist(), call.cu_key.tolist(), strict=True))
     outs = []
     for (q0, k0), (q1, k1) in itertools.pairwise(bounds):

@@ -2,7 +2,7 @@
 """`make demo`: the paper's claim on a laptop, through the ordinary entry points.
 
     world -> KL diagnostic of the base -> Visual-OPSD with real VTs and with noise VTs
-          -> accuracy before and after, gap closed -> a table, a figure, and a verdict
+          -> accuracy before and after, gap closed -> a table, a figure, a report, and a verdict
 
 Every stage is a command that is printed before it runs; nothing in trainer, evaluator or
 diagnostic knows of the demo. The effect is there when real VTs gain at least 8 points of text-only
@@ -30,6 +30,7 @@ from tqdm import tqdm
 from modeling.host.programs import SEED, make_folder, number, path_argument
 from modeling.host.text_files import read_json_object
 from scripts.miniworld.demo_figure import draw
+from scripts.visual_opsd.analysis.report.page import write_report
 from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.evaluation.scoring import PairedComparison, compare_runs
 
@@ -365,7 +366,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = table(result)
     (out / "table.txt").write_text(text + "\n")
     draw(out, result)
-    print(f"\n{text}\n\n{result['seconds']:.0f} s; figure: {out / 'demo.png'}")
+    report = out / "report.html"
+    arms = [out / "eval" / name for name in ("base", "real", "noise", "base-vt", "base-noise")]
+    write_report([out / "real", out / "noise"], report, evaluations=arms)
+    print(f"\n{text}\n\n{result['seconds']:.0f} s; figure: {out / 'demo.png'}; report: {report}")
     for failure in result["failures"]:
         print(f"FAILED: {failure}", file=sys.stderr)
     if result["failures"]:

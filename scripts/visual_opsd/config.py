@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from data.sequence import Prompts
+from data.visual_thoughts import VT_KINDS, VT_MEANINGS
 from modeling.bagel.adapters import PARTS, PROJECTIONS
 from scripts.visual_opsd.cli import (
     PACKED,
@@ -208,8 +209,30 @@ class TeacherSettings(Settings):
         "before that, as a released model reads what it drew (loads the drawing branch for the "
         "teacher, and the autoencoder)", choices=TEACHER_VTS,
     )  # fmt: skip
-    noise_vt: bool = option(False, "the control: Gaussian noise in place of the VTs")
+    vt: str = option(
+        "real", f"what the teacher sees in the place of a row's VTs: `real`, or a control. "
+        f"{VT_MEANINGS}. Rows, texts and lengths stay the same (but for `none`'s length)",
+        choices=VT_KINDS,
+    )  # fmt: skip
+    noise_vt: bool = option(False, "`True`: the same as `--vt noise`")
     teacher_cpu_offload: bool = option(False, "keep the teacher's shards in host memory")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.noise_vt and self.vt not in ("real", "noise"):
+            raise ValueError(
+                f"--noise_vt True means --vt noise, which contradicts --vt {self.vt}: leave one out"
+            )
+        if self.vt == "none" and self.teacher_vt == "vae+vit":
+            raise ValueError(
+                "--vt none shows no picture whose latents --teacher_vt vae+vit could read: leave "
+                "one out"
+            )
+
+    @property
+    def shown(self) -> str:
+        """The kind of `data.visual_thoughts` that the teacher sees."""
+        return "noise" if self.noise_vt else self.vt
 
 
 @dataclass(frozen=True)

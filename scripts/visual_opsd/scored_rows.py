@@ -71,21 +71,27 @@ def score_targets(row: TrainRow, max_forward_tokens: int) -> ScoredRow:
     return ScoredRow(row.name, context, None)
 
 
-def empty_row(patch_dim: int, *, with_teacher: bool, latent_dim: int | None = None) -> ScoredRow:
+def empty_row(
+    patch_dim: int,
+    *,
+    with_teacher: bool,
+    with_shown: bool = True,
+    latent_dim: int | None = None,
+) -> ScoredRow:
     """A pack of weight zero for a rank without rows: it joins the collectives, scores nothing.
 
     It holds an image, and latents where drawing is trained (None: it is not), because a rank that
     skipped the ViT would leave the others waiting. The teacher has one more of its own: where the
     student takes its features of the images both see, its ViT runs once for those and once for
-    others.
+    others (with_shown: there are others).
     """
     first = torch.zeros(1, dtype=torch.int64)
     context: Context = (ImageSegment(torch.zeros(1, patch_dim), first), TextSegment(()))
     if latent_dim is not None:
         context = (LatentSegment(torch.zeros(1, latent_dim), first), *context)
     other = ImageSegment(torch.zeros(1, patch_dim), first)
-    teacher = (*context[:-1], other, context[-1]) if with_teacher else None
-    return ScoredRow("(no row)", context, teacher)
+    teacher = (*context[:-1], *((other,) if with_shown else ()), context[-1])
+    return ScoredRow("(no row)", context, teacher if with_teacher else None)
 
 
 def check_same_labels(

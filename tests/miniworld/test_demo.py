@@ -100,6 +100,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     made = Stage()
     monkeypatch.setattr(demo.Runner, "run", lambda self, title, jobs: made.run(title, jobs))
     monkeypatch.setattr(demo, "draw", lambda out, result: (out / "demo.png").touch())
+    monkeypatch.setattr(demo, "write_report", lambda runs, out, **given: out.touch())
     return made
 
 
@@ -163,7 +164,7 @@ FLAGS: dict[str, Flag] = {
             *(Path(settings(job)["results_dir"]).parent for job in of(stage, TRAIN)),
             *(Path(settings(job)["output_dir"]).parents[1] for m in (EVALUATE, DIAGNOSTIC)
               for job in of(stage, m)),
-            *(file.parent for name in ("result.json", "table.txt", "demo.png")
+            *(file.parent for name in ("result.json", "table.txt", "demo.png", "report.html")
               for file in out.rglob(name)),
         },
         Path.resolve,
@@ -360,7 +361,7 @@ def test_failures_are_reported_and_end_with_1(
     assert "The effect is there" not in captured.out
     held = json.loads((tmp_path / "result.json").read_text())["failures"]
     assert [f"FAILED: {failure}" for failure in held] == lines
-    assert (tmp_path / "table.txt").exists() and (tmp_path / "demo.png").exists()
+    assert all((tmp_path / name).exists() for name in ("table.txt", "demo.png", "report.html"))
 
 
 def test_a_stage_that_fails_ends_with_1(
@@ -410,3 +411,7 @@ def test_without_the_effect_the_program_ends_with_1(
         assert "noise_vt: true" in config and "lr: 1.0e-12" in config
         assert (tmp_path / arm / "checkpoints" / "0000002" / "model.safetensors").exists()
     assert (tmp_path / "demo.png").stat().st_size > 1000
+    report = (tmp_path / "report.html").read_text()
+    for label in ("real", "noise", "base", "base-vt", "base-noise"):
+        assert f">{label}<" in report, label
+    assert "noise_vt" in report and "data:image/png" in report

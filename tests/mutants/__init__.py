@@ -15,7 +15,17 @@ from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-AREAS = ("data", "model", "loss", "trainer", "checkpoint", "evaluation", "launcher", "demo")
+AREAS = (
+    "data",
+    "model",
+    "loss",
+    "trainer",
+    "checkpoint",
+    "evaluation",
+    "launcher",
+    "demo",
+    "report",
+)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data.packing import group_by_tokens, pack
 from data.sequence import ImageSegment
+from data.teacher_cache import Entries
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import SharedFeatures
 from modeling.bagel.config import SpecialTokens
@@ -94,8 +95,12 @@ def loss_scale(count: float, env: DistEnv, weight: float = 1.0) -> float:
     return weight * env.world_size / max(count, 1.0)
 
 
-def run_pack(rows: Sequence[ScoredRow], step: StepContext) -> PackResult:
+def run_pack(
+    rows: Sequence[ScoredRow], step: StepContext, cached: Entries | None = None
+) -> PackResult:
     """Forward (teacher without gradient, then student) and backward of one pack.
+
+    cached: what was kept of a teacher, which is then not in memory, on the pack's scored tokens.
 
     Where drawing is trained, the unscaled sum of its loss and the number of its tokens are the
     statistics mse and mse_rows.
@@ -118,7 +123,7 @@ def run_pack(rows: Sequence[ScoredRow], step: StepContext) -> PackResult:
             theirs = weight.detach() if step.teacher_head is None else step.teacher_head
         return chunked_opsd_loss(
             hidden, weight, teacher_hidden, theirs, student_batch.score_labels, step.loss,
-            chunk_size=step.chunk_size,
+            chunk_size=step.chunk_size, cached=None if cached is None else cached.to(step.device),
         )  # fmt: skip
 
     if step.flow_scale is None:

@@ -444,6 +444,7 @@ class Trainer:
         filler = empty_row(
             model.vision.patch_dim,
             with_teacher=self.teacher is not None,
+            with_shown=config.teacher.shown != "none",
             latent_dim=model.latent_dim if objective.trains_drawing else None,
         )
         return [

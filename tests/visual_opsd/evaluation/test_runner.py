@@ -219,16 +219,18 @@ def test_an_error_in_reading_ends_the_run_and_the_reader(pool: RowPool) -> None:
 
 def test_who_stops_early_waits_for_one_row_only(pool: RowPool) -> None:
     read: list[int] = []
-    goes_on = threading.Event()
+    under_way, goes_on = threading.Event(), threading.Event()
 
     def prepare(row: Row) -> Prepared:
         read.append(row.position)
         if row.position == 3:
+            under_way.set()
             goes_on.wait(30)
         return Prepared("", length=0 if row.position else 99)
 
     windows = read_windows(pool, range(240), prepare, max_rows=240, max_tokens=99)
     assert [index for index, _ in next(windows).rows] == [0]
+    assert under_way.wait(30)
     closing = threading.Thread(target=windows.close)
     closing.start()
     closing.join(1)

@@ -1,0 +1,212 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""The report of some runs as one HTML file that needs neither network nor server.
+
+Texts of runs and data are strangers' (`markup.text`), and the page's own policy forbids whatever
+is not in the file: no request leaves it, and no script runs but the one of this folder.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from modeling.host.disk import disk_errors
+from scripts.visual_opsd.analysis.report.charts import Series, constant, draw_chart
+from scripts.visual_opsd.analysis.report.completions import CompletionCards, chosen_steps
+from scripts.visual_opsd.analysis.report.figures import Figure, group_figures
+from scripts.visual_opsd.analysis.report.markup import short, text
+from scripts.visual_opsd.analysis.report.runs import Run, read_runs
+from scripts.visual_opsd.analysis.report.tables import (
+    arms_table,
+    glance_table,
+    run_heads,
+    settings_tables,
+)
+
+_STYLE, _SCRIPT = "report.css", "report.js"
+_CHART_BYTES = 900_000  # of all curves together
+_POINT_BYTES = 24  # of a point in a raw and a smoothed line
+_POINTS = (40, 500)  # of a line, at least and at most
+_SHADES = ("below 0.01", "to 0.05", "to 0.2", "to 0.5", "to 0.9", "0.9 and more")
+
+
+def write_report(
+    runs: Sequence[str | Path],
+    out: Path,
+    *,
+    evaluations: Sequence[str | Path] = (),
+    steps: Sequence[int] | None = None,
+) -> None:
+    """Write the report of some runs to `out`, replacing what is there.
+
+    Args:
+        runs: results folders of trainings. evaluations: output folders of `evaluate`.
+        steps: whose completions to show; None: some from the first to the last.
+
+    Raises:
+        ValueError: a folder that holds no such thing, or `out` cannot be written.
+    """
+    page = build_page(read_runs(runs), evaluations, steps)
+    with disk_errors(f"writing {out}", out.parent):
+        out.write_bytes(page.encode("utf-8"))
+
+
+def build_page(
+    runs: Sequence[Run], evaluations: Sequence[str | Path], steps: Sequence[int] | None
+) -> str:
+    """The whole file. Raises ValueError as `write_report`."""
+    style, script = (
+        Path(__file__).with_name(name).read_text(encoding="utf-8") for name in (_STYLE, _SCRIPT)
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'"
+    )
+    sections = _sections(runs, evaluations, steps)
+    links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)
+    body = "".join(
+        f'<section id="{name}"><h2>{title}</h2>{content}</section>'
+        for name, title, content in sections
+    )
+    names = text(", ".join(run.label for run in runs), 200)
+    return (
+        "<!DOCTYPE html>\n"
+        '<html lang=en><head><meta charset=utf-8>'
+        f'<meta http-equiv=Content-Security-Policy content="{policy}">'
+        '<meta name=viewport content="width=device-width, initial-scale=1">'
+        '<meta name=color-scheme content="light dark">'
+        f"<title>Training report: {names}</title><style>{style}{_run_rules(len(runs))}</style>"
+        f"</head><body><header><h1>Training report</h1><nav>{links}</nav></header>"
+        f"{_legend(runs)}<main>{body}</main><script>{script}</script></body></html>\n"
+    )  # fmt: skip
+
+
+def _run_rules(count: int) -> str:
+    """Hides what belongs to a run whose box in the legend is not ticked; no script is needed."""
+    return "".join(
+        f"body:has(#run{n}:not(:checked)) main [data-run='{n}']{{display:none}}"
+        for n in range(count)
+    )
+
+
+def _legend(runs: Sequence[Run]) -> str:
+    boxes = "".join(
+        f'<label><input type=checkbox id="run{n}" checked>{head}</label>'
+        for n, head in enumerate(run_heads(runs))
+    )
+    return f"<form class=legend aria-label=Runs><b>Runs</b>{boxes}</form>"
+
+
+def _sections(
+    runs: Sequence[Run], evaluations: Sequence[str | Path], steps: Sequence[int] | None
+) -> list[tuple[str, str, str]]:
+    """(anchor, title, HTML) of the parts that there is something to show in."""
+    groups, left_out = group_figures({name for run in runs for name in run.figures})
+    curves, number = "", 0
+    most = _points_of_a_line(runs, sum(len(group.figures) for group in groups))
+    for group in groups:
+        charts, same = "", []
+        for figure in group.figures:
+            number += 1
+            series = _series(runs, figure)
+            value = constant(series)
+            if value is None:
+                charts += draw_chart(figure, series, number, most)
+            else:
+                same.append(f"{figure.title} {short(value, is_share=figure.is_share)}")
+        curves += f"<h3>{text(group.title)}</h3><div class=charts>{charts}</div>"
+        if same:
+            curves += f"<p class=same>The same at every step: {text('; '.join(same))}.</p>"
+    if left_out:
+        curves += f"<p class=note>{left_out} further figures are left out.</p>"
+    note = (
+        "<p class=note>Faint: every logged step; strong: the mean of its neighbourhood. Point at a "
+        "chart, or reach it with Tab and move with the arrow keys, to read values.</p>"
+    )
+    found = [("glance", "At a glance", _errors(runs) + glance_table(runs, groups))]
+    if evaluations:
+        found.append(("arms", "Evaluations", arms_table(evaluations)))
+    found.append(("settings", "Settings", settings_tables(runs)))
+    found.append(("curves", "Curves", note + curves))
+    found.append(("completions", "Completions", _completions(runs, steps)))
+    return found
+
+
+def _points_of_a_line(runs: Sequence[Run], figures: int) -> int:
+    least, most = _POINTS
+    return max(least, min(most, _CHART_BYTES // (_POINT_BYTES * len(runs) * max(1, figures))))
+
+
+def _series(runs: Sequence[Run], figure: Figure) -> list[Series]:
+    return [
+        Series(n, run.label, run.figures[figure.name], run.figures.get(figure.low, ()),
+               run.figures.get(figure.high, ()))
+        for n, run in enumerate(runs) if figure.name in run.figures
+    ]  # fmt: skip
+
+
+def _errors(runs: Sequence[Run]) -> str:
+    """What the disk refused to save, and how many steps were not finite."""
+    lines = []
+    for run in runs:
+        skipped = sum(value > 0 for _, value in run.figures.get("nonfinite", ()))
+        if skipped:
+            lines.append(f"{run.label}: {skipped} logged steps were skipped (not finite)")
+        lines += [f"{run.label}, {error}" for error in run.errors[-3:]]
+    return "".join(f"<p class=warning>{text(line, 400)}</p>" for line in lines)
+
+
+# ---------------------------------------------------------------------------------- completions
+
+
+def _completions(runs: Sequence[Run], wanted: Sequence[int] | None) -> str:
+    steps = chosen_steps(runs, wanted)
+    if not steps:
+        return "<p>No run wrote completions (samples.jsonl).</p>"
+    cards = CompletionCards(runs)
+    shown = cards.of_steps(steps)
+    parts = [_key(), *(f"<p class=note>{text(note, 400)}</p>" for note in _teacher_notes(runs))]
+    for step in steps:
+        opened = " open" if step in (steps[0], steps[-1]) else ""
+        parts.append(
+            f"<details class=step{opened}><summary>Step {step:,}</summary>"
+            f"<div class=cards>{shown[step]}</div></details>"
+        )
+    if cards.left_out:
+        parts.append(f"<p class=note>{cards.left_out} further rows of these steps are left out; "
+                     "samples.jsonl has them.</p>")  # fmt: skip
+    if cards.uncoloured:
+        labels = ", ".join(sorted(cards.uncoloured))
+        parts.append(f"<p class=note>Without colours, for want of the base's tokenizer or of ids: "
+                     f"{text(labels, 300)}.</p>")  # fmt: skip
+    missing = cards.missing_pictures()
+    parts += [f"<p class=note>No pictures. {text(reason, 400)}</p>" for reason in missing]
+    return "".join(parts)
+
+
+def _key() -> str:
+    """What the colours of tokens mean."""
+    shades = " ".join(  # the blanks are where a narrow page may break the line
+        f"<b{f' class=t{5 - place}' if place < 5 else ''}>{shade}</b>"
+        for place, shade in enumerate(_SHADES)
+    )
+    return (
+        "<p class=key>A token's colour: the probability with which the student sampled it "
+        f"(the runs do not record divergence by token). {shades} <s>not sampled</s> "
+        "<span>\u25a0 the end</span> <span class=hidden>what the student never sees</span></p>"
+    )
+
+
+def _teacher_notes(runs: Sequence[Run]) -> list[str]:
+    """Runs whose teacher saw something else than the visual thoughts that are shown."""
+    found = []
+    for run in runs:
+        kind = run.settings.get("vt", "real")
+        if run.settings.get("noise_vt") is True:
+            kind = "noise"
+        if kind != "real":
+            found.append(f"{run.label}: its teacher did not see these visual thoughts ({kind}).")
+    return found
