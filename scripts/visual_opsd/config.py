@@ -31,6 +31,7 @@ from scripts.visual_opsd.cli import (
 )
 from scripts.visual_opsd.on_policy_sampler import SamplerSettings
 from scripts.visual_opsd.opsd_loss import CLIP_SCOPES, LOSS_KINDS, LossConfig, early_tokens
+from scripts.visual_opsd.validation_config import ValidationSettings
 
 TEACHER_MODES = ("ema", "fixed", "self")
 TEACHER_VTS = ("vit", "vae+vit")
@@ -565,6 +566,7 @@ class TrainConfig:
     loss: LossSettings = field(default_factory=LossSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
     memory: PlanSettings = field(default_factory=PlanSettings)
 
     def __post_init__(self) -> None:
