@@ -28,9 +28,11 @@ from tests.visual_opsd.training.training_flags import (
 # There is neither a teacher nor a rollout.
 IDLE = {
     "use_reference_intro", "use_transition_prompt",
-    "teacher_mode", "ema_decay", "teacher_vt", "vt", "noise_vt", "teacher_cpu_offload",
+    "teacher_mode", "ema_decay", "teacher_vt", "vt", "noise_vt", "contrast", "contrast_with",
+    "teacher_cpu_offload",
     "sample_max_new_tokens", "sample_temperature", "sample_do_sample", "sample_max_image_skips",
     "sample_batch_size", "samples_per_step", "replay_samples",
+    "completions_per_row", "off_policy_share",
     "jsd_weight", "jsd_beta", "jsd_temperature", "jsd_top_k", "jsd_token_clip", "jsd_clip_scope",
     "jsd_tail_bucket", "jsd_loss_kind",
 }  # fmt: skip
@@ -39,6 +41,7 @@ ELSEWHERE = {
     "visual_gen", "precision", "max_nonfinite_steps", "resume", "auto_resume", "resume_from",
     "take_over", "plan", "plan_gpus", "plan_gpu_gb", "dry_run",
     "lora_rank", "lora_alpha", "lora_targets", "on_save_error",
+    "eval_every", "eval_data", "eval_split", "eval_limit", "keep_best", "early_stop",
 }  # fmt: skip
 ALONE = {"device": "test_device"}
 
