@@ -26,6 +26,7 @@ from modeling.release.adapters import save_adapter
 from scripts import docs
 from scripts.visual_opsd import evaluate, train_visual_opsd
 from scripts.visual_opsd.analysis.kl_measurement import DiagnosticSettings
+from scripts.visual_opsd.analysis.trace_rows import CollectSettings
 from scripts.visual_opsd.cli import build_parser, flat, parse_config
 from scripts.visual_opsd.config import (
     ComputeSettings,
@@ -33,6 +34,7 @@ from scripts.visual_opsd.config import (
     TrainConfig,
 )
 from scripts.visual_opsd.evaluation.questions import BenchmarkSettings, EvaluateSettings
+from scripts.visual_opsd.training.offline import OfflineSettings
 from tests.documented_commands import CONFIGS, ROOT, bash_environment, block_problems, blocks
 from tests.hostile.__main__ import all_cases
 from tests.shell import LEADING
@@ -123,7 +125,8 @@ def test_defaults_in_tables_are_what_a_user_may_type() -> None:
 @pytest.mark.parametrize(
     "group",
     [*(type(group) for group in vars(SFTConfig()).values()),
-     EvaluateSettings, BenchmarkSettings, ComputeSettings, DiagnosticSettings],
+     EvaluateSettings, BenchmarkSettings, ComputeSettings, DiagnosticSettings, CollectSettings,
+     OfflineSettings],
 )  # fmt: skip
 def test_every_choice_is_explained(group: type) -> None:
     for spec in fields(group):
@@ -270,6 +273,16 @@ def documented_fields(document: str, file: str) -> set[str]:
     return {name for row in rows for name in spans(row[0])}
 
 
+def metrics_of_validation(world: Path, results: Path) -> str:
+    """The first line of a run's metrics.jsonl, which is of the base."""
+    arguments = train_arguments(
+        world, results, total_steps=1, warmup_steps=0, eval_every=1, eval_limit=1,
+        eval_data="Spatial_Navigation",
+    )  # fmt: skip
+    assert train_visual_opsd.main(arguments) == 0
+    return (results / "metrics.jsonl").read_text().splitlines()[0]
+
+
 def test_what_a_training_run_writes(world: Path, tmp_path: Path) -> None:
     results = tmp_path / "run"
     handler = signal.getsignal(signal.SIGTERM)
@@ -285,6 +298,8 @@ def test_what_a_training_run_writes(world: Path, tmp_path: Path) -> None:
         written = {name for line in lines for name in json.loads(line)}
         assert documented_fields("TRAIN.md", file) == written, file
     assert documented_fields("TRAIN.md", "bad_rows.jsonl") == {f.name for f in fields(Reject)}
+    line = json.loads(metrics_of_validation(world, tmp_path / "validated"))
+    assert documented_fields("TRAIN.md", "validation") == line.keys() - {"step"}
     # Names as TRAIN.md shows them, with this run's step; the saved settings are a --config file.
     assert {p.name for p in (results / "checkpoints").iterdir()} == {"step_0000002", "0000002"}
     for name in ("step_0000500", "0000500", "config.yaml", "metrics.jsonl", "samples.jsonl"):
