@@ -57,6 +57,16 @@ def noise_generator(seed: int, position: int) -> torch.Generator:
     return row_generator("noise control", seed, position)
 
 
+def other_rows(seed: int, position: int, size: int) -> np.ndarray:
+    """Rows of a dataset, int64 (size,): whose VTs one row of one step is shown, the first fit."""
+    return _permutation(_stream("other row", seed, position), size)
+
+
+def shuffled_patches(seed: int, position: int, number: int, size: int) -> np.ndarray:
+    """Order of the patches of a row's VT of this number: a permutation of range(size), int64."""
+    return _permutation(_stream("shuffled patches", seed, position, number), size)
+
+
 def row_generator(purpose: str, seed: int, position: int) -> torch.Generator:
     """On the CPU: what one row of one step needs for a purpose; each has a stream of its own."""
     return torch.Generator().manual_seed(_hash(purpose, seed, position) >> 65)  # 63 bits

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from data.dataset_info import check_file
 from data.rejects import Reject
-from data.thinkmorph import OPSD_ROWS, BadRow, Row, RowNeeds, check_schema
+from data.thinkmorph import OPSD_ROWS, BadRow, Row, RowNeeds, RowReader, check_schema
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ CACHE_BYTES = 256 << 20
 LARGE_GROUP_BYTES = 1 << 30
 
 
-class RowSource(Protocol):
+class RowSource(RowReader, Protocol):
     """A dataset whose rows can be read by number, whatever its files are."""
 
     @property
@@ -36,11 +36,7 @@ class RowSource(Protocol):
     @property
     def files(self) -> tuple[str, ...]: ...
 
-    def __len__(self) -> int: ...
-
     def locate(self, index: int) -> tuple[str, int]: ...
-
-    def read_row(self, index: int, position: int = -1) -> Row: ...
 
 
 @dataclass(frozen=True)
@@ -209,7 +205,7 @@ class ParquetDataset:
             if getattr(error, "errno", None) is not None:  # the disk's fault, not the page's
                 raise unreadable(group.file, error) from error
             raise BadRow("unreadable_row", str(error), file=group.file, row=row) from error
-        return Row(self.name, group.file, row, values, position)
+        return Row(self.name, group.file, row, values, position, self)
 
 
 def prepare_row(

@@ -23,6 +23,7 @@ from data.transforms import (
     interpolated_position_ids,
     patchify,
 )
+from data.visual_thoughts import ShownThoughts
 from modeling.host.text_files import read_yaml
 
 # Taken over letter for letter: the released weights were trained with this prompt, odd spelling
@@ -312,7 +313,7 @@ class ContextBuilder:
         self,
         sample: Sample,
         student: Context,
-        noise: torch.Generator | None = None,
+        shown: ShownThoughts | None = None,
         *,
         with_latents: bool = False,
     ) -> Context:
@@ -320,26 +321,22 @@ class ContextBuilder:
 
         Args:
             student: `self.student(sample)`, reused so that the shared part is the same object.
-            noise: when given, each VT's patches are replaced by standard normal values from it
-                (the noise control).
+            shown: what stands in the place of the VTs; None: they themselves.
             with_latents: put each VT's picture for the autoencoder before its ViT image, as when
                 a released model reads what it drew.
         """
         if not sample.thought_images:
             raise ValueError(f"{sample.file} row {sample.row} has no visual thought to teach with")
+        shown = shown or ShownThoughts(sample.thought_images)
         images: list[Segment] = []
-        for image in sample.thought_images:
-            patches = self.image(image)
-            if noise is not None:
-                shape = patches.patches.shape
-                patches = replace(patches, patches=torch.randn(shape, generator=noise))
+        for number, image in enumerate(shown.images):
+            seen = self.image(image)
+            seen = replace(seen, patches=shown.alter(seen.patches, number, None))
             if with_latents:
                 picture = self.picture(image)
-                if noise is not None:
-                    shape = picture.pixels.shape
-                    picture = replace(picture, pixels=torch.randn(shape, generator=noise))
-                images.append(picture)
-            images.append(patches)
+                pixels = shown.alter(picture.pixels, number, self.latent_stride)
+                images.append(replace(picture, pixels=pixels))
+            images.append(seen)
         return (*student, *self._shown(images))
 
     def interleaved(self, sample: Sample) -> Context:

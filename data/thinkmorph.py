@@ -9,14 +9,15 @@ how the files spell it; `reasoning_thought_i` is accepted too), `reasoning_image
 
 from __future__ import annotations
 
+import hashlib
 import math
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import partial
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import pyarrow as pa
 from PIL import Image
@@ -64,13 +65,22 @@ SFT_ROWS = RowNeeds(text_trace="required")
 INTERLEAVED_ROWS = RowNeeds(visual_thoughts="required", thoughts="required")
 
 
+class RowReader(Protocol):
+    """Rows of one dataset by number."""
+
+    def __len__(self) -> int: ...
+
+    def read_row(self, index: int, position: int = -1) -> Row: ...
+
+
 @dataclass(frozen=True)
 class Row:
     """A row as read: column values, and where it comes from.
 
     `row` counts inside `file`; `position` is the global place in the training order (step *
     global batch size + slot), or -1 for rows read in file order. Random numbers that belong to a
-    row of a step are keyed by it: the same row can occur twice in one step.
+    row of a step are keyed by it: the same row can occur twice in one step. `source` holds the
+    other rows of its dataset, for uses that show a row what belongs to another.
     """
 
     dataset: str
@@ -78,6 +88,7 @@ class Row:
     row: int
     values: Mapping[str, Any] = field(repr=False)
     position: int = -1
+    source: RowReader | None = field(default=None, repr=False, compare=False)
 
     def bad(self, reason: str, detail: str) -> BadRow:
         """The error that says why this row cannot be used."""
@@ -239,14 +250,16 @@ def row_image(row: Row, column: str) -> Image.Image | None:
         raise row.bad("broken_image", f"{column}: {error}") from error
 
 
-def _full_text(row: Row, column: str) -> str:
+def full_text(row: Row, column: str) -> str:
+    """Text of a column. Raises BadRow if it is blank."""
     text = _text(row, column)
     if is_blank(text):
         raise row.bad(f"missing_{column}", f"column {column} is empty")
     return text
 
 
-def _images(row: Row) -> tuple[Image.Image, ...]:
+def thought_images(row: Row) -> tuple[Image.Image, ...]:
+    """The visual thoughts there are, RGB. Raises BadRow."""
     images = (row_image(row, name) for name in IMAGE_COLUMNS)
     return tuple(image for image in images if image is not None)
 
@@ -271,6 +284,18 @@ def _world(row: Row) -> tuple[str | None, str | None]:
     return world or None, state or None
 
 
+def row_digest(row: Row, columns: Sequence[str]) -> str:
+    """Digest of the cells of some columns; image cells count by their bytes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for column in columns:
+        value = row.values.get(column)
+        if isinstance(value, Mapping):
+            value = value.get("bytes")
+        data = value if isinstance(value, bytes) else str("" if value is None else value).encode()
+        digest.update(f"{column} {len(data)} ".encode() + data)
+    return digest.hexdigest()
+
+
 def parse_row(row: Row, needs: RowNeeds = OPSD_ROWS) -> Sample:
     """The sample of a row, images decoded.
 
@@ -282,11 +307,11 @@ def parse_row(row: Row, needs: RowNeeds = OPSD_ROWS) -> Sample:
         if need == "required" and not found:
             raise row.bad(reason, detail)
 
-    question, answer = _full_text(row, "question"), _full_text(row, "answer")
+    question, answer = full_text(row, "question"), full_text(row, "answer")
     problem = row_image(row, PROBLEM_IMAGE)
     if problem is None:
         raise row.bad("missing_image", f"column {PROBLEM_IMAGE} is empty")
-    images = () if needs.visual_thoughts == "unused" else _images(row)
+    images = () if needs.visual_thoughts == "unused" else thought_images(row)
     missing = "no reasoning_image_i holds an image"
     require(needs.visual_thoughts, images, "no_visual_thought", missing)
     trace = "" if needs.text_trace == "unused" else _text(row, TEXT_TRACE)

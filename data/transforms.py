@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -336,6 +336,13 @@ def patchify(chw: Tensor, patch: int) -> Tensor:
     assert height % patch == 0 and width % patch == 0, (height, width, patch)
     grid = chw.reshape(channels, height // patch, patch, width // patch, patch)
     return grid.permute(1, 3, 2, 4, 0).reshape(-1, patch * patch * channels)
+
+
+def unpatchify(patches: Tensor, patch: int, shape: Sequence[int]) -> Tensor:
+    """The tensor of this shape (C, H, W) of which `patchify` makes these patches."""
+    channels, height, width = shape
+    grid = patches.reshape(height // patch, width // patch, patch, patch, channels)
+    return grid.permute(4, 0, 2, 1, 3).reshape(channels, height, width)
 
 
 def _flat_positions(rows: Tensor, columns: Tensor, max_side: int) -> Tensor:

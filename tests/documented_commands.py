@@ -19,9 +19,11 @@ import pytest
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from scripts.visual_opsd.analysis.kl_measurement import DiagnosticConfig
+from scripts.visual_opsd.analysis.trace_rows import CollectConfig
 from scripts.visual_opsd.cli import parse_config
 from scripts.visual_opsd.config import SFT_DEFAULTS, SFTConfig, TrainConfig
 from scripts.visual_opsd.evaluation.questions import EvaluateConfig
+from scripts.visual_opsd.training.offline import OFFLINE_DEFAULTS, OfflineConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 # Programs whose flags are the fields of a configuration, and the defaults of their own.
@@ -31,6 +33,8 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
     "scripts.visual_opsd.plan": (TrainConfig, {"plan": True}),
     "scripts.visual_opsd.evaluate": (EvaluateConfig, {}),
     "scripts.visual_opsd.kl_diagnostic": (DiagnosticConfig, {}),
+    "scripts.visual_opsd.collect_traces": (CollectConfig, {}),
+    "scripts.visual_opsd.train_visual_opsd_offline": (OfflineConfig, OFFLINE_DEFAULTS),
 }
 
 

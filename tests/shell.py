@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAUNCHERS = ROOT / "scripts" / "visual_opsd"
 RUN_OPSD = LAUNCHERS / "run_visual_opsd.sh"
 DRY = {"DRY_RUN": "1"}
+# Arguments that a launcher must have before all others.
+LEADING = {"run_visual_opsd_control.sh": ("other",)}
 
 
 def write_program(path: Path, text: str) -> Path:

@@ -26,6 +26,7 @@ from modeling.release.adapters import save_adapter
 from scripts import docs
 from scripts.visual_opsd import evaluate, train_visual_opsd
 from scripts.visual_opsd.analysis.kl_measurement import DiagnosticSettings
+from scripts.visual_opsd.analysis.trace_rows import CollectSettings
 from scripts.visual_opsd.cli import build_parser, flat, parse_config
 from scripts.visual_opsd.config import (
     ComputeSettings,
@@ -33,8 +34,10 @@ from scripts.visual_opsd.config import (
     TrainConfig,
 )
 from scripts.visual_opsd.evaluation.questions import BenchmarkSettings, EvaluateSettings
+from scripts.visual_opsd.training.offline import OfflineSettings
 from tests.documented_commands import CONFIGS, ROOT, bash_environment, block_problems, blocks
 from tests.hostile.__main__ import all_cases
+from tests.shell import LEADING
 from tests.visual_opsd.training_runs import train_arguments
 
 TINY_BAGEL = ROOT / "tests" / "tiny-bagel"
@@ -122,7 +125,8 @@ def test_defaults_in_tables_are_what_a_user_may_type() -> None:
 @pytest.mark.parametrize(
     "group",
     [*(type(group) for group in vars(SFTConfig()).values()),
-     EvaluateSettings, BenchmarkSettings, ComputeSettings, DiagnosticSettings],
+     EvaluateSettings, BenchmarkSettings, ComputeSettings, DiagnosticSettings, CollectSettings,
+     OfflineSettings],
 )  # fmt: skip
 def test_every_choice_is_explained(group: type) -> None:
     for spec in fields(group):
@@ -218,22 +222,23 @@ POSITIONAL = {
 def test_positional_arguments(script: str) -> None:
     rows = table_rows(region(WALK, POSITIONAL[script]))
     given = [f"value{number}" for number in range(len(rows))]
-    words = shlex.split(dry_run(script, *given).stdout)
+    leading = LEADING.get(script, ())
+    words = shlex.split(dry_run(script, *leading, *given).stdout)
     config_class, defaults = CONFIGS[words[len(words) - 1 - words[::-1].index("-m") + 1]]
     defaults = {**flat(config_class()), **defaults}
-    plain = shlex.split(dry_run(script).stdout)
+    plain = shlex.split(dry_run(script, *leading).stdout)
     for value, (name, default, target) in zip(given, rows, strict=True):
         if spans(name) == ["OUTPUT_NAME"]:
             assert flag_value(words, "--results_dir") == f"results/{value}"
             default = spans(default)[0].replace("TEACHER_MODE", "ema").replace("JSD_BETA", "0.5")
-            if "noise" in script:
-                default = default.replace("opsd", "opsd-noise")
+            for kind in ("noise",) * ("noise" in script) + leading:
+                default = default.replace("opsd", f"opsd-{kind}")
             assert flag_value(plain, "--results_dir") == f"results/{default}"
             continue
         (flag,) = spans(target)
         assert flag_value(words, flag) == value, name
         assert read_value(config_class, flag[2:], spans(default)[0]) == defaults[flag[2:]], name
-    assert dry_run(script, *given, "one-more").returncode == 2
+    assert dry_run(script, *leading, *given, "one-more").returncode == 2
 
 
 def test_environment_of_the_launchers() -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from scripts.visual_opsd.analysis.kl_measurement import DiagnosticConfig
+from scripts.visual_opsd.analysis.trace_rows import CollectConfig
 from scripts.visual_opsd.cli import flat, parse_config
 from scripts.visual_opsd.config import SFT_DEFAULTS, SFTConfig, TrainConfig
-from tests.shell import LAUNCHERS, dry_run, program_arguments, run
+from scripts.visual_opsd.training.offline import OFFLINE_DEFAULTS, OfflineConfig
+from tests.shell import LAUNCHERS, LEADING, dry_run, program_arguments, run
 
 # Script -> usage's name of each positional argument: (setting, two values); None: an output's name.
 Arguments = dict[str, tuple[str | None, tuple[Any, Any]]]
@@ -31,6 +33,7 @@ OPSD: Arguments = {
 POSITIONAL: dict[str, Arguments] = {
     "run_visual_opsd.sh": OPSD,
     "run_visual_opsd_noise.sh": OPSD,
+    "run_visual_opsd_control.sh": OPSD,
     "run_sft_baseline.sh": {
         "MODEL_PATH": ("model_path", ("m", "n")),
         "TOTAL_STEPS": ("total_steps", (300, 400)),
@@ -41,12 +44,27 @@ POSITIONAL: dict[str, Arguments] = {
         "NUM_SAMPLES": ("num_samples", (30, 40)),
         "OUTPUT_DIR": ("output_dir", ("here", "there")),
     },
+    "run_collect_traces.sh": {
+        "MODEL_PATH": ("model_path", ("m", "n")),
+        "OUTPUT_DIR": ("output_dir", ("here", "there")),
+    },
+    "run_visual_opsd_offline.sh": {
+        "MODEL_PATH": ("model_path", ("m", "n")),
+        "TEACHER_CACHE": ("teacher_cache", ("here", "there")),
+        "KD_WEIGHT": ("jsd_weight", (0.25, 0.75)),
+        "KD_TEMP": ("jsd_temperature", (1.0, 3.0)),
+        "TOTAL_STEPS": ("total_steps", (300, 400)),
+        "OUTPUT_NAME": (None, ("mine", "yours")),
+    },
 }
 CONFIGS: dict[str, tuple[type, dict[str, Any] | None]] = {
     "run_visual_opsd.sh": (TrainConfig, None),
     "run_visual_opsd_noise.sh": (TrainConfig, None),
+    "run_visual_opsd_control.sh": (TrainConfig, None),
     "run_sft_baseline.sh": (SFTConfig, SFT_DEFAULTS),
     "run_kl_diagnostic.sh": (DiagnosticConfig, None),
+    "run_collect_traces.sh": (CollectConfig, None),
+    "run_visual_opsd_offline.sh": (OfflineConfig, OFFLINE_DEFAULTS),
 }
 VARIABLES: dict[str, tuple[str, tuple[Any, Any]]] = {
     "EMA_DECAY": ("ema_decay", (0.9, 0.8)),
@@ -62,6 +80,7 @@ VARIABLES: dict[str, tuple[str, tuple[Any, Any]]] = {
 
 def settings(programs: Path, script: str, *arguments: str, **variables: str) -> dict[str, Any]:
     """What the program reads from the launcher's command line."""
+    arguments = (*LEADING.get(script, ()), *arguments)
     words = program_arguments(dry_run(programs, LAUNCHERS / script, *arguments, env=variables))
     config, defaults = CONFIGS[script]
     return flat(parse_config(config, words, "", defaults))
@@ -102,7 +121,9 @@ def test_every_argument_arrives_and_moves_nothing_else(
 
 
 @pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("script", ["run_visual_opsd.sh", "run_visual_opsd_noise.sh"])
+@pytest.mark.parametrize(
+    "script", ["run_visual_opsd.sh", "run_visual_opsd_noise.sh", "run_visual_opsd_control.sh"]
+)
 def test_every_variable_arrives_and_moves_nothing_else(
     programs: Path, script: str, number: int
 ) -> None:
@@ -111,9 +132,11 @@ def test_every_variable_arrives_and_moves_nothing_else(
     assert found == {name: values[number] for name, values in VARIABLES.values()}
 
 
-def test_what_the_noise_launcher_adds(programs: Path) -> None:
-    plain, noise = (settings(programs, name) for name in ("run_visual_opsd.sh",
-                                                          "run_visual_opsd_noise.sh"))  # fmt: skip
-    differ = {name for name in plain if plain[name] != noise[name]}
-    assert differ == {"noise_vt", "results_dir", "checkpoint_dir"}
-    assert (plain["noise_vt"], noise["noise_vt"]) == (False, True)
+def test_what_the_launchers_of_controls_add(programs: Path) -> None:
+    plain, noise, other = (
+        settings(programs, f"run_visual_opsd{name}.sh") for name in ("", "_noise", "_control")
+    )
+    for control, changed_flag, value in ((noise, "noise_vt", True), (other, "vt", "other")):
+        differ = {name for name in plain if plain[name] != control[name]}
+        assert differ == {changed_flag, "results_dir", "checkpoint_dir"}
+        assert control[changed_flag] == value

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from scripts.visual_opsd.analysis.trace_rows import CollectSettings
 from scripts.visual_opsd.cli import flat, parse_config
 from scripts.visual_opsd.config import SFT_DEFAULTS, TrainConfig
+from scripts.visual_opsd.training.offline import OFFLINE_DEFAULTS, OfflineConfig
 from tests.shell import (
     DRY,
     LAUNCHERS,
+    LEADING,
     ROOT,
     RUN_OPSD,
     dry_run,
@@ -32,9 +35,14 @@ from tests.shell import (
 MODULES = {
     "run_visual_opsd.sh": "scripts.visual_opsd.train_visual_opsd",
     "run_visual_opsd_noise.sh": "scripts.visual_opsd.train_visual_opsd",
+    "run_visual_opsd_control.sh": "scripts.visual_opsd.train_visual_opsd",
     "run_sft_baseline.sh": "scripts.visual_opsd.train_sft",
     "run_kl_diagnostic.sh": "scripts.visual_opsd.kl_diagnostic",
+    "run_collect_traces.sh": "scripts.visual_opsd.collect_traces",
+    "run_visual_opsd_offline.sh": "scripts.visual_opsd.train_visual_opsd_offline",
 }
+# They read OPSD_VARIABLES.
+OPSD_SCRIPTS = ("run_visual_opsd.sh", "run_visual_opsd_noise.sh", "run_visual_opsd_control.sh")
 OPSD_VARIABLES = {
     "EMA_DECAY": ("--ema_decay", "0.9"),
     "JSD_TOP_K": ("--jsd_top_k", "32"),
@@ -94,7 +102,22 @@ def test_the_noise_control_differs_in_the_noise_and_the_name_only(programs: Path
     assert without == real
 
 
-def test_sft_and_diagnostic_arguments(programs: Path) -> None:
+def test_a_control_differs_in_what_is_shown_and_the_name_only(programs: Path) -> None:
+    real = program_arguments(dry_run(programs, RUN_OPSD, "m", "fixed", "--lr", "1"))
+    script = LAUNCHERS / "run_visual_opsd_control.sh"
+    for kind in ("other", "none"):
+        control = program_arguments(dry_run(programs, script, kind, "m", "fixed", "--lr", "1"))
+        assert flag(control, "--results_dir") == f"results/visual-opsd-{kind}-fixed-beta0.5"
+        place = control.index("--vt")
+        assert control[place + 1] == kind
+        rest = control[:place] + control[place + 2 :]
+        assert [word.replace(f"opsd-{kind}", "opsd") for word in rest] == real
+    for arguments in ((), ("--lr", "1"), ("-x",)):
+        done = run(programs, script, *arguments, env=DRY)
+        assert (done.returncode, "must be the KIND of control" in done.stderr) == (2, True)
+
+
+def test_arguments_of_the_others(programs: Path) -> None:
     sft = LAUNCHERS / "run_sft_baseline.sh"
     words = dry_run(programs, sft)
     assert program_arguments(words) == words_of(
@@ -112,13 +135,31 @@ def test_sft_and_diagnostic_arguments(programs: Path) -> None:
         "--model_path m --num_samples 50 --output_dir results/kl --seed 3"
     )
 
+    collecting = LAUNCHERS / "run_collect_traces.sh"
+    assert program_arguments(dry_run(programs, collecting)) == []
+    words = dry_run(programs, collecting, "m", "results/cache", "--completions", "base")
+    assert program_arguments(words) == words_of(
+        "--model_path m --output_dir results/cache --completions base"
+    )
+    offline = LAUNCHERS / "run_visual_opsd_offline.sh"
+    output = "results/visual-opsd-offline"
+    assert program_arguments(dry_run(programs, offline)) == words_of(
+        f"--results_dir {output} --checkpoint_dir {output}/checkpoints"
+    )
+    words = dry_run(programs, offline, "m", "results/cache", "0.25", "3.0", "400", "mine")
+    assert program_arguments(words) == words_of(
+        "--model_path m --teacher_cache results/cache --jsd_weight 0.25 --jsd_temperature 3.0 "
+        "--total_steps 400 --results_dir results/mine --checkpoint_dir results/mine/checkpoints"
+    )
 
-@pytest.mark.parametrize("script", ["run_visual_opsd.sh", "run_visual_opsd_noise.sh"])
+
+@pytest.mark.parametrize("script", OPSD_SCRIPTS)
 def test_environment_variables_become_flags_only_when_set(programs: Path, script: str) -> None:
-    plain = dry_run(programs, LAUNCHERS / script, env={"EMA_DECAY": ""})
+    leading = LEADING.get(script, ())
+    plain = dry_run(programs, LAUNCHERS / script, *leading, env={"EMA_DECAY": ""})
     for name, (option, value) in OPSD_VARIABLES.items():
         assert option not in plain
-        words = dry_run(programs, LAUNCHERS / script, env={name: value})
+        words = dry_run(programs, LAUNCHERS / script, *leading, env={name: value})
         assert flag(words, option) == value
         assert len(words) == len(plain) + 2
 
@@ -135,7 +176,7 @@ def test_further_flags_pass_through_last_and_untouched(programs: Path) -> None:
 def test_every_launcher_works_from_another_directory(
     programs: Path, tmp_path: Path, script: str
 ) -> None:
-    words = dry_run(programs, LAUNCHERS / script, cwd=tmp_path)
+    words = dry_run(programs, LAUNCHERS / script, *LEADING.get(script, ()), cwd=tmp_path)
     assert words[1] == str(ROOT)
     assert words[words.index("-m", words.index("torch.distributed.run")) + 1] == MODULES[script]
 
@@ -161,10 +202,11 @@ def test_a_relative_model_path_is_the_callers_if_it_exists_there(
 def test_usage(programs: Path, script: str, option: str) -> None:
     done = run(programs, LAUNCHERS / script, option)
     assert done.returncode == 0
-    assert f"usage: {script} [MODEL_PATH]" in done.stdout
+    leading = "KIND " * (script in LEADING)
+    assert f"usage: {script} {leading}[MODEL_PATH]" in done.stdout
     for name in ("DRY_RUN", "PYTHON", "NPROC_PER_NODE", "SHUTDOWN_TIMEOUT", "ARNOLD_ID"):
         assert name in done.stdout
-    if script.startswith("run_visual_opsd"):
+    if script in OPSD_SCRIPTS:
         assert all(name in done.stdout for name in OPSD_VARIABLES)
     assert max(len(line) for line in done.stdout.splitlines()) <= 100
 
@@ -197,8 +239,9 @@ def test_the_launcher_becomes_the_interpreter(programs: Path, tmp_path: Path) ->
 def parsed(programs: Path, script: str, *arguments: str, **environment: str) -> dict[str, object]:
     """The settings that the trainer reads from a launcher's arguments."""
     words = dry_run(programs, LAUNCHERS / script, *arguments, env=environment)
-    defaults = SFT_DEFAULTS if script == "run_sft_baseline.sh" else None
-    return flat(parse_config(TrainConfig, program_arguments(words), "", defaults))
+    defaults = {"run_sft_baseline.sh": SFT_DEFAULTS, "run_visual_opsd_offline.sh": OFFLINE_DEFAULTS}
+    config = OfflineConfig if "offline" in script else TrainConfig
+    return flat(parse_config(config, program_arguments(words), "", defaults.get(script)))
 
 
 def test_what_the_trainers_get_by_default_is_the_paper(programs: Path) -> None:
@@ -229,6 +272,20 @@ def test_what_the_trainers_get_by_default_is_the_paper(programs: Path) -> None:
     assert parsed(programs, "run_visual_opsd_noise.sh")["noise_vt"] is True
     sft = parsed(programs, "run_sft_baseline.sh")
     assert (sft["model_path"], sft["total_steps"]) == ("models/BAGEL-7B-MoT", 2000)
+    offline = parsed(programs, "run_visual_opsd_offline.sh")
+    said = {
+        "model_path": "models/ThinkMorph-7B",
+        "teacher_cache": "results/teacher-cache",
+        "kd_loss": "kl",
+        "kd_use_vt_weights": True,
+        "jsd_weight": 0.5,
+        "jsd_temperature": 2.0,
+        "ce_weight": 1.0,
+        "total_steps": 8000,
+    }
+    assert {name: offline[name] for name in said} == said
+    assert OFFLINE_DEFAULTS["results_dir"] == offline["results_dir"]
+    assert CollectSettings().output_dir == offline["teacher_cache"]
 
 
 def test_the_trainer_understands_every_argument(programs: Path) -> None:
@@ -246,8 +303,11 @@ def test_the_trainer_understands_every_argument(programs: Path) -> None:
 def test_the_programs_exist_and_know_the_flags_of_their_launcher(
     programs: Path, script: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ("m", *"123456") if script.startswith("run_visual") else ("m", *"12")
-    words = program_arguments(dry_run(programs, LAUNCHERS / script, *given))
+    numbers = {"run_collect_traces.sh": "1", "run_visual_opsd_offline.sh": "12345"}
+    given = ("m", *numbers.get(script, "123456" if script in OPSD_SCRIPTS else "12"))
+    words = program_arguments(
+        dry_run(programs, LAUNCHERS / script, *LEADING.get(script, ()), *given)
+    )
     with pytest.raises(SystemExit) as exit_code:
         importlib.import_module(MODULES[script]).main(["--help"])
     assert exit_code.value.code == 0

@@ -4,12 +4,12 @@
     python -m scripts.visual_opsd.evaluate --model_path DIR --data Spatial_Navigation
     python -m scripts.visual_opsd.evaluate --model_path DIR --benchmark all --tsv_root LMUData
 
-Greedy answers of the text-only student (`--context vt` and `noise` show it what the teacher sees:
-the real visual thoughts, or Gaussian noise in their place). A row of a generated world is judged
-by the world's scorer, one of a benchmark by its rule (`benchmark_scoring.RULES`), any other by
-exact match of its last <answer>...</answer>. A lenient verdict stands beside each, for reading and
-not for comparing (EVAL.md). Every raw answer is kept; a killed run is resumed by
-the same command; torchrun splits the rows over its processes.
+Greedy answers of the text-only student (`--context vt` shows it what the teacher sees, the real
+visual thoughts; `noise`, `other`, ... a control in their place). A row of a generated world is
+judged by the world's scorer, one of a benchmark by its rule (`benchmark_scoring.RULES`), any other
+by exact match of its last <answer>...</answer>. A lenient verdict stands beside each, for reading
+and not for comparing (EVAL.md). Every raw answer is kept; a killed run is resumed by the same
+command; torchrun splits the rows over its processes.
 """
 
 from __future__ import annotations

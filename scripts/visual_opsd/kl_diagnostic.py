@@ -8,8 +8,8 @@
 The teacher is always the base with the real VTs in view. On every token of the base's own
 completions (or of the dataset's text traces) its distribution is compared with the student's:
 full-vocabulary KL(teacher || student) and JSD in nats; Gaussian noise in place of the VTs is the
-control. The first call is the baseline: it says GO or NO-GO and saves completions and divergences.
-The second reuses them, so that
+control, `--controls` adds others. The first call is the baseline: it says GO or NO-GO and saves
+completions and divergences. The second reuses them, so that
 
     gap closed = 1 - KL(base teacher || trained student) / KL(base teacher || base student)
 

@@ -312,7 +312,7 @@ launch() {
     exec "${command[@]}"
 }
 
-# Visual-OPSD itself, for the two launchers that differ in the visual thoughts only:
+# Visual-OPSD itself, for the launchers that differ in the visual thoughts only:
 #   launch_opsd NAME_PREFIX [CONDITION_FLAG...] :: "$@"
 launch_opsd() {
     local prefix=$1 condition=()

@@ -19,8 +19,10 @@ from data.randomness import (
     epoch_permutation,
     noise_generator,
     noise_picture,
+    other_rows,
     position_uniforms,
     row_generator,
+    shuffled_patches,
 )
 
 SEEDS = (0, 1, 11, 2**63 - 1)
@@ -36,6 +38,8 @@ STREAMS: list[tuple[Callable[..., Any], tuple[tuple[Any, ...], ...]]] = [
     (position_uniforms, (SEEDS, PLACES, PLACES, (4,))),
     (noise_generator, (SEEDS, PLACES)),
     (row_generator, (PURPOSES, SEEDS, PLACES)),
+    (other_rows, (SEEDS, PLACES, (99,))),
+    (shuffled_patches, (SEEDS, PLACES, PLACES, (99,))),
     (noise_picture, (((4, 2),), SEEDS, PLACES)),
 ]
 
@@ -87,6 +91,8 @@ def test_permutations_hold_every_row_once(size: int) -> None:
         epoch_permutation(1, "name", "train", 2, size),
         budget_permutation(1, "name", "train", size),
         diagnostic_permutation(1, 2, size),
+        other_rows(1, 2, size),
+        shuffled_patches(1, 2, 3, size),
     ):
         assert order.dtype == np.int64 and sorted(order) == list(range(size))
 

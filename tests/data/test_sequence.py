@@ -13,6 +13,7 @@ from PIL import Image
 from data.sequence import Context, ContextBuilder, ImageSegment, Prompts, TextSegment
 from data.thinkmorph import Sample
 from data.transforms import ImageTransform
+from data.visual_thoughts import ShownThoughts
 from modeling.release.tokenizer import load_tokenizer
 from scripts.visual_opsd.config import PromptSettings
 from tests.conftest import TINY_BAGEL
@@ -90,7 +91,11 @@ def test_sft_targets(form: str, texts: list[str]) -> None:
 def test_noise_replaces_patches_by_the_rows_own_numbers() -> None:
     made, row = builder(Prompts()), sample()
     student = made.student(row)
-    context = made.teacher(row, student, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    shown = ShownThoughts(
+        row.thought_images, lambda x, *_: torch.randn(x.shape, generator=generator)
+    )
+    context = made.teacher(row, student, shown)
     patches = [s.patches for s in context[len(student) :] if isinstance(s, ImageSegment)]
     generator = torch.Generator().manual_seed(3)
     assert len(patches) == 2

@@ -31,6 +31,10 @@ FAULTS = [
     *faults("scripts/visual_opsd/run_visual_opsd_noise.sh", "test_launchers.py", [
         ("the control is not the control", "--noise_vt True", "--noise_vt False"),
     ]),
+    *faults("scripts/visual_opsd/run_visual_opsd_control.sh", "test_launchers.py", [
+        ("every control is the same", '--vt "$1" ::', "--vt other ::"),
+        ("the kind is taken for the model", '"${@:2}"', '"$@"'),
+    ]),
     *faults("scripts/visual_opsd/cli.py",
             "visual_opsd/test_settings.py visual_opsd/training/test_trainer_errors.py", [
         ("the file comes before the flags", "{**(defaults or {}), **values, **given}",

@@ -32,9 +32,10 @@ from torch import Tensor
 
 from data.limits import NO_LIMITS, PACKED_TOKENS, ContextLimits
 from data.packing import context_length, group_by_tokens, pack, segment_length
-from data.randomness import RANDOMNESS_VERSION, noise_generator, row_generator
+from data.randomness import RANDOMNESS_VERSION, row_generator
 from data.sequence import Context, ContextBuilder, TextSegment
 from data.thinkmorph import Row, RowNeeds, parse_row
+from data.visual_thoughts import show_thoughts
 from modeling import BagelBundle, load_bagel
 from modeling.bagel.attention import AttentionLayout
 from modeling.bagel.bagel import Bagel
@@ -158,11 +159,10 @@ class PrepareAnalysis:
     def __call__(self, row: Row) -> AnalysisRow:
         sample = parse_row(row, NEEDS)
         student = self.builder.student(sample)
-        noise = None
-        if self.settings.context == "noise":
-            noise = noise_generator(self.settings.seed, row.position)
+        kind = "noise" if self.settings.context == "noise" else "real"
+        shown = show_thoughts(kind, row, sample, self.settings.seed)
         teacher = self.builder.teacher(
-            sample, student, noise, with_latents=self.settings.with_latents
+            sample, student, shown, with_latents=self.settings.with_latents
         )
         (answer,) = self.builder.sft_targets(sample)
         self.limits.check(row, (*teacher, answer))

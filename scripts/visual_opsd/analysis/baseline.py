@@ -15,8 +15,9 @@ import numpy as np
 
 from data.json_lines import read_log
 from data.sequence import Completion
+from data.visual_thoughts import CONTROLS
 from modeling.host.disk import disk_errors
-from scripts.visual_opsd.analysis.kl_statistics import COLUMNS, SampleDivergences
+from scripts.visual_opsd.analysis.kl_statistics import SampleDivergences, columns_of
 from scripts.visual_opsd.evaluation.rows import RowName
 from scripts.visual_opsd.evaluation.store import read_json
 from scripts.visual_opsd.runs.identity import differences, stable_hash
@@ -56,18 +57,22 @@ def encode_divergences(sample: SampleDivergences) -> dict[str, str]:
 
 def decode_divergences(texts: Mapping[str, str]) -> SampleDivergences:
     """What `encode_divergences` was given."""
-    columns = {n: np.frombuffer(b64decode(texts[n]), dtype=np.float32) for n in COLUMNS}
+    columns = {
+        name: np.frombuffer(b64decode(text), dtype=np.float32)
+        for name, text in texts.items()
+        if name != "answer"
+    }
     return SampleDivergences(columns, np.frombuffer(b64decode(texts["answer"]), dtype=bool))
 
 
 def save_divergences(folder: Path, blocks: Mapping[str, Sequence[SampleDivergences]]) -> None:
     """Write divergences.npz: for each block BLOCK_counts (samples,), BLOCK_answer and one array
-    (tokens,) for each of `COLUMNS`, the samples' tokens one after the other."""
+    (tokens,) for each column, the samples' tokens one after the other."""
     arrays: dict[str, Any] = {}
     for block, samples in blocks.items():
         arrays[f"{block}_counts"] = np.array([s.answer.size for s in samples], dtype=np.int64)
         arrays[f"{block}_answer"] = np.concatenate([s.answer for s in samples])
-        for name in COLUMNS:
+        for name in samples[0].columns:
             arrays[f"{block}_{name}"] = np.concatenate([s.columns[name] for s in samples])
     with disk_errors(f"writing {folder / _DIVERGENCES}", folder):
         np.savez_compressed(folder / _DIVERGENCES, **arrays)
@@ -84,7 +89,9 @@ def load_divergences(folder: Path, block: str) -> list[SampleDivergences]:
         with np.load(path) as arrays:
             bounds = np.cumsum([0, *arrays[f"{block}_counts"]]).tolist()
             answer = arrays[f"{block}_answer"]
-            columns = {name: arrays[f"{block}_{name}"] for name in COLUMNS}
+            further = (kind for kind in CONTROLS if f"{block}_kl_{kind}" in arrays)
+            names = columns_of(sorted({"noise", *further}))
+            columns = {name: arrays[f"{block}_{name}"] for name in names}
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; {_HINT}") from None
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:

@@ -173,10 +173,13 @@ class Diagnosis:
 def identity(config: DiagnosticConfig, pool: RowPool, dtype: torch.dtype) -> dict[str, Any]:
     """Everything the base's side depends on: a baseline must agree in all of it."""
     settings, sample = config.diagnostic, config.sample
-    # Absent for the ViT alone, so that baselines of before this choice existed still serve.
+    # Absent for the ViT alone, and for noise alone, so that baselines of before these choices
+    # existed still serve.
     latents = {"teacher_vt": settings.teacher_vt, "vae": config.prompt.vae_config()}
+    further = len(settings.chosen) > 1
     return {
         **(latents if settings.with_latents else {}),
+        **({"controls": list(settings.chosen)} if further else {}),
         "base": weights_fingerprint(settings.base),
         "data": pool.signature(),
         "num_samples": settings.num_samples,

@@ -1,9 +1,10 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""The diagnostic's settings, its rows, and the measurement of a pack: same tokens, two teachers."""
+"""The diagnostic's settings, its rows, and the measurement of a pack: same tokens, a teacher with
+the VTs and one for each control."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,14 +14,19 @@ from torch import Tensor
 
 from data.limits import NO_LIMITS, ContextLimits
 from data.packing import context_length, group_by_tokens, pack
-from data.randomness import diagnostic_permutation, noise_generator, row_generator
+from data.randomness import diagnostic_permutation, row_generator
 from data.sequence import Completion, Context, ContextBuilder
 from data.thinkmorph import Need, Row, RowNeeds, parse_row
+from data.visual_thoughts import CONTROLS, VT_MEANINGS, show_thoughts
 from modeling import BagelBundle
 from modeling.autoencoder import AutoEncoder
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
-from scripts.visual_opsd.analysis.kl_statistics import COLUMNS, SampleDivergences, answer_mask
+from scripts.visual_opsd.analysis.kl_statistics import (
+    SampleDivergences,
+    answer_mask,
+    columns_of,
+)
 from scripts.visual_opsd.cli import ROWS, SEEDS, SHARES, Settings, option
 from scripts.visual_opsd.config import TEACHER_VTS, ComputeSettings, PromptSettings, SampleSettings
 from scripts.visual_opsd.evaluation.rows import THOUGHT_IDENTITY_COLUMNS, RowName, row_name
@@ -62,7 +68,11 @@ class DiagnosticSettings(Settings):
         "(`teacher_vt`); completions do not depend on it, so two runs compare both on the same "
         "tokens", choices=TEACHER_VTS,
     )  # fmt: skip
-    seed: int = option(42, "choice of rows, sampling, noise", **SEEDS)
+    controls: str = option(
+        "noise", "teachers with a control in the place of the VTs, by commas, each two columns "
+        f"more; `noise` is always among them. {VT_MEANINGS}",
+    )  # fmt: skip
+    seed: int = option(42, "choice of rows, sampling, controls", **SEEDS)
     go_threshold: float = option(0.05, "nats on the answer", at_least=0, at_most=1000)
     output_dir: str = option("results/visual_opsd_kl_diagnostic", "where the results go", path=True)
     overwrite: bool = option(False, "replace the results it holds, which is refused otherwise")
@@ -77,6 +87,24 @@ class DiagnosticSettings(Settings):
         if self.baseline and Path(self.baseline).resolve() == Path(self.output_dir).resolve():
             raise ValueError(f"--output_dir {self.output_dir} is the --baseline, which other "
                              "runs need: choose another")  # fmt: skip
+        unknown = sorted(self._wished - {"", *CONTROLS})
+        if unknown:
+            raise ValueError(f"unknown controls {', '.join(unknown)}: choose from "
+                             f"{', '.join(CONTROLS)}")  # fmt: skip
+        if "none" in self._wished and self.with_latents:
+            raise ValueError(
+                "--controls none shows no picture whose latents --teacher_vt vae+vit could read: "
+                "leave one out"
+            )
+
+    @property
+    def _wished(self) -> set[str]:
+        return {kind.strip() for kind in self.controls.split(",")}
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The controls, in the order of `CONTROLS`."""
+        return tuple(kind for kind in CONTROLS if kind == "noise" or kind in self._wished)
 
     @property
     def base(self) -> str:
@@ -125,12 +153,13 @@ def choose_rows(sizes: Sequence[int], weights: Sequence[float], count: int, seed
 
 @dataclass(frozen=True)
 class DiagnosticRow:
-    """One row: the three contexts, and the dataset's trace if that is the completion."""
+    """One row: the contexts of the student, the teacher and, by its name, the teacher that sees
+    each control; the dataset's trace if that is the completion."""
 
     name: RowName
     student: Context
     teacher: Context
-    noise: Context
+    controls: Mapping[str, Context]
     trace: tuple[int, ...] | None
 
     @property
@@ -140,7 +169,7 @@ class DiagnosticRow:
 
 @dataclass(frozen=True)
 class PrepareDiagnostic:
-    """Row -> contexts of the student, the teacher and the teacher that sees noise."""
+    """Row -> contexts of the student, the teacher and the teachers that see controls."""
 
     builder: ContextBuilder
     settings: DiagnosticSettings
@@ -161,7 +190,6 @@ class PrepareDiagnostic:
     def __call__(self, row: Row) -> DiagnosticRow:
         sample = parse_row(row, self.settings.needs)
         student = self.builder.student(sample)
-        noise = noise_generator(self.settings.seed, row.position)
         latents = self.settings.with_latents
         teacher = self.builder.teacher(sample, student, with_latents=latents)
         trace, new = None, None
@@ -173,18 +201,27 @@ class PrepareDiagnostic:
             row_name(row, sample.pid, THOUGHT_IDENTITY_COLUMNS),
             student,
             teacher,
-            self.builder.teacher(sample, student, noise, with_latents=latents),
+            {
+                kind: self.builder.teacher(
+                    sample,
+                    student,
+                    show_thoughts(kind, row, sample, self.settings.seed),
+                    with_latents=latents,
+                )
+                for kind in self.settings.chosen
+            },
             trace,
         )
 
 
 def encode_row(row: DiagnosticRow, vae: AutoEncoder, seed: int, index: int) -> DiagnosticRow:
-    """The row, the pictures of both teachers' contexts encoded."""
-    teacher, noise = (
+    """The row, the pictures of all teachers' contexts encoded."""
+    arms = {"teacher": row.teacher, **{f"{kind} teacher": c for kind, c in row.controls.items()}}
+    teacher, *controls = (
         encode_pictures(context, vae, row_generator(arm, seed, index))
-        for arm, context in (("teacher", row.teacher), ("noise teacher", row.noise))
+        for arm, context in arms.items()
     )
-    return replace(row, teacher=teacher, noise=noise)
+    return replace(row, teacher=teacher, controls=dict(zip(row.controls, controls, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -199,7 +236,7 @@ class Scored:
     completion: Completion
     student: Context
     teacher: Context
-    noise: Context
+    controls: Mapping[str, Context]
     length: int
 
 
@@ -211,8 +248,8 @@ def attach(
     pair = score_completion(name, row.student, row.teacher, completion, max_forward_tokens)
     cut, teacher = pair.completion, pair.teacher
     assert cut is not None and teacher is not None
-    noise = (*row.noise, cut.segment())
-    return Scored(index, row.name, cut, pair.student, teacher, noise, pair.length)
+    controls = {kind: (*context, cut.segment()) for kind, context in row.controls.items()}
+    return Scored(index, row.name, cut, pair.student, teacher, controls, pair.length)
 
 
 # ---------------------------------------------------------------------------------- measuring
@@ -227,12 +264,13 @@ def measure(
     pack_tokens: int,
     device: torch.device,
 ) -> list[list[SampleDivergences]]:
-    """Divergences of each student from the teacher with real VTs and with noise.
+    """Divergences of each student from the teacher with real VTs and from those with controls.
 
     Returns:
         for each student, its figures of every sample, in order.
     """
-    nothing = dict.fromkeys(COLUMNS, np.zeros(0, dtype=np.float32))
+    kinds = list(scored[0].controls) if scored else []
+    nothing = dict.fromkeys(columns_of(kinds), np.zeros(0, dtype=np.float32))
     found = [[nothing] * len(scored) for _ in students]
     # A completion capped before its first whole token has nothing to score.
     order = [i for i, s in enumerate(scored) if s.completion.count]
@@ -258,33 +296,35 @@ def _measure_pack(
     device: torch.device,
 ) -> list[list[dict[str, np.ndarray]]]:
     """Of samples that are packed together: for each student, the columns of every sample."""
-    text, real, noise = (
+    kinds = list(scored[0].controls)
+    text, *shown = (
         pack(contexts, teacher.special_tokens)
         for contexts in (
             [s.student for s in scored],
             [s.teacher for s in scored],
-            [s.noise for s in scored],
+            *([s.controls[kind] for s in scored] for kind in kinds),
         )
     )
     names = [f"{s.name.dataset}/{s.name.pid}" for s in scored]
-    for other in (real, noise):
+    for other in shown:
         check_same_labels(text, other, names, teacher.tokenizer.decode)
-    teachers = [_score(teacher.model, batch, device) for batch in (real, noise)]
+    teachers = [_score(teacher.model, batch, device) for batch in shown]
+    order = columns_of(kinds)
     found = []
     for student in students:
         own = _score(student, text, device)
-        with_real, with_noise = (chunked_divergences(*own, *seen) for seen in teachers)
+        with_real, *with_controls = (chunked_divergences(*own, *seen) for seen in teachers)
         columns = {
             "kl_real": with_real["kl"],
             "jsd_real": with_real["jsd"],
-            "kl_noise": with_noise["kl"],
-            "jsd_noise": with_noise["jsd"],
             "student_entropy": with_real["student_entropy"],
             "teacher_entropy": with_real["teacher_entropy"],
         }
-        values = torch.stack([columns[name].float() for name in COLUMNS]).cpu()  # (6, S)
+        for kind, figures in zip(kinds, with_controls, strict=True):
+            columns |= {f"{name}_{kind}": figures[name] for name in ("kl", "jsd")}
+        values = torch.stack([columns[name].float() for name in order]).cpu()  # (columns, S)
         parts = values.split(list(text.score_counts), dim=1)
-        found.append([dict(zip(COLUMNS, part.numpy(), strict=True)) for part in parts])
+        found.append([dict(zip(order, part.numpy(), strict=True)) for part in parts])
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from data.visual_thoughts import CONTROLS, VT_KINDS
 from scripts.visual_opsd.evaluation.scoring import answer_spans, normal_quantile
 
 PAPER_NOTE = (
@@ -17,22 +18,34 @@ PAPER_NOTE = (
     "that differ, cut to the shorter length and aligned from the end, so that most rows compare "
     "different tokens. Here both models score the same tokens; do not set the two side by side."
 )
-# Of each scored token: KL(teacher || student) and JSD in nats against the teacher with the real
-# VTs and against the one with noise in their place, and the entropies of the first pair.
-COLUMNS = ("kl_real", "jsd_real", "kl_noise", "jsd_noise", "student_entropy", "teacher_entropy")
+
+
+def columns_of(controls: Sequence[str]) -> tuple[str, ...]:
+    """Figures of each scored token: KL(teacher || student) and JSD in nats against the teacher with
+    the real VTs and against those with controls in their place; the entropies of the first pair."""
+    divergences = (f"{name}_{kind}" for kind in ("real", *controls) for name in ("kl", "jsd"))
+    return (*divergences, "student_entropy", "teacher_entropy")
+
+
+COLUMNS = columns_of(["noise"])  # those that are always there
 
 
 @dataclass(frozen=True)
 class SampleDivergences:
-    """One completion's figures, a float32 array (tokens,) for each of `COLUMNS`, and which of its
-    scored tokens belong to the answer, bool (tokens,)."""
+    """One completion's figures, a float32 array (tokens,) for each of `columns_of` the controls,
+    and which of its scored tokens belong to the answer, bool (tokens,)."""
 
     columns: dict[str, np.ndarray]
     answer: np.ndarray
 
     def __post_init__(self) -> None:
-        assert set(self.columns) == set(COLUMNS)
+        assert set(self.columns) == set(columns_of(self.controls)) >= set(COLUMNS)
         assert all(v.shape == self.answer.shape for v in self.columns.values())
+
+    @property
+    def controls(self) -> list[str]:
+        """The controls that were measured, in the order of `data.visual_thoughts.CONTROLS`."""
+        return [kind for kind in CONTROLS if f"kl_{kind}" in self.columns]
 
 
 def answer_mask(
@@ -98,12 +111,15 @@ def describe_tokens(samples: Sequence[SampleDivergences], *, answer: bool) -> di
     """Figures of all scored tokens, or of those in the answer.
 
     Returns:
-        rows (their number), samples (those with any); for "real" and "noise" the figures of kl
-        and jsd: mean, median, p95, max over tokens, share of the sum in the top 5 %, mean and
+        rows (their number), samples (those with any); for "real" and each control the figures of
+        kl and jsd: mean, median, p95, max over tokens, share of the sum in the top 5 %, mean and
         standard error of the samples' means; "difference": real - noise of the samples' means
-        with its standard error, paired; mean entropies. None where there is nothing to average.
+        with its standard error, paired; "difference_KIND": the same of another control; mean
+        entropies. None where there is nothing to average.
     """
-    values = {name: [_select(s, name, answer) for s in samples] for name in COLUMNS}
+    controls = samples[0].controls if samples else ["noise"]
+    names = columns_of(controls)
+    values = {name: [_select(s, name, answer) for s in samples] for name in names}
     used = [i for i, some in enumerate(values["kl_real"]) if some.size]
     tokens = {
         name: np.concatenate([columns[i] for i in used]) if used else np.zeros(0)
@@ -116,14 +132,17 @@ def describe_tokens(samples: Sequence[SampleDivergences], *, answer: bool) -> di
         "samples": len(used),
         **{
             vt: {k: _describe(tokens[f"{k}_{vt}"], means[f"{k}_{vt}"]) for k in kinds}
-            for vt in ("real", "noise")
+            for vt in ("real", *controls)
         },
-        "difference": {
-            k: {
-                "mean": _mean(means[f"{k}_real"] - means[f"{k}_noise"]),
-                "se": _standard_error(means[f"{k}_real"] - means[f"{k}_noise"]),
+        **{
+            "difference" if control == "noise" else f"difference_{control}": {
+                k: {
+                    "mean": _mean(means[f"{k}_real"] - means[f"{k}_{control}"]),
+                    "se": _standard_error(means[f"{k}_real"] - means[f"{k}_{control}"]),
+                }
+                for k in kinds
             }
-            for k in kinds
+            for control in controls
         },
         "student_entropy": _mean(tokens["student_entropy"]),
         "teacher_entropy": _mean(tokens["teacher_entropy"]),
@@ -234,10 +253,14 @@ def _number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def _shown(figures: dict[str, Any]) -> list[str]:
+    return [vt for vt in VT_KINDS if vt in figures]
+
+
 def _line(title: str, figures: dict[str, Any]) -> str:
     cells = [
         _number(figures[vt][kind][name])
-        for vt in ("real", "noise")
+        for vt in _shown(figures)
         for kind in ("kl", "jsd")
         for name in ("mean", "median")
     ]
@@ -268,8 +291,10 @@ def _gap_line(title: str, closed: dict[str, dict[str, float | None]]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """The diagnostic as text, from what kl_diagnostic.json holds."""
-    top = f"{'nats per scored token':40}{'real VT':^36}{'noise VT':^36}"
-    names = "".join(f"{name:>9}" for name in ("KL mean", "median", "JSD mean", "median") * 2)
+    shown = _shown(result["base"]["all"])
+    top = f"{'nats per scored token':40}" + "".join(f"{f'{vt} VT':^36}" for vt in shown)
+    columns = ("KL mean", "median", "JSD mean", "median") * len(shown)
+    names = "".join(f"{name:>9}" for name in columns)
     lines = [top, f"{'':32}{'tokens':>8}{names}", *_block("base", result["base"])]
     if not result["is_baseline"]:
         lines += _block("student", result["student"])

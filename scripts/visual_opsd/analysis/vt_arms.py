@@ -44,6 +44,7 @@ from scripts.visual_opsd.evaluation.rows import (
 from scripts.visual_opsd.rows import open_builder
 
 ARMS = ("kept", "removed", "noise", "other", "truth")
+FURTHER_ARMS = ("blank", "shuffled", "problem")  # by request
 # The contexts of interleaved inference, not those of training.
 DEFAULTS: dict[str, Any] = {
     "prompt_style": "inferencer",
@@ -70,7 +71,11 @@ class InterventionSettings(Settings):
         None, "folder of the datasets, else VISUAL_OPSD_DATA_ROOT", path=True
     )
     limit: int | None = option(None, "only the first rows of all", **ROWS)
-    arms: str = option(",".join(ARMS), "arms by commas; kept is always among them")
+    arms: str = option(
+        ",".join(ARMS), "arms by commas; kept is always among them. Further ones: `blank`, "
+        "mid-grey; `shuffled`, the drawing's 16 x 16 patches in random order; `problem`, the "
+        "problem image again",
+    )  # fmt: skip
     output_dir: str = option(
         "results/vt_intervention", "drawings, outputs, summary and figure", path=True
     )
@@ -80,16 +85,17 @@ class InterventionSettings(Settings):
     image_skips: int = option(
         1, "how often an answer that asks for another picture goes on", **ROUNDS
     )
-    seed: int = option(0, "random numbers of drawings and of the noise arm", **SEEDS)
+    seed: int = option(0, "random numbers of drawings and of the arms", **SEEDS)
     max_bad_rate: float = option(
         0.01, "share of unusable rows beyond which the run fails", **SHARES
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unknown = sorted(self._wished - {"", *ARMS})
+        known = (*ARMS, *FURTHER_ARMS)
+        unknown = sorted(self._wished - {"", *known})
         if unknown:
-            raise ValueError(f"unknown arms {', '.join(unknown)}: choose from {', '.join(ARMS)}")
+            raise ValueError(f"unknown arms {', '.join(unknown)}: choose from {', '.join(known)}")
 
     @property
     def _wished(self) -> set[str]:
@@ -97,8 +103,9 @@ class InterventionSettings(Settings):
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """The arms, in the order of `ARMS`."""
-        return tuple(arm for arm in ARMS if arm == "kept" or arm in self._wished)
+        """The arms, in the order of `ARMS` and `FURTHER_ARMS`."""
+        known = (*ARMS, *FURTHER_ARMS)
+        return tuple(arm for arm in known if arm == "kept" or arm in self._wished)
 
     @property
     def needs(self) -> RowNeeds:

@@ -12,6 +12,9 @@ answer is then written once for each arm, after the same text, and only the pict
     other    the VT that the next row of the data set drew
     truth    the row's own first ground-truth VT, from the data
 
+and, if `--arms` names them, `blank` (mid-grey), `shuffled` (the drawing's patches in random order)
+and `problem` (the problem image again).
+
 Text is greedy. The autoencoder's noise is the same in all arms, so `kept` is what
 `InterleaveInferencer` gives with one round. Drawings are kept as PNG files, outputs as JSON lines;
 a killed run is resumed by the same command, and torchrun splits the rows over its processes.
@@ -34,6 +37,7 @@ from PIL import Image
 from data.randomness import RANDOMNESS_VERSION, noise_picture
 from data.sequence import TextSegment
 from data.transforms import decode_image
+from data.visual_thoughts import blank_picture, resize, shuffle_picture
 from inference.interleave import InterleaveEngine
 from modeling import load_bagel
 from modeling.bagel.generate import IMAGE_MARKER
@@ -213,7 +217,14 @@ class Study:
         if arm == "truth":
             return problem.truth
         own = decode_image(self._file(self.donor_of[index] if arm == "other" else index))
-        return noise_picture(own.size, self.settings.seed, index) if arm == "noise" else own
+        if arm == "noise":
+            return noise_picture(own.size, self.settings.seed, index)
+        if arm == "blank":
+            return blank_picture(own.size)
+        if arm == "shuffled":
+            stride = self.prepare.vae_transform.stride
+            return shuffle_picture(own, self.settings.seed, index, stride)
+        return resize(problem.picture, own.size) if arm == "problem" else own
 
 
 def _verdicts(problem: Problem, text: str) -> dict[str, bool]:

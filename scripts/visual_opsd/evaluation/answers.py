@@ -17,6 +17,7 @@ import torch
 from data.randomness import RANDOMNESS_VERSION
 from data.rejects import Reject
 from data.sequence import Completion
+from data.visual_thoughts import KEYED_KINDS
 from modeling import BagelBundle, load_bagel
 from modeling.host.memory import OutOfMemory
 from modeling.release.fingerprints import weights_fingerprint
@@ -75,6 +76,7 @@ _USED = (
 def result_settings(config: EvaluateConfig, pool: RowPool, dtype: torch.dtype) -> dict[str, Any]:
     """Everything the predictions depend on."""
     settings = config.evaluate
+    keyed = settings.context in KEYED_KINDS
     return {
         "model": weights_fingerprint(settings.model_path),
         "data": pool.signature(),
@@ -82,9 +84,9 @@ def result_settings(config: EvaluateConfig, pool: RowPool, dtype: torch.dtype) -
         "limit": settings.limit,
         "max_new_tokens": settings.max_new_tokens,
         "image_skips": settings.image_skips,
-        "noise_seed": settings.noise_seed if settings.context == "noise" else None,
+        "noise_seed": settings.noise_seed if keyed else None,
         "precision": str(dtype).removeprefix("torch."),
-        **({"random_numbers": RANDOMNESS_VERSION} if settings.context == "noise" else {}),
+        **({"random_numbers": RANDOMNESS_VERSION} if keyed else {}),
         **prompt_identity(config.prompt),
         "scoring_version": SCORING_VERSION,
         **(versions() if benchmark_files(pool) else {}),

@@ -10,10 +10,10 @@ from functools import partial
 
 from data.limits import NO_LIMITS, PACKED_TOKENS, ContextLimits
 from data.packing import context_length
-from data.randomness import noise_generator
 from data.sequence import Context, ContextBuilder
 from data.thinkmorph import EVALUATION_ROWS, Row, RowNeeds, Sample, parse_row
 from data.tsv import TsvDataset
+from data.visual_thoughts import CONTROLS, VT_MEANINGS, show_thoughts
 from data.worlds import get_scorer
 from scripts.visual_opsd.cli import PACKED, ROUNDS, SEEDS, TOGETHER, TOKENS, Settings, option
 from scripts.visual_opsd.config import ComputeSettings, PromptSettings
@@ -37,8 +37,8 @@ class EvaluateSettings(RowSettings):
     """What is evaluated on what."""
 
     context: str = option(
-        "text", "`text`: the student's; `vt`: the teacher's; `noise`: the teacher's with noise",
-        choices=("text", "vt", "noise"),
+        "text", "`text`: the student's; `vt`: the teacher's; the others: the teacher's with a "
+        f"control in the place of the VTs. {VT_MEANINGS}", choices=("text", "vt", *CONTROLS),
     )  # fmt: skip
     batch_size: int = option(256, "rows decoded together", **TOGETHER)
     prefill_tokens: int = option(
@@ -49,7 +49,9 @@ class EvaluateSettings(RowSettings):
     image_skips: int = option(
         1, "rounds that may follow an `<image_start>`, as in training", **ROUNDS
     )
-    noise_seed: int = option(0, "random numbers of `--context noise`", **SEEDS)
+    noise_seed: int = option(
+        0, "random numbers of `--context noise`, `other` and `shuffled`", **SEEDS
+    )
     compare: str | None = option(None, "results of another run on the same rows", path=True)
 
     @property
@@ -164,11 +166,10 @@ class PrepareQuestion:
     def _sample(self, row: Row) -> Question:
         sample = parse_row(row, self.settings.needs)
         context = self.builder.student(sample)
-        if self.settings.context != "text":
-            noise = None
-            if self.settings.context == "noise":
-                noise = noise_generator(self.settings.noise_seed, row.position)
-            context = self.builder.teacher(sample, context, noise)
+        if (kind := self.settings.context) != "text":
+            kind = "real" if kind == "vt" else kind
+            shown = show_thoughts(kind, row, sample, self.settings.noise_seed)
+            context = self.builder.teacher(sample, context, shown)
         name = row_name(row, sample.pid, IDENTITY_COLUMNS)
         return Question(name, sample.question, sample.answer, context, judge_of(sample))
 

@@ -6,11 +6,10 @@ Unlike training, nothing is replaced: a row that cannot be used is left out, cou
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,14 @@ from typing import Any, Generic, Protocol, TypeVar
 from data.dataset_info import dataset_files, is_dataset_folder, split_files
 from data.rejects import Reject
 from data.row_groups import ParquetDataset, RowSource, prepare_row
-from data.thinkmorph import EVALUATION_ROWS, IMAGE_COLUMNS, PROBLEM_IMAGE, Row, RowNeeds
+from data.thinkmorph import (
+    EVALUATION_ROWS,
+    IMAGE_COLUMNS,
+    PROBLEM_IMAGE,
+    Row,
+    RowNeeds,
+    row_digest,
+)
 from data.tsv import TsvDataset
 from scripts.visual_opsd.config import PromptSettings
 
@@ -134,15 +140,8 @@ class RowName:
 
 
 def row_name(row: Row, pid: str, columns: Sequence[str]) -> RowName:
-    """The name of a row, its digest over `columns` (image cells count by their bytes)."""
-    digest = hashlib.blake2b(digest_size=8)
-    for column in columns:
-        value = row.values.get(column)
-        if isinstance(value, Mapping):
-            value = value.get("bytes")
-        data = value if isinstance(value, bytes) else str("" if value is None else value).encode()
-        digest.update(f"{column} {len(data)} ".encode() + data)
-    return RowName(row.dataset, Path(row.file).name, row.row, pid, digest.hexdigest())
+    """The name of a row, its digest over `columns`."""
+    return RowName(row.dataset, Path(row.file).name, row.row, pid, row_digest(row, columns))
 
 
 # ------------------------------------------------------------------------------ reading them

@@ -44,6 +44,16 @@ class Target(NamedTuple):
     # (c,): log-sum-exp at T. From the kernels (c, 3): the largest logit, and the logs of the sums
     # of exponentials less it, at T and at T = 1.
     norm: Tensor | None = None
+    # (c,): factor of the divergence. Of a cached teacher alone (`cached.py`), whose entry for the
+    # tail, if there is one, was softened as one event.
+    weight: Tensor | None = None
+
+    @property
+    def has_softened_tail(self) -> bool:
+        if self.weight is None:
+            return False
+        assert self.entries is not None and self.log_probs is not None
+        return self.log_probs.shape[1] > self.entries.shape[1]
 
     def part(self, tokens: slice) -> Target:
         return Target._make(None if tensor is None else tensor[tokens] for tensor in self)
@@ -132,7 +142,9 @@ def _block_loss(
     figures = [unit_lse - label_logit, entropy, label_logprob]
     gradient = torch.zeros_like(logits) if target is None and form_gradient else None
     if target is not None:
-        if target.entries is not None:
+        if target.has_softened_tail:
+            comparison = _compare_events(scaled, target, config, form_gradient)
+        elif target.entries is not None:
             comparison = _compare_top_k(scaled, lse, target, config, form_gradient)
         elif target.logits is not None:
             comparison = _compare_vocabulary(scaled, lse, target, config, form_gradient)
@@ -168,6 +180,8 @@ def _compare_top_k(
     if not form_gradient:
         return divergence, forward_kl, None
     slope = slope * _scale(config)
+    if target.weight is not None:
+        slope = slope * target.weight[:, None]
     slope_sum = slope.sum(-1, keepdim=True)
     inside = (slope - log_s.exp() * slope_sum)[:, : entries.shape[1]]
     if tail_lse is None:
@@ -175,6 +189,31 @@ def _compare_top_k(
     else:  # outside, the bucket's slope is shared out by s / s(tail)
         gradient = (scaled - tail_lse[:, None]).exp_().mul_(slope[:, -1:])
         gradient.sub_(scaled.sub_(lse[:, None]).exp_().mul_(slope_sum))
+    return divergence, forward_kl, gradient.scatter_(-1, entries, inside)
+
+
+def _compare_events(
+    scaled: Tensor, target: Target, config: LossConfig, form_gradient: bool
+) -> Comparison:
+    """On a cached teacher's entries and its tail: k + 1 events, softened by T as they are.
+
+    Of the tail only the mass at T = 1 was kept. The student's is taken alike: the mass of its
+    tokens outside at T = 1 is one event. Where T is 1, this is `_compare_top_k`.
+    """
+    entries = target.entries
+    assert entries is not None and target.log_probs is not None and target.weight is not None
+    logits = scaled.mul_(config.temperature)
+    values = logits.gather(-1, entries)  # (r, k)
+    tail_lse = logits.scatter_(-1, entries, -math.inf).logsumexp(-1, keepdim=True)
+    events = torch.cat([values, tail_lse], dim=-1) / config.temperature
+    log_s = F.log_softmax(events, dim=-1)  # (r, k + 1)
+    divergence, slope, forward_kl = _divergence(log_s, target.log_probs, config)
+    if not form_gradient:
+        return divergence, forward_kl, None
+    slope = slope * (_scale(config) * target.weight[:, None])
+    slope = slope - log_s.exp() * slope.sum(-1, keepdim=True)
+    inside, outside = slope[:, :-1], slope[:, -1:]
+    gradient = logits.sub_(tail_lse).exp_().mul_(outside)  # 0 at the entries
     return divergence, forward_kl, gradient.scatter_(-1, entries, inside)
 
 

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from data.teacher_cache import Entries
 from modeling import fast
 from scripts.visual_opsd.loss import chunk
+from scripts.visual_opsd.loss.cached import cached_target
 from scripts.visual_opsd.loss.chunk import (
     FIGURES,
     STUDENT_FIGURES,
@@ -45,6 +47,7 @@ def chunked_opsd_loss(
     config: LossConfig,
     *,
     chunk_size: int = 512,
+    cached: Entries | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """sum over tokens of jsd_weight * divergence + ce_weight * CE, not divided.
 
@@ -53,12 +56,14 @@ def chunked_opsd_loss(
             dtype.
         student_head: (V, H), same dtype, a plain (gathered) tensor; gets a gradient in its dtype.
         teacher_hidden: (N, H'), same tokens in the same order; no gradient. None only when
-            jsd_weight is 0 (plain SFT), together with teacher_head.
+            jsd_weight is 0 (plain SFT) or with `cached`, together with teacher_head.
         teacher_head: (V, H'), dtype of teacher_hidden; no gradient, also if it is student_head.
         labels: (N,) int64, the ids that are scored.
         config: see `LossConfig`.
         chunk_size: tokens whose logits live at the same time, counting both models': chunks are of
             chunk_size // 2 tokens (at least 1) where the divergence needs both at once.
+        cached: instead of the teacher, what was kept of it on these tokens, and a factor for the
+            divergence of each (`cached.py`); on the same device.
 
     Returns:
         The loss (a scalar in fp32), which can be taken backward once, and detached fp32 statistics.
@@ -69,12 +74,13 @@ def chunked_opsd_loss(
         config.temperature, in nats. Per token: `label_logprob` (N,), the student's log p(label) at
         config.temperature. With fp64 inputs everything is fp64.
     """
-    teacher = None
+    teacher: tuple[Tensor, Tensor] | Entries | None = cached
     if teacher_hidden is not None and teacher_head is not None:
+        assert cached is None
         teacher = (teacher_hidden.detach(), teacher_head.detach())
     else:
         assert teacher_hidden is None and teacher_head is None
-        assert config.jsd_weight == 0.0, "a divergence without a teacher"
+        assert config.jsd_weight == 0.0 or cached is not None, "a divergence without a teacher"
     _assert_fit(student_hidden, student_head, teacher, labels)
     loss, figures = _gradient_in_forward(
         student_hidden, student_head, teacher, labels, config, chunk_size, torch.is_grad_enabled()
@@ -138,10 +144,15 @@ class _Form(Protocol):
     def scale_gradient(self, gradient: Tensor, factor: Tensor) -> Tensor: ...
 
 
-def _choose_form(config: LossConfig, *heads: Tensor) -> _Form:
-    """The kernels if they compute this loss on the logits of these heads, otherwise torch."""
-    with_tail = config.tail_bucket and config.top_k_of(heads[0].shape[0]) is not None
-    if with_tail or not all(fast.runs_kernels("loss", head) for head in heads):
+def _choose_form(config: LossConfig, *heads: Tensor, cached: bool = False) -> _Form:
+    """The kernels if they compute this loss on the logits of these heads, otherwise torch.
+
+    cached: the teacher's entries are given, which the kernels take where they are a top-k.
+    """
+    top_k = config.top_k_of(heads[0].shape[0])
+    with_tail = config.tail_bucket and top_k is not None
+    whole = cached and top_k is None
+    if with_tail or whole or not all(fast.runs_kernels("loss", head) for head in heads):
         return chunk
     from scripts.visual_opsd.loss import kernel_chunk
 
@@ -156,14 +167,14 @@ class _GradientInForward(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,  # (N, H)
         head: Tensor,  # (V, H)
-        teacher: tuple[Tensor, Tensor] | None,
+        teacher: tuple[Tensor, Tensor] | Entries | None,
         labels: Tensor,  # (N,)
         config: LossConfig,
         chunk_size: int,
         form_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        heads = (head,) if teacher is None else (head, teacher[1])
-        form = _choose_form(config, *heads)
+        heads = (head, teacher[1]) if isinstance(teacher, tuple) else (head,)
+        form = _choose_form(config, *heads, cached=isinstance(teacher, Entries))
         wanted = [form_gradient and needed for needed in ctx.needs_input_grad[:2]]
         gradients = _Gradients(hidden, head, *wanted) if any(wanted) else None
         figures = _run_chunks(form, hidden, head, teacher, labels, config, chunk_size, gradients)
@@ -171,6 +182,8 @@ class _GradientInForward(torch.autograd.Function):
         losses = torch.zeros_like(found["ce"])
         if teacher is not None:
             losses = config.jsd_weight * found["divergence"]
+        if isinstance(teacher, Entries):
+            losses = losses * teacher.weight
         if config.ce_weight != 0.0:
             losses = losses + config.ce_weight * found["ce"]
         ctx.gradients = (None, None) if gradients is None else gradients.finish()
@@ -199,7 +212,7 @@ def _run_chunks(
     form: _Form,
     hidden: Tensor,
     head: Tensor,
-    teacher: tuple[Tensor, Tensor] | None,
+    teacher: tuple[Tensor, Tensor] | Entries | None,
     labels: Tensor,
     config: LossConfig,
     chunk_size: int,
@@ -208,14 +221,14 @@ def _run_chunks(
     """FIGURES (number of them, N); the buffers of logits end with it."""
     tokens, vocab = hidden.shape[0], head.shape[0]
     # The top-k form is done with the teacher's logits before it needs the student's.
-    shared = teacher is None or (
+    shared = not isinstance(teacher, tuple) or (
         config.top_k_of(vocab) is not None and teacher[1].dtype == head.dtype
     )
     if not shared:
         chunk_size = max(1, chunk_size // 2)
     logits_buffer = head.new_empty(min(chunk_size, tokens), vocab)
     teacher_buffer = logits_buffer
-    if teacher is not None and not shared:
+    if isinstance(teacher, tuple) and not shared:
         teacher_buffer = teacher[1].new_empty(logits_buffer.shape)
     count = len(STUDENT_FIGURES if teacher is None else FIGURES)
     figures = hidden.new_zeros(count, tokens, dtype=compute_dtype(hidden))
@@ -223,7 +236,9 @@ def _run_chunks(
         part = slice(start, min(start + chunk_size, tokens))
         size = part.stop - start
         target = None
-        if teacher is not None:
+        if isinstance(teacher, Entries):
+            target = cached_target(teacher.part(part), config, vocab, compute_dtype(hidden))
+        elif teacher is not None:
             out = teacher_buffer[:size]
             torch.mm(teacher[0][part], teacher[1].t(), out=out)
             target = form.read_teacher(out, labels[part], config)
@@ -278,10 +293,16 @@ class _Gradients:
 
 
 def _assert_fit(
-    hidden: Tensor, head: Tensor, teacher: tuple[Tensor, Tensor] | None, labels: Tensor
+    hidden: Tensor,
+    head: Tensor,
+    teacher: tuple[Tensor, Tensor] | Entries | None,
+    labels: Tensor,
 ) -> None:
     """Shapes and dtypes; labels are held to the vocabulary by `gather`."""
-    for states, weight in ((hidden, head), teacher or (hidden, head)):
+    if isinstance(teacher, Entries):
+        assert len(teacher) == len(labels), (len(teacher), len(labels))
+    theirs = teacher if isinstance(teacher, tuple) else (hidden, head)
+    for states, weight in ((hidden, head), theirs):
         shapes = (states.shape, weight.shape, labels.shape)
         assert states.dim() == weight.dim() == 2 and states.shape[1] == weight.shape[1], shapes
         assert states.dtype == weight.dtype, (states.dtype, weight.dtype)

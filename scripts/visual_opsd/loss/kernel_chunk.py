@@ -82,6 +82,8 @@ def _compare(
     scale = torch.full_like(label_logprob, config.jsd_weight / config.temperature)
     if target.entries is not None:
         assert target.log_probs is not None
+        if target.weight is not None:
+            scale = scale * target.weight
         divergence, forward_kl, inside = kernels.divergence_on_support(
             logits, target.entries, target.log_probs, scale, config, ce
         )

@@ -61,7 +61,9 @@ from scripts.visual_opsd.training.state_files import (
 )
 
 # Files whose contents are compared, not their paths (but in states of format 1, without contents).
-_BY_CONTENTS = frozenset(("model_path", "prompts", "dataset_config_file", "replay_samples"))
+_BY_CONTENTS = frozenset(
+    ("model_path", "prompts", "dataset_config_file", "replay_samples", "teacher_cache")
+)
 # Settings that may differ between the run that saved and the run that resumes: these files, and
 # those that name places, say how often to report, or split the same work differently. Everything
 # else must be equal.
@@ -116,9 +118,15 @@ def _flatten(mapping: Mapping[str, Any], left_out: Collection[str] = ()) -> dict
 
 
 def _comparable(flat: dict[str, Any]) -> dict[str, Any]:
-    """Settings as they are compared: fp32 moments are saved alike wherever they lie."""
-    name = "optim.optimizer_state"
-    return flat | ({name: "gpu or host"} if flat.get(name) in ("gpu", "host") else {})
+    """Settings as they are compared: fp32 moments are saved alike wherever they lie, and noise has
+    two flags."""
+    name, noise, shown = "optim.optimizer_state", "teacher.noise_vt", "teacher.vt"
+    same: dict[str, Any] = {}
+    if flat.get(name) in ("gpu", "host"):
+        same[name] = "gpu or host"
+    if flat.get(noise) or flat.get(shown) == "noise":
+        same |= {noise: True, shown: "noise"}
+    return flat | same
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

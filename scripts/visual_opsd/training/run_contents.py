@@ -8,6 +8,7 @@ another base, prompt or row, while the same contents may lie anywhere.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from data.parquet import Source, StepOrder
 from data.randomness import RANDOMNESS_VERSION
 from modeling.release.fingerprints import file_fingerprint, weights_fingerprint
-from scripts.visual_opsd.config import TrainConfig
+from scripts.visual_opsd.config import PromptSettings, SampleSettings, TrainConfig
 
 # Beside the weights, what a base's behaviour depends on: sizes and tokenizer.
 _BASE_FILES = (
@@ -33,12 +34,10 @@ ROW_ORDER = "row order"
 
 def run_contents(config: TrainConfig, order: StepOrder) -> dict[str, Any]:
     """Flag -> prompts, or digests of the files it names; JSON values. Reads files of the run."""
-    base = Path(config.model.model_path)
-    files = {n: file_fingerprint(base / n) for n in _BASE_FILES if (base / n).is_file()}
     replay = Path(config.run.replay_samples or "")  # SFT has the flag, and no use for the file
-    names = [f"{s.dataset.name} ({s.dataset.split})" for s in order.sources]
+    names = [_name(source) for source in order.sources]
     return {
-        "model_path": {"weights": weights_fingerprint(base, drawing=True), **files},
+        "model_path": _base(config.model.model_path),
         "prompts": asdict(config.prompt.build()),
         "dataset_config_file": {
             name: {"place": n, "weight": source.weight, "num_used_rows": source.num_used_rows}
@@ -49,6 +48,33 @@ def run_contents(config: TrainConfig, order: StepOrder) -> dict[str, Any]:
         "random numbers": RANDOMNESS_VERSION,
         ROW_ORDER: order.signature(),
     }
+
+
+def teacher_contents(
+    model_path: str, prompt: PromptSettings, sample: SampleSettings, sources: Sequence[Source]
+) -> dict[str, dict[str, Any]]:
+    """What a cached teacher and the run that learns from it must have in common, as JSON values."""
+    images: dict[str, Any] = {"image_path": prompt.image_path, **prompt.vit_config()}
+    if prompt.image_path == "inferencer":  # the only path through the VAE's resize
+        images["vae"] = prompt.vae_config()
+    return {
+        "base": _base(model_path),
+        "prompts": asdict(prompt.build()),
+        "images": images,
+        "lengths": {"max_forward_tokens": sample.max_forward_tokens},
+        "data": {_name(source): _data(source) for source in sources},
+    }
+
+
+def _base(model_path: str) -> dict[str, str]:
+    """Digests of the weights, and of the files that say sizes and tokenizer."""
+    base = Path(model_path)
+    files = {n: file_fingerprint(base / n) for n in _BASE_FILES if (base / n).is_file()}
+    return {"weights": weights_fingerprint(base, drawing=True), **files}
+
+
+def _name(source: Source) -> str:
+    return f"{source.dataset.name} ({source.dataset.split})"
 
 
 def _data(source: Source) -> dict[str, Any]:

@@ -373,10 +373,12 @@ class Trainer:
             decode=self.base.tokenizer.decode,
             scale=loss_scale(sums["scored"], self.env),
             flow_scale=flow_scale,
+            contrast=config.teacher.contrast,
         )
         filler = empty_row(
             model.vision.patch_dim,
             with_teacher=self.teacher is not None,
+            with_shown=config.teacher.shown != "none",
             latent_dim=model.latent_dim if objective.trains_drawing else None,
         )
         return [

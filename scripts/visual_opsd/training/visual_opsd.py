@@ -1,6 +1,6 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""The paper's objective, and its noise control: completions of the student, scored by a teacher
-that has seen the visual thoughts."""
+"""The paper's objective, and its controls: completions of the student, scored by a teacher that has
+seen the visual thoughts (VTs), or what a control shows in their place."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 
 from data.limits import NO_LIMITS, ContextLimits
 from data.parquet import StepRows
-from data.randomness import noise_generator, row_generator
+from data.randomness import row_generator
 from data.sequence import Completion, ContextBuilder
 from data.thinkmorph import OPSD_ROWS, Row, parse_row
+from data.visual_thoughts import show_thoughts
 from modeling.autoencoder import AutoEncoder
 from modeling.bagel.bagel import Bagel
 from modeling.host.memory import memory_errors
@@ -43,26 +44,34 @@ _ADVICE = "lower --sample_batch_size or, in a new run, --sample_max_new_tokens"
 
 @dataclass(frozen=True)
 class PrepareOPSD:
-    """Row -> student and teacher context; with `noise_seed` the VTs become Gaussian noise.
+    """Row -> student and teacher context.
 
-    A row whose contexts do not fit the limits is rejected as "too_long".
+    vt: what the teacher sees in the place of the VTs (`data.visual_thoughts`), by `seed`. A row
+    whose contexts with the real ones do not fit the limits is rejected as "too_long", so that all
+    kinds train on the same rows. contrast_with: what the control context shows; None: there is
+    none.
     with_latents: the teacher also reads the VTs' latents (still pixels here).
     """
 
     builder: ContextBuilder
-    noise_seed: int | None = None
+    vt: str = "real"
+    seed: int = 0
     limits: ContextLimits = NO_LIMITS
     with_latents: bool = False
+    contrast_with: str | None = None
 
     def __call__(self, row: Row) -> TrainRow:
         sample = parse_row(row, OPSD_ROWS)
         student = self.builder.student(sample)
-        noise = None
-        if self.noise_seed is not None:
-            noise = noise_generator(self.noise_seed, row.position)
-        teacher = self.builder.teacher(sample, student, noise, with_latents=self.with_latents)
-        self.limits.check(row, teacher)
-        return TrainRow.of(row, sample, student, teacher=teacher)
+        shown = show_thoughts(self.vt, row, sample, self.seed)
+        teacher = self.builder.teacher(sample, student, shown, with_latents=self.with_latents)
+        longest = teacher if shown.images else self.builder.teacher(sample, student)
+        self.limits.check(row, longest)
+        control = None
+        if self.contrast_with is not None:
+            other = show_thoughts(self.contrast_with, row, sample, self.seed)
+            control = self.builder.teacher(sample, student, other, with_latents=self.with_latents)
+        return TrainRow.of(row, sample, student, teacher=teacher, control=control)
 
 
 def encode_teachers(rows: Sequence[TrainRow], vae: AutoEncoder, seed: int) -> list[TrainRow]:
@@ -71,7 +80,11 @@ def encode_teachers(rows: Sequence[TrainRow], vae: AutoEncoder, seed: int) -> li
     for row in rows:
         assert row.teacher is not None
         generator = row_generator("teacher", seed, row.position)
-        encoded.append(replace(row, teacher=encode_pictures(row.teacher, vae, generator)))
+        row = replace(row, teacher=encode_pictures(row.teacher, vae, generator))
+        if row.control is not None:
+            generator = row_generator("control teacher", seed, row.position)
+            row = replace(row, control=encode_pictures(row.control, vae, generator))
+        encoded.append(row)
     return encoded
 
 
@@ -98,8 +111,9 @@ class VisualOPSD(Objective):
         config = self.config
         builder = make_builder(base.tokenizer, base.model, config.prompt)
         limits = scoring_limits(base.model, config.sample).check_settings(builder, teacher=True)
-        noise_seed = config.run.global_seed if config.teacher.noise_vt else None
-        return PrepareOPSD(builder, noise_seed, limits, self.teacher_reads_latents)
+        shown, seed = config.teacher.shown, config.run.global_seed
+        contrast_with = config.teacher.contrast_with if config.teacher.contrast else None
+        return PrepareOPSD(builder, shown, seed, limits, self.teacher_reads_latents, contrast_with)
 
     def label(self, batch: StepRows[TrainRow], place: Workplace) -> list[ScoredRow]:
         """The rows with completions of the student, which are also written to samples.jsonl."""
@@ -121,7 +135,8 @@ class VisualOPSD(Objective):
         scored = []
         for row, completion in zip(rows, completions, strict=True):
             assert row.teacher is not None  # as `PrepareOPSD` makes them
-            scored.append(score_completion(row.name, row.student, row.teacher, completion, limit))
+            contexts = row.student, row.teacher
+            scored.append(score_completion(row.name, *contexts, completion, limit, row.control))
         return scored
 
     def roll_out(self, batch: StepRows[TrainRow], place: Workplace) -> list[Completion]:

@@ -97,7 +97,7 @@ def seeds(run: Diagnostic) -> tuple[Any, ...]:
         order = [index for call in run.calls["sample_completions"] for index in call["row_ids"]]
         numbers = [row for call in run.calls["generate"] for row in call["uniforms"]]
         drawn = {i: row[:3].tolist() for i, row in zip(order, numbers, strict=True)}
-    noise = {index: scored.noise for index, scored in run.scored.items()}
+    noise = {index: scored.controls["noise"] for index, scored in run.scored.items()}
     return (
         run.one("choose_rows", "seed"), drawn,
         [s for s in range(50) if shows_noise(noise, s)],
@@ -139,8 +139,14 @@ def rows(places: Mapping[str, Path]) -> dict[str, Arrival]:
             ["vit", "vae+vit", "vit", "vit"],
             lambda run: {sum(isinstance(s, LatentSegment) for s in context)
                          for scored in run.scored.values()
-                         for context in (scored.teacher, scored.noise)},
+                         for context in (scored.teacher, *scored.controls.values())},
             lambda run: {int(run.given["teacher_vt"] == "vae+vit")},
+        ),
+        "controls": Arrival(
+            ["noise", "blank,other", "none", "noise"],
+            lambda run: {tuple(scored.controls) for scored in run.scored.values()},
+            lambda run: {("noise", *{"blank,other": ("other", "blank"), "none": ("none",)}.get(
+                run.given["controls"], ()))},
         ),
         "seed": Arrival([41, 42, 43, 44], seeds, expected_seeds),
         "go_threshold": Arrival(
@@ -216,7 +222,7 @@ def test_every_setting_arrives(table: dict[str, Any], runs: list[Diagnostic], na
 def test_the_noise_teacher_sees_noise_and_the_teacher_does_not(runs: list[Diagnostic]) -> None:
     for run in runs:
         for scored in run.scored.values():
-            real, noise = images(scored.teacher), images(scored.noise)
+            real, noise = images(scored.teacher), images(scored.controls["noise"])
             assert torch.equal(real[0], noise[0])
             assert all(image.abs().max() <= 1 for image in real)
             assert all(image.abs().max() > 1 for image in noise[1:])

@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from data.packing import pack
-from data.randomness import noise_generator
 from data.row_groups import ParquetDataset
 from data.sequence import Completion, TextSegment, given_completion
 from data.thinkmorph import parse_row
+from data.visual_thoughts import CONTROLS, show_thoughts
 from data.worlds.writer import write_spatial_navigation
 from modeling import load_bagel, save_bagel
 from scripts.visual_opsd.analysis import diagnosis as module
@@ -118,11 +118,13 @@ def check_columns(
     files = sorted((world / "Spatial_Navigation" / "data").glob("train-*.parquet"))
     dataset = ParquetDataset("Spatial_Navigation", files)
     for line, sample in list(zip(lines, samples, strict=True))[:3]:
-        row = parse_row(dataset.read_row(line["index"]))
+        read = dataset.read_row(line["index"], line["index"])
+        row = parse_row(read)
         prompt = builder.student(row)
         log_s = dense(other, prompt, line)
-        for name, noise in (("real", None), ("noise", noise_generator(SEED, line["index"]))):
-            log_t = dense(base, builder.teacher(row, prompt, noise), line)
+        for name in ("real", *sample.controls):
+            shown = show_thoughts(name, read, row, SEED)
+            log_t = dense(base, builder.teacher(row, prompt, shown), line)
             t, s = log_t.exp(), log_s.exp()
             m = ((t + s) / 2).log()
             kl = (t * (log_t - log_s)).sum(-1)
@@ -131,7 +133,7 @@ def check_columns(
             for column, expected in ((f"kl_{name}", kl), (f"jsd_{name}", jsd)):
                 actual = torch.from_numpy(sample.columns[column]).double()
                 torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-4)
-            if noise is None:
+            if name == "real":
                 entropy = torch.from_numpy(sample.columns["teacher_entropy"]).double()
                 torch.testing.assert_close(entropy, -(t * log_t).sum(-1), atol=2e-5, rtol=2e-4)
         entropy = torch.from_numpy(sample.columns["student_entropy"]).double()
@@ -162,6 +164,35 @@ def test_baseline_matches_dense_arithmetic(baseline: Path, world: Path) -> None:
         with Image.open(baseline / f"{name}.png") as picture:
             assert min(picture.size) > 150
             assert len(np.unique(np.asarray(picture.convert("L")))) > 20
+
+
+def test_further_controls_are_further_columns(
+    baseline: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The columns of all kinds by hand; those that stand without the flag are the same."""
+    out = tmp_path / "all"
+    result = run(world, out, "--controls", "none, other,blank,shuffled,problem")
+    lines, samples = completions(out), load_divergences(out, "base")
+    assert lines == completions(baseline)
+    assert samples[0].controls == list(CONTROLS)
+    check_columns(world, lines, samples, TINY_BAGEL)
+    for sample, before in zip(samples, load_divergences(baseline, "base"), strict=True):
+        assert before.controls == ["noise"]
+        for name in COLUMNS:
+            np.testing.assert_allclose(sample.columns[name], before.columns[name], atol=1e-6)
+    figures = result["base"]["all"]
+    means = [figures[kind]["kl"]["mean"] for kind in ("real", *CONTROLS)]
+    assert len(set(means)) == 7
+    gap = figures["real"]["kl"]["sample_mean"] - figures["other"]["kl"]["sample_mean"]
+    assert figures["difference_other"]["kl"]["mean"] == pytest.approx(gap)
+    header = capsys.readouterr().out.splitlines()
+    assert any(all(f"{kind} VT" in line for kind in CONTROLS) for line in header)
+    with pytest.raises(ValueError, match=r"controls: saved '\(absent\)', now"):
+        run(world, tmp_path / "after", "--baseline", str(baseline), "--controls", "other")
+    with pytest.raises(ValueError, match="unknown controls nois: choose from noise, other"):
+        run(world, tmp_path / "after", "--controls", "nois")
+    with pytest.raises(ValueError, match="--controls none shows no picture"):
+        run(world, tmp_path / "after", "--controls", "none", "--teacher_vt", "vae+vit")
 
 
 def test_base_closes_no_gap(baseline: Path, world: Path, tmp_path: Path) -> None:
@@ -400,7 +431,7 @@ def test_same_model_and_context_differ_by_nothing() -> None:
         for i in range(3)
     ]
     rows = [
-        DiagnosticRow(RowName("D", "f", i, str(i), ""), c, c, c, None)
+        DiagnosticRow(RowName("D", "f", i, str(i), ""), c, c, {"noise": c}, None)
         for i, c in enumerate(contexts)
     ]
     ends = [given_completion(builder.encode("<answer>12</answer> " * n)) for n in (1, 2)]

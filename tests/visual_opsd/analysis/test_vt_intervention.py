@@ -16,11 +16,12 @@ from data.row_groups import ParquetDataset
 from data.sequence import PACKER_SYSTEM_PROMPT
 from data.thinkmorph import parse_row
 from data.transforms import ImageTransform
+from data.visual_thoughts import shuffle_picture
 from data.worlds import get_scorer
 from inference.interleave import InterleaveEngine, InterleaveOptions
 from inferencer import InterleaveInferencer
 from modeling import load_bagel
-from scripts.visual_opsd.analysis.vt_arms import ARMS, Interventions, donors
+from scripts.visual_opsd.analysis.vt_arms import ARMS, FURTHER_ARMS, Interventions, donors
 from scripts.visual_opsd.analysis.vt_intervention import main, summarise_arms, table
 from scripts.visual_opsd.evaluation.scoring import compare_paired, wilson_interval
 from tests.conftest import TINY_BAGEL, needs_gpu
@@ -233,6 +234,31 @@ def test_without_ground_truth(world: Path, tmp_path: Path) -> None:
     summary = study(world, tmp_path, "--arms=removed", "--limit=1", "--image_size=32")
     assert list(summary["arms"]) == ["kept", "removed"] and summary["n"] == 1
     assert drawing(tmp_path, 0).size == (32, 32)
+
+
+def test_further_arms(
+    finished: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is shown in the place of the drawing, in its size."""
+    calls: list[Any] = []
+    answer = Interventions.answer
+
+    def spied(self: Any, starts: Any, pictures: Any) -> Any:
+        calls.append(pictures)
+        return answer(self, starts, pictures)
+
+    monkeypatch.setattr(Interventions, "answer", spied)
+    summary = study(world, tmp_path, "--arms=problem,shuffled,blank", "--limit=1")
+    assert list(summary["arms"]) == ["kept", *FURTHER_ARMS]
+    (kept,), (blank,), (shuffled,), (problem,) = calls
+    own = np.asarray(drawing(tmp_path, 0))
+    assert np.array_equal(np.asarray(kept), own)
+    assert (np.asarray(blank) == 128).all()
+    assert np.array_equal(np.asarray(shuffled), np.asarray(shuffle_picture(kept, 7, 0, 16)))
+    assert not np.array_equal(np.asarray(shuffled), own)
+    expected = VAE.resize(samples(world)[0].problem_image)
+    assert np.array_equal(np.asarray(problem), np.asarray(expected))
+    assert {p.size for p in (blank, shuffled, problem)} == {kept.size}
 
 
 def test_donors() -> None:

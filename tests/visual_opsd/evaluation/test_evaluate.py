@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from data.packing import pack
-from data.randomness import noise_generator
 from data.row_groups import ParquetDataset
 from data.thinkmorph import parse_row
+from data.visual_thoughts import show_thoughts
 from data.worlds import get_scorer
 from modeling import load_bagel
 from modeling.bagel.generate import generate, marker_check
@@ -104,7 +104,7 @@ def test_a_gpu_answers_alike(text_run: Path, world: Path, tmp_path: Path) -> Non
     assert run(world, tmp_path / "auto", "--device", "cuda")["n"] == ROWS  # in bf16
 
 
-@pytest.mark.parametrize("context", ["text", "vt", "noise"])
+@pytest.mark.parametrize("context", ["text", "vt", "noise", "other", "none"])
 def test_answers_are_greedy_under_the_stated_context(
     context: str, world: Path, tmp_path: Path, text_run: Path
 ) -> None:
@@ -122,8 +122,9 @@ def test_answers_are_greedy_under_the_stated_context(
         sample = parse_row(dataset.read_row(line["index"]))
         prompt = builder.student(sample)
         if context != "text":
-            noise = noise_generator(9, line["index"]) if context == "noise" else None
-            prompt = builder.teacher(sample, prompt, noise)
+            kind = "real" if context == "vt" else context
+            shown = show_thoughts(kind, dataset.read_row(line["index"], line["index"]), sample, 9)
+            prompt = builder.teacher(sample, prompt, shown)
         generation = generate(
             bundle.model, pack([prompt], bundle.special_tokens), bundle.special_tokens,
             max_new_tokens=BUDGET, check_every=1, max_image_skips=1,

@@ -47,6 +47,8 @@ class Recipe:
     teacher_vt: str = "vit"
     ema_decay: float = 0.6
     noise_vt: bool = False
+    contrast: float = 0.0
+    contrast_with: str = "none"
     sample_temperature: float = 0.8
     jsd_weight: float = 0.7
     jsd_beta: float = 0.3
@@ -120,6 +122,7 @@ CASES = {
     "latents and noise, reverse KL": Recipe(
         teacher_vt="vae+vit", noise_vt=True, jsd_beta=1.0, jsd_token_clip=None
     ),
+    "contrast": Recipe(contrast=0.6, jsd_temperature=1.0, max_grad_norm=0.01),
     "tinker, another head": Recipe(jsd_loss_kind="tinker", other_head=True),
     "the paper's loss": Recipe(
         max_grad_norm=0.01, global_seed=78,
@@ -137,7 +140,7 @@ CASES = {
 TWO_RANKS: dict[str, tuple[Recipe, dict[str, Any]]] = {
     "ema, sharded": (CASES["ema, a clip of each entry"], {"sharding_strategy": "FULL_SHARD"}),
     "fixed, replicated, one row": (
-        replace(CASES["fixed, tail bucket, another head"], global_batch_size=1),
+        replace(CASES["fixed, tail bucket, another head"], global_batch_size=1, contrast=0.5),
         {"num_replicate": 2},
     ),
     "interleaved SFT": (CASES["interleaved SFT"], {}),
@@ -203,7 +206,7 @@ def run_case(world: Path, results: Path, env: DistEnv, recipe: Recipe, **changes
         assert [slot for slot, _, _ in rows] == list(range(recipe.global_batch_size))
         taken.append([(name, completion) for _, name, completion in rows])
     if isinstance(trainer.prepare, PrepareOPSD):
-        trainer.prepare = replace(trainer.prepare, noise_seed=None)
+        trainer.prepare = replace(trainer.prepare, vt="real")
     rows = [first_rows(trainer, step) for step in range(recipe.total_steps)]
     return Run(rows, taken, end, metrics(results))
 

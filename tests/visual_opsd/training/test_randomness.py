@@ -198,7 +198,7 @@ def evaluated(seed: int) -> Callable[[Row], Any]:
 
 def diagnosed(seed: int) -> Callable[[Row], Any]:
     prepare = PrepareDiagnostic(open_builder(TINY_BAGEL, PROMPT)[0], DiagnosticSettings(seed=seed))
-    return lambda row: SimpleNamespace(shown=prepare(row).noise, length=1)
+    return lambda row: SimpleNamespace(shown=prepare(row).controls["noise"], length=1)
 
 
 @pytest.mark.parametrize("program", [evaluated, diagnosed])
@@ -230,12 +230,12 @@ def test_latents_of_the_diagnostic(pool: RowPool, bundle: Any) -> None:
     builder, _ = open_builder(TINY_BAGEL, PROMPT, visual_gen=True)
     dataset, place = pool.locate(0)
     row = PrepareDiagnostic(builder, settings)(dataset.read_row(place))
-    row = replace(row, noise=row.teacher)
+    row = replace(row, controls={"noise": row.teacher})
     found: dict[tuple[int, int, str], Tensor] = {}
     for seed in (1, 2):
         for index in (0, 1):
             for made in (encode_row(row, bundle.vae, seed, index) for _ in range(2)):
-                for arm, context in (("teacher", made.teacher), ("noise", made.noise)):
+                for arm, context in (("teacher", made.teacher), ("noise", made.controls["noise"])):
                     tokens = latest(context, LatentSegment).latents
                     assert torch.equal(tokens, found.setdefault((seed, index, arm), tokens))
     assert all_differ(list(found.values()))

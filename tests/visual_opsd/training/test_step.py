@@ -347,6 +347,9 @@ def test_a_pack_of_nothing_runs_what_others_run() -> None:
     assert [type(s) for s in row.student] == [ImageSegment, TextSegment]
     assert [type(s) for s in row.teacher] == [ImageSegment, ImageSegment, TextSegment]
     assert shared_images([row, row]).images == (0, 2)
+    without = empty_row(588, with_teacher=True, with_shown=False)  # --vt none
+    assert without.teacher is not None
+    assert [type(s) for s in without.teacher] == [ImageSegment, TextSegment]
     drawing = empty_row(588, with_teacher=False, latent_dim=64)
     assert [type(s) for s in drawing.student] == [LatentSegment, ImageSegment, TextSegment]
     assert drawing.teacher is None and drawing.noised == 0

@@ -69,7 +69,7 @@ def test_contexts_of_the_teacher(bundle: Any, world: Path) -> None:
     assert again.teacher is not None and other.teacher is not None
     assert torch.equal(latent.latents, again.teacher[-3].latents)  # type: ignore[union-attr]
     assert not torch.equal(latent.latents, other.teacher[-3].latents)  # type: ignore[union-attr]
-    control = PrepareOPSD(builder, 4396, with_latents=True)(row)
+    control = PrepareOPSD(builder, "noise", 4396, with_latents=True)(row)
     assert control.teacher is not None
     noise = control.teacher[-3]
     assert isinstance(noise, PixelSegment) and noise.pixels.shape == picture.pixels.shape

@@ -24,6 +24,7 @@ from scripts.visual_opsd.processes import DistEnv, init_distributed, shutdown
 from scripts.visual_opsd.rows import TrainRow
 from scripts.visual_opsd.training.interleaved import InterleavedSFT
 from scripts.visual_opsd.training.metrics import read_metrics
+from scripts.visual_opsd.training.offline import OFFLINE_DEFAULTS, OfflineConfig, VisualOPSDOffline
 from scripts.visual_opsd.training.sharding import iter_full_state
 from scripts.visual_opsd.training.text_sft import TextSFT
 from scripts.visual_opsd.training.trainer import Trainer
@@ -64,6 +65,8 @@ def make_config(
     arguments = train_arguments(world, results, **{**SMALL, **changes})
     if objective in SFT:
         return parse_config(SFTConfig, arguments, "", SFT[objective])
+    if objective is VisualOPSDOffline:
+        return parse_config(OfflineConfig, arguments, "", OFFLINE_DEFAULTS)
     return parse_config(TrainConfig, arguments, "")
 
 

@@ -15,7 +15,7 @@ import shutil
 import sys
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -34,6 +35,7 @@ from data.parquet import StepLoader, StepOrder, make_loader
 from data.randomness import position_uniforms, row_generator
 from data.rejects import RejectLedger
 from data.sequence import ContextBuilder, ImageSegment, LatentSegment
+from data.transforms import decode_image
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.decoder import DecoderLayer
 from modeling.bagel.generate import generate
@@ -266,6 +268,19 @@ def is_noise_of(run: TrainRun, seed: int) -> bool:
     return True
 
 
+def kind_shown(run: TrainRun) -> str:
+    """What stands in the place of the first row's visual thoughts, by their patches."""
+    (image,) = thought_images(run.rows[0])
+    own = decode_image(run.row_values["reasoning_image_0"]["bytes"])
+    problem = decode_image(run.row_values["problem_image_0"]["bytes"])
+    alike = run.builder.image(problem.resize(own.size, Image.Resampling.BICUBIC)).patches
+    if torch.equal(image, alike):
+        return "problem"
+    if is_noise_of(run, run.given["global_seed"]):
+        return "noise"
+    return "real" if image.any() else "blank"
+
+
 def saved_steps(run: TrainRun) -> list[int]:
     g = run.given
     last = g["total_steps"]
@@ -459,8 +474,24 @@ def distillation_rows(places: Mapping[str, Path]) -> dict[str, Arrival]:
                          == len(thought_images(row)) for row in run.rows},
             lambda run: {run.given["teacher_vt"] == "vae+vit"},
         ),
+        "vt": Arrival(
+            ["real", "problem", "blank", "noise"], kind_shown,
+            lambda run: "noise" if run.given["noise_vt"] else run.given["vt"],
+        ),
         "noise_vt": Arrival([True, False, False, True],
                             lambda run: is_noise_of(run, run.given["global_seed"])),
+        "contrast": Arrival(
+            [0.0, 0.5, 0.25, 0.0],
+            lambda run: {step.contrast for step in run.all("run_pack", "step")},
+            lambda run: {run.given["contrast"]},
+        ),
+        "contrast_with": Arrival(
+            ["noise", "noise", "none", "noise"],
+            lambda run: [len(thought_images(replace(row, teacher=row.control)))
+                         for row in run.rows],
+            lambda run: [{"noise": 1, "none": 0}[run.given["contrast_with"]]] * len(run.rows),
+            runs="bc",
+        ),
         "teacher_cpu_offload": Arrival(
             [False, True, True, False],
             lambda run: isinstance(run.models[1]["offload_policy"], CPUOffloadPolicy),
