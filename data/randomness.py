@@ -47,9 +47,19 @@ def diagnostic_permutation(seed: int, number: int, size: int) -> np.ndarray:
 # ------------------------------------------------------------------ what a row is given
 
 
-def position_uniforms(seed: int, step: int, row_id: int, count: int) -> Tensor:
-    """Numbers in [0, 1), float64 (count,): one for each position of a row's rollout."""
+def position_uniforms(seed: int, step: int, row_id: int, count: int, number: int = 0) -> Tensor:
+    """Numbers in [0, 1), float64 (count,): one for each position of a row's rollout.
+
+    number: which of several completions of the row; the first is the one of a row that has one.
+    """
+    if number:
+        return torch.from_numpy(_uniforms(_stream("more", seed, step, row_id, number), count))
     return torch.from_numpy(_uniforms(_stream("rollout", seed, step, row_id), count))
+
+
+def off_policy_uniform(seed: int, step: int, row_id: int) -> float:
+    """In [0, 1): whether a row of a step is given its completion, by comparison with a share."""
+    return float(_uniforms(_stream("off policy", seed, step, row_id), 1)[0])
 
 
 def noise_generator(seed: int, position: int) -> torch.Generator:

@@ -134,12 +134,14 @@ class Completion:
     ids: the body without the first `<|im_start|>` and without the final `<|im_end|>`; an image
     skip leaves `<|im_end|><|im_start|>` inside. scored: see `TextSegment`.
     logprobs: the sampler's log-probability of each scored label, in order (empty if unknown).
+    given: it is a text of the data set, in the place of one that the policy writes.
     """
 
     ids: tuple[int, ...]
     scored: tuple[bool, ...]
     logprobs: tuple[float, ...] = ()
     capped: bool = False
+    given: bool = False
 
     def segment(self) -> TextSegment:
         return TextSegment(self.ids, self.scored)

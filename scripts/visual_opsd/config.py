@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,9 @@ from scripts.visual_opsd.cli import (
     option,
 )
 from scripts.visual_opsd.on_policy_sampler import SamplerSettings
-from scripts.visual_opsd.opsd_loss import CLIP_SCOPES, LOSS_KINDS, LossConfig
+from scripts.visual_opsd.opsd_loss import CLIP_SCOPES, LOSS_KINDS, LossConfig, early_tokens
+from scripts.visual_opsd.run_config import PlanSettings, RunSettings
+from scripts.visual_opsd.validation_config import ValidationSettings
 
 TEACHER_MODES = ("ema", "fixed", "self")
 TEACHER_VTS = ("vit", "vae+vit")
@@ -284,6 +285,20 @@ class SampleSettings(Settings):
 
 
 @dataclass(frozen=True)
+class RolloutSettings(Settings):
+    """What Visual-OPSD's rows are completed with."""
+
+    completions_per_row: int = option(
+        1, "completions of each row in a step, each with random numbers of its own; scored as so "
+        "many rows", **TOGETHER,
+    )  # fmt: skip
+    off_policy_share: float = option(
+        0.0, "share of the rows that take the data set's text trace, with its answer, in the place "
+        "of their completions", **SHARES,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class LossSettings(Settings):
     jsd_weight: float = option(1.0, "weight of the divergence", **WEIGHTS)
     jsd_beta: float = option(
@@ -309,6 +324,14 @@ class LossSettings(Settings):
         "jsd", "`jsd`, or `tinker`: reverse KL on the sampled tokens", choices=LOSS_KINDS
     )
     ce_weight: float = option(0.0, "weight of the cross-entropy on the completion", **WEIGHTS)
+    token_weight: str = option(
+        "none", "which scored tokens count more, with mean 1 over each completion: `none`, all "
+        "alike; `early:N`, its first N tokens alone; `entropy`, by the student's; `teacher_ahead`, "
+        "by how much more probable the teacher finds the token, where it does",
+    )  # fmt: skip
+    skip_first_tokens: int = option(
+        0, "the first scored tokens of each completion have weight 0", at_least=0, at_most=2**17
+    )
     loss_chunk_size: int = option(
         512, "scored tokens whose logits exist at once, both models' counted: a divergence over "
         "the whole vocabulary works on half as many at a time", at_least=1, at_most=2**20,
@@ -322,6 +345,23 @@ class LossSettings(Settings):
                 "teacher and student alike, so loss and gradient are 0; --jsd_tail_bucket True "
                 "compares it with the rest"
             )
+        try:
+            first = early_tokens(self.token_weight)
+        except ValueError:
+            raise ValueError(
+                "--token_weight must be none, early:N (N a whole number of at least 1, as in "
+                f"early:32), entropy or teacher_ahead, got {self.token_weight!r}"
+            ) from None
+        if first is not None and first <= self.skip_first_tokens:
+            raise ValueError(
+                f"--token_weight {self.token_weight} counts the first {first} tokens, of which "
+                f"--skip_first_tokens {self.skip_first_tokens} leaves none: lower the latter"
+            )
+        if self.token_weight == "teacher_ahead" and self.jsd_weight == 0:
+            raise ValueError(
+                "--token_weight teacher_ahead needs a teacher, and with --jsd_weight 0 there is "
+                "none: use none, early:N or entropy"
+            )
 
     def build(self) -> LossConfig:
         return LossConfig(
@@ -334,6 +374,8 @@ class LossSettings(Settings):
             tail_bucket=self.jsd_tail_bucket,
             jsd_weight=self.jsd_weight,
             ce_weight=self.ce_weight,
+            token_weight=self.token_weight,
+            skip_first_tokens=self.skip_first_tokens,
         )
 
 
@@ -384,87 +426,6 @@ class OptimSettings(Settings):
             )
 
 
-@dataclass(frozen=True)
-class RunSettings(Settings):
-    results_dir: str = option(
-        "results/visual-opsd", "metrics, samples and configuration (the launchers name it after "
-        "the run)", path=True,
-    )  # fmt: skip
-    checkpoint_dir: str | None = option(
-        None, "checkpoints; otherwise `checkpoints/` in the results folder", path=True
-    )
-    save_every: int = option(
-        500, "steps between checkpoints; the last step is always saved", **ROWS
-    )
-    save_release: bool = option(True, "write a release folder at each checkpoint too")
-    keep_last: int = option(2, "training states kept; release folders are all kept", **ROWS)
-    on_save_error: str = option(
-        "stop", "when the disk refuses a state or release folder: `stop` ends the run; `continue` "
-        "trains on and tries again after `--save_every` steps, but the last step must be saved",
-        choices=("stop", "continue"),
-    )  # fmt: skip
-    log_every: int = option(10, "steps between lines of `metrics.jsonl`", **ROWS)
-    samples_per_step: int = option(
-        2, "completions of rank 0 written to `samples.jsonl` at each step",
-        at_least=0, at_most=2**20,
-    )  # fmt: skip
-    replay_samples: str | None = option(
-        None, "train on the completions of this `samples.jsonl` instead of sampling", path=True
-    )
-    resume: str | None = option(
-        None, "`latest`, `last_good`, a step, or the folder of a training state", path=True
-    )
-    auto_resume: bool = option(False, "the same as `--resume latest`")
-    resume_from: str | None = option(None, "the same as `--resume PATH`", path=True)
-    take_over: bool = option(
-        False, "take folders that a run on another machine held, if you know that it has ended"
-    )
-    global_seed: int = option(4396, "random numbers of sampling and of the noise control", **SEEDS)
-    device: str = option("auto", "`auto`, `cpu` or `cuda`", choices=("auto", "cpu", "cuda"))
-    sharding_strategy: str = option(
-        "HYBRID_SHARD", "`HYBRID_SHARD`: shards within a group, copies across groups; "
-        "`FULL_SHARD`: over all ranks", choices=("HYBRID_SHARD", "FULL_SHARD"),
-    )  # fmt: skip
-    num_shard: int | None = option(
-        None, "ranks that share one copy; otherwise the GPUs of a node", **TOGETHER
-    )
-    num_replicate: int | None = option(None, "copies; otherwise ranks / `--num_shard`", **TOGETHER)
-    cpu_offload: bool = option(False, "weights, gradients and optimiser in host memory")
-    timeout_s: float = option(1800.0, "seconds after which a stuck collective fails", **TIMEOUTS)
-    progress: bool = option(True, "draw a progress bar")
-    wandb_project: str | None = option(None, "log to this wandb project too")
-    wandb_name: str | None = option(None, "wandb run name")
-    wandb_offline: bool = option(False, "wandb without network")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("resume", "resume_from"):
-            spec = getattr(self, name)
-            if spec is not None and spec.isdigit() and not spec.isascii():
-                raise ValueError(
-                    f"--{name} must be latest, a step number in plain digits or a folder, got "
-                    f"{spec!r}"
-                )
-        if self.resume is not None:
-            others = (self.resume_from, "latest" if self.auto_resume else None)
-            if any(other not in (None, self.resume) for other in others):
-                raise ValueError(
-                    f"--resume {self.resume} contradicts --resume_from or --auto_resume, which "
-                    "mean the same: give one of them"
-                )
-
-    @property
-    def checkpoints(self) -> Path:
-        return Path(self.checkpoint_dir or Path(self.results_dir) / "checkpoints")
-
-    @property
-    def resume_specs(self) -> tuple[str, ...]:
-        """Where to begin, in order of preference: `find_checkpoint` decides."""
-        latest = "latest" if self.auto_resume else None
-        specs = (self.resume, latest, self.resume_from)
-        return tuple(dict.fromkeys(spec for spec in specs if spec is not None))
-
-
 def check_adapters(lora: LoraSettings, model: ModelSettings) -> None:
     """Raises ValueError: adapters of no or unknown layers, or on what is to stay as it is."""
     known = (*PARTS, *PROJECTIONS)
@@ -484,33 +445,6 @@ def check_adapters(lora: LoraSettings, model: ModelSettings) -> None:
 
 
 @dataclass(frozen=True)
-class PlanSettings(Settings):
-    """Whether a run's memory is planned, and for which machine."""
-
-    plan: bool | None = option(
-        None, "print how much memory and disk the run takes, say whether that fits, and end; "
-        "`none`: compare it with what is there before anything is loaded; `False`: do not"
-    )  # fmt: skip
-    plan_gpus: int | None = option(
-        None, "with `--plan`: GPUs of one machine, instead of those at hand", **TOGETHER
-    )
-    plan_gpu_gb: float | None = option(
-        None, "with `--plan`: memory of each of them, in GB (1e9 bytes)", above=0, at_most=1e6
-    )
-    dry_run: bool = option(
-        False, "make one step with rows as long as the settings allow, show planned beside "
-        "measured memory, and leave nothing behind"
-    )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.plan and (self.plan_gpus, self.plan_gpu_gb) != (None, None):
-            raise ValueError("--plan_gpus and --plan_gpu_gb are of a plan: add --plan")
-        if self.plan and self.dry_run:
-            raise ValueError("--plan computes and --dry_run measures: give one of them")
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """Everything a training run is told."""
 
@@ -520,14 +454,21 @@ class TrainConfig:
     data: DataSettings = field(default_factory=DataSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     sample: SampleSettings = field(default_factory=SampleSettings)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
     memory: PlanSettings = field(default_factory=PlanSettings)
 
     def __post_init__(self) -> None:
         if self.lora.lora_rank is not None:
             check_adapters(self.lora, self.model)
+        if self.rollout.completions_per_row > 1 and not self.sample.sample_do_sample:
+            raise ValueError(
+                f"--completions_per_row {self.rollout.completions_per_row}: greedy completions "
+                "(--sample_do_sample False) of a row are all alike; leave one of the two out"
+            )
         kind = self.optim.optimizer_state
         if self.run.cpu_offload and kind != "gpu":
             raise ValueError(

@@ -60,6 +60,7 @@ def sample_completions(
     settings: SamplerSettings,
     seed: int,
     step: int,
+    numbers: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     should_stop: Callable[[], bool] = lambda: False,
     on_ids: Callable[[int, list[int]], None] | None = None,
@@ -69,6 +70,7 @@ def sample_completions(
     Args:
         model: a plain (unsharded) module on `device`.
         contexts: student contexts; row_ids: a number that names each row within the step.
+        numbers: of rows that have several completions, which one each is; None: the first.
         should_stop: polled while decoding.
         on_ids: called at each check with a context's number and the ids decoded for it so far,
             an `<|im_end|>` that ended a round included.
@@ -88,15 +90,16 @@ def sample_completions(
                 # One token more than the budget has been drawn; no completion holds it.
                 on_ids(i, ids[: settings.max_new_tokens - 1])
 
+    which = [0] * len(contexts) if numbers is None else numbers
     completions: list[Completion] = []
     for group in decoding_groups(contexts, settings):
         uniforms = None
         if settings.do_sample:
-            numbers = [
-                position_uniforms(seed, step, row_ids[i], settings.max_new_tokens + 1)
+            drawn = [
+                position_uniforms(seed, step, row_ids[i], settings.max_new_tokens + 1, which[i])
                 for i in group
             ]
-            uniforms = torch.stack(numbers).to(device)
+            uniforms = torch.stack(drawn).to(device)
         stop_if_asked()
         generations = generate(
             model,

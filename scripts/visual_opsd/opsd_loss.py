@@ -32,12 +32,18 @@ their content makes more likely counts a times more. The logits may be combined 
 differ from log-probabilities by a constant of their token only, and so may the hidden states before
 the head, which is linear (`contrast`). a = 0 is t itself, to the last bit.
 
+Weights (`token_weights`) say how much each scored token counts. Their mean over a completion is 1,
+so that a completion's share in the loss does not depend on what is weighed by, and neither the
+number of ranks nor what is packed together has any effect. What the sum is divided by stays the
+number of scored tokens.
+
 `loss/chunked.py` computes the same from hidden states without holding the logits of all tokens.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +53,8 @@ from torch.nn import functional as F
 IGNORE_LABEL = -100
 LOSS_KINDS = ("jsd", "tinker")
 CLIP_SCOPES = ("entry", "token")
+TOKEN_WEIGHTS = ("none", "early:N", "entropy", "teacher_ahead")
+_LEAST_SUM = 1e-12  # of a completion's weights; below, they are rounding
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,8 @@ class LossConfig:
 
     `loss_kind` "jsd" is the paper's (`generalized_jsd_loss`), "tinker" the policy-gradient form
     (`tinker_reverse_kl_loss`: no top-k, clip or beta). The other options are those of
-    `generalized_jsd_loss`; `temperature` does not touch the cross-entropy.
+    `generalized_jsd_loss`; `temperature` does not touch the cross-entropy. `token_weight` and
+    `skip_first_tokens` are those of `token_weights`; both losses are weighed.
     """
 
     loss_kind: str = "jsd"
@@ -67,6 +76,8 @@ class LossConfig:
     tail_bucket: bool = False
     jsd_weight: float = 1.0
     ce_weight: float = 0.0
+    token_weight: str = "none"
+    skip_first_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.loss_kind not in LOSS_KINDS:
@@ -87,6 +98,19 @@ class LossConfig:
             value = getattr(self, name)
             if not (value >= 0.0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value}: it must be finite and >= 0")
+        first, skipped = early_tokens(self.token_weight), self.skip_first_tokens
+        if skipped < 0:
+            raise ValueError(f"skip_first_tokens is {skipped}: it must be >= 0")
+        if first is not None and first <= skipped:
+            raise ValueError(
+                f"token_weight {self.token_weight} counts the first {first} tokens, of which "
+                f"skip_first_tokens {skipped} leaves none: raise the one or lower the other"
+            )
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether some tokens count more than others."""
+        return self.token_weight != "none" or self.skip_first_tokens > 0
 
     def top_k_of(self, vocab: int) -> int | None:
         """k if the divergence is restricted to the teacher's top-k of `vocab` entries."""
@@ -107,6 +131,7 @@ def generalized_jsd_loss(
     *,
     tail_bucket: bool = False,
     clip_scope: str = "entry",
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Generalised JSD between the teacher's and the student's next-token distributions.
 
@@ -121,6 +146,7 @@ def generalized_jsd_loss(
         token_clip: upper bound of each vocabulary entry's term (None: no bound).
         tail_bucket: with top-k, one bucket for the mass outside instead of renormalising.
         clip_scope: "entry" as above; "token": the bound holds for a token's sum instead.
+        weights: shape of labels; what each token's divergence is multiplied by (None: nothing).
 
     Returns:
         A scalar, or (kept tokens,) for "none". Without a kept token: 0 (connected to the graph).
@@ -138,8 +164,10 @@ def generalized_jsd_loss(
         clip_scope=clip_scope,
         tail_bucket=tail_bucket,
     )
-    student, teacher, _ = _kept_tokens(student_logits, teacher_logits, labels)
+    student, teacher, keep = _kept_tokens(student_logits, teacher_logits, labels)
     divergence = divergence_per_token(student, teacher, config)
+    if weights is not None:
+        divergence = divergence * _kept_weights(weights, student_logits, keep)
     if reduction == "none":
         return divergence
     total = divergence.sum()
@@ -189,6 +217,7 @@ def tinker_reverse_kl_loss(
     sampled_token_ids: Tensor,
     labels: Tensor | None = None,
     temperature: float = 1.0,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Reverse KL as a policy gradient on the sampled tokens, without a sum over the vocabulary.
 
@@ -202,6 +231,7 @@ def tinker_reverse_kl_loss(
         sampled_token_ids: (N,) or (B, T) integer ids the student sampled.
         labels: (N,) or (B, T); tokens labelled -100 are dropped before the mean.
         temperature: divides both logits.
+        weights: shape of labels; what each token's loss is multiplied by (None: nothing).
 
     Returns:
         A scalar; 0 (connected to the graph) if no token is kept.
@@ -220,7 +250,72 @@ def tinker_reverse_kl_loss(
     log_s = _log_probs(student, config).gather(-1, ids)[:, 0]  # (N,)
     log_t = _log_probs(teacher, config).gather(-1, ids)[:, 0]
     advantage = (log_t - log_s).detach()
-    return (-advantage * log_s).sum() / max(log_s.numel(), 1)
+    losses = -advantage * log_s
+    if weights is not None:
+        losses = losses * _kept_weights(weights, student_logits, keep)
+    return losses.sum() / max(log_s.numel(), 1)
+
+
+def early_tokens(token_weight: str) -> int | None:
+    """N of the weight "early:N", None of the others.
+
+    Raises:
+        ValueError: no weight of `TOKEN_WEIGHTS`.
+    """
+    kind, colon, number = token_weight.partition(":")
+    if kind == "early" and number.isascii() and number.isdigit() and 0 < int(number[:20]) < 10**9:
+        return int(number)
+    if token_weight not in TOKEN_WEIGHTS or colon:
+        raise ValueError(
+            f"unknown token_weight {token_weight!r}: use none, early:N (N at least 1, as in "
+            "early:32), entropy or teacher_ahead"
+        )
+    return None
+
+
+@torch.no_grad()
+def weigh_by(
+    student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor, config: LossConfig
+) -> Tensor:
+    """What `token_weights` weighs by, before it is brought to mean 1: (N,), at T = temperature.
+
+    "entropy": the student's entropy, in nats. "teacher_ahead": max(0, log t(x) - log s(x)) of the
+    label x. The others: 1.
+
+    Args:
+        student_logits: (N, V); teacher_logits: likewise, None where "teacher_ahead" is not asked.
+        labels: (N,) int64.
+    """
+    log_s = _log_probs(student_logits, config)
+    if config.token_weight == "entropy":
+        return -(log_s.exp() * log_s).sum(dim=-1).clamp(max=0.0)
+    if config.token_weight == "teacher_ahead":
+        assert teacher_logits is not None, "no teacher can be ahead"
+        log_t = _log_probs(teacher_logits, config)
+        return (log_t - log_s).gather(-1, labels[:, None])[:, 0].clamp(min=0.0)
+    return torch.ones_like(log_s[:, 0])
+
+
+@torch.no_grad()
+def token_weights(values: Tensor, counts: Sequence[int], config: LossConfig) -> Tensor:
+    """How much each scored token counts: (N,), with mean 1 over each completion.
+
+    A token's value counts in proportion, but those of the first `skip_first_tokens` of a completion
+    and, with "early:N", of those after the first N are 0. A completion of zeros (it ended before
+    the tokens that count, or the teacher is nowhere ahead) keeps them: it teaches nothing.
+
+    Args:
+        values: (N,), as `weigh_by` gives them.
+        counts: scored tokens of each completion, in order; their sum is N.
+    """
+    first = early_tokens(config.token_weight)
+    weights = values.clone()
+    for completion in weights.split(list(counts)):  # views
+        completion[: config.skip_first_tokens] = 0.0
+        if first is not None:
+            completion[first:] = 0.0
+        completion *= len(completion) / completion.sum().clamp(min=_LEAST_SUM)
+    return weights
 
 
 def vocabulary_hint(student_vocab: int, teacher_vocab: int) -> str:
@@ -251,6 +346,16 @@ def _kept_tokens(
             )
         keep = labels.reshape(-1) != IGNORE_LABEL
     return student_logits.reshape(-1, vocab)[keep], teacher_logits.reshape(-1, vocab)[keep], keep
+
+
+def _kept_weights(weights: Tensor, logits: Tensor, keep: Tensor | slice) -> Tensor:
+    """Weights of the tokens that stay, (N,); logits: as the loss was given them."""
+    if weights.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"weights has shape {tuple(weights.shape)}, the logits are of "
+            f"{tuple(logits.shape[:-1])} tokens: pass one weight for each token"
+        )
+    return weights.reshape(-1)[keep]
 
 
 def _log_probs(logits: Tensor, config: LossConfig, index: Tensor | None = None) -> Tensor:

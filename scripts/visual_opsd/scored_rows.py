@@ -55,6 +55,7 @@ def score_completion(
 ) -> ScoredRow:
     """Append a sampled completion to all contexts, cut so that the longest one fits.
 
+    A given text that the budget of a completion has cut counts as truncated too.
     The contexts leave room for a token at least: those of other rows were rejected as "too_long".
     """
     longest = max(context_length(c) for c in (student, teacher, control) if c is not None)
@@ -63,6 +64,7 @@ def score_completion(
     if truncated:
         assert room >= 1, f"{name}: its context takes {longest} of {max_forward_tokens} tokens"
         completion = completion.truncated(room)
+    truncated |= completion.given and completion.capped
     end = (completion.segment(),)
     seen = None if control is None else (*control, *end)
     return ScoredRow(name, (*student, *end), (*teacher, *end), completion, truncated, seen)

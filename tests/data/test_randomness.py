@@ -19,6 +19,7 @@ from data.randomness import (
     epoch_permutation,
     noise_generator,
     noise_picture,
+    off_policy_uniform,
     other_rows,
     position_uniforms,
     row_generator,
@@ -35,7 +36,8 @@ STREAMS: list[tuple[Callable[..., Any], tuple[tuple[Any, ...], ...]]] = [
     (epoch_permutation, (SEEDS, NAMES, NAMES, PLACES, (99,))),
     (budget_permutation, (SEEDS, NAMES, NAMES, (99,))),
     (diagnostic_permutation, (SEEDS, PLACES, (99,))),
-    (position_uniforms, (SEEDS, PLACES, PLACES, (4,))),
+    (position_uniforms, (SEEDS, PLACES, PLACES, (4,), (0, 1, 11))),
+    (off_policy_uniform, (SEEDS, PLACES, PLACES)),
     (noise_generator, (SEEDS, PLACES)),
     (row_generator, (PURPOSES, SEEDS, PLACES)),
     (other_rows, (SEEDS, PLACES, (99,))),
@@ -66,10 +68,11 @@ def test_streams_of_one_key_differ_by_what_they_are_for() -> None:
     pairs = {
         tuple(dataset_uniforms(1, 2, 4)),
         tuple(position_uniforms(1, 2, 0, 4).tolist()),
+        (off_policy_uniform(1, 2, 0), *position_uniforms(1, 2, 0, 4)[1:].tolist()),
         first_numbers(noise_generator(1, 2)),
         *(first_numbers(row_generator(purpose, 1, 2)) for purpose in PURPOSES),
     }
-    assert len(pairs) == 3 + len(PURPOSES)
+    assert len(pairs) == 4 + len(PURPOSES)
     orders = (epoch_permutation(1, "a", "b", 0, 99), budget_permutation(1, "a", "b", 99))
     assert tuple(orders[0]) != tuple(orders[1]) != tuple(diagnostic_permutation(1, 0, 99))
 
@@ -111,6 +114,8 @@ def test_the_numbers_are_those_of_their_version() -> None:
         "budget": [4, 2, 6, 7, 1, 3, 5, 0],
         "diagnostic": [7, 3, 2, 4, 6, 1, 5, 0],
         "rollout": [0.6608612767444029, 0.17108239881070675],
+        "second completion": [0.0270680745770564, 0.2069837603457122],
+        "off policy": 0.16901307851481662,
         "noise control": [187786, 750436],
         "row": [380782, 817906],
         "noise picture": [174, 140, 86, 70, 168, 84],
@@ -121,6 +126,8 @@ def test_the_numbers_are_those_of_their_version() -> None:
         "budget": budget_permutation(7, "name", "train", 8).tolist(),
         "diagnostic": diagnostic_permutation(7, 3, 8).tolist(),
         "rollout": position_uniforms(7, 3, 5, 2).tolist(),
+        "second completion": position_uniforms(7, 3, 5, 2, 1).tolist(),
+        "off policy": off_policy_uniform(7, 3, 5),
         "noise control": torch.randint(10**6, (2,), generator=noise_generator(7, 3)).tolist(),
         "row": torch.randint(10**6, (2,), generator=row_generator("teacher", 7, 3)).tolist(),
         "noise picture": list(noise_picture((2, 1), 7, 3).tobytes()),

@@ -6,6 +6,11 @@ from __future__ import annotations
 from tests.mutants import faults
 
 FAULTS = [
+    *faults("scripts/visual_opsd/run_config.py",
+            "visual_opsd/training/test_train_flags.py::test_where_a_run_begins", [
+        ("auto_resume comes before resume", "specs = (self.resume, latest, self.resume_from)",
+         "specs = (self.resume_from, latest, self.resume)"),
+    ]),
     *faults("scripts/visual_opsd/training/optimizers.py",
             "visual_opsd/training/test_step_oracle.py::test_a_run_recomputed", [
         ("lr never reaches AdamW", '        "lr": settings.lr,\n', ""),
@@ -95,6 +100,23 @@ FAULTS = [
          "% self.config.run.log_every == 0 or not finite",
          "visual_opsd/training/test_trainer.py::test_what_a_run_leaves_behind"),
     ]),
+    *faults("scripts/visual_opsd/training/trainer.py",
+            "visual_opsd/training/test_validation.py", [
+        ("what was best is not saved", '            "validation": self.validation.state_dict(),\n', ""),
+        ("a state does not know of its step's validation",
+         "        self.states.note(self._extra())\n", ""),
+        ("the base is written as the best", "if is_best and self.step and", "if is_best and"),
+        ("step 0 is logged twice", "begins_at = -1  #", "begins_at = 0  #"),
+    ]),
+    *faults("scripts/visual_opsd/training/validation.py",
+            "visual_opsd/training/test_validation.py", [
+        ("no worse is better", "if accuracy > progress.best:", "if accuracy >= progress.best:"),
+        ("a step is validated again", " or step == self.progress.last:", ":"),
+        ("other rows' figures are compared",
+         "if self.validate is None or found.identity == self.validate.identity:", "if True:"),
+        ("the last step is not validated", "return step % every == 0 or step == self.total_steps",
+         "return step % every == 0"),
+    ]),
     *faults("scripts/visual_opsd/training/models.py",
             "visual_opsd/training/test_train_flags.py::test_every_setting_arrives", [
         ("activation checkpointing is never on",
@@ -114,10 +136,16 @@ FAULTS = [
          "visual_opsd/training/test_randomness.py"),
         ("the rollout has the data's seed", "                    seed=self.config.run.global_seed,\n",
          "                    seed=self.config.data.data_seed,\n", "visual_opsd/training/test_randomness.py"),
+        ("all completions of a row are one", "numbers=list(range(each)) * len(batch.items),",
+         "numbers=None,", "visual_opsd/training/test_completions.py"),
+        ("the share is not of (seed, step, row)", "off_policy_uniform(seed, step, item.slot)",
+         "off_policy_uniform(seed, 0, item.slot)", "visual_opsd/training/test_completions.py"),
+        ("a given text is longer than the budget", "        if len(trace.ids) <= most:\n",
+         "        if True:\n", "visual_opsd/training/test_completions.py"),
         ("the rollout does not depend on the step", "                    step=batch.step,\n",
          "                    step=0,\n", "visual_opsd/training/test_randomness.py"),
         ("the rollout's numbers are those of the place on this rank",
-         "[item.slot for item in batch.items]", "list(range(len(batch.items)))",
+         "[item.slot for item in batch.items for _ in", "[i for i, _ in enumerate(batch.items) for _ in",
          "visual_opsd/training/test_randomness.py"),
         ("the noise control has the data's seed",
          "shown, seed = config.teacher.shown, config.run.global_seed",
@@ -160,9 +188,6 @@ FAULTS = [
         ("ce_weight never reaches the loss", "            ce_weight=self.ce_weight,\n", ""),
         ("the intro is always shown", "intro=prompts.intro if self.use_reference_intro else None",
          "intro=prompts.intro", "data/test_sequence.py"),
-        ("auto_resume comes before resume", "specs = (self.resume, latest, self.resume_from)",
-         "specs = (self.resume_from, latest, self.resume)",
-         "visual_opsd/training/test_train_flags.py::test_where_a_run_begins"),
     ]),
     *faults("scripts/visual_opsd/scored_rows.py", "visual_opsd/training/test_step.py", [
         ("a completion has one token too many", "room = max_forward_tokens - longest - 2",
@@ -183,6 +208,8 @@ FAULTS = [
          "visual_opsd/training/test_step_oracle.py::test_a_run_recomputed"),
         ("labels may differ", "    check_same_labels(student, batch,",
          "    (lambda *_: 0)(student, batch,"),
+        ("weights are dropped", "        if step.loss.weighs_tokens:\n", "        if False:\n",
+         "visual_opsd/training/test_step_oracle.py::test_a_run_recomputed"),
         ("the gap to the sampler is over packs", "count += len(recorded)", "count += 1"),
         ("the gap keeps its sign", "ours - torch.tensor(recorded)).abs()",
          "ours - torch.tensor(recorded))"),
@@ -397,7 +424,7 @@ FAULTS = [
         ("a dry run saves a state", "    def _saves(self) -> bool:\n        return False\n", ""),
         ("a dry run leaves its folder", "            shutil.rmtree(folder, ignore_errors=True)\n",
          "            pass\n"),
-        ("completions keep their length", "return [self.completion] * len(batch.items)",
+        ("completions keep their length", "return [self.completion] * (each * len(batch.items))",
          "return super().roll_out(batch, place)"),
     ]),
 ]  # fmt: skip

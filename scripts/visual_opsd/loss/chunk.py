@@ -97,13 +97,19 @@ def read_teacher(logits: Tensor, labels: Tensor, config: LossConfig) -> Target:
 
 
 def chunk_loss(
-    logits: Tensor, target: Target | None, labels: Tensor, config: LossConfig, form_gradient: bool
+    logits: Tensor,
+    target: Target | None,
+    labels: Tensor,
+    config: LossConfig,
+    form_gradient: bool,
+    weights: Tensor | None = None,
 ) -> ChunkLoss:
     """Figures of the student's logits (c, V), and the gradient of
 
-    sum over tokens of jsd_weight * divergence + ce_weight * ce,
+    sum over tokens of weight * (jsd_weight * divergence + ce_weight * ce),
 
-    which overwrites them if it is asked for. labels: (c,).
+    which overwrites them if it is asked for. labels: (c,). weights: (c,) in the compute dtype;
+    None: 1. The figures are those of each token, without its weight.
     """
     kind = compute_dtype(logits)
     count = len(STUDENT_FIGURES if target is None else FIGURES)
@@ -114,6 +120,8 @@ def chunk_loss(
         found, gradient = _block_loss(block, theirs, labels[part, None], config, form_gradient)
         figures[:, part] = found
         if gradient is not None:
+            if weights is not None:
+                gradient.mul_(weights[part, None])
             logits[part] = gradient
     return ChunkLoss(figures, logits if form_gradient else None)
 

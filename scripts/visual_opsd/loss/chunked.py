@@ -16,7 +16,7 @@ and the buffer is gone before the head's gradient comes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -35,7 +35,7 @@ from scripts.visual_opsd.loss.chunk import (
     TopKGradient,
     compute_dtype,
 )
-from scripts.visual_opsd.opsd_loss import LossConfig, vocabulary_hint
+from scripts.visual_opsd.opsd_loss import LossConfig, token_weights, vocabulary_hint
 
 
 def chunked_opsd_loss(
@@ -47,9 +47,10 @@ def chunked_opsd_loss(
     config: LossConfig,
     *,
     chunk_size: int = 512,
+    weights: Tensor | None = None,
     cached: Entries | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """sum over tokens of jsd_weight * divergence + ce_weight * CE, not divided.
+    """sum over tokens of weight * (jsd_weight * divergence + ce_weight * CE), not divided.
 
     Args:
         student_hidden: (N, H), final-norm outputs on the scored tokens; gets a gradient in its
@@ -62,6 +63,8 @@ def chunked_opsd_loss(
         config: see `LossConfig`.
         chunk_size: tokens whose logits live at the same time, counting both models': chunks are of
             chunk_size // 2 tokens (at least 1) where the divergence needs both at once.
+        weights: (N,) in at least fp32, what each token's loss counts (`chunked_token_weights`);
+            None: 1.
         cached: instead of the teacher, what was kept of it on these tokens, and a factor for the
             divergence of each (`cached.py`); on the same device.
 
@@ -71,8 +74,9 @@ def chunked_opsd_loss(
         `student_entropy`; with a teacher also `divergence`, `teacher_entropy`, `teacher_topk_mass`
         (1 a token without top-k) and, unless tinker, `forward_kl` = KL(teacher || student) on the
         entries the divergence sees, unclipped and without T^2. Entropies, mass and KL are at
-        config.temperature, in nats. Per token: `label_logprob` (N,), the student's log p(label) at
-        config.temperature. With fp64 inputs everything is fp64.
+        config.temperature, in nats. Weights touch none of them; with weights there is also
+        `weightless`, the number of tokens whose weight is 0. Per token: `label_logprob` (N,), the
+        student's log p(label) at config.temperature. With fp64 inputs everything is fp64.
     """
     teacher: tuple[Tensor, Tensor] | Entries | None = cached
     if teacher_hidden is not None and teacher_head is not None:
@@ -83,15 +87,52 @@ def chunked_opsd_loss(
         assert config.jsd_weight == 0.0 or cached is not None, "a divergence without a teacher"
     _assert_fit(student_hidden, student_head, teacher, labels)
     loss, figures = _gradient_in_forward(
-        student_hidden, student_head, teacher, labels, config, chunk_size, torch.is_grad_enabled()
-    )
+        student_hidden, student_head, teacher, labels, config, chunk_size,
+        torch.is_grad_enabled(), weights,
+    )  # fmt: skip
     stats = {"rows": loss.new_full((), len(labels))}
+    if weights is not None:
+        stats["weightless"] = (weights == 0.0).sum().to(loss.dtype)
     for name, figure in zip(FIGURES, figures, strict=False):
         if name == "label_logprob":
             stats[name] = figure
         elif not (name == "forward_kl" and config.loss_kind == "tinker"):
             stats[name] = figure.sum()
     return loss, stats
+
+
+@torch.no_grad()
+def chunked_token_weights(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
+    labels: Tensor,
+    counts: Sequence[int],
+    config: LossConfig,
+    *,
+    chunk_size: int = 512,
+) -> Tensor:
+    """`opsd_loss.token_weights` of all tokens, (N,) in at least fp32, in a pass of its own.
+
+    Shapes as in `chunked_opsd_loss`; counts: scored tokens of each completion. The logits of the
+    student ("entropy"), or of both models ("teacher_ahead"), are computed once more than without.
+    """
+
+    def read(hidden: Tensor, head: Tensor) -> dict[str, Tensor]:
+        form = _choose_form(config, head)
+        figures = _run_chunks(form, hidden, head, None, labels, config, chunk_size)
+        return dict(zip(STUDENT_FIGURES, figures, strict=True))
+
+    if config.token_weight == "entropy":
+        values = read(student_hidden, student_head)["student_entropy"].clamp(min=0.0)
+    elif config.token_weight == "teacher_ahead":
+        assert teacher_hidden is not None and teacher_head is not None, "no teacher can be ahead"
+        ours, theirs = read(student_hidden, student_head), read(teacher_hidden, teacher_head)
+        values = (theirs["label_logprob"] - ours["label_logprob"]).clamp(min=0.0)
+    else:
+        values = student_hidden.new_ones(len(labels), dtype=compute_dtype(student_hidden))
+    return token_weights(values, counts, config)
 
 
 @torch.no_grad()
@@ -139,6 +180,7 @@ class _Form(Protocol):
         labels: Tensor,
         config: LossConfig,
         form_gradient: bool,
+        weights: Tensor | None,
     ) -> ChunkLoss: ...
 
     def scale_gradient(self, gradient: Tensor, factor: Tensor) -> Tensor: ...
@@ -172,12 +214,15 @@ class _GradientInForward(torch.autograd.Function):
         config: LossConfig,
         chunk_size: int,
         form_gradient: bool,
+        weights: Tensor | None,  # (N,)
     ) -> tuple[Tensor, Tensor]:
         heads = (head, teacher[1]) if isinstance(teacher, tuple) else (head,)
         form = _choose_form(config, *heads, cached=isinstance(teacher, Entries))
         wanted = [form_gradient and needed for needed in ctx.needs_input_grad[:2]]
         gradients = _Gradients(hidden, head, *wanted) if any(wanted) else None
-        figures = _run_chunks(form, hidden, head, teacher, labels, config, chunk_size, gradients)
+        figures = _run_chunks(
+            form, hidden, head, teacher, labels, config, chunk_size, gradients, weights
+        )
         found = dict(zip(FIGURES, figures, strict=False))
         losses = torch.zeros_like(found["ce"])
         if teacher is not None:
@@ -186,6 +231,8 @@ class _GradientInForward(torch.autograd.Function):
             losses = losses * teacher.weight
         if config.ce_weight != 0.0:
             losses = losses + config.ce_weight * found["ce"]
+        if weights is not None:
+            losses = losses * weights
         ctx.gradients = (None, None) if gradients is None else gradients.finish()
         ctx.scale_gradient = form.scale_gradient
         ctx.mark_non_differentiable(figures)
@@ -202,7 +249,7 @@ class _GradientInForward(torch.autograd.Function):
         gradients = ctx.gradients
         ctx.gradients = None  # the only other reference: AccumulateGrad then needs no copy
         scaled = [None if g is None else ctx.scale_gradient(g, grad_loss) for g in gradients]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
 
 
 _gradient_in_forward: Callable[..., tuple[Tensor, Tensor]] = _GradientInForward.apply
@@ -217,6 +264,7 @@ def _run_chunks(
     config: LossConfig,
     chunk_size: int,
     gradients: _Gradients | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """FIGURES (number of them, N); the buffers of logits end with it."""
     tokens, vocab = hidden.shape[0], head.shape[0]
@@ -243,7 +291,10 @@ def _run_chunks(
             torch.mm(teacher[0][part], teacher[1].t(), out=out)
             target = form.read_teacher(out, labels[part], config)
         logits = torch.mm(hidden[part], head.t(), out=logits_buffer[:size])
-        found = form.chunk_loss(logits, target, labels[part], config, gradients is not None)
+        factors = None if weights is None else weights[part]
+        found = form.chunk_loss(
+            logits, target, labels[part], config, gradients is not None, factors
+        )
         figures[:, part] = found.figures
         if gradients is not None:
             assert found.gradient is not None

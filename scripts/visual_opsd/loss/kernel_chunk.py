@@ -37,7 +37,12 @@ def read_teacher(logits: Tensor, labels: Tensor, config: LossConfig) -> Target:
 
 
 def chunk_loss(
-    logits: Tensor, target: Target | None, labels: Tensor, config: LossConfig, form_gradient: bool
+    logits: Tensor,
+    target: Target | None,
+    labels: Tensor,
+    config: LossConfig,
+    form_gradient: bool,
+    weights: Tensor | None = None,
 ) -> ChunkLoss:
     """As `chunk.chunk_loss`; a gradient that is 0 outside a small top-k comes as that alone."""
     student = kernels.row_statistics(logits, config.temperature)
@@ -47,10 +52,15 @@ def chunk_loss(
     ce_weight = None
     if config.ce_weight != 0.0:
         ce_weight = torch.full_like(label_logprob, config.ce_weight)
+        if weights is not None:
+            ce_weight *= weights
     comparison = None
     if target is not None:
         ce = None if ce_weight is None else (labels, student.norm, ce_weight)
-        comparison = _compare(logits, target, student.norm, label_logprob, ce, config)
+        scale = torch.full_like(label_logprob, config.jsd_weight / config.temperature)
+        if weights is not None:
+            scale *= weights
+        comparison = _compare(logits, target, student.norm, label_logprob, ce, scale, config)
         figures += [comparison.divergence, target.topk_mass, target.entropy, comparison.forward_kl]
     gradient: Tensor | TopKGradient | None = None
     if form_gradient:
@@ -76,10 +86,13 @@ def _compare(
     norm: Tensor,
     label_logprob: Tensor,
     ce: tuple[Tensor, Tensor, Tensor] | None,
+    scale: Tensor,
     config: LossConfig,
 ) -> _Comparison:
-    """Divergence from the target; ce as `divergence_on_support` takes it."""
-    scale = torch.full_like(label_logprob, config.jsd_weight / config.temperature)
+    """Divergence from the target; ce as `divergence_on_support` takes it.
+
+    scale: (c,), what each token's d divergence / d (logits / T) is multiplied by.
+    """
     if target.entries is not None:
         assert target.log_probs is not None
         if target.weight is not None:

@@ -179,7 +179,9 @@ def _changes(of: Footprint, resource: str) -> Iterator[_Change]:
     for name in ("sample_batch_size", "pack_tokens", "sample_max_new_tokens", "max_forward_tokens",
                  "loss_chunk_size"):  # fmt: skip
         value = (
-            min(getattr(of, name), of.rows) if name == "sample_batch_size" else getattr(of, name)
+            min(getattr(of, name), of.completions)
+            if name == "sample_batch_size"
+            else getattr(of, name)
         )
         yield {name: max(1, value // 2)}
 

@@ -73,6 +73,7 @@ class Footprint:
     largest_image: int
     smallest_picture: int  # latent tokens; 0: the autoencoder has no part
     largest_picture: int
+    completions_per_row: int
     sample_max_new_tokens: int
     sample_batch_size: int
     max_prefill_tokens: int
@@ -88,6 +89,8 @@ class Footprint:
     lora_rank: int | None
     lora_targets: tuple[str, ...]
     optimizer_state: str
+    validated_rows: int = 0  # rows that a validation decodes together; 0: there is none
+    keep_best: bool = False
 
     @property
     def shards(self) -> int:
@@ -100,6 +103,17 @@ class Footprint:
     def rows(self) -> int:
         """Rows of a step on one GPU, at most."""
         return math.ceil(self.global_batch_size / self.gpus)
+
+    @property
+    def completions(self) -> int:
+        """What is decoded and scored of them: each completion is a row of its own."""
+        return self.rows * self.completions_per_row
+
+    @property
+    def decoded_rows(self) -> int:
+        """Rows decoded together on one GPU, at most, if they are short."""
+        sampled = self.completions if self.samples else 0
+        return min(self.sample_batch_size, max(sampled, self.validated_rows))
 
 
 @dataclass(frozen=True)
@@ -159,6 +173,7 @@ def make_footprint(
         width, height = transform.target_size(pixels, pixels)
         return min(width // patch, side) * min(height // patch, side)
 
+    completed = objective.samples or objective.teacher is not None
     latents = objective.trains_drawing or objective.teacher_reads_latents
     picture = ImageTransform(**prompt.vae_config())
 
@@ -197,6 +212,7 @@ def make_footprint(
         largest_image=patches(10**4),
         smallest_picture=latent_tokens(1),
         largest_picture=latent_tokens(10**4),
+        completions_per_row=config.rollout.completions_per_row if completed else 1,
         sample_max_new_tokens=sample.sample_max_new_tokens,
         sample_batch_size=sample.sample_batch_size,
         max_prefill_tokens=sample.sampler().max_prefill_tokens,
@@ -212,9 +228,20 @@ def make_footprint(
         lora_rank=config.lora.lora_rank,
         lora_targets=config.lora.targets,
         optimizer_state=config.optim.optimizer_state,
+        validated_rows=_validated_rows(config, world),
+        keep_best=config.validation.keep_best,
     )
     assert footprint.shards > 0
     return footprint
+
+
+def _validated_rows(config: TrainConfig, world: World) -> int:
+    """Rows of a validation that one GPU decodes together, at most; 0 without --eval_every."""
+    settings, most = config.validation, config.sample.sample_batch_size
+    if settings.eval_every is None:
+        return 0
+    limit = settings.eval_limit
+    return most if limit is None else min(most, math.ceil(limit / world.gpus))
 
 
 # ----------------------------------------------------------------------------------- weights
@@ -429,13 +456,13 @@ class Load:
 
 def _forward_rows(of: Footprint) -> int:
     """Rows of one of a step's forwards, before packs are cut."""
-    return math.ceil(of.rows / of.gradient_accumulation_steps)
+    return math.ceil(of.completions / of.gradient_accumulation_steps)
 
 
 def load_of(of: Footprint, row: RowLengths) -> Load:
     """The load of rows that are all alike."""
     together = max(1, of.max_prefill_tokens // row.student)
-    decoded = min(of.rows, of.sample_batch_size, together) if of.samples else 0
+    decoded = min(of.decoded_rows, together)
     packed = max(1, min(_forward_rows(of), of.pack_tokens // row.longest))
     room = row.student + of.sample_max_new_tokens + 1
     return Load(
@@ -448,7 +475,7 @@ def load_of(of: Footprint, row: RowLengths) -> Load:
         student_patches=packed * row.image,
         teacher_patches=packed * (row.image + row.shown) if row.shown else 0,
         scored=packed * (row.new + 1),
-        repeated=of.rows > packed,
+        repeated=of.completions > packed,
     )
 
 
@@ -464,21 +491,21 @@ def largest_load(of: Footprint) -> Load:
             student_patches=int(load.student_patches * more),
             teacher_patches=int(load.teacher_patches * more), scored=int(load.scored * more),
         )  # fmt: skip
-    if of.samples:
+    if of.decoded_rows:
         # A completion may be cut, so a context may be longer; and of shorter ones more are decoded
         # together.
-        context, decoded = row.student + row.new - 1, min(of.rows, of.sample_batch_size)
+        context, decoded = row.student + row.new - 1, of.decoded_rows
         prefill = max(context, min(decoded * context, of.max_prefill_tokens))
         load = replace(
             load, decoded=decoded, prefill_tokens=prefill,
             cache_tokens=prefill + decoded * (of.sample_max_new_tokens + 1),
             prefill_patches=min(prefill, decoded * row.image),
         )  # fmt: skip
-    several = of.gradient_accumulation_steps > 1 or of.rows * row.longest > of.pack_tokens
-    return replace(load, repeated=of.rows > 1 and several)
+    several = of.gradient_accumulation_steps > 1 or of.completions * row.longest > of.pack_tokens
+    return replace(load, repeated=of.completions > 1 and several)
 
 
 def least_load(of: Footprint) -> Load:
     """What every step has at least: one shortest row in a pack, and in the cache."""
     load = load_of(replace(of, sample_batch_size=1, pack_tokens=1), shortest_row(of))
-    return replace(load, repeated=of.rows > 1 and of.gradient_accumulation_steps > 1)
+    return replace(load, repeated=of.completions > 1 and of.gradient_accumulation_steps > 1)

@@ -140,6 +140,11 @@ class VisualOPSDOffline(Objective):
             raise ValueError(
                 "--jsd_loss_kind tinker draws on the student's own samples: offline use --kd_loss"
             )
+        if config.loss.token_weight == "teacher_ahead":
+            raise ValueError(
+                "--token_weight teacher_ahead compares probabilities of the completion's tokens, "
+                "and a cache holds the teacher's most probable ones: use none, early:N or entropy"
+            )
         self.loss = distillation_loss(self.settings, config.loss.build())
         self.held = 0
 

@@ -22,35 +22,40 @@ from scripts.visual_opsd.rows import TrainRow
 def write_samples(
     path: Path,
     step: int,
-    pairs: Sequence[tuple[SlotItem[TrainRow], Completion]],
+    completions: Sequence[tuple[SlotItem[TrainRow], int, Completion]],
     decode: Callable[[list[int]], str],
 ) -> None:
-    """Append the completions of 0-based step `step`; the file counts steps from 1."""
+    """Append the completions of 0-based step `step`; the file counts steps from 1.
+
+    completions: each with its row and its number among those of the row.
+    """
     records = [
         {
             "step": step + 1,
             "slot": item.slot,
+            "number": number,
             "row": item.value.name,
             "question": item.value.question,
             "answer": item.value.answer,
             "completion": decode(list(completion.ids)),
             "tokens": len(completion.ids),
             "capped": completion.capped,
+            "given": completion.given,
             "ids": completion.ids,
             "scored": "".join("01"[scored] for scored in completion.scored),
             "logprobs": [round(p, 7) for p in completion.logprobs],
         }
-        for item, completion in pairs
+        for item, number, completion in completions
     ]
     append_records(path, records)
 
 
 @dataclass(frozen=True)
 class RecordedCompletions:
-    """Completions of a samples.jsonl by (1-based step, slot)."""
+    """Completions of a samples.jsonl by (1-based step, slot, number in the row)."""
 
     path: str
-    by_place: dict[tuple[int, int], tuple[str, Completion]]
+    by_place: dict[tuple[int, int, int], tuple[str, Completion]]
 
     @classmethod
     def read(cls, path: str) -> RecordedCompletions:
@@ -60,22 +65,24 @@ class RecordedCompletions:
         found = {}
         for number, record in read_given(path, "completion"):
             try:
-                found[record["step"], record["slot"]] = (record["row"], _completion(record))
+                place = record["step"], record["slot"], record.get("number", 0)
+                found[place] = (record["row"], _completion(record))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} line {number} holds no completion: {error!r}") from error
         return cls(path, found)
 
-    def take(self, step: int, item: SlotItem[TrainRow]) -> Completion:
-        """The completion of a slot of 0-based step `step`.
+    def take(self, step: int, item: SlotItem[TrainRow], number: int = 0) -> Completion:
+        """The completion of that number of a slot of 0-based step `step`.
 
         Raises:
             ValueError: not recorded, or recorded for another row.
         """
-        name, completion = self.by_place.get((step + 1, item.slot), ("", None))
+        name, completion = self.by_place.get((step + 1, item.slot, number), ("", None))
         if completion is None:
             raise ValueError(
-                f"{self.path} has no completion for step {step + 1}, slot {item.slot}: record "
-                "with --samples_per_step of at least the global batch size, in one process"
+                f"{self.path} has no completion {number} for step {step + 1}, slot {item.slot}: "
+                "record with --samples_per_step of at least the global batch size (times "
+                "--completions_per_row), in one process"
             )
         if name != item.value.name:
             raise ValueError(

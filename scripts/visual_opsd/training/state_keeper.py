@@ -15,8 +15,8 @@ from torch import Tensor
 
 from data.json_lines import write_lines
 from modeling.release.finite import find_nonfinite
-from scripts.visual_opsd.config import RunSettings
 from scripts.visual_opsd.processes import DistEnv, agree, gather_objects, on_main
+from scripts.visual_opsd.run_config import RunSettings
 from scripts.visual_opsd.training.checkpoint_folders import (
     NOT_GOOD,
     adapter_folder,
@@ -92,6 +92,10 @@ class StateKeeper:
         if finite and not self._proven:
             self._proven = True
             on_main(self.env, self._prove)
+
+    def note(self, extra: Mapping[str, Any]) -> None:
+        """Save `extra` with the last completed step, whose state is not saved yet."""
+        self._extra = {**self._extra, **extra}
 
     def save(self, *, last: bool = False) -> None:
         """Save the state of the last completed step, if it is not saved yet.

@@ -20,7 +20,7 @@ from modeling.bagel.batch import PackedBatch, SharedFeatures
 from modeling.bagel.config import SpecialTokens
 from modeling.bagel.flow import flow_loss
 from scripts.visual_opsd.config import OptimSettings
-from scripts.visual_opsd.loss.chunked import chunked_opsd_loss
+from scripts.visual_opsd.loss.chunked import chunked_opsd_loss, chunked_token_weights
 from scripts.visual_opsd.opsd_loss import LossConfig, contrast
 from scripts.visual_opsd.processes import DistEnv
 from scripts.visual_opsd.scored_rows import ScoredRow, check_same_labels
@@ -127,9 +127,16 @@ def run_pack(
         theirs = None
         if teacher_hidden is not None:
             theirs = weight.detach() if step.teacher_head is None else step.teacher_head
+        labels, weights = student_batch.score_labels, None
+        if step.loss.weighs_tokens:
+            weights = chunked_token_weights(
+                hidden, weight, teacher_hidden, theirs, labels, student_batch.score_counts,
+                step.loss, chunk_size=step.chunk_size,
+            )  # fmt: skip
         return chunked_opsd_loss(
-            hidden, weight, teacher_hidden, theirs, student_batch.score_labels, step.loss,
-            chunk_size=step.chunk_size, cached=None if cached is None else cached.to(step.device),
+            hidden, weight, teacher_hidden, theirs, labels, step.loss,
+            chunk_size=step.chunk_size, weights=weights,
+            cached=None if cached is None else cached.to(step.device),
         )  # fmt: skip
 
     if step.flow_scale is None:
@@ -181,9 +188,10 @@ def sampler_gap(results: Sequence[PackResult]) -> tuple[float, int]:
 
 
 def completion_counts(rows: Sequence[ScoredRow], eos: int) -> dict[str, float]:
-    """Sums over rows that describe their completions."""
-    completions = [row.completion for row in rows if row.completion is not None]
+    """Sums over rows that describe the completions a policy wrote."""
+    completions = [c for row in rows if (c := row.completion) is not None and not c.given]
     return {
+        "completions": len(completions),
         "completion_tokens": sum(len(c.ids) for c in completions),
         "capped": sum(c.capped for c in completions),
         "ended": sum(not c.capped for c in completions),
@@ -201,11 +209,13 @@ _MEANS = {
     **{name: (name, "rows") for name in _ROW_MEANS},
     "mse": ("mse", "mse_rows"),
     "truncated_rate": ("truncated", "sequences"),
-    "completion_length": ("completion_tokens", "sequences"),
-    "cap_rate": ("capped", "sequences"),
-    "eos_rate": ("ended", "sequences"),
-    "empty_rate": ("empty", "sequences"),
-    "image_skip_rate": ("image_skips", "sequences"),
+    "weightless_rate": ("weightless", "rows"),
+    "off_policy_rate": ("off_policy", "sequences"),
+    "completion_length": ("completion_tokens", "completions"),
+    "cap_rate": ("capped", "completions"),
+    "eos_rate": ("ended", "completions"),
+    "empty_rate": ("empty", "completions"),
+    "image_skip_rate": ("image_skips", "completions"),
     "sampler_gap": ("gap", "gap_rows"),
 }
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from data.limits import NO_LIMITS, ContextLimits
 from data.parquet import StepRows
-from data.randomness import row_generator
-from data.sequence import Completion, ContextBuilder
+from data.randomness import off_policy_uniform, row_generator
+from data.sequence import Completion, ContextBuilder, given_completion
 from data.thinkmorph import OPSD_ROWS, Row, parse_row
 from data.visual_thoughts import show_thoughts
 from modeling.autoencoder import AutoEncoder
@@ -39,6 +40,7 @@ from scripts.visual_opsd.training.samples import RecordedCompletions, write_samp
 from scripts.visual_opsd.training.sharding import OFFLOAD_ADVICE, summon_full_params
 from scripts.visual_opsd.training.step import PackResult, completion_counts, sampler_gap
 
+_TRACED_ROWS = replace(OPSD_ROWS, text_trace="required")
 _ADVICE = "lower --sample_batch_size or, in a new run, --sample_max_new_tokens"
 
 
@@ -50,7 +52,8 @@ class PrepareOPSD:
     whose contexts with the real ones do not fit the limits is rejected as "too_long", so that all
     kinds train on the same rows. contrast_with: what the control context shows; None: there is
     none.
-    with_latents: the teacher also reads the VTs' latents (still pixels here).
+    with_latents: the teacher also reads the VTs' latents (still pixels here). with_trace: the row
+    must have a text trace, which becomes its target.
     """
 
     builder: ContextBuilder
@@ -59,9 +62,10 @@ class PrepareOPSD:
     limits: ContextLimits = NO_LIMITS
     with_latents: bool = False
     contrast_with: str | None = None
+    with_trace: bool = False
 
     def __call__(self, row: Row) -> TrainRow:
-        sample = parse_row(row, OPSD_ROWS)
+        sample = parse_row(row, _TRACED_ROWS if self.with_trace else OPSD_ROWS)
         student = self.builder.student(sample)
         shown = show_thoughts(self.vt, row, sample, self.seed)
         teacher = self.builder.teacher(sample, student, shown, with_latents=self.with_latents)
@@ -71,7 +75,8 @@ class PrepareOPSD:
         if self.contrast_with is not None:
             other = show_thoughts(self.contrast_with, row, sample, self.seed)
             control = self.builder.teacher(sample, student, other, with_latents=self.with_latents)
-        return TrainRow.of(row, sample, student, teacher=teacher, control=control)
+        targets = self.builder.sft_targets(sample) if self.with_trace else ()
+        return TrainRow.of(row, sample, student, teacher=teacher, control=control, targets=targets)
 
 
 def encode_teachers(rows: Sequence[TrainRow], vae: AutoEncoder, seed: int) -> list[TrainRow]:
@@ -103,6 +108,9 @@ class VisualOPSD(Objective):
         check_weights(jsd_weight=config.loss.jsd_weight, ce_weight=config.loss.ce_weight)
         self.teacher = config.teacher if config.loss.jsd_weight else None
         self.settings = config.sample.sampler()
+        self.rollout = config.rollout
+        if self.rollout.off_policy_share:
+            self.needs = _TRACED_ROWS
         replay = config.run.replay_samples
         self.recorded = RecordedCompletions.read(replay) if replay else None
         self.samples = self.recorded is None
@@ -112,35 +120,79 @@ class VisualOPSD(Objective):
         builder = make_builder(base.tokenizer, base.model, config.prompt)
         limits = scoring_limits(base.model, config.sample).check_settings(builder, teacher=True)
         shown, seed = config.teacher.shown, config.run.global_seed
+        latents, traced = self.teacher_reads_latents, self.rollout.off_policy_share > 0
         contrast_with = config.teacher.contrast_with if config.teacher.contrast else None
-        return PrepareOPSD(builder, shown, seed, limits, self.teacher_reads_latents, contrast_with)
+        return PrepareOPSD(builder, shown, seed, limits, latents, contrast_with, traced)
 
     def label(self, batch: StepRows[TrainRow], place: Workplace) -> list[ScoredRow]:
-        """The rows with completions of the student, which are also written to samples.jsonl."""
+        """The rows with their completions, which are also written to samples.jsonl.
+
+        A row that has several is scored as so many rows.
+        """
         rows: Sequence[TrainRow] = batch.values
         seed, limit = self.config.run.global_seed, self.config.sample.max_forward_tokens
         if self.teacher_reads_latents:
             assert place.base.vae is not None
             with place.timer("encode"), memory_errors(*ENCODING):
                 rows = encode_teachers(rows, place.base.vae, seed)
-        if self.recorded is None:
-            completions = self.roll_out(batch, place)
-        else:
-            completions = [self.recorded.take(batch.step, item) for item in batch.items]
+        taken = self.complete(batch, place)
         if place.env.is_main:
             path = Path(self.config.run.results_dir) / "samples.jsonl"
-            pairs = list(zip(batch.items, completions, strict=True))
-            shown = pairs[: self.config.run.samples_per_step]
+            pairs = zip(batch.items, taken, strict=True)
+            all_of_them = ((item, n, c) for item, found in pairs for n, c in enumerate(found))
+            shown = list(islice(all_of_them, self.config.run.samples_per_step))
             write_samples(path, batch.step, shown, place.base.tokenizer.decode)
         scored = []
-        for row, completion in zip(rows, completions, strict=True):
-            assert row.teacher is not None  # as `PrepareOPSD` makes them
-            contexts = row.student, row.teacher
-            scored.append(score_completion(row.name, *contexts, completion, limit, row.control))
+        for row, completions in zip(rows, taken, strict=True):
+            teacher = row.teacher
+            assert teacher is not None  # as `PrepareOPSD` makes them
+            scored += [
+                score_completion(row.name, row.student, teacher, completion, limit, row.control)
+                for completion in completions
+            ]
         return scored
 
+    def complete(self, batch: StepRows[TrainRow], place: Workplace) -> list[list[Completion]]:
+        """The completions of each row: the student's or recorded ones, or its text trace alone.
+
+        Called by all ranks.
+        """
+        each, share = self.rollout.completions_per_row, self.rollout.off_policy_share
+        seed, step = self.config.run.global_seed, batch.step
+        given = {
+            item.slot: self.trace_of(item.value)
+            for item in batch.items
+            if share and off_policy_uniform(seed, step, item.slot) < share
+        }
+        others = replace(batch, items=tuple(i for i in batch.items if i.slot not in given))
+        if share == 1:
+            drawn = []  # no weights are gathered
+        elif self.recorded is None:
+            drawn = self.roll_out(others, place)
+        else:
+            places = [(item, n) for item in others.items for n in range(each)]
+            drawn = [self.recorded.take(step, item, n) for item, n in places]
+        turns = iter(drawn)
+        return [
+            [given[item.slot]] if item.slot in given else list(islice(turns, each))
+            for item in batch.items
+        ]
+
+    def trace_of(self, row: TrainRow) -> Completion:
+        """The row's text trace and answer as its completion, cut where the budget ends one."""
+        (target,) = row.targets
+        trace = replace(given_completion(target.ids), given=True)
+        most = max(1, self.settings.max_new_tokens - 1)
+        if len(trace.ids) <= most:
+            return trace
+        return replace(trace.truncated(most), capped=True)
+
     def roll_out(self, batch: StepRows[TrainRow], place: Workplace) -> list[Completion]:
-        """One completion for each row, from the student's current weights; called by all ranks."""
+        """Each row's completions, one row after the other, from the student's current weights.
+
+        Called by all ranks.
+        """
+        each = self.rollout.completions_per_row
         doing = f"in the rollout of step {batch.step + 1}"
         with place.timer("sample"), ExitStack() as stack:
             # A collective: the others may wait in it for this rank.
@@ -150,13 +202,14 @@ class VisualOPSD(Objective):
             with memory_errors(doing, _ADVICE):
                 completions = sample_completions(
                     plain,
-                    [row.student for row in batch.values],
-                    [item.slot for item in batch.items],
+                    [row.student for row in batch.values for _ in range(each)],
+                    [item.slot for item in batch.items for _ in range(each)],
                     tokenizer=place.base.tokenizer,
                     special=place.base.special,
                     settings=self.settings,
                     seed=self.config.run.global_seed,
                     step=batch.step,
+                    numbers=list(range(each)) * len(batch.items),
                     device=place.env.device,
                     should_stop=lambda: bool(place.stop.number),
                 )
@@ -168,6 +221,8 @@ class VisualOPSD(Objective):
     ) -> dict[str, float]:
         sums = super().counts(scored, results, base)
         sums |= completion_counts(scored, base.special.eos)
+        if self.rollout.off_policy_share:
+            sums["off_policy"] = sum(row.completion.given for row in scored if row.completion)
         if self.config.loss.jsd_temperature == self.config.sample.sample_temperature:
             sums["gap"], sums["gap_rows"] = sampler_gap(results)
         return sums

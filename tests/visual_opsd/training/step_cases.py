@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,10 @@ class Recipe:
     jsd_tail_bucket: bool = False
     jsd_loss_kind: str = "jsd"
     ce_weight: float = 0.2
+    token_weight: str = "none"
+    skip_first_tokens: int = 0
+    completions_per_row: int = 1
+    off_policy_share: float = 0.0
     sft_format: str = "reference"
     mse_weight: float = 0.6
     timestep_shift: float = 2.0
@@ -129,11 +134,21 @@ CASES = {
         sample_temperature=1.0, jsd_weight=1.0, jsd_beta=0.5, jsd_temperature=1.0, jsd_top_k=256,
         jsd_token_clip=0.05, ce_weight=0.0, gradient_accumulation_steps=2,
     ),
+    "tokens weighed by entropy, two completions, some given": Recipe(
+        token_weight="entropy", skip_first_tokens=1, completions_per_row=2, off_policy_share=0.4,
+        jsd_temperature=0.8,
+    ),
+    # A lead may be tiny, and is then magnified with its rounding, so later steps part.
+    "tokens weighed by the teacher's lead": Recipe(
+        token_weight="teacher_ahead", skip_first_tokens=1, other_head=True, teacher_mode="fixed",
+        total_steps=1, warmup_steps=0, lr_scheduler="constant",
+    ),
     # Hotter: likely tokens only would leave a gradient of a size with its rounding.
     "cross-entropy on own samples": Recipe(
         jsd_weight=0.0, sample_temperature=1.2, jsd_temperature=1.2
     ),
     "SFT": Recipe(kind="sft", gradient_accumulation_steps=3),
+    "SFT on early tokens": Recipe(kind="sft", token_weight="early:5", skip_first_tokens=2),
     "interleaved SFT": Recipe(kind="interleaved", gradient_accumulation_steps=3),
 }  # fmt: skip
 # name: recipe, and how two ranks share the model.
@@ -143,6 +158,10 @@ TWO_RANKS: dict[str, tuple[Recipe, dict[str, Any]]] = {
         replace(CASES["fixed, tail bucket, another head"], global_batch_size=1, contrast=0.5),
         {"num_replicate": 2},
     ),
+    "tokens weighed, two completions, some given": (
+        CASES["tokens weighed by entropy, two completions, some given"],
+        {"sharding_strategy": "FULL_SHARD"},
+    ),
     "interleaved SFT": (CASES["interleaved SFT"], {}),
 }  # fmt: skip
 
@@ -151,8 +170,9 @@ TWO_RANKS: dict[str, tuple[Recipe, dict[str, Any]]] = {
 class Run:
     """What a run did, on all ranks: by step and slot, and at its end.
 
-    rows: those that the steps should take; with noise, still with their visual thoughts.
-    taken: the row's name and its completion (None for SFT), each step's in order of the slots.
+    rows: those that the steps should take, once for each completion; with noise, still with their
+    visual thoughts. taken: the row's name and its completion (None for SFT), each step's in order
+    of the slots.
     end: whole tensors: student/, teacher/, exp_avg/, exp_avg_sq/ and a parameter's name.
     """
 
@@ -187,8 +207,15 @@ def run_case(world: Path, results: Path, env: DistEnv, recipe: Recipe, **changes
 
     def watched(batch: StepRows[TrainRow], place: Workplace) -> list[ScoredRow]:
         rows = label(batch, place)
-        pairs = zip(batch.items, rows, strict=True)
-        seen.append([(item.slot, row.name, row.completion) for item, row in pairs])
+        left = iter(rows)
+        found = []
+        for item in batch.items:
+            first = next(left)
+            given = first.completion is not None and first.completion.given
+            more = 0 if given else recipe.completions_per_row - 1
+            found += [(item.slot, r.name, r.completion) for r in (first, *islice(left, more))]
+        assert next(left, None) is None
+        seen.append(found)
         return rows
 
     reduce = trainer._reduce
@@ -200,14 +227,15 @@ def run_case(world: Path, results: Path, env: DistEnv, recipe: Recipe, **changes
     trainer.objective.label, trainer._reduce = watched, reduced
     assert trainer.train() == 0
     end = dict(final_state(trainer))
-    taken = []
-    for parts in zip(*gather_objects(seen), strict=True):
-        rows = sorted((row for part in parts for row in part), key=lambda row: row[0])
-        assert [slot for slot, _, _ in rows] == list(range(recipe.global_batch_size))
-        taken.append([(name, completion) for _, name, completion in rows])
     if isinstance(trainer.prepare, PrepareOPSD):
         trainer.prepare = replace(trainer.prepare, vt="real")
-    rows = [first_rows(trainer, step) for step in range(recipe.total_steps)]
+    taken, rows = [], []
+    for step, parts in enumerate(zip(*gather_objects(seen), strict=True)):
+        labelled = sorted((row for part in parts for row in part), key=lambda row: row[0])
+        assert {slot for slot, _, _ in labelled} == set(range(recipe.global_batch_size))
+        taken.append([(name, completion) for _, name, completion in labelled])
+        of_step = first_rows(trainer, step)
+        rows.append([of_step[slot] for slot, _, _ in labelled])
     return Run(rows, taken, end, metrics(results))
 
 

@@ -116,9 +116,13 @@ class StepOracle:
         pairs = list(zip(rows, taken, strict=True))
         students = [self._student_context(row, completion) for row, completion in pairs]
         completions = [completion for completion in taken if completion is not None]
-        logits, labels, errors = self._forward(students)
-        ce = -logits.log_softmax(-1)[torch.arange(len(labels)), labels].mean()
-        mse = apart = logits.new_zeros(())
+        for row, completion in pairs:
+            if completion is not None and completion.given:
+                (trace,) = row.targets
+                assert completion.ids == trace.ids[: len(completion.ids)] != ()
+        logits, labels, errors, counts = self._forward(students)
+        ce = -logits.log_softmax(-1)[torch.arange(len(labels)), labels]
+        mse, apart, theirs = logits.new_zeros(()), torch.zeros_like(ce), None
         if errors is not None:
             mse = errors.mean()
         if self.teacher is not None:
@@ -131,8 +135,10 @@ class StepOracle:
                     without = torch.cat([self._logits(self.teacher, c)[0] for c in blind])
                     log_p, log_q = theirs.log_softmax(-1), without.log_softmax(-1)
                     theirs = log_p + recipe.contrast * (log_p - log_q)
-            apart = divergence(logits, theirs, labels, recipe).mean()
-        loss = recipe.ce_weight * ce + recipe.mse_weight * mse + recipe.jsd_weight * apart
+            apart = divergence(logits, theirs, labels, recipe)
+        weights = weights_of_tokens(logits.detach(), theirs, labels, counts, recipe)
+        tokens = weights * (recipe.ce_weight * ce + recipe.jsd_weight * apart)
+        loss = tokens.mean() + recipe.mse_weight * mse
         grads = dict(
             zip(
                 self.trained,
@@ -143,7 +149,7 @@ class StepOracle:
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
         assert norm > 2 * recipe.max_grad_norm, "the clip must bind, or nothing is seen of it"
         gap = self._gap(logits.detach(), labels, completions) if completions else 0.0
-        whole, *parts = (float(value.detach()) for value in (loss, ce, apart, mse))
+        whole, *parts = (float(v.detach()) for v in (loss, ce.mean(), apart.mean(), mse))
         figures = Figures(whole, norm, self._rate(), gap, *parts)
         self.steps += 1
         if self.steps - 1 == recipe.skipped:  # the schedule goes on, nothing else does
@@ -153,13 +159,17 @@ class StepOracle:
             self._average()
         return figures
 
-    def _forward(self, contexts: Sequence[Context]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits (S, V), labels (S,), and the squared error of each noised latent, of all rows."""
+    def _forward(
+        self, contexts: Sequence[Context]
+    ) -> tuple[Tensor, Tensor, Tensor | None, list[int]]:
+        """Logits (S, V), labels (S,), and the squared error of each noised latent, of all rows;
+        labels of each row."""
         found = [self._logits(self.student, context) for context in contexts]
         errors = [error for _, _, error in found if error is not None]
         logits = torch.cat([row[0] for row in found])
         labels = torch.cat([row[1] for row in found])
-        return logits, labels, torch.cat(errors) if errors else None
+        counts = [len(row[1]) for row in found]
+        return logits, labels, torch.cat(errors) if errors else None, counts
 
     def _logits(self, model: Bagel, context: Context) -> tuple[Tensor, Tensor, Tensor | None]:
         batch = pack([context], self.special)
@@ -204,8 +214,9 @@ class StepOracle:
     def _gap(self, logits: Tensor, labels: Tensor, completions: Sequence[Completion]) -> float:
         """Distance of the student's log-probabilities at this step from the sampler's."""
         drawn = torch.tensor([p for c in completions for p in c.logprobs], dtype=torch.float64)
+        ours = torch.tensor([not c.given for c in completions for _ in range(c.count)])
         at = (logits / self.recipe.sample_temperature).log_softmax(-1)
-        return float((at[torch.arange(len(labels)), labels] - drawn).abs().mean())
+        return float((at[torch.arange(len(labels)), labels][ours] - drawn).abs().mean())
 
 
 def recompute(recipe: Recipe, run: Run) -> tuple[StepOracle, list[Figures]]:
@@ -229,6 +240,31 @@ def _noise(shown: Context, generator: torch.Generator) -> Context:
                 pixels = torch.randn(before.pixels.shape, generator=generator)
                 noisy[place - 1] = replace(before, pixels=pixels)
     return tuple(noisy)
+
+
+def weights_of_tokens(
+    student: Tensor, teacher: Tensor | None, labels: Tensor, counts: Sequence[int], recipe: Recipe
+) -> Tensor:
+    """What each scored row counts, with mean 1 over each completion: (S,)."""
+    temperature, first = recipe.jsd_temperature, 0
+    at = torch.arange(len(labels)), labels
+    s = (student / temperature).softmax(-1)
+    values = torch.ones(len(labels), dtype=torch.float64)
+    if recipe.token_weight == "entropy":
+        values = -(s * s.log()).sum(-1)
+    elif recipe.token_weight == "teacher_ahead":
+        assert teacher is not None
+        values = ((teacher / temperature).softmax(-1)[at].log() - s[at].log()).clamp(min=0)
+    elif recipe.token_weight != "none":
+        first = int(recipe.token_weight.removeprefix("early:"))
+    weights = []
+    for completion in values.split(list(counts)):
+        place = torch.arange(len(completion))
+        completion = completion * (place >= recipe.skip_first_tokens)
+        if first:
+            completion = completion * (place < first)
+        weights.append(completion / completion.mean() if completion.any() else completion)
+    return torch.cat(weights)
 
 
 def divergence(student: Tensor, teacher: Tensor, labels: Tensor, recipe: Recipe) -> Tensor:

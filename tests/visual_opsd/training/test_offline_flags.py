@@ -30,6 +30,7 @@ IDLE = {
     "teacher_cpu_offload",
     "sample_max_new_tokens", "sample_temperature", "sample_do_sample", "sample_max_image_skips",
     "sample_batch_size", "samples_per_step", "replay_samples",
+    "completions_per_row", "off_policy_share",
 }  # fmt: skip
 ALONE = {"device": "test_device"}
 

@@ -32,6 +32,7 @@ IDLE = {
     "teacher_cpu_offload",
     "sample_max_new_tokens", "sample_temperature", "sample_do_sample", "sample_max_image_skips",
     "sample_batch_size", "samples_per_step", "replay_samples",
+    "completions_per_row", "off_policy_share",
     "jsd_weight", "jsd_beta", "jsd_temperature", "jsd_top_k", "jsd_token_clip", "jsd_clip_scope",
     "jsd_tail_bucket", "jsd_loss_kind",
 }  # fmt: skip
@@ -40,6 +41,7 @@ ELSEWHERE = {
     "visual_gen", "precision", "max_nonfinite_steps", "resume", "auto_resume", "resume_from",
     "take_over", "plan", "plan_gpus", "plan_gpu_gb", "dry_run",
     "lora_rank", "lora_alpha", "lora_targets", "on_save_error",
+    "eval_every", "eval_data", "eval_split", "eval_limit", "keep_best", "early_stop",
 }  # fmt: skip
 ALONE = {"device": "test_device"}
 

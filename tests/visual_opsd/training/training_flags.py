@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from data.parquet import StepLoader, StepOrder, make_loader
-from data.randomness import position_uniforms, row_generator
+from data.randomness import off_policy_uniform, position_uniforms, row_generator
 from data.rejects import RejectLedger
 from data.sequence import ContextBuilder, ImageSegment, LatentSegment
 from data.transforms import decode_image
@@ -59,7 +59,6 @@ from tests.arrivals import (
     PROMPTS,
     Arrival,
     Run,
-    Table,
     noise_of,
     spy,
     spy_all,
@@ -103,9 +102,14 @@ class TrainRun(Run):
         return self.calls["ContextBuilder.__init__"][0]["self"]
 
     @cached_property
-    def rows(self) -> list[Any]:
-        """The rows that were trained on, in order."""
+    def scored(self) -> list[Any]:
+        """What was trained on, in order: a row for each completion."""
         return [row for rows in self.all("run_pack", "rows") for row in rows]
+
+    @property
+    def rows(self) -> list[Any]:
+        """Of each row the first completion; run d, which has several, is given none."""
+        return self.scored[:: self.given.get("completions_per_row", 1)]
 
     @property
     def context(self) -> Any:
@@ -248,8 +252,19 @@ def expected_uniforms(run: TrainRun) -> list[list[float]] | None:
     g = run.given
     if not g["sample_do_sample"]:
         return None
+    places = itertools.product(
+        range(g["total_steps"]), range(g["global_batch_size"]), (3,),
+        range(g["completions_per_row"]),
+    )  # fmt: skip
+    return [position_uniforms(g["global_seed"], *place).tolist() for place in places]
+
+
+def expected_given(run: TrainRun) -> list[bool]:
+    """Of each row, whether it takes its text."""
+    g = run.given
     places = itertools.product(range(g["total_steps"]), range(g["global_batch_size"]))
-    return [position_uniforms(g["global_seed"], *place, 3).tolist() for place in places]
+    drawn = [off_policy_uniform(g["global_seed"], *place) for place in places]
+    return [number < g["off_policy_share"] for number in drawn]
 
 
 def thought_images(row: Any) -> list[Tensor]:
@@ -299,6 +314,21 @@ def part_trains(prefix: str) -> Callable[[TrainRun], bool]:
 
 def loss(name: str) -> Callable[[TrainRun], Any]:
     return lambda run: getattr(run.one("chunked_opsd_loss", "config"), name)
+
+
+def weighs(name: str) -> Callable[[TrainRun], Any]:
+    """A setting of the weights, and whether every pack's loss had some."""
+    return lambda run: (
+        loss(name)(run),
+        {weights is not None for weights in run.all("chunked_opsd_loss", "weights")},
+    )
+
+
+def weighed(name: str) -> Callable[[TrainRun], Any]:
+    return lambda run: (
+        run.given[name],
+        {run.given["token_weight"] != "none" or run.given["skip_first_tokens"] > 0},
+    )
 
 
 def limits(run: TrainRun) -> Any:
@@ -375,6 +405,10 @@ def training_rows(places: Mapping[str, Path], tag: str) -> dict[str, Arrival]:
                                                                 "max_rate")),
         "pack_tokens": Arrival([5000, 6000], lambda run: run.one("plan_packs", "pack_tokens")),
         "ce_weight": Arrival([0.25, 0.75], loss("ce_weight")),
+        "token_weight": Arrival(["early:3", "entropy", "none", "early:4"],
+                                weighs("token_weight"), weighed("token_weight")),
+        "skip_first_tokens": Arrival([1, 2, 0, 0], weighs("skip_first_tokens"),
+                                     weighed("skip_first_tokens")),
         "loss_chunk_size": Arrival([3, 5], lambda run: run.one("chunked_opsd_loss", "chunk_size")),
         "lr": Arrival([1e-3, 2e-3], rates, schedule),
         "min_lr": Arrival([1e-4, 2e-4, 3e-4, 4e-4], rates, schedule),
@@ -520,6 +554,15 @@ def distillation_rows(places: Mapping[str, Path]) -> dict[str, Arrival]:
             lambda run: (run.one("score_completion", "max_forward_tokens"), limits(run).tokens),
             lambda run: (run.given["max_forward_tokens"],) * 2,
         ),
+        "completions_per_row": Arrival(
+            [1, 1, 1, 2], lambda run: len(run.scored) / len(run.rows)
+        ),
+        "off_policy_share": Arrival(
+            [0.0, 0.5, 0.0, 0.0],
+            lambda run: [row.completion.given for row in run.rows], expected_given,
+        ),
+        "token_weight": Arrival(["early:3", "entropy", "none", "teacher_ahead"],
+                                weighs("token_weight"), weighed("token_weight")),
         "jsd_weight": Arrival([0.5, 1.5], loss("jsd_weight")),
         "jsd_beta": Arrival([0.3, 0.7], loss("beta")),
         "jsd_temperature": Arrival([1.5, 2.5], loss("temperature")),
@@ -533,13 +576,11 @@ def distillation_rows(places: Mapping[str, Path]) -> dict[str, Arrival]:
         "samples_per_step": Arrival(
             [2, 1],
             lambda run: len((run.results / "samples.jsonl").read_text().splitlines()),
-            lambda run: run.given["samples_per_step"] * run.given["total_steps"],
-        ),
+            lambda run: run.given["samples_per_step"] * run.given["total_steps"]),
         "replay_samples": Arrival(
             [ABSENT, ABSENT, replay, ABSENT],
             lambda run: len(run.calls["sample_completions"]),
-            lambda run: run.given["total_steps"] if run.given["replay_samples"] is ABSENT else 0,
-        ),
+            lambda run: run.given["total_steps"] if run.given["replay_samples"] is ABSENT else 0),
         "global_seed": Arrival(
             [11, 12, 13, 14],
             lambda run: (
@@ -556,7 +597,3 @@ def distillation_rows(places: Mapping[str, Path]) -> dict[str, Arrival]:
             ),
         ),
     }  # fmt: skip
-
-
-def table_of(*parts: Table) -> dict[str, Arrival]:
-    return {name: row for part in parts for name, row in part.items()}
