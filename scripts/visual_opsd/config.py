@@ -30,7 +30,8 @@ from scripts.visual_opsd.cli import (
     option,
 )
 from scripts.visual_opsd.on_policy_sampler import SamplerSettings
-from scripts.visual_opsd.opsd_loss import CLIP_SCOPES, LOSS_KINDS, LossConfig, early_tokens
+from scripts.visual_opsd.opsd_loss import CLIP_SCOPES, LOSS_KINDS, LossConfig
+from scripts.visual_opsd.recipe_settings import RolloutSettings, check_token_weights
 
 TEACHER_MODES = ("ema", "fixed", "self")
 TEACHER_VTS = ("vit", "vae+vit")
@@ -265,20 +266,6 @@ class SampleSettings(Settings):
 
 
 @dataclass(frozen=True)
-class RolloutSettings(Settings):
-    """What Visual-OPSD's rows are completed with."""
-
-    completions_per_row: int = option(
-        1, "completions of each row in a step, each with random numbers of its own; scored as so "
-        "many rows", **TOGETHER,
-    )  # fmt: skip
-    off_policy_share: float = option(
-        0.0, "share of the rows that take the data set's text trace, with its answer, in the place "
-        "of their completions", **SHARES,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
 class LossSettings(Settings):
     jsd_weight: float = option(1.0, "weight of the divergence", **WEIGHTS)
     jsd_beta: float = option(
@@ -325,23 +312,7 @@ class LossSettings(Settings):
                 "teacher and student alike, so loss and gradient are 0; --jsd_tail_bucket True "
                 "compares it with the rest"
             )
-        try:
-            first = early_tokens(self.token_weight)
-        except ValueError:
-            raise ValueError(
-                "--token_weight must be none, early:N (N a whole number of at least 1, as in "
-                f"early:32), entropy or teacher_ahead, got {self.token_weight!r}"
-            ) from None
-        if first is not None and first <= self.skip_first_tokens:
-            raise ValueError(
-                f"--token_weight {self.token_weight} counts the first {first} tokens, of which "
-                f"--skip_first_tokens {self.skip_first_tokens} leaves none: lower the latter"
-            )
-        if self.token_weight == "teacher_ahead" and self.jsd_weight == 0:
-            raise ValueError(
-                "--token_weight teacher_ahead needs a teacher, and with --jsd_weight 0 there is "
-                "none: use none, early:N or entropy"
-            )
+        check_token_weights(self.token_weight, self.skip_first_tokens, self.jsd_weight > 0)
 
     def build(self) -> LossConfig:
         return LossConfig(
@@ -551,11 +522,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.lora.lora_rank is not None:
             check_adapters(self.lora, self.model)
-        if self.rollout.completions_per_row > 1 and not self.sample.sample_do_sample:
-            raise ValueError(
-                f"--completions_per_row {self.rollout.completions_per_row}: greedy completions "
-                "(--sample_do_sample False) of a row are all alike; leave one of the two out"
-            )
+        self.rollout.check(self.sample.sample_do_sample)
         kind = self.optim.optimizer_state
         if self.run.cpu_offload and kind != "gpu":
             raise ValueError(

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from data.randomness import off_policy_uniform
-from scripts.visual_opsd.config import LossSettings, RolloutSettings, SampleSettings, TrainConfig
+from scripts.visual_opsd.config import LossSettings, SampleSettings, TrainConfig
+from scripts.visual_opsd.recipe_settings import RolloutSettings
 from scripts.visual_opsd.training import visual_opsd
 from scripts.visual_opsd.training.memory_sizes import largest_load, load_of, longest_row
 from tests.data.synthetic import write_dataset
@@ -87,7 +88,9 @@ def test_resumed_and_replayed_runs_are_the_same(world: Path, both: Path, tmp_pat
     for one, other in zip(lines, metrics(replayed), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
     assert samples(replayed) == drawn
-    with pytest.raises(ValueError, match=r"no completion 2 for step 1, slot \d.*completions_per"):
+    with pytest.raises(
+        ValueError, match=r"step 1, slot \d, number 2: record with .*completions_per"
+    ):
         train(
             world, tmp_path / "more", **{**BOTH, "completions_per_row": 3},
             replay_samples=both / "samples.jsonl",
