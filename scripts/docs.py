@@ -24,6 +24,7 @@ from scripts import method_figure
 from scripts.bench.all import table as benchmark_table
 from scripts.bench.common import TRUE_SIZE
 from scripts.visual_opsd.analysis.kl_measurement import DiagnosticSettings
+from scripts.visual_opsd.analysis.trace_rows import CollectSettings
 from scripts.visual_opsd.cli import flat
 from scripts.visual_opsd.config import (
     INTERLEAVED_DEFAULTS,
@@ -36,6 +37,7 @@ from scripts.visual_opsd.evaluation.questions import BenchmarkSettings, Evaluate
 from scripts.visual_opsd.training.checkpoints import FREE_FIELDS
 from scripts.visual_opsd.training.memory_plan import Plan, largest_plan
 from scripts.visual_opsd.training.memory_sizes import ReleaseSizes, World, make_footprint
+from scripts.visual_opsd.training.offline import OFFLINE_DEFAULTS, OfflineSettings
 from scripts.visual_opsd.training.visual_opsd import VisualOPSD
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +93,16 @@ def sft_defaults() -> str:
         for name in INTERLEAVED_DEFAULTS
     ]
     return markdown_table(("flag", "Visual-OPSD", "SFT on text", "interleaved SFT"), rows)
+
+
+def offline_defaults() -> str:
+    """What the offline form sets differently, beside Visual-OPSD's defaults."""
+    paper = flat(TrainConfig())
+    rows = [
+        (flag_text(name), value_text(paper[name]), value_text(value))
+        for name, value in OFFLINE_DEFAULTS.items()
+    ]
+    return markdown_table(("flag", "Visual-OPSD", "offline"), rows)
 
 
 def free_settings() -> str:
@@ -243,6 +255,9 @@ REGIONS: dict[str, dict[str, Callable[[], str]]] = {
         "options: TrainConfig": training_options,
         "options: SFT": sft_defaults,
         "options: FlowSettings": lambda: option_table(FlowSettings),
+        "options: CollectSettings": lambda: option_table(CollectSettings),
+        "options: OfflineSettings": lambda: option_table(OfflineSettings),
+        "options: offline": offline_defaults,
         "free": free_settings,
     },
     "docs/memory.md": {

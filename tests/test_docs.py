@@ -26,6 +26,7 @@ from modeling.release.adapters import save_adapter
 from scripts import docs
 from scripts.visual_opsd import evaluate, train_visual_opsd
 from scripts.visual_opsd.analysis.kl_measurement import DiagnosticSettings
+from scripts.visual_opsd.analysis.trace_rows import CollectSettings
 from scripts.visual_opsd.cli import build_parser, flat, parse_config
 from scripts.visual_opsd.config import (
     ComputeSettings,
@@ -33,6 +34,7 @@ from scripts.visual_opsd.config import (
     TrainConfig,
 )
 from scripts.visual_opsd.evaluation.questions import BenchmarkSettings, EvaluateSettings
+from scripts.visual_opsd.training.offline import OfflineSettings
 from tests.documented_commands import CONFIGS, ROOT, bash_environment, block_problems, blocks
 from tests.hostile.__main__ import all_cases
 from tests.shell import LEADING
@@ -123,7 +125,8 @@ def test_defaults_in_tables_are_what_a_user_may_type() -> None:
 @pytest.mark.parametrize(
     "group",
     [*(type(group) for group in vars(SFTConfig()).values()),
-     EvaluateSettings, BenchmarkSettings, ComputeSettings, DiagnosticSettings],
+     EvaluateSettings, BenchmarkSettings, ComputeSettings, DiagnosticSettings, CollectSettings,
+     OfflineSettings],
 )  # fmt: skip
 def test_every_choice_is_explained(group: type) -> None:
     for spec in fields(group):

@@ -35,6 +35,7 @@ from scripts.visual_opsd.recipe_settings import RolloutSettings, check_token_wei
 
 TEACHER_MODES = ("ema", "fixed", "self")
 TEACHER_VTS = ("vit", "vae+vit")
+CONTRASTS = ("noise", "other", "none")
 OPTIMIZER_STATES = ("gpu", "host", "8bit")
 
 
@@ -215,10 +216,28 @@ class TeacherSettings(Settings):
         choices=VT_KINDS,
     )  # fmt: skip
     noise_vt: bool = option(False, "`True`: the same as `--vt noise`")
+    contrast: float = option(
+        0.0, "A: the target becomes log p + A (log p - log p'), renormalised; p' is the teacher's "
+        "distribution with `--contrast_with` in the place of the VTs, one more forward of it. The "
+        "teacher's figures are then of this target; 0: p itself", at_least=0, at_most=100,
+    )  # fmt: skip
+    contrast_with: str = option(
+        "noise", "with `--contrast`: a control, as in `--vt`", choices=CONTRASTS
+    )
     teacher_cpu_offload: bool = option(False, "keep the teacher's shards in host memory")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.contrast and self.contrast_with == self.shown:
+            raise ValueError(
+                f"--contrast_with {self.contrast_with} is what the teacher sees (--vt), so there "
+                "is nothing to contrast: choose another, or leave --contrast out"
+            )
+        if self.contrast and self.contrast_with == "none" and self.teacher_vt == "vae+vit":
+            raise ValueError(
+                "--contrast_with none shows no picture whose latents --teacher_vt vae+vit could "
+                "read: choose another"
+            )
         if self.noise_vt and self.vt not in ("real", "noise"):
             raise ValueError(
                 f"--noise_vt True means --vt noise, which contradicts --vt {self.vt}: leave one out"

@@ -23,6 +23,15 @@ there is no lower bound, so with beta 0 or 1, whose single terms can be negative
 be negative. `clip_scope="token"` clamps the sum over the vocabulary, once per token, instead. Where
 the clip binds, the gradient is zero.
 
+Contrast. With an amount a > 0 the target is not the teacher's t but, renormalised,
+
+    log t + a (log t - log c),
+
+c being the same teacher's probabilities with a control in the place of the visual thoughts: what
+their content makes more likely counts a times more. The logits may be combined instead, as they
+differ from log-probabilities by a constant of their token only, and so may the hidden states before
+the head, which is linear (`contrast`). a = 0 is t itself, to the last bit.
+
 Weights (`token_weights`) say how much each scored token counts. Their mean over a completion is 1,
 so that a completion's share in the loss does not depend on what is weighed by, and neither the
 number of ranks nor what is packed together has any effect. What the sum is divided by stays the
@@ -192,6 +201,14 @@ def divergence_terms(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
     from_teacher = beta * log_t.exp() * (log_t - log_m)
     from_student = (1.0 - beta) * log_s.exp() * (log_s - log_m)
     return from_teacher + from_student
+
+
+def contrast(real: Tensor, control: Tensor, amount: float) -> Tensor:
+    """real + amount (real - control), rounded once: the teacher's logits (N, V), or its hidden
+    states (N, H) before a linear head, with the visual thoughts and with a control."""
+    kind = torch.promote_types(real.dtype, torch.float32)
+    wide = real.to(kind)
+    return (wide + amount * (wide - control.to(kind))).to(real.dtype)
 
 
 def tinker_reverse_kl_loss(

@@ -26,7 +26,10 @@ from scripts.visual_opsd.config import PromptSettings, SampleSettings
 
 @dataclass(frozen=True)
 class TrainRow:
-    """One row, ready for a step. `teacher` is None and `targets` filled for SFT."""
+    """One row, ready for a step. `teacher` is None and `targets` filled for SFT.
+
+    control: the teacher's context with a control in the place of the VTs, to contrast with.
+    """
 
     name: str
     position: int
@@ -35,10 +38,11 @@ class TrainRow:
     student: Context
     teacher: Context | None = None
     targets: tuple[TextSegment, ...] = ()
+    control: Context | None = None
 
     @classmethod
     def of(cls, row: Row, sample: Sample, student: Context, **others: Any) -> TrainRow:
-        """The row's sample with its contexts (others: teacher, targets)."""
+        """The row's sample with its contexts (others: teacher, targets, control)."""
         name = f"{sample.dataset}/{sample.pid}"
         return cls(name, row.position, sample.question, sample.answer, student, **others)
 

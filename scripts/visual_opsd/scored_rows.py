@@ -16,18 +16,23 @@ from scripts.visual_opsd.rows import TrainRow
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """A row with its labels: the student's and the teacher's context, both ending in them."""
+    """A row with its labels: the student's and the teacher's context, both ending in them.
+
+    control: likewise the context to contrast the teacher's with, if any.
+    """
 
     name: str
     student: Context
     teacher: Context | None
     completion: Completion | None = None
     truncated: bool = False
+    control: Context | None = None
 
     @property
     def length(self) -> int:
-        """Rows of the longer of the two sequences."""
-        return max(context_length(c) for c in (self.student, self.teacher) if c is not None)
+        """Rows of the longest of the sequences."""
+        contexts = (self.student, self.teacher, self.control)
+        return max(context_length(c) for c in contexts if c is not None)
 
     @property
     def scored(self) -> int:
@@ -41,22 +46,28 @@ class ScoredRow:
 
 
 def score_completion(
-    name: str, student: Context, teacher: Context, completion: Completion, max_forward_tokens: int
+    name: str,
+    student: Context,
+    teacher: Context,
+    completion: Completion,
+    max_forward_tokens: int,
+    control: Context | None = None,
 ) -> ScoredRow:
-    """Append a sampled completion to both contexts, cut so that the longer one fits.
+    """Append a sampled completion to all contexts, cut so that the longest one fits.
 
     A given text that the budget of a completion has cut counts as truncated too.
     The contexts leave room for a token at least: those of other rows were rejected as "too_long".
     """
-    longest = max(context_length(student), context_length(teacher))
+    longest = max(context_length(c) for c in (student, teacher, control) if c is not None)
     room = max_forward_tokens - longest - 2  # the completion's two markers
     truncated = len(completion.ids) > room
     if truncated:
         assert room >= 1, f"{name}: its context takes {longest} of {max_forward_tokens} tokens"
         completion = completion.truncated(room)
     truncated |= completion.given and completion.capped
-    segment = completion.segment()
-    return ScoredRow(name, (*student, segment), (*teacher, segment), completion, truncated)
+    end = (completion.segment(),)
+    seen = None if control is None else (*control, *end)
+    return ScoredRow(name, (*student, *end), (*teacher, *end), completion, truncated, seen)
 
 
 def score_targets(row: TrainRow, max_forward_tokens: int) -> ScoredRow:
@@ -93,7 +104,9 @@ def empty_row(
         context = (LatentSegment(torch.zeros(1, latent_dim), first), *context)
     other = ImageSegment(torch.zeros(1, patch_dim), first)
     teacher = (*context[:-1], *((other,) if with_shown else ()), context[-1])
-    return ScoredRow("(no row)", context, teacher if with_teacher else None)
+    if not with_teacher:
+        return ScoredRow("(no row)", context, None)
+    return ScoredRow("(no row)", context, teacher, control=teacher)
 
 
 def check_same_labels(

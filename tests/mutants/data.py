@@ -56,6 +56,16 @@ FAULTS = [
         ("only the first visual thought is shown", "enumerate(shown.images):",
          "enumerate(shown.images[:1]):"),
     ]),
+    *faults("data/visual_thoughts.py", "data/test_visual_thoughts.py", [
+        ("other shows rows of the same answer", "if differs and (images", "if (images"),
+        ("a broken other row is the end", "        except BadRow:\n            continue",
+         "        except KeyError:\n            continue"),
+        ("other pictures keep their own size", "tuple(resize(other, image.size)", "tuple(other"),
+        ("other belongs to the place in the file", "other_rows(seed, row.position,",
+         "other_rows(seed, row.row,"),
+        ("the shuffle does not depend on the seed",
+         "shuffle(x, seed, place, n, stride)", "shuffle(x, 0, place, n, stride)"),
+    ]),
     *faults("data/randomness.py", "data/test_randomness.py", [
         ("every epoch has the same order", '_stream("epoch", seed, dataset, split, epoch)',
          '_stream("epoch", seed, dataset, split)', "data/test_parquet.py"),

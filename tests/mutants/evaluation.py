@@ -217,7 +217,9 @@ FAULTS = [
     ]),
     *faults("scripts/visual_opsd/analysis/vt_intervention.py", "visual_opsd/analysis/test_vt_intervention.py", [
         ("noise is shown as the drawing",
-         'noise_picture(own.size, self.settings.seed, index) if arm == "noise" else own', "own"),
+         "return noise_picture(own.size, self.settings.seed, index)", "return own"),
+        ("the problem is shown as the drawing",
+         'return resize(problem.picture, own.size) if arm == "problem" else own', "return own"),
         ("the drawing branch is no part of a run",
          "weights_fingerprint(settings.model_path, drawing=True)",
          "weights_fingerprint(settings.model_path)", "visual_opsd/training/test_run_identity.py"),

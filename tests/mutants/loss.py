@@ -71,6 +71,31 @@ FAULTS = [
         ("entropy is at T = 1 only", "figures = [unit_lse - label_logit, entropy,",
          "figures = [unit_lse - label_logit, entropy * config.temperature,"),
     ]),
+    *faults("scripts/visual_opsd/loss/chunk.py", "visual_opsd/loss/test_cached.py", [
+        ("a cached token has no weight", "        slope = slope * target.weight[:, None]\n",
+         "        pass\n"),
+        ("a cached tail is not softened alike",
+         "events = torch.cat([values, tail_lse], dim=-1) / config.temperature",
+         "events = torch.cat([values / config.temperature, tail_lse], dim=-1)"),
+        ("a cached tail teaches nothing", "logits.sub_(tail_lse).exp_().mul_(outside)",
+         "logits.sub_(tail_lse).exp_().mul_(0.0)"),
+    ]),
+    *faults("scripts/visual_opsd/loss/cached.py", "visual_opsd/loss/test_cached.py", [
+        ("entries beyond the top-k are forgotten",
+         "tail = torch.logaddexp(tail, values[:, k:].logsumexp(-1))", "pass"),
+        ("the cached teacher is not softened", "else values / config.temperature",
+         "else values"),
+        ("the mass outside is that inside", "log_t.scatter_(-1, entries[part], -torch.inf)",
+         "log_t"),
+    ]),
+    *faults("scripts/visual_opsd/loss/chunked.py", "visual_opsd/loss/test_cached.py", [
+        ("the value has no weights", "            losses = losses * teacher.weight\n",
+         "            pass\n"),
+    ]),
+    *faults("scripts/visual_opsd/loss/kernel_chunk.py", "visual_opsd/loss/test_cached.py", [
+        ("the kernels have no weights", "            scale = scale * target.weight\n",
+         "            pass\n"),
+    ]),
     *faults("scripts/visual_opsd/training/step.py", "visual_opsd/training/test_step.py", [
         ("the first step's rate is 0", "return (step + 1) / optim.warmup_steps",
          "return step / optim.warmup_steps"),

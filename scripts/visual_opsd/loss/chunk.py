@@ -220,8 +220,9 @@ def _compare_events(
         return divergence, forward_kl, None
     slope = slope * (_scale(config) * target.weight[:, None])
     slope = slope - log_s.exp() * slope.sum(-1, keepdim=True)
-    gradient = logits.sub_(tail_lse).exp_().mul_(slope[:, -1:])  # 0 at the entries
-    return divergence, forward_kl, gradient.scatter_(-1, entries, slope[:, :-1])
+    inside, outside = slope[:, :-1], slope[:, -1:]
+    gradient = logits.sub_(tail_lse).exp_().mul_(outside)  # 0 at the entries
+    return divergence, forward_kl, gradient.scatter_(-1, entries, inside)
 
 
 def _compare_vocabulary(

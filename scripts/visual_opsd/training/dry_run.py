@@ -182,6 +182,8 @@ def dry_run(config: TrainConfig, env: DistEnv, objective: Objective) -> int:
         if isinstance(objective, FullLength):
             objective.completion = full_completion(row.new)
         trainer.row = made_up_row(row, release.model)
+        if config.teacher.contrast:
+            trainer.row = replace(trainer.row, control=trainer.row.teacher)
         assert isinstance(trainer.timer, MeasuredPhases)
         trainer.timer.before = before
         with trainer.timer("resident"):

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from data.packing import group_by_tokens, pack
-from data.sequence import ImageSegment
+from data.sequence import Context, ImageSegment
 from data.teacher_cache import Entries
 from modeling.bagel.bagel import Bagel
-from modeling.bagel.batch import SharedFeatures
+from modeling.bagel.batch import PackedBatch, SharedFeatures
 from modeling.bagel.config import SpecialTokens
 from modeling.bagel.flow import flow_loss
 from scripts.visual_opsd.config import OptimSettings
 from scripts.visual_opsd.loss.chunked import chunked_opsd_loss, chunked_token_weights
-from scripts.visual_opsd.opsd_loss import LossConfig
+from scripts.visual_opsd.opsd_loss import LossConfig, contrast
 from scripts.visual_opsd.processes import DistEnv
 from scripts.visual_opsd.scored_rows import ScoredRow, check_same_labels
 from scripts.visual_opsd.training.teacher import Teacher
@@ -73,6 +73,7 @@ class StepContext:
     teacher_head: the teacher's gathered head, None when it is the student's own.
     scale: what the summed loss is multiplied by before the backward pass.
     flow_scale: the same for the flow-matching loss; None: nothing learns to draw.
+    contrast: how much more what the rows' controls lack counts in the target (`opsd_loss`).
     """
 
     student: Bagel
@@ -85,6 +86,7 @@ class StepContext:
     decode: Callable[..., str]
     scale: float
     flow_scale: float | None = None
+    contrast: float = 0.0
 
 
 def loss_scale(count: float, env: DistEnv, weight: float = 1.0) -> float:
@@ -108,11 +110,15 @@ def run_pack(
     student_batch = pack([row.student for row in rows], step.special)
     teacher_hidden: Tensor | None = None
     if step.teacher is not None:
-        contexts = [row.teacher for row in rows if row.teacher is not None]
-        teacher_batch = pack(contexts, step.special)
-        check_same_labels(student_batch, teacher_batch, [row.name for row in rows], step.decode)
+        batch = _pack_like(student_batch, [row.teacher for row in rows], rows, step)
+        blind: PackedBatch | None = None
+        if step.contrast:
+            blind = _pack_like(student_batch, [row.control for row in rows], rows, step)
         shared = shared_images(rows) if step.teacher.shares_features(step.device) else None
-        teacher_hidden = step.teacher.hidden(teacher_batch.to(step.device), shared)
+        teacher_hidden = step.teacher.hidden(batch.to(step.device), shared)
+        if blind is not None:
+            control = step.teacher.hidden(blind.to(step.device))
+            teacher_hidden = contrast(teacher_hidden, control, step.contrast)
         if shared is not None and shared.features is not None:
             student_batch = student_batch.with_features(shared.features)
     student_batch = student_batch.to(step.device)
@@ -149,6 +155,18 @@ def run_pack(
         stats["mse_rows"] = flow_sum.new_tensor(float(len(latents.velocity_rows)))
     logprobs = stats.pop("label_logprob")
     return PackResult(loss_sum.detach(), stats, logprobs, tuple(rows))
+
+
+def _pack_like(
+    student: PackedBatch,
+    contexts: Sequence[Context | None],
+    rows: Sequence[ScoredRow],
+    step: StepContext,
+) -> PackedBatch:
+    """The rows' contexts of another kind, which must score what the student's do."""
+    batch = pack([context for context in contexts if context is not None], step.special)
+    check_same_labels(student, batch, [row.name for row in rows], step.decode)
+    return batch
 
 
 def sampler_gap(results: Sequence[PackResult]) -> tuple[float, int]:

@@ -373,6 +373,7 @@ class Trainer:
             decode=self.base.tokenizer.decode,
             scale=loss_scale(sums["scored"], self.env),
             flow_scale=flow_scale,
+            contrast=config.teacher.contrast,
         )
         filler = empty_row(
             model.vision.patch_dim,

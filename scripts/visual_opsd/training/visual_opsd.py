@@ -50,7 +50,8 @@ class PrepareOPSD:
 
     vt: what the teacher sees in the place of the VTs (`data.visual_thoughts`), by `seed`. A row
     whose contexts with the real ones do not fit the limits is rejected as "too_long", so that all
-    kinds train on the same rows.
+    kinds train on the same rows. contrast_with: what the control context shows; None: there is
+    none.
     with_latents: the teacher also reads the VTs' latents (still pixels here). with_trace: the row
     must have a text trace, which becomes its target.
     """
@@ -60,6 +61,7 @@ class PrepareOPSD:
     seed: int = 0
     limits: ContextLimits = NO_LIMITS
     with_latents: bool = False
+    contrast_with: str | None = None
     with_trace: bool = False
 
     def __call__(self, row: Row) -> TrainRow:
@@ -69,8 +71,12 @@ class PrepareOPSD:
         teacher = self.builder.teacher(sample, student, shown, with_latents=self.with_latents)
         longest = teacher if shown.images else self.builder.teacher(sample, student)
         self.limits.check(row, longest)
+        control = None
+        if self.contrast_with is not None:
+            other = show_thoughts(self.contrast_with, row, sample, self.seed)
+            control = self.builder.teacher(sample, student, other, with_latents=self.with_latents)
         targets = self.builder.sft_targets(sample) if self.with_trace else ()
-        return TrainRow.of(row, sample, student, teacher=teacher, targets=targets)
+        return TrainRow.of(row, sample, student, teacher=teacher, control=control, targets=targets)
 
 
 def encode_teachers(rows: Sequence[TrainRow], vae: AutoEncoder, seed: int) -> list[TrainRow]:
@@ -79,7 +85,11 @@ def encode_teachers(rows: Sequence[TrainRow], vae: AutoEncoder, seed: int) -> li
     for row in rows:
         assert row.teacher is not None
         generator = row_generator("teacher", seed, row.position)
-        encoded.append(replace(row, teacher=encode_pictures(row.teacher, vae, generator)))
+        row = replace(row, teacher=encode_pictures(row.teacher, vae, generator))
+        if row.control is not None:
+            generator = row_generator("control teacher", seed, row.position)
+            row = replace(row, control=encode_pictures(row.control, vae, generator))
+        encoded.append(row)
     return encoded
 
 
@@ -110,8 +120,9 @@ class VisualOPSD(Objective):
         builder = make_builder(base.tokenizer, base.model, config.prompt)
         limits = scoring_limits(base.model, config.sample).check_settings(builder, teacher=True)
         shown, seed = config.teacher.shown, config.run.global_seed
-        traced = self.rollout.off_policy_share > 0
-        return PrepareOPSD(builder, shown, seed, limits, self.teacher_reads_latents, traced)
+        latents, traced = self.teacher_reads_latents, self.rollout.off_policy_share > 0
+        contrast_with = config.teacher.contrast_with if config.teacher.contrast else None
+        return PrepareOPSD(builder, shown, seed, limits, latents, contrast_with, traced)
 
     def label(self, batch: StepRows[TrainRow], place: Workplace) -> list[ScoredRow]:
         """The rows with their completions, which are also written to samples.jsonl.
@@ -136,7 +147,7 @@ class VisualOPSD(Objective):
             teacher = row.teacher
             assert teacher is not None  # as `PrepareOPSD` makes them
             scored += [
-                score_completion(row.name, row.student, teacher, completion, limit)
+                score_completion(row.name, row.student, teacher, completion, limit, row.control)
                 for completion in completions
             ]
         return scored

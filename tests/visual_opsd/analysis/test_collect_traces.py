@@ -20,7 +20,6 @@ from data.sequence import Completion
 from data.teacher_cache import INDEX, SHARDS, SUMMARY, Entries, TeacherCache, row_key
 from data.thinkmorph import OPSD_ROWS, parse_row
 from modeling import load_bagel
-from modeling.host import disk
 from scripts.visual_opsd import collect_traces
 from scripts.visual_opsd.analysis import collection
 from scripts.visual_opsd.analysis.trace_rows import CollectSettings
@@ -186,7 +185,7 @@ def test_too_little_room_is_said_before_anything_is_read(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage(10**9, 0, 24_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, 24_000))
     monkeypatch.setattr(collection, "run_rows", None)
     with pytest.raises(ValueError, match=r"needs 25.5 kB but .* has 24.0 kB free"):
         collect(world, tmp_path / "cache", **BASE)

@@ -222,7 +222,7 @@ def test_every_setting_arrives(table: dict[str, Any], runs: list[Diagnostic], na
 def test_the_noise_teacher_sees_noise_and_the_teacher_does_not(runs: list[Diagnostic]) -> None:
     for run in runs:
         for scored in run.scored.values():
-            real, noise = images(scored.teacher), images(scored.noise)
+            real, noise = images(scored.teacher), images(scored.controls["noise"])
             assert torch.equal(real[0], noise[0])
             assert all(image.abs().max() <= 1 for image in real)
             assert all(image.abs().max() > 1 for image in noise[1:])

@@ -26,6 +26,7 @@ from modeling.release.tokenizer import load_tokenizer
 from scripts.visual_opsd import report, train_visual_opsd
 from scripts.visual_opsd.analysis.report.charts import Series, draw_chart, smoothed, thinned
 from scripts.visual_opsd.analysis.report.figures import Figure, group_figures
+from scripts.visual_opsd.analysis.report.markup import text
 from scripts.visual_opsd.analysis.report.pictures import data_uri
 from tests.visual_opsd.analysis.report_runs import (
     HOSTILE,
@@ -158,6 +159,7 @@ def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
     page = make(tmp_path, run, other, "--evaluations", arm)
     raw = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "alert(1)" in page.text and "[U+202E]" in page.text and "[U+DCFF]" in page.text
+    assert not set("\"'<>") & set(text(HOSTILE)) and len(text("x" * 9999)) < 2100
     assert len(page.of("script")) == 1 and not any(c in raw for c in "\0\u202e")
     for tag, attributes in page.elements:
         assert not any(key.startswith("on") for key in attributes), (tag, attributes)

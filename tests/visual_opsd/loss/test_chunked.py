@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from scripts.visual_opsd.loss import chunk as loss_chunk
-from scripts.visual_opsd.opsd_loss import LossConfig
+from scripts.visual_opsd.opsd_loss import LossConfig, contrast
 from tests.conftest import assert_golden, load_golden
 from tests.visual_opsd.loss.forms import (
     CONFIGS,
@@ -53,6 +53,32 @@ def test_equals_the_plain_loss_and_its_gradients(
         form.assert_close(loss, expected)
         form.assert_close(ours, expected_gradients)
         assert all(gradient.is_contiguous() for gradient in ours)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [("paper", "torch"), ("paper", "sparse"), ("full_clip_T", "kernels"), ("tail", "torch"),
+     ("tinker_T_ce", "torch"), ("topk_ce", "kernels")],
+)  # fmt: skip
+def test_a_contrasted_target(config: str, name: str, use_form: Callable[[str], Form]) -> None:
+    """Hidden states combined before the head, against log-probabilities combined after it."""
+    form, settings, amount = use_form(name), CONFIGS[config], 0.8
+    tensors, labels = form.inputs()
+    control = form.inputs(seed=1)[0][2]
+    exact = in_double(tensors)
+    logits = exact[0] @ exact[1].t()
+    real, other = (
+        (hidden.double() @ exact[3].t() / settings.temperature).log_softmax(-1)
+        for hidden in (tensors[2], control)
+    )
+    target = (real + amount * (real - other)) * settings.temperature
+    ce = F.cross_entropy(logits, labels, reduction="sum")
+    expected = settings.jsd_weight * plain_divergence(logits, target, labels, settings)
+    expected = expected + settings.ce_weight * ce
+    seen = contrast(tensors[2], control, amount)
+    loss, _ = chunked_opsd_loss(*tensors[:2], seen, tensors[3], labels, settings, chunk_size=6)
+    form.assert_close(loss, expected)
+    form.assert_close(gradients(loss, tensors), gradients(expected, exact))
 
 
 # The gradient of "tinker" is by definition not that of its value.

@@ -48,6 +48,8 @@ class Recipe:
     teacher_vt: str = "vit"
     ema_decay: float = 0.6
     noise_vt: bool = False
+    contrast: float = 0.0
+    contrast_with: str = "none"
     sample_temperature: float = 0.8
     jsd_weight: float = 0.7
     jsd_beta: float = 0.3
@@ -125,6 +127,7 @@ CASES = {
     "latents and noise, reverse KL": Recipe(
         teacher_vt="vae+vit", noise_vt=True, jsd_beta=1.0, jsd_token_clip=None
     ),
+    "contrast": Recipe(contrast=0.6, jsd_temperature=1.0, max_grad_norm=0.01),
     "tinker, another head": Recipe(jsd_loss_kind="tinker", other_head=True),
     "the paper's loss": Recipe(
         max_grad_norm=0.01, global_seed=78,
@@ -152,7 +155,7 @@ CASES = {
 TWO_RANKS: dict[str, tuple[Recipe, dict[str, Any]]] = {
     "ema, sharded": (CASES["ema, a clip of each entry"], {"sharding_strategy": "FULL_SHARD"}),
     "fixed, replicated, one row": (
-        replace(CASES["fixed, tail bucket, another head"], global_batch_size=1),
+        replace(CASES["fixed, tail bucket, another head"], global_batch_size=1, contrast=0.5),
         {"num_replicate": 2},
     ),
     "tokens weighed, two completions, some given": (

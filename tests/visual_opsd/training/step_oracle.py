@@ -103,6 +103,11 @@ class StepOracle:
             shown = encode_pictures(shown, self.vae, row_generator("teacher", seed, position))
         return (*row.student, *shown, completion.segment())
 
+    def _blind(self, row: TrainRow, teacher: Context) -> Context:
+        """The teacher's context without the visual thoughts."""
+        own = teacher[len(row.student) :]
+        return (*row.student, *(s for s in own if not isinstance(s, ImageSegment)))
+
     # ---------------------------------------------------------------------------- one step
 
     def step(self, rows: Sequence[TrainRow], taken: Sequence[Completion | None]) -> Figures:
@@ -124,6 +129,12 @@ class StepOracle:
             with torch.no_grad():
                 teachers = [self._teacher_context(row, c) for row, c in pairs if c is not None]
                 theirs = torch.cat([self._logits(self.teacher, context)[0] for context in teachers])
+                if recipe.contrast:
+                    both = zip(rows, teachers, strict=True)
+                    blind = [self._blind(row, context) for row, context in both]
+                    without = torch.cat([self._logits(self.teacher, c)[0] for c in blind])
+                    log_p, log_q = theirs.log_softmax(-1), without.log_softmax(-1)
+                    theirs = log_p + recipe.contrast * (log_p - log_q)
             apart = divergence(logits, theirs, labels, recipe)
         weights = weights_of_tokens(logits.detach(), theirs, labels, counts, recipe)
         tokens = weights * (recipe.ce_weight * ce + recipe.jsd_weight * apart)

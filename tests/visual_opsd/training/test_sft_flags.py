@@ -28,7 +28,8 @@ from tests.visual_opsd.training.training_flags import (
 # There is neither a teacher nor a rollout.
 IDLE = {
     "use_reference_intro", "use_transition_prompt",
-    "teacher_mode", "ema_decay", "teacher_vt", "vt", "noise_vt", "teacher_cpu_offload",
+    "teacher_mode", "ema_decay", "teacher_vt", "vt", "noise_vt", "contrast", "contrast_with",
+    "teacher_cpu_offload",
     "sample_max_new_tokens", "sample_temperature", "sample_do_sample", "sample_max_image_skips",
     "sample_batch_size", "samples_per_step", "replay_samples",
     "completions_per_row", "off_policy_share",

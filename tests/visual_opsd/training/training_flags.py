@@ -15,7 +15,7 @@ import shutil
 import sys
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -515,6 +515,18 @@ def distillation_rows(places: Mapping[str, Path]) -> dict[str, Arrival]:
         ),
         "noise_vt": Arrival([True, False, False, True],
                             lambda run: is_noise_of(run, run.given["global_seed"])),
+        "contrast": Arrival(
+            [0.0, 0.5, 0.25, 0.0],
+            lambda run: {step.contrast for step in run.all("run_pack", "step")},
+            lambda run: {run.given["contrast"]},
+        ),
+        "contrast_with": Arrival(
+            ["noise", "noise", "none", "noise"],
+            lambda run: [len(thought_images(replace(row, teacher=row.control)))
+                         for row in run.rows],
+            lambda run: [{"noise": 1, "none": 0}[run.given["contrast_with"]]] * len(run.rows),
+            runs="bc",
+        ),
         "teacher_cpu_offload": Arrival(
             [False, True, True, False],
             lambda run: isinstance(run.models[1]["offload_policy"], CPUOffloadPolicy),
