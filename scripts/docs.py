@@ -45,7 +45,8 @@ BENCHMARKS = ROOT / "docs" / "benchmarks"
 HEADINGS = {
     "model": "Model", "prompt": "Contexts", "data": "Data", "teacher": "Teacher",
     "sample": "Sampling and sequence lengths", "loss": "Loss", "optim": "Optimiser", "run": "Run",
-    "lora": "Adapters", "memory": "Memory plan", "rollout": "Completions of a row",
+    "lora": "Adapters", "validation": "Validation", "memory": "Memory plan",
+    "rollout": "Completions of a row",
 }  # fmt: skip
 
 

@@ -273,6 +273,16 @@ def documented_fields(document: str, file: str) -> set[str]:
     return {name for row in rows for name in spans(row[0])}
 
 
+def metrics_of_validation(world: Path, results: Path) -> str:
+    """The first line of a run's metrics.jsonl, which is of the base."""
+    arguments = train_arguments(
+        world, results, total_steps=1, warmup_steps=0, eval_every=1, eval_limit=1,
+        eval_data="Spatial_Navigation",
+    )  # fmt: skip
+    assert train_visual_opsd.main(arguments) == 0
+    return (results / "metrics.jsonl").read_text().splitlines()[0]
+
+
 def test_what_a_training_run_writes(world: Path, tmp_path: Path) -> None:
     results = tmp_path / "run"
     handler = signal.getsignal(signal.SIGTERM)
@@ -288,6 +298,8 @@ def test_what_a_training_run_writes(world: Path, tmp_path: Path) -> None:
         written = {name for line in lines for name in json.loads(line)}
         assert documented_fields("TRAIN.md", file) == written, file
     assert documented_fields("TRAIN.md", "bad_rows.jsonl") == {f.name for f in fields(Reject)}
+    line = json.loads(metrics_of_validation(world, tmp_path / "validated"))
+    assert documented_fields("TRAIN.md", "validation") == line.keys() - {"step"}
     # Names as TRAIN.md shows them, with this run's step; the saved settings are a --config file.
     assert {p.name for p in (results / "checkpoints").iterdir()} == {"step_0000002", "0000002"}
     for name in ("step_0000500", "0000500", "config.yaml", "metrics.jsonl", "samples.jsonl"):

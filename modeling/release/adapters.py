@@ -65,6 +65,7 @@ def save_adapter(
     config: AdapterConfig,
     step: int | None = None,
     run_config: Mapping[str, Any] | None = None,
+    notes: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Path | None:
     """Write an adapter in peft's format, in fp32, as `save_bagel` writes a release folder.
@@ -77,6 +78,7 @@ def save_adapter(
         base: release folder the adapter belongs to; of its weights only headers are read.
         config: scale and layers.
         step, run_config: recorded in the model card (README.md).
+        notes: further text files, by name.
         overwrite: replace an existing `out_dir` (only once the new one is complete).
 
     Returns:
@@ -112,7 +114,8 @@ def save_adapter(
             _write_tensors(folder / WEIGHTS_FILE, items, layout)
             settings = json.dumps(_peft_settings(base, config), indent=2, sort_keys=True)
             write_text(folder / CONFIG_FILE, settings + "\n")
-            write_text(folder / "README.md", card)
+            for name, text in {"README.md": card, **(notes or {})}.items():
+                write_text(folder / name, text)
         return out_dir
 
 

@@ -287,6 +287,7 @@ def save_bagel(
     base: str | Path,
     step: int | None = None,
     run_config: Mapping[str, Any] | None = None,
+    notes: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Path | None:
     """Write a complete release folder: `tensors` over the base checkpoint they were trained from.
@@ -306,6 +307,7 @@ def save_bagel(
         out_dir: folder to create, or None.
         base: checkpoint folder the tensors belong to.
         step, run_config: recorded in the model card (README.md).
+        notes: further text files, by name.
         overwrite: replace an existing `out_dir` (only once the new one is complete).
 
     Returns:
@@ -328,11 +330,16 @@ def save_bagel(
             Path(base), title="Trained from", facts=[_LAYOUT], step=step, run_config=run_config
         )
         with disk_errors(f"writing {out_dir}", Path(out_dir).parent):
-            return _write_folder(items, Path(out_dir), Path(base), card, overwrite)
+            texts = {"README.md": card, **(notes or {})}
+            return _write_folder(items, Path(out_dir), Path(base), texts, overwrite)
 
 
 def _write_folder(
-    items: Iterator[tuple[str, Tensor]], out_dir: Path, base: Path, card: str, overwrite: bool
+    items: Iterator[tuple[str, Tensor]],
+    out_dir: Path,
+    base: Path,
+    texts: Mapping[str, str],
+    overwrite: bool,
 ) -> Path:
     with new_folder(out_dir, overwrite=overwrite) as folder:
         stored = open_weights(base)
@@ -350,7 +357,8 @@ def _write_folder(
         for made in serving:
             (folder / made.name).write_bytes(made.content)
             flush_to_disk(folder / made.name)
-        write_text(folder / "README.md", card)
+        for name, text in texts.items():
+            write_text(folder / name, text)
     return out_dir
 
 

@@ -30,11 +30,12 @@ from scripts.visual_opsd.cli import (
 )
 from scripts.visual_opsd.on_policy_sampler import SamplerSettings
 from scripts.visual_opsd.opsd_loss import CLIP_SCOPES, LOSS_KINDS, LossConfig
-from scripts.visual_opsd.recipe_settings import (
+from scripts.visual_opsd.recipe_config import (
     RolloutSettings,
     TeacherSettings,
     check_token_weights,
 )
+from scripts.visual_opsd.validation_config import ValidationSettings
 
 OPTIMIZER_STATES = ("gpu", "host", "8bit")
 
@@ -480,6 +481,7 @@ class TrainConfig:
     loss: LossSettings = field(default_factory=LossSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
     memory: PlanSettings = field(default_factory=PlanSettings)
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from scripts.visual_opsd.cli import parse_config, run_main
 from scripts.visual_opsd.config import INTERLEAVED_DEFAULTS, SFT_DEFAULTS, SFTConfig
+from scripts.visual_opsd.evaluation.validation import make_validation
 from scripts.visual_opsd.training.interleaved import InterleavedSFT
 from scripts.visual_opsd.training.objective import Objective
 from scripts.visual_opsd.training.start import start
@@ -35,7 +36,7 @@ def make_objective(config: SFTConfig) -> Objective:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code."""
     config = read_config(argv)
-    return start(config, make_objective)
+    return start(config, make_objective, make_validation)
 
 
 if __name__ == "__main__":

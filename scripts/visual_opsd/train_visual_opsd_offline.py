@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scripts.visual_opsd.cli import parse_config, run_main
+from scripts.visual_opsd.evaluation.validation import make_validation
 from scripts.visual_opsd.training.offline import OFFLINE_DEFAULTS, OfflineConfig, VisualOPSDOffline
 from scripts.visual_opsd.training.start import start
 
@@ -27,7 +28,7 @@ def make_objective(config: OfflineConfig) -> VisualOPSDOffline:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code."""
     config = read_config(argv)
-    return start(config, make_objective)
+    return start(config, make_objective, make_validation)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,12 @@ FAULTS = [
     *faults("scripts/visual_opsd/training/checkpoint_folders.py", "visual_opsd/training/test_checkpoints.py", [
         ("the resumed step is superseded too", "if step > resumed_step:",
          "if step >= resumed_step:"),
+        ("a best folder of a later step stays", "        elif resumed_step < step:\n",
+         "        elif False:\n"),
+        ("half a replacement is left", "            os.replace(replaced, best)\n",
+         "            pass\n"),
+        ("another run's best folder is taken", "    for best in _best_folders(checkpoint_dir):\n",
+         "    for best in ():\n"),
         ("the log loses the resumed step", 'bool(record.get("step", step) <= step)',
          'bool(record.get("step", step) < step)'),
         ("an older step is the latest", "return whole[max(good)] if good else None",

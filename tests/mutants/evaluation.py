@@ -37,6 +37,18 @@ FAULTS = [
          "if Path(settings.compare).resolve() == Path(settings.output_dir).resolve():", "if False:",
          "visual_opsd/evaluation/test_evaluate.py"),
     ]),
+    *faults("scripts/visual_opsd/evaluation/validation.py", "visual_opsd/training/test_validation.py", [
+        ("image skips do not reach a validation",
+         "        image_skips=sample.sample_max_image_skips,\n", ""),
+        ("prompts do not reach a validation",
+         "EvaluateConfig(settings, prompt=config.prompt, compute=compute)",
+         "EvaluateConfig(settings, compute=compute)"),
+        ("bad rows are met after the model is loaded", "        made.check_rows()\n", ""),
+        ("an earlier start's answers stay", "                    shutil.rmtree(old)\n",
+         "                    pass\n"),
+        ("a stop is an error", "            if agree(isinstance(error, Interrupted), self.env):",
+         "            if False:"),
+    ]),
     *faults("scripts/visual_opsd/evaluation/runner.py", "visual_opsd/evaluation/test_runner.py", [
         ("bad rows are not tried again", 'if index in held and "bad" not in held[index]}',
          "if index in held}",

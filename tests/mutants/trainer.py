@@ -95,6 +95,23 @@ FAULTS = [
          "% self.config.run.log_every == 0 or not finite",
          "visual_opsd/training/test_trainer.py::test_what_a_run_leaves_behind"),
     ]),
+    *faults("scripts/visual_opsd/training/trainer.py",
+            "visual_opsd/training/test_validation.py", [
+        ("what was best is not saved", '            "validation": self.validation.state_dict(),\n', ""),
+        ("a state does not know of its step's validation",
+         "        self.states.note(self._extra())\n", ""),
+        ("the base is written as the best", "if is_best and self.step and", "if is_best and"),
+        ("step 0 is logged twice", "begins_at = -1  #", "begins_at = 0  #"),
+    ]),
+    *faults("scripts/visual_opsd/training/validation.py",
+            "visual_opsd/training/test_validation.py", [
+        ("no worse is better", "if accuracy > progress.best:", "if accuracy >= progress.best:"),
+        ("a step is validated again", " or step == self.progress.last:", ":"),
+        ("other rows' figures are compared",
+         "if self.validate is None or found.identity == self.validate.identity:", "if True:"),
+        ("the last step is not validated", "return step % every == 0 or step == self.total_steps",
+         "return step % every == 0"),
+    ]),
     *faults("scripts/visual_opsd/training/models.py",
             "visual_opsd/training/test_train_flags.py::test_every_setting_arrives", [
         ("activation checkpointing is never on",

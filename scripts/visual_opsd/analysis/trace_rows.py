@@ -19,7 +19,7 @@ from scripts.visual_opsd.config import (
     SampleSettings,
 )
 from scripts.visual_opsd.evaluation.rows import RowName
-from scripts.visual_opsd.recipe_settings import TEACHER_VTS
+from scripts.visual_opsd.recipe_config import TEACHER_VTS
 from scripts.visual_opsd.rows import given_positions, open_builder, scoring_limits
 
 COMPLETIONS = ("trace", "base")

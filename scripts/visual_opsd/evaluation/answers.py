@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from operator import itemgetter
@@ -38,6 +38,7 @@ from scripts.visual_opsd.evaluation.questions import (
 )
 from scripts.visual_opsd.evaluation.rows import RowPool, prompt_identity
 from scripts.visual_opsd.evaluation.runner import (
+    Outcome,
     RowLimits,
     bad_record,
     claim_folder,
@@ -94,16 +95,27 @@ def result_settings(config: EvaluateConfig, pool: RowPool, dtype: torch.dtype) -
 
 
 class Answering:
-    """Answers questions, batch by batch. The model is loaded for the first of them.
+    """Answers questions, batch by batch.
 
     Args:
         timing: what each answer took goes there; no resume repeats it.
+        bundle: the model; None: it is loaded for the first of the questions.
+        should_stop: polled while decoding.
+        advice: what to lower where memory lacks, in a program whose flags are not evaluate's.
+
+    Raises:
+        Interrupted: by a call, when `should_stop` says so.
     """
 
     def __init__(
-        self, config: EvaluateConfig, env: DistEnv, pool: RowPool, timing: RankedLines
-    ) -> None:
+        self, config: EvaluateConfig, env: DistEnv, pool: RowPool, timing: RankedLines,
+        *, bundle: BagelBundle | None = None, should_stop: Callable[[], bool] = lambda: False,
+        advice: str | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.env, self.pool, self.timing = config, env, pool, timing
+        self.should_stop = should_stop
+        if bundle is not None:
+            self.bundle = bundle
         settings = config.evaluate
         self.sampler = SamplerSettings(
             max_new_tokens=settings.max_new_tokens,
@@ -112,6 +124,10 @@ class Answering:
             max_rows=settings.batch_size,
             max_prefill_tokens=settings.prefill_tokens,
             check_every=8 if env.device.type == "cuda" else 2,  # a check costs a GPU its run-ahead
+        )
+        self.advice = advice or (
+            f"lower --batch_size ({settings.batch_size}), --prefill_tokens "
+            f"({settings.prefill_tokens}) or --max_new_tokens ({settings.max_new_tokens})"
         )
 
     @cached_property
@@ -138,11 +154,7 @@ class Answering:
         """Lines of predictions.jsonl and timing.jsonl of rows that are decoded together."""
         bundle, sampler = self.bundle, self.sampler
         started = time.perf_counter()
-        with memory_advice(
-            [question.name for _, question in rows],
-            f"lower --batch_size ({sampler.max_rows}), --prefill_tokens "
-            f"({sampler.max_prefill_tokens}) or --max_new_tokens ({sampler.max_new_tokens})",
-        ):
+        with memory_advice([question.name for _, question in rows], self.advice):
             completions = sample_completions(
                 bundle.model,
                 [question.context for _, question in rows],
@@ -153,6 +165,7 @@ class Answering:
                 seed=0,
                 step=0,
                 device=self.env.device,
+                should_stop=self.should_stop,
             )
         batch = len(rows), time.perf_counter() - started
         answers, timing = [], []
@@ -198,8 +211,7 @@ def evaluate(config: EvaluateConfig, env: DistEnv) -> dict[str, Any]:
     pool = open_rows(config)
     wanted = result_settings(config, pool, config.compute.dtype(env.device))
     prepare = PrepareQuestion.of(config, pool)
-    answers = RankedLines(folder, "predictions", itemgetter(*_USED))
-    timing = RankedLines(folder, "timing")
+    answers, timing = answer_stores(folder)
 
     def claim() -> None:
         claim_folder(
@@ -208,41 +220,63 @@ def evaluate(config: EvaluateConfig, env: DistEnv) -> dict[str, Any]:
         _check_comparison(settings)
 
     on_main(env, claim)
-    rows = settings.rows_of(pool)
-    limits = RowLimits(
-        max_rows=4 * settings.batch_size,
-        max_tokens=8 * settings.prefill_tokens,
-        max_bad_rate=settings.max_bad_rate,
-        progress=config.compute.progress,
-    )
     work = Answering(config, env, pool, timing)
-    found = run_rows(pool, rows, prepare, work, answers, env, limits)
+    found = run_rows(pool, settings.rows_of(pool), prepare, work, answers, env, row_limits(config))
     summary: dict[str, Any] = {}
 
     def finish() -> None:
-        lines = list(timing.read().values())
-        timing.merge(lines)
-        write_json(folder / "timing.json", summarise_timing(lines))
-        answered = len(rows) - found.resumed
-        summary.update(
-            summarise_run(found.records, found.rejects),
-            seconds=found.seconds,
-            resumed_rows=found.resumed,
-            rows_per_second=answered / found.seconds if answered else None,
-            processes=env.world_size,
-            device=env.device.type,
-            settings_hash=stable_hash(wanted),
-            settings=flat(config),
-        )
-        write_json(folder / "summary.json", summary)
-        if benchmark_files(pool):
-            figures = benchmark_run(pool, found.records, found.rejects)
-            write_json(folder / FIGURES_FILE, {**versions(), "benchmarks": figures})
+        summary.update(write_results(config, env, pool, timing, found, stable_hash(wanted)))
         if settings.compare:  # last: other rows there must not cost this run its results
             summary["comparison"] = comparison(folder, settings.compare)
             write_json(folder / "summary.json", summary)
 
     on_main(env, finish)
+    return summary
+
+
+def answer_stores(folder: Path) -> tuple[RankedLines, RankedLines]:
+    """What ranks append to: predictions.jsonl and timing.jsonl."""
+    return RankedLines(folder, "predictions", itemgetter(*_USED)), RankedLines(folder, "timing")
+
+
+def row_limits(config: EvaluateConfig) -> RowLimits:
+    """What an evaluation reads at once."""
+    settings = config.evaluate
+    return RowLimits(
+        max_rows=4 * settings.batch_size,
+        max_tokens=8 * settings.prefill_tokens,
+        max_bad_rate=settings.max_bad_rate,
+        progress=config.compute.progress,
+    )
+
+
+def write_results(
+    config: EvaluateConfig,
+    env: DistEnv,
+    pool: RowPool,
+    timing: RankedLines,
+    found: Outcome,
+    settings_hash: str,
+) -> dict[str, Any]:
+    """Write timing, summary and the figures of benchmarks; returns the summary. Rank 0 only."""
+    lines = list(timing.read().values())
+    timing.merge(lines)
+    write_json(timing.folder / "timing.json", summarise_timing(lines))
+    answered = len(config.evaluate.rows_of(pool)) - found.resumed
+    summary = {
+        **summarise_run(found.records, found.rejects),
+        "seconds": found.seconds,
+        "resumed_rows": found.resumed,
+        "rows_per_second": answered / found.seconds if answered else None,
+        "processes": env.world_size,
+        "device": env.device.type,
+        "settings_hash": settings_hash,
+        "settings": flat(config),
+    }
+    write_json(timing.folder / "summary.json", summary)
+    if benchmark_files(pool):
+        figures = benchmark_run(pool, found.records, found.rejects)
+        write_json(timing.folder / FIGURES_FILE, {**versions(), "benchmarks": figures})
     return summary
 
 

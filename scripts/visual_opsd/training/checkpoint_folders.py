@@ -15,6 +15,7 @@ import yaml
 
 from data.json_lines import filter_log
 from modeling.host.disk import disk_errors
+from modeling.host.text_files import read_json_object
 from scripts.visual_opsd.processes import DistEnv, on_main
 from scripts.visual_opsd.training.state_files import (
     MARKER,
@@ -27,12 +28,13 @@ from scripts.visual_opsd.training.state_files import (
 logger = logging.getLogger(__name__)
 
 SUPERSEDED = "superseded"
+BEST_FILE = "best.json"  # in the folder of the best validation: its step, and why
 NOT_GOOD = "not_good.jsonl"  # in a state after which every step was non-finite
 _NEWEST = ("latest", "last_good")  # the same: nothing bad is ever taken
 _STEP = re.compile(r"[0-9]{1,18}")
 _RELEASE_NAME = re.compile(r"([0-9]{7})")
 _ADAPTER_NAME = re.compile(r"adapter_([0-9]{7})")
-_STALE_NAME = re.compile(r"(step_|adapter_)?[0-9]{7}(\..*)?\.tmp")
+_STALE_NAME = re.compile(r"(step_|adapter_)?[0-9]{7}(\..*)?\.tmp|best\.tmp")
 _DELETED = ".deleted.tmp"
 _RUN_FILES = ("metrics.jsonl", "samples.jsonl", "bad_rows.jsonl", "config.yaml")
 
@@ -47,6 +49,19 @@ def release_folder(checkpoint_dir: Path, step: int) -> Path:
 
 def adapter_folder(checkpoint_dir: Path, step: int) -> Path:
     return checkpoint_dir / f"adapter_{step:07d}"
+
+
+def best_folder(checkpoint_dir: Path) -> Path:
+    return checkpoint_dir / "best"
+
+
+def best_step(checkpoint_dir: Path) -> int | None:
+    """The step of the best validation's folder; None: there is none, or it does not say."""
+    try:
+        step = read_json_object(best_folder(checkpoint_dir) / BEST_FILE, "file").get("step")
+    except ValueError:
+        return None
+    return step if type(step) is int else None
 
 
 def _folders(checkpoint_dir: Path, name: re.Pattern[str] = STEP_NAME) -> dict[int, Path]:
@@ -244,7 +259,18 @@ def check_claim(checkpoint_dir: Path, resumed_from: Path | None) -> int:
             f"{checkpoint_dir} already holds checkpoints (release folders "
             f"{', '.join(path.name for path in released.values())}): choose another folder"
         )
+    for best in _best_folders(checkpoint_dir):
+        raise ValueError(
+            f"{checkpoint_dir} already holds the best model of another run ({best.name}): choose "
+            "another folder"
+        )
     return -1
+
+
+def _best_folders(checkpoint_dir: Path) -> list[Path]:
+    """`best`, and what a kill left of an earlier one between two renames."""
+    best = best_folder(checkpoint_dir)
+    return [path for path in (best, best.with_name("best.old")) if os.path.lexists(path)]
 
 
 def check_folders(results: Path, checkpoint_dir: Path, resumed_from: Path | None) -> None:
@@ -262,11 +288,16 @@ def check_folders(results: Path, checkpoint_dir: Path, resumed_from: Path | None
     check_claim(checkpoint_dir, resumed_from)
 
 
-def claim_checkpoint_dir(checkpoint_dir: Path, resumed_from: Path | None, env: DistEnv) -> None:
+def claim_checkpoint_dir(
+    checkpoint_dir: Path, resumed_from: Path | None, env: DistEnv, other_best: str = ""
+) -> None:
     """Make the folder ready for a run: call it once, on all ranks, after loading.
 
     Removes what killed runs left half-written, and moves steps and release folders later than the
     resumed step (they belong to a future that will not happen) to `superseded/`.
+
+    Args:
+        other_best: why the best validation's folder goes whatever its step; "": it does not.
 
     Raises:
         ValueError: as `check_claim`, before anything is moved.
@@ -284,8 +315,28 @@ def claim_checkpoint_dir(checkpoint_dir: Path, resumed_from: Path | None, env: D
             for step, path in _folders(checkpoint_dir, name).items():
                 if step > resumed_step:
                     supersede(path, f"later than step {resumed_step},")
+        _claim_best(checkpoint_dir, resumed_step, other_best)
 
     on_main(env, claim)
+
+
+def _claim_best(checkpoint_dir: Path, resumed_step: int, other: str) -> None:
+    """Bring back a best folder that a kill left half replaced; supersede one of a later step."""
+    best = best_folder(checkpoint_dir)
+    replaced = best.with_name("best.old")
+    if os.path.lexists(replaced):
+        if os.path.lexists(best):
+            remove(replaced)
+        else:
+            os.replace(replaced, best)
+    if os.path.lexists(best):
+        step = best_step(checkpoint_dir)
+        if step is None:
+            supersede(best, f"whose {BEST_FILE} names no step,")
+        elif resumed_step < step:
+            supersede(best, f"later than step {resumed_step},")
+        elif other:
+            supersede(best, f"as {other},")
 
 
 def remove(path: Path) -> None:

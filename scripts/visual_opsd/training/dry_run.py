@@ -41,6 +41,7 @@ from scripts.visual_opsd.training.metrics import PhaseTimer
 from scripts.visual_opsd.training.objective import Objective, Workplace
 from scripts.visual_opsd.training.trainer import Trainer
 from scripts.visual_opsd.training.visual_opsd import VisualOPSD
+from scripts.visual_opsd.validation_config import ValidationSettings
 
 _STEPS = 2
 _LOOKS_S = 0.002  # between two looks at the memory of a process
@@ -163,6 +164,7 @@ def quiet(config: TrainConfig, folder: Path) -> TrainConfig:
 def dry_run(config: TrainConfig, env: DistEnv, objective: Objective) -> int:
     """Make the steps, print the table; returns the exit code. Called by all ranks."""
     before = 0 if env.device.type == "cuda" else own_bytes() or 0
+    config = replace(config, validation=ValidationSettings())  # which is no part of a step
     folder = Path(on_main(env, lambda: tempfile.mkdtemp(prefix="visual-opsd-dry-run-")))
     try:
         own = quiet(config, folder)

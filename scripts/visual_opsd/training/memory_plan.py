@@ -180,7 +180,7 @@ class _Gpu:
 
     def moments(self) -> list[Moment]:
         found = []
-        if self.of.samples:
+        if self.load.decoded:
             found.append(_fullest("sample", self._gather(), self._prefill(), self._decode()))
         if self.of.largest_picture:
             encoder = _ENCODER_BYTES * _LATENT_PIXELS * self.of.largest_picture
@@ -482,4 +482,7 @@ def _disk(of: Footprint, student: Weights, state: float) -> tuple[Component, ...
         if student.adapted:
             size = 4.0 * saves * student.trained
             parts.append(Component("adapters", size, f"{saves}: one every --save_every"))
+    if of.keep_best:
+        size = 4.0 * student.trained if student.adapted else float(of.release_bytes)
+        parts.append(Component("best", 2 * size, "--keep_best, and the one that replaces it"))
     return _some(parts)

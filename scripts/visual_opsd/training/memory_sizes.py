@@ -89,6 +89,8 @@ class Footprint:
     lora_rank: int | None
     lora_targets: tuple[str, ...]
     optimizer_state: str
+    validated_rows: int = 0  # rows that a validation decodes together; 0: there is none
+    keep_best: bool = False
 
     @property
     def shards(self) -> int:
@@ -106,6 +108,12 @@ class Footprint:
     def completions(self) -> int:
         """What is decoded and scored of them: each completion is a row of its own."""
         return self.rows * self.completions_per_row
+
+    @property
+    def decoded_rows(self) -> int:
+        """Rows decoded together on one GPU, at most, if they are short."""
+        sampled = self.completions if self.samples else 0
+        return min(self.sample_batch_size, max(sampled, self.validated_rows))
 
 
 @dataclass(frozen=True)
@@ -220,9 +228,20 @@ def make_footprint(
         lora_rank=config.lora.lora_rank,
         lora_targets=config.lora.targets,
         optimizer_state=config.optim.optimizer_state,
+        validated_rows=_validated_rows(config, world),
+        keep_best=config.validation.keep_best,
     )
     assert footprint.shards > 0
     return footprint
+
+
+def _validated_rows(config: TrainConfig, world: World) -> int:
+    """Rows of a validation that one GPU decodes together, at most; 0 without --eval_every."""
+    settings, most = config.validation, config.sample.sample_batch_size
+    if settings.eval_every is None:
+        return 0
+    limit = settings.eval_limit
+    return most if limit is None else min(most, math.ceil(limit / world.gpus))
 
 
 # ----------------------------------------------------------------------------------- weights
@@ -443,7 +462,7 @@ def _forward_rows(of: Footprint) -> int:
 def load_of(of: Footprint, row: RowLengths) -> Load:
     """The load of rows that are all alike."""
     together = max(1, of.max_prefill_tokens // row.student)
-    decoded = min(of.completions, of.sample_batch_size, together) if of.samples else 0
+    decoded = min(of.decoded_rows, together)
     packed = max(1, min(_forward_rows(of), of.pack_tokens // row.longest))
     room = row.student + of.sample_max_new_tokens + 1
     return Load(
@@ -472,10 +491,10 @@ def largest_load(of: Footprint) -> Load:
             student_patches=int(load.student_patches * more),
             teacher_patches=int(load.teacher_patches * more), scored=int(load.scored * more),
         )  # fmt: skip
-    if of.samples:
+    if of.decoded_rows:
         # A completion may be cut, so a context may be longer; and of shorter ones more are decoded
         # together.
-        context, decoded = row.student + row.new - 1, min(of.completions, of.sample_batch_size)
+        context, decoded = row.student + row.new - 1, of.decoded_rows
         prefill = max(context, min(decoded * context, of.max_prefill_tokens))
         load = replace(
             load, decoded=decoded, prefill_tokens=prefill,

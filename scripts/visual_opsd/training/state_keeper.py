@@ -93,6 +93,10 @@ class StateKeeper:
             self._proven = True
             on_main(self.env, self._prove)
 
+    def note(self, extra: Mapping[str, Any]) -> None:
+        """Save `extra` with the last completed step, whose state is not saved yet."""
+        self._extra = {**self._extra, **extra}
+
     def save(self, *, last: bool = False) -> None:
         """Save the state of the last completed step, if it is not saved yet.
 

@@ -11,7 +11,7 @@ another number of workers see the same batches and the same completions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -54,6 +54,7 @@ from scripts.visual_opsd.training.checkpoint_folders import (
 from scripts.visual_opsd.training.checkpoints import (
     TrainingState,
     check_resumable,
+    config_hash,
     load_checkpoint,
 )
 from scripts.visual_opsd.training.memory_report import check_memory
@@ -80,6 +81,7 @@ from scripts.visual_opsd.training.step import (
     loss_scale,
     plan_packs,
 )
+from scripts.visual_opsd.training.validation import Validate, Validation
 
 _SHOWN = {"loss": ".4f", "grad_norm": ".3f", "completion_length": ".1f"}
 _FINE, _STOP, _FAILED = 0, 1, 2
@@ -92,6 +94,7 @@ class Trainer:
 
     Args:
         config: resolved settings. env: this process. objective: what is trained on.
+        validate: what measures the student every `--eval_every` steps; None: nothing does.
 
     Raises:
         ValueError: anything the user can mend, with cause and fix.
@@ -99,7 +102,13 @@ class Trainer:
 
     timer_class: type[PhaseTimer] = PhaseTimer
 
-    def __init__(self, config: TrainConfig, env: DistEnv, objective: Objective) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        env: DistEnv,
+        objective: Objective,
+        validate: Validate | None = None,
+    ) -> None:
         self.config, self.env, self.objective = config, env, objective
         self.dtype = compute_dtype(config.model.precision, env.device)
         self.results = Path(config.run.results_dir)
@@ -131,6 +140,7 @@ class Trainer:
         self.timer = self.timer_class(env.device)
         self.place = Workplace(env, self.base, self.student, self.timer, self.stop)
         self.step = 0  # completed optimiser steps
+        self.validation = Validation(config.validation, validate, config.optim.total_steps)
         self.releases = ReleaseWriter(config, self.student, self.adapters, env)
         self.states = StateKeeper(run, self.state, self._saved_config(), env)
         self._restore()
@@ -161,7 +171,11 @@ class Trainer:
     def _extra(self) -> dict[str, Any]:
         """What of a completed step is stored besides tensors."""
         run_id = None if self.wandb is None else self.wandb.run_id
-        return {"rejects": self.ledger.state_dict(), "wandb_id": run_id}
+        return {
+            "rejects": self.ledger.state_dict(),
+            "wandb_id": run_id,
+            "validation": self.validation.state_dict(),
+        }
 
     def _hold_folders(self) -> None:
         run = self.config.run
@@ -175,22 +189,25 @@ class Trainer:
 
     def _restore(self) -> None:
         rejects: dict[str, Any] = {"rows_read": 0, "reasons": {}}
+        anew = ""  # why a best model is not compared with any longer
+        begins_at = -1  # lines of step 0, which a run before its first state left, go too
         if self.checkpoint is not None:
             resumed = load_checkpoint(
                 self.checkpoint, self.state, env=self.env, **self._saved_config()
             )
-            self.step = resumed.step
+            self.step = begins_at = resumed.step
             rejects = self.states.resume(resumed)
             if self.wandb is not None:
                 self.wandb = self.wandb.continuing(resumed.extra.get("wandb_id"))
-        claim_checkpoint_dir(self.config.run.checkpoints, self.checkpoint, self.env)
+            anew = self.validation.resume(resumed.extra.get("validation"))
+        claim_checkpoint_dir(self.config.run.checkpoints, self.checkpoint, self.env, anew)
         attempt(lambda: self.ledger.resume(rejects, self.step))
-        on_main(self.env, lambda: restart_logs(self.results, self.step, flat(self.config)))
+        on_main(self.env, lambda: restart_logs(self.results, begins_at, flat(self.config)))
 
     # ------------------------------------------------------------------------------- training
 
     def train(self) -> int:
-        """Run to `total_steps`; returns the exit code (0, or 128 + the signal that stopped it)."""
+        """Run to the end; returns the exit code (0, or 128 + the signal that stopped it)."""
         config, run = self.config, self.config.run
         logger = attempt(
             lambda: MetricLogger(
@@ -204,28 +221,33 @@ class Trainer:
             )
         )
         with self.stop, logger as self.log, closing(self._rows()) as rows:
-            self._begin()
-            while self.step < config.optim.total_steps:
-                if not self._one_step(rows):
-                    self.log.message(f"terminated: {self.states.keep()}")
-                    return exit_code(all_reduce_max_int(self.stop.number, self.env))
-                if self._saves() and not self.states.bad_steps:
+            going = self._begin()
+            while going and not self._ends():
+                going = self._one_step(rows) and self._validate()
+                if going and self._saves() and not self.states.bad_steps:
                     self._save()
+            if not going:
+                self.log.message(f"terminated: {self.states.keep()}")
+                return exit_code(all_reduce_max_int(self.stop.number, self.env))
         if self.states.bad_steps:
             raise self.states.diverged(" at the end of the run, so it has no result")
         return 0
 
+    def _ends(self) -> bool:
+        """Whether no step follows the last completed one."""
+        return self.step == self.config.optim.total_steps or self.validation.stops
+
     def _saves(self) -> bool:
         """Whether a checkpoint is due after the last completed step."""
-        last = self.step == self.config.optim.total_steps
+        last = self._ends()
         return last or self.step % self.config.run.save_every == 0
 
     def _save(self) -> None:
         """The state of the last completed step and its release folder, unless the disk refuses."""
-        last = self.step == self.config.optim.total_steps
+        last = self._ends()
         try:
             self.states.save(last=last)
-            self.releases.save(self.step)
+            self.releases.save(self.step, last=last)
         except DiskRefused as error:  # on all ranks together
             if last or self.config.run.on_save_error == "stop":
                 raise
@@ -233,18 +255,63 @@ class Trainer:
             self.log.message(f"step {self.step} is not saved, training goes on: {text}")
             self._together(lambda: self.log.log(self.step, {"save_error": text}))
 
-    def _begin(self) -> None:
-        """Say where the run starts; write the release folder that a killed run still owes."""
+    def _validate(self) -> bool:
+        """Validate the last completed step if that is due; False: the run was told to stop.
+
+        A validation that is stopped leaves no trace: a resumed run makes up for it.
+        """
+        validation = self.validation
+        if not validation.is_due(self.step):
+            return True
+        figures = self._together(
+            lambda: validation.measure(self.step, self.student, lambda: bool(self.stop.number))
+        )
+        if figures is None:
+            return False
+        is_best = validation.note(self.step, figures)
+        self.states.note(self._extra())
+        self.log.message(validation.describe(figures))
+        self._together(lambda: self.log.log(self.step, figures))
+        # Before the first step it is the base, which lies where it was read.
+        if is_best and self.step and validation.settings.keep_best:
+            self._save_best(figures)
+        if validation.stops:
+            self.log.message(f"step {self.step}: --early_stop {validation.settings.early_stop} "
+                             "ends the run")  # fmt: skip
+        return True
+
+    def _save_best(self, figures: Mapping[str, float]) -> None:
+        """The release folder of the best validation so far, unless the disk refuses."""
+        facts = {
+            "step": self.step,
+            **figures,
+            "settings_hash": self.validation.progress.identity,
+            "run_config_hash": config_hash(self._saved_config()["config"]),
+        }
+        try:
+            self.releases.save_best(self.step, facts)
+        except DiskRefused as error:  # on all ranks together
+            if self.config.run.on_save_error == "stop":
+                raise
+            self.log.message(f"the best model, of step {self.step}, is not saved: {error}")
+
+    def _begin(self) -> bool:
+        """Say where the run starts; make up for what a killed run still owes: a validation, a
+        release folder. A run's first validation is of its base. False: it was told to stop."""
         run = self.config.run
         if self.checkpoint is None:
             if run.resume_specs:
                 self.log.message(f"no checkpoint in {run.checkpoints} yet: starting at step 0")
-            return
+            return self._validate()
         self.log.message(f"resumed from {self.checkpoint}")
+        if not self._validate():
+            return False
         own = self.checkpoint.resolve().parent == run.checkpoints.resolve()
         good = self._saves() and not (self.checkpoint / NOT_GOOD).exists()
-        if agree(own and good and self.releases.is_owed(self.step), self.env):
+        last = self._ends()
+        if agree(own and good and self.releases.is_owed(self.step, last=last), self.env):
             self._save()
+        return True
 
     def _rows(self) -> Generator[StepRows[TrainRow], None, None]:
         """This rank's rows of each step that is to come."""

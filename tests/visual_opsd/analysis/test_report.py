@@ -249,6 +249,10 @@ def test_intervals_and_figures_nobody_listed(tmp_path: Path) -> None:
         "Further figures": ["strange"],
     }  # fmt: skip
     assert left_out == 0 and group_figures({f"f{n}" for n in range(50)})[1] == 10
+    ours = {"validation/accuracy", "validation/low", "validation/high", "validation/n"}
+    ((validation,), _) = group_figures(ours)
+    (figure,) = validation.figures
+    assert (figure.low, figure.high) == ("validation/low", "validation/high")
     metrics = [
         {"step": n, "eval/accuracy": n / 10, "eval/accuracy_low": n / 10 - 0.05,
          "eval/accuracy_high": n / 10 + 0.05, "empty_rate": 0.0} for n in (1, 5, 9)

@@ -201,6 +201,38 @@ def test_claiming_another_runs_folder(run: ToyRun, tmp_path: Path) -> None:
     assert list((tmp_path / "fresh").iterdir()) == []
 
 
+def test_the_best_folder(run: ToyRun, tmp_path: Path) -> None:
+    """It stays if its step is not later than the resumed one; a kill may have half replaced it."""
+    mine = save(run, tmp_path, 4)
+    best, old = tmp_path / "best", tmp_path / "best.old"
+
+    def put(folder: Path, text: str) -> None:
+        folder.mkdir()
+        (folder / folders.BEST_FILE).write_text(text)
+
+    for name in (best, old):
+        put(name, "{}")
+        mine.rename(tmp_path.parent / "away")
+        with pytest.raises(ValueError, match=rf"the best model of another run .{name.name}.: choo"):
+            folders.check_claim(tmp_path, None)
+        (tmp_path.parent / "away").rename(mine)
+        shutil.rmtree(name)
+    put(old, '{"step": 3}')
+    (tmp_path / "best.tmp").mkdir()
+    folders.claim_checkpoint_dir(tmp_path, mine, run.env)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "step_0000004"]
+    assert folders.best_step(tmp_path) == 3
+    put(old, '{"step": 2}')
+    folders.claim_checkpoint_dir(tmp_path, mine, run.env)
+    assert folders.best_step(tmp_path) == 3 and not old.exists()
+    folders.claim_checkpoint_dir(tmp_path, mine, run.env, "other rows")
+    for text in ('{"step": 5}', '{"step": "4"}', "torn"):
+        put(best, text)
+        folders.claim_checkpoint_dir(tmp_path, mine, run.env)
+    names = sorted(p.name for p in (tmp_path / "superseded").iterdir())
+    assert names == ["best", "best.1", "best.2", "best.3"]
+
+
 @pytest.mark.parametrize(("target", "name"), [(torch, "save"), (T, "_save_synced")])
 def test_a_failed_save_leaves_no_checkpoint(
     run: ToyRun,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modeling.bagel.config import BagelConfig, LLMConfig, VisionConfig
 from scripts.bench.common import TRUE_SIZE, sized
-from scripts.visual_opsd.config import SFTConfig, TrainConfig
+from scripts.visual_opsd.config import LossSettings, SFTConfig, TrainConfig
 from scripts.visual_opsd.training.interleaved import InterleavedSFT
 from scripts.visual_opsd.training.memory_check import GPU, HOST, Finding, Room, judge, suggest
 from scripts.visual_opsd.training.memory_plan import (
@@ -39,7 +39,9 @@ from scripts.visual_opsd.training.memory_sizes import (
 )
 from scripts.visual_opsd.training.objective import Objective
 from scripts.visual_opsd.training.sharding import local_part
+from scripts.visual_opsd.training.text_sft import TextSFT
 from scripts.visual_opsd.training.visual_opsd import VisualOPSD
+from scripts.visual_opsd.validation_config import ValidationSettings
 from tests.visual_opsd.training.trainers import SMALL, build, one_process
 from tests.visual_opsd.training_runs import TINY_BAGEL
 
@@ -302,3 +304,26 @@ def test_suggestions_for_the_host() -> None:
     flags = [one.flags for one in suggest(of, Finding(HOST, 1e9, 1e9, need))]
     assert flags[0] in ("--lora_rank 64", "--cpu_offload False")
     assert "--num_workers 0" in flags
+
+
+def test_validation_decodes_more_rows_and_keeps_the_best() -> None:
+    """A step of 16 rows on 8 GPUs draws 2 completions on each; 200 rows are answered 25 at once."""
+
+    def planned(objective: Any, config: Any, **settings: Any) -> Plan:
+        config = replace(config, validation=ValidationSettings(**settings))
+        release = ReleaseSizes.of_model(TRUE_SIZE)
+        return largest_plan(make_footprint(config, release, objective(config), World(8, 8, CUDA)))
+
+    on: dict[str, Any] = {"eval_every": 100, "eval_data": "x"}
+    sft = SFTConfig(loss=LossSettings(jsd_weight=0.0, ce_weight=1.0))
+    for objective, config, before in ((VisualOPSD, TrainConfig(), 2), (TextSFT, sft, 0)):
+        decoded = [
+            next((m.parts for m in plan.moments if m.phase == "sample"), None)
+            for plan in (planned(objective, config, **flags) for flags in ({}, on))
+        ]
+        assert (decoded[0] is not None) == bool(before) and decoded[1] is not None
+        for flags, rows in (({}, before), ({**on, "eval_limit": 200}, 25), (on, 64)):
+            assert planned(objective, config, **flags).of.decoded_rows == rows
+    plain, best = (planned(VisualOPSD, TrainConfig(), **on, keep_best=k) for k in (False, True))
+    sizes = [sum(part.size for part in plan.disk) for plan in (plain, best)]
+    assert sizes[1] - sizes[0] == 2 * plain.of.release_bytes

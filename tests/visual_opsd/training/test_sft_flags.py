@@ -41,6 +41,7 @@ ELSEWHERE = {
     "visual_gen", "precision", "max_nonfinite_steps", "resume", "auto_resume", "resume_from",
     "take_over", "plan", "plan_gpus", "plan_gpu_gb", "dry_run",
     "lora_rank", "lora_alpha", "lora_targets", "on_save_error",
+    "eval_every", "eval_data", "eval_split", "eval_limit", "keep_best", "early_stop",
 }  # fmt: skip
 ALONE = {"device": "test_device"}
 

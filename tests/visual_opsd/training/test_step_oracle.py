@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -77,6 +78,23 @@ def test_two_ranks_recomputed(world: Path, alone: Callable[[str], Run], tmp_path
                 assert row == other and ours is not None and theirs is not None
                 assert (ours.ids, ours.scored) == (theirs.ids, theirs.scored)
     assert_adapters_as_alone(world, tmp_path)
+    assert_answers_as_alone(world, tmp_path)
+
+
+def assert_answers_as_alone(world: Path, two: Path) -> None:
+    """Two ranks' validation of the base is that of one."""
+    flags: dict[str, Any] = {
+        "eval_every": 9, "eval_data": "Spatial_Navigation", "eval_limit": 5, "total_steps": 1,
+    }  # fmt: skip
+    train(world, two / "one", **flags)
+    lines = [
+        (two / name / "validation" / "0000000" / "predictions.jsonl").read_text()
+        for name in ("one", "validated")
+    ]
+    assert lines[0] == lines[1] and lines[0].count("\n") == 5
+    held = two / "validated" / "validation" / "0000001" / "summary.json"
+    assert json.loads(held.read_text())["processes"] == 2
+    assert not (two / "stopped" / "validation" / "0000001" / "summary.json").exists()
 
 
 def assert_adapters_as_alone(world: Path, two: Path) -> None:

@@ -18,6 +18,8 @@ from data.dataset_info import load_dataset_config
 from modeling.bagel.adapters import PROJECTIONS, add_adapters
 from scripts.visual_opsd.cli import parse_config
 from scripts.visual_opsd.config import TrainConfig
+from scripts.visual_opsd.evaluation.rows import open_data
+from scripts.visual_opsd.evaluation.validation import StudentValidation
 from scripts.visual_opsd.processes import init_distributed
 from scripts.visual_opsd.runs.folder_lock import hold_folder
 from scripts.visual_opsd.train_visual_opsd import main
@@ -66,6 +68,10 @@ ALONE = {
     "plan_gpus": "test_plan",
     "plan_gpu_gb": "test_plan",
     "dry_run": "test_dry_run",
+    **dict.fromkeys(
+        ("eval_every", "eval_data", "eval_split", "eval_limit", "keep_best", "early_stop"),
+        "test_validation",
+    ),
 }
 ELSEWHERE = {
     "sft_format": "tests/visual_opsd/training/test_sft_flags.py",
@@ -170,6 +176,34 @@ def test_take_over(
     assert [(call["flag"], call["take_over"]) for call in calls] == [
         ("results_dir", take_over), ("checkpoint_dir", take_over),
     ]  # fmt: skip
+
+
+def test_validation(runs: list[TrainRun], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Which steps and rows are validated, what is kept, and where the run ends."""
+    opened = spy(monkeypatch, open_data)
+    accuracies = iter((0.0,))
+
+    def measure(self: Any, step: int, *_: Any) -> dict[str, float]:
+        measured.append((step, len(self.rows)))
+        return {"accuracy": next(accuracies)}
+
+    monkeypatch.setattr(StudentValidation, "__call__", measure)
+    places = {"num_shard": 1, "num_replicate": 1, "total_steps": 4, "save_release": False}
+    file = runs[0].given["data_root"] / "Spatial_Navigation"
+    for number, (flags, found, split, steps, kept) in enumerate((
+        ({"eval_data": "Spatial_Navigation", "eval_every": 2, "eval_limit": 3, "keep_best": True},
+         ("Spatial_Navigation", 3), "heldout", [0, 2, 4], True),
+        ({"eval_data": file, "eval_every": 1, "eval_split": "train", "early_stop": 2},
+         (str(file), 12), "train", [0, 1, 2, 3], False),
+    )):  # fmt: skip
+        measured: list[tuple[int, int]] = []
+        accuracies = iter((0.1, 0.2, 0.2, 0.1))
+        results = tmp_path / str(number)
+        given = {**apart(runs[0], results), **places}
+        assert main(words({**given, **flags})) == 0
+        assert (opened[-1]["data"], opened[-1]["split"]) == (found[0], split)
+        assert measured == [(step, found[1]) for step in steps]
+        assert (results / "checkpoints" / "best").is_dir() == kept
 
 
 def test_adapters(runs: list[TrainRun], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from scripts.visual_opsd.config import (
     SFTConfig,
     TrainConfig,
 )
+from scripts.visual_opsd.evaluation.validation import make_validation
 from scripts.visual_opsd.processes import DistEnv, init_distributed, shutdown
 from scripts.visual_opsd.rows import TrainRow
 from scripts.visual_opsd.training.interleaved import InterleavedSFT
@@ -71,10 +72,12 @@ def make_config(
 
 
 def build(
-    world: Path, results: Path, env: DistEnv, objective: type[Any] = VisualOPSD, **changes: Any
-) -> Trainer:
+    world: Path, results: Path, env: DistEnv, objective: type[Any] = VisualOPSD,
+    validation: Callable[..., Any] = make_validation, **changes: Any,
+) -> Trainer:  # fmt: skip
     config = make_config(world, results, objective, **changes)
-    return Trainer(config, env, objective(config))
+    validate = None if config.validation.eval_every is None else validation(config, env)
+    return Trainer(config, env, objective(config), validate)
 
 
 def train(world: Path, results: Path, objective: type[Any] = VisualOPSD, **changes: Any) -> Trainer:

@@ -7,6 +7,7 @@ two_rank_training.py WORLD OUT
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import sys
@@ -69,6 +70,52 @@ def adapters_train(world: Path, out: Path, env: DistEnv) -> None:
         global_batch_size=4, **lora,
     )  # fmt: skip
     assert trainer.train() == 0
+
+
+def validation_is_shared(world: Path, out: Path, env: DistEnv) -> None:
+    """Each rank answers its rows; both have all figures, and the same training as without.
+
+    One that is told to stop while it decodes stops both. test_step_oracle.py compares answers.
+    """
+    size: dict[str, Any] = {"total_steps": 2, "global_batch_size": 2}
+    evaluated: dict[str, Any] = {
+        "eval_every": 1, "eval_data": "Spatial_Navigation", "eval_limit": 5, "keep_best": True,
+    }  # fmt: skip
+    assert build(world, out / "plain", env, **size).train() == 0
+    trainer: Any = build(world, out / "validated", env, **size, **evaluated)
+    validate, seen = trainer.validation.validate, []
+
+    class Recorded:
+        identity = validate.identity
+
+        def __call__(self, step: int, *args: Any) -> dict[str, float]:
+            seen.append(validate(step, *args))
+            return {**seen[-1], "accuracy": step / 10}
+
+    trainer.validation.validate = Recorded()
+    assert trainer.train() == 0
+    ours, theirs = gather_objects(seen)
+    assert len(ours) == 3 and ours == theirs
+    stopped: Any = build(world, out / "stopped", env, **size, **evaluated)
+
+    class Told(Recorded):
+        def __call__(self, step: int, *args: Any) -> dict[str, float]:
+            if env.rank == 1 and step == 1:
+                stopped.stop.number = signal.SIGTERM
+            return super().__call__(step, *args)
+
+    validate.folder = out / "stopped" / "validation"
+    stopped.validation.validate = Told()
+    assert stopped.train() == 128 + signal.SIGTERM
+    assert gather_objects(stopped.states.step) == [1, 1]
+    if env.is_main:
+        losses = [
+            [(line["loss"], line["grad_norm"]) for line in metrics(out / name) if "loss" in line]
+            for name in ("plain", "validated")
+        ]
+        assert losses[0] == losses[1] and len(losses[0]) == 2
+        kept = out / "validated" / "checkpoints" / "best" / "best.json"
+        assert json.loads(kept.read_text())["step"] == 2
 
 
 def one_rank_fails(world: Path, out: Path, env: DistEnv) -> None:
@@ -143,8 +190,8 @@ if __name__ == "__main__":
     environment = init_distributed("cpu", 60)
     try:
         for check in (
-            record, features_are_shared, adapters_train, one_rank_fails, rejects_of_the_other_rank,
-            one_rank_is_told_to_stop,
+            record, features_are_shared, adapters_train, validation_is_shared, one_rank_fails,
+            rejects_of_the_other_rank, one_rank_is_told_to_stop,
         ):  # fmt: skip
             check(Path(sys.argv[1]), Path(sys.argv[2]), environment)
     finally:

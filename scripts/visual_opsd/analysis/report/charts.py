@@ -139,7 +139,8 @@ def draw_chart(figure: Figure, series: Sequence[Series], number: int, most: int)
         f'data-share="{int(figure.is_share)}">'
         f"{_frame(figure, x, y)}{curves}"
         f'<path class=cursor d="M0,{_TOP}V{_HEIGHT - _BOTTOM}"/></svg>'
-        f'<p class=readout id="d{number}" aria-live=polite>{_last_values(figure, series)}</p></figure>'
+        f'<p class=readout id="d{number}" aria-live=polite>{_last_values(figure, series)}</p>'
+        "</figure>"
     )
 
 

@@ -10,7 +10,7 @@ NATS, SHARE, TOKENS, SECONDS = "nats per scored token", "%", "tokens", "seconds"
 _LOW, _HIGH = ("_low", "/low", "_lower"), ("_high", "/high", "_upper")  # ends of an interval
 _MOST_OTHERS = 40
 # What is counted for other reasons, or says in one number what a curve does not show better.
-_LEFT_OUT = {"rows_read", "nonfinite"}
+_LEFT_OUT = {"rows_read", "nonfinite", "validation/n"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,12 @@ _KNOWN = (
         Figure("ce", "Cross-entropy", NATS),
         Figure("mse", "Flow-matching error"),
     )),
+    Group("Validation", (
+        Figure("validation/accuracy", "Accuracy on rows that are not trained on", SHARE,
+               "validation/low", "validation/high"),
+        Figure("validation/mean_tokens", "Mean length of an answer", TOKENS),
+        Figure("validation/cap_rate", "Answers ended by the budget", SHARE),
+    )),
     Group("Optimiser", (
         Figure("grad_norm", "Gradient norm before clipping"),
         Figure("lr", "Learning rate"),
@@ -67,6 +73,7 @@ _KNOWN = (
         Figure("seconds/train", "Forwards, loss and backward", SECONDS),
         Figure("seconds/optimise", "Optimiser", SECONDS),
         Figure("seconds/data", "Waiting for data", SECONDS),
+        Figure("validation/seconds", "A validation", SECONDS),
         Figure("tokens_per_s/sample", "Rollout, all ranks", "tokens/s"),
         Figure("tokens_per_s/train", "Training, all ranks", "tokens/s"),
         Figure("peak_memory_gb", "Peak memory, rank 0", "GB"),
@@ -93,7 +100,8 @@ def group_figures(names: Collection[str]) -> tuple[list[Group], int]:
 
     A field whose name says that it ends an interval (NAME_low and NAME_high) belongs to NAME.
     """
-    known = {figure.name for group in _KNOWN for figure in group.figures}
+    listed = [figure for group in _KNOWN for figure in group.figures]
+    known = {name for figure in listed for name in (figure.name, figure.low, figure.high)}
     ends = {name: _interval(name, names) for name in names}
     taken = {end for pair in ends.values() for end in pair} | known | _LEFT_OUT
     others = sorted(name for name in names if name not in taken)
