@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.sequence import Prompts
+from data.visual_thoughts import VT_KINDS, VT_MEANINGS
 from modeling.bagel.adapters import PARTS, PROJECTIONS
 from scripts.visual_opsd.cli import (
     PACKED,
@@ -29,14 +29,13 @@ from scripts.visual_opsd.cli import (
     option,
 )
 from scripts.visual_opsd.on_policy_sampler import SamplerSettings
-from scripts.visual_opsd.opsd_loss import CLIP_SCOPES, LOSS_KINDS, LossConfig
-from scripts.visual_opsd.recipe_config import (
-    RolloutSettings,
-    TeacherSettings,
-    check_token_weights,
-)
+from scripts.visual_opsd.opsd_loss import CLIP_SCOPES, LOSS_KINDS, LossConfig, early_tokens
+from scripts.visual_opsd.run_config import PlanSettings, RunSettings
 from scripts.visual_opsd.validation_config import ValidationSettings
 
+TEACHER_MODES = ("ema", "fixed", "self")
+TEACHER_VTS = ("vit", "vae+vit")
+CONTRASTS = ("noise", "other", "none")
 OPTIMIZER_STATES = ("gpu", "host", "8bit")
 
 
@@ -200,6 +199,62 @@ class DataSettings(Settings):
 
 
 @dataclass(frozen=True)
+class TeacherSettings(Settings):
+    teacher_mode: str = option(
+        "ema", "ema (follows the student), fixed (the base) or self (the live weights)",
+        choices=TEACHER_MODES,
+    )  # fmt: skip
+    ema_decay: float = option(0.995, "share the EMA keeps at each step", at_least=0, below=1)
+    teacher_vt: str = option(
+        "vit", "what the teacher reads of a VT: `vit`, its ViT image; `vae+vit`, its latents "
+        "before that, as a released model reads what it drew (loads the drawing branch for the "
+        "teacher, and the autoencoder)", choices=TEACHER_VTS,
+    )  # fmt: skip
+    vt: str = option(
+        "real", f"what the teacher sees in the place of a row's VTs: `real`, or a control. "
+        f"{VT_MEANINGS}. Rows, texts and lengths stay the same (but for `none`'s length)",
+        choices=VT_KINDS,
+    )  # fmt: skip
+    noise_vt: bool = option(False, "`True`: the same as `--vt noise`")
+    contrast: float = option(
+        0.0, "A: the target becomes log p + A (log p - log p'), renormalised; p' is the teacher's "
+        "distribution with `--contrast_with` in the place of the VTs, one more forward of it. The "
+        "teacher's figures are then of this target; 0: p itself", at_least=0, at_most=100,
+    )  # fmt: skip
+    contrast_with: str = option(
+        "noise", "with `--contrast`: a control, as in `--vt`", choices=CONTRASTS
+    )
+    teacher_cpu_offload: bool = option(False, "keep the teacher's shards in host memory")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.contrast and self.contrast_with == self.shown:
+            raise ValueError(
+                f"--contrast_with {self.contrast_with} is what the teacher sees (--vt), so there "
+                "is nothing to contrast: choose another, or leave --contrast out"
+            )
+        if self.contrast and self.contrast_with == "none" and self.teacher_vt == "vae+vit":
+            raise ValueError(
+                "--contrast_with none shows no picture whose latents --teacher_vt vae+vit could "
+                "read: choose another"
+            )
+        if self.noise_vt and self.vt not in ("real", "noise"):
+            raise ValueError(
+                f"--noise_vt True means --vt noise, which contradicts --vt {self.vt}: leave one out"
+            )
+        if self.vt == "none" and self.teacher_vt == "vae+vit":
+            raise ValueError(
+                "--vt none shows no picture whose latents --teacher_vt vae+vit could read: leave "
+                "one out"
+            )
+
+    @property
+    def shown(self) -> str:
+        """The kind of `data.visual_thoughts` that the teacher sees."""
+        return "noise" if self.noise_vt else self.vt
+
+
+@dataclass(frozen=True)
 class SampleSettings(Settings):
     sample_max_new_tokens: int = option(
         1024, "budget of a completion over all its rounds", **TOKENS
@@ -227,6 +282,20 @@ class SampleSettings(Settings):
             max_image_skips=self.sample_max_image_skips,
             max_rows=self.sample_batch_size,
         )
+
+
+@dataclass(frozen=True)
+class RolloutSettings(Settings):
+    """What Visual-OPSD's rows are completed with."""
+
+    completions_per_row: int = option(
+        1, "completions of each row in a step, each with random numbers of its own; scored as so "
+        "many rows", **TOGETHER,
+    )  # fmt: skip
+    off_policy_share: float = option(
+        0.0, "share of the rows that take the data set's text trace, with its answer, in the place "
+        "of their completions", **SHARES,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -276,7 +345,23 @@ class LossSettings(Settings):
                 "teacher and student alike, so loss and gradient are 0; --jsd_tail_bucket True "
                 "compares it with the rest"
             )
-        check_token_weights(self.token_weight, self.skip_first_tokens, self.jsd_weight > 0)
+        try:
+            first = early_tokens(self.token_weight)
+        except ValueError:
+            raise ValueError(
+                "--token_weight must be none, early:N (N a whole number of at least 1, as in "
+                f"early:32), entropy or teacher_ahead, got {self.token_weight!r}"
+            ) from None
+        if first is not None and first <= self.skip_first_tokens:
+            raise ValueError(
+                f"--token_weight {self.token_weight} counts the first {first} tokens, of which "
+                f"--skip_first_tokens {self.skip_first_tokens} leaves none: lower the latter"
+            )
+        if self.token_weight == "teacher_ahead" and self.jsd_weight == 0:
+            raise ValueError(
+                "--token_weight teacher_ahead needs a teacher, and with --jsd_weight 0 there is "
+                "none: use none, early:N or entropy"
+            )
 
     def build(self) -> LossConfig:
         return LossConfig(
@@ -341,87 +426,6 @@ class OptimSettings(Settings):
             )
 
 
-@dataclass(frozen=True)
-class RunSettings(Settings):
-    results_dir: str = option(
-        "results/visual-opsd", "metrics, samples and configuration (the launchers name it after "
-        "the run)", path=True,
-    )  # fmt: skip
-    checkpoint_dir: str | None = option(
-        None, "checkpoints; otherwise `checkpoints/` in the results folder", path=True
-    )
-    save_every: int = option(
-        500, "steps between checkpoints; the last step is always saved", **ROWS
-    )
-    save_release: bool = option(True, "write a release folder at each checkpoint too")
-    keep_last: int = option(2, "training states kept; release folders are all kept", **ROWS)
-    on_save_error: str = option(
-        "stop", "when the disk refuses a state or release folder: `stop` ends the run; `continue` "
-        "trains on and tries again after `--save_every` steps, but the last step must be saved",
-        choices=("stop", "continue"),
-    )  # fmt: skip
-    log_every: int = option(10, "steps between lines of `metrics.jsonl`", **ROWS)
-    samples_per_step: int = option(
-        2, "completions of rank 0 written to `samples.jsonl` at each step",
-        at_least=0, at_most=2**20,
-    )  # fmt: skip
-    replay_samples: str | None = option(
-        None, "train on the completions of this `samples.jsonl` instead of sampling", path=True
-    )
-    resume: str | None = option(
-        None, "`latest`, `last_good`, a step, or the folder of a training state", path=True
-    )
-    auto_resume: bool = option(False, "the same as `--resume latest`")
-    resume_from: str | None = option(None, "the same as `--resume PATH`", path=True)
-    take_over: bool = option(
-        False, "take folders that a run on another machine held, if you know that it has ended"
-    )
-    global_seed: int = option(4396, "random numbers of sampling and of the noise control", **SEEDS)
-    device: str = option("auto", "`auto`, `cpu` or `cuda`", choices=("auto", "cpu", "cuda"))
-    sharding_strategy: str = option(
-        "HYBRID_SHARD", "`HYBRID_SHARD`: shards within a group, copies across groups; "
-        "`FULL_SHARD`: over all ranks", choices=("HYBRID_SHARD", "FULL_SHARD"),
-    )  # fmt: skip
-    num_shard: int | None = option(
-        None, "ranks that share one copy; otherwise the GPUs of a node", **TOGETHER
-    )
-    num_replicate: int | None = option(None, "copies; otherwise ranks / `--num_shard`", **TOGETHER)
-    cpu_offload: bool = option(False, "weights, gradients and optimiser in host memory")
-    timeout_s: float = option(1800.0, "seconds after which a stuck collective fails", **TIMEOUTS)
-    progress: bool = option(True, "draw a progress bar")
-    wandb_project: str | None = option(None, "log to this wandb project too")
-    wandb_name: str | None = option(None, "wandb run name")
-    wandb_offline: bool = option(False, "wandb without network")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("resume", "resume_from"):
-            spec = getattr(self, name)
-            if spec is not None and spec.isdigit() and not spec.isascii():
-                raise ValueError(
-                    f"--{name} must be latest, a step number in plain digits or a folder, got "
-                    f"{spec!r}"
-                )
-        if self.resume is not None:
-            others = (self.resume_from, "latest" if self.auto_resume else None)
-            if any(other not in (None, self.resume) for other in others):
-                raise ValueError(
-                    f"--resume {self.resume} contradicts --resume_from or --auto_resume, which "
-                    "mean the same: give one of them"
-                )
-
-    @property
-    def checkpoints(self) -> Path:
-        return Path(self.checkpoint_dir or Path(self.results_dir) / "checkpoints")
-
-    @property
-    def resume_specs(self) -> tuple[str, ...]:
-        """Where to begin, in order of preference: `find_checkpoint` decides."""
-        latest = "latest" if self.auto_resume else None
-        specs = (self.resume, latest, self.resume_from)
-        return tuple(dict.fromkeys(spec for spec in specs if spec is not None))
-
-
 def check_adapters(lora: LoraSettings, model: ModelSettings) -> None:
     """Raises ValueError: adapters of no or unknown layers, or on what is to stay as it is."""
     known = (*PARTS, *PROJECTIONS)
@@ -438,33 +442,6 @@ def check_adapters(lora: LoraSettings, model: ModelSettings) -> None:
                 f"--lora_targets {target} contradicts the flag that freezes this part: with "
                 "--lora_rank the weights are frozen anyway, so leave the --freeze flags out"
             )
-
-
-@dataclass(frozen=True)
-class PlanSettings(Settings):
-    """Whether a run's memory is planned, and for which machine."""
-
-    plan: bool | None = option(
-        None, "print how much memory and disk the run takes, say whether that fits, and end; "
-        "`none`: compare it with what is there before anything is loaded; `False`: do not"
-    )  # fmt: skip
-    plan_gpus: int | None = option(
-        None, "with `--plan`: GPUs of one machine, instead of those at hand", **TOGETHER
-    )
-    plan_gpu_gb: float | None = option(
-        None, "with `--plan`: memory of each of them, in GB (1e9 bytes)", above=0, at_most=1e6
-    )
-    dry_run: bool = option(
-        False, "make one step with rows as long as the settings allow, show planned beside "
-        "measured memory, and leave nothing behind"
-    )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.plan and (self.plan_gpus, self.plan_gpu_gb) != (None, None):
-            raise ValueError("--plan_gpus and --plan_gpu_gb are of a plan: add --plan")
-        if self.plan and self.dry_run:
-            raise ValueError("--plan computes and --dry_run measures: give one of them")
 
 
 @dataclass(frozen=True)
@@ -487,7 +464,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.lora.lora_rank is not None:
             check_adapters(self.lora, self.model)
-        self.rollout.check(self.sample.sample_do_sample)
+        if self.rollout.completions_per_row > 1 and not self.sample.sample_do_sample:
+            raise ValueError(
+                f"--completions_per_row {self.rollout.completions_per_row}: greedy completions "
+                "(--sample_do_sample False) of a row are all alike; leave one of the two out"
+            )
         kind = self.optim.optimizer_state
         if self.run.cpu_offload and kind != "gpu":
             raise ValueError(

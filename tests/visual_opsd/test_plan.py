@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from scripts.visual_opsd import plan, train_sft, train_visual_opsd
-from scripts.visual_opsd.config import PlanSettings
+from scripts.visual_opsd.run_config import PlanSettings
 from scripts.visual_opsd.training.checkpoints import save_checkpoint
 from scripts.visual_opsd.training.memory_check import Room
 from scripts.visual_opsd.training.sharding import load_sharded

@@ -28,10 +28,9 @@ from scripts.visual_opsd.analysis.kl_statistics import (
     columns_of,
 )
 from scripts.visual_opsd.cli import ROWS, SEEDS, SHARES, Settings, option
-from scripts.visual_opsd.config import ComputeSettings, PromptSettings, SampleSettings
+from scripts.visual_opsd.config import TEACHER_VTS, ComputeSettings, PromptSettings, SampleSettings
 from scripts.visual_opsd.evaluation.rows import THOUGHT_IDENTITY_COLUMNS, RowName, row_name
 from scripts.visual_opsd.loss.chunked import chunked_divergences
-from scripts.visual_opsd.recipe_config import TEACHER_VTS
 from scripts.visual_opsd.rows import (
     encode_pictures,
     given_positions,

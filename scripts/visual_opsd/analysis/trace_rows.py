@@ -14,12 +14,12 @@ from data.thinkmorph import Need, Row, RowNeeds, parse_row
 from modeling.bagel.config import BagelConfig
 from scripts.visual_opsd.cli import ROWS, SEEDS, SHARES, TOGETHER, Settings, option
 from scripts.visual_opsd.config import (
+    TEACHER_VTS,
     ComputeSettings,
     PromptSettings,
     SampleSettings,
 )
 from scripts.visual_opsd.evaluation.rows import RowName
-from scripts.visual_opsd.recipe_config import TEACHER_VTS
 from scripts.visual_opsd.rows import given_positions, open_builder, scoring_limits
 
 COMPLETIONS = ("trace", "base")

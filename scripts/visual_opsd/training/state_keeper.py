@@ -15,8 +15,8 @@ from torch import Tensor
 
 from data.json_lines import write_lines
 from modeling.release.finite import find_nonfinite
-from scripts.visual_opsd.config import RunSettings
 from scripts.visual_opsd.processes import DistEnv, agree, gather_objects, on_main
+from scripts.visual_opsd.run_config import RunSettings
 from scripts.visual_opsd.training.checkpoint_folders import (
     NOT_GOOD,
     adapter_folder,

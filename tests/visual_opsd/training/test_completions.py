@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from data.randomness import off_policy_uniform
-from scripts.visual_opsd.config import LossSettings, SampleSettings, TrainConfig
-from scripts.visual_opsd.recipe_config import RolloutSettings
+from scripts.visual_opsd.config import LossSettings, RolloutSettings, SampleSettings, TrainConfig
 from scripts.visual_opsd.training import visual_opsd
 from scripts.visual_opsd.training.memory_sizes import largest_load, load_of, longest_row
 from tests.data.synthetic import write_dataset

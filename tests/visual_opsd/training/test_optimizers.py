@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from modeling.bagel.bagel import Bagel
 from scripts.bench.common import TRUE_SIZE
-from scripts.visual_opsd.config import OptimSettings, RunSettings, TrainConfig
+from scripts.visual_opsd.config import OptimSettings, TrainConfig
 from scripts.visual_opsd.processes import DistEnv, init_distributed, shutdown
+from scripts.visual_opsd.run_config import RunSettings
 from scripts.visual_opsd.training import checkpoints as T
 from scripts.visual_opsd.training import host_adamw
 from scripts.visual_opsd.training.host_adamw import HostAdamW, plan_blocks

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from data.json_lines import append_records
 from scripts.visual_opsd import processes
-from scripts.visual_opsd.config import RunSettings
 from scripts.visual_opsd.evaluation.store import RankedLines, write_json
+from scripts.visual_opsd.run_config import RunSettings
 from scripts.visual_opsd.training import objective, trainer, visual_opsd
 from scripts.visual_opsd.training import step as step_module
 from scripts.visual_opsd.training.checkpoint_folders import (

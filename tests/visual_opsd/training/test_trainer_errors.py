@@ -32,7 +32,8 @@ from safetensors.torch import load_file, save_file
 
 from scripts.visual_opsd import train_sft, train_visual_opsd
 from scripts.visual_opsd.cli import parse_config, run_main
-from scripts.visual_opsd.config import RunSettings, TrainConfig
+from scripts.visual_opsd.config import TrainConfig
+from scripts.visual_opsd.run_config import RunSettings
 from tests.data.synthetic import (
     SCHEMA,
     good_row,
