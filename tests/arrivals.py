@@ -126,6 +126,10 @@ class Arrival:
 Table = Mapping[str, Arrival]
 
 
+def table_of(*parts: Table) -> dict[str, Arrival]:
+    return {name: row for part in parts for name, row in part.items()}
+
+
 def given_in_run(table: Table, number: int) -> dict[str, Any]:
     """Flag -> value of the run of that number."""
     return {name: row.values[number % len(row.values)] for name, row in table.items()}

@@ -161,7 +161,7 @@ SHARED_FILES = {
     f"{EXPERIMENT}/{file}.py"
     for file in (
         "__init__", "opsd_loss", "on_policy_sampler", "rows", "scored_rows", "config", "cli",
-        "processes", "validation_config",
+        "processes", "run_config", "validation_config",
     )
 }  # fmt: skip
 

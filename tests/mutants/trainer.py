@@ -6,6 +6,11 @@ from __future__ import annotations
 from tests.mutants import faults
 
 FAULTS = [
+    *faults("scripts/visual_opsd/run_config.py",
+            "visual_opsd/training/test_train_flags.py::test_where_a_run_begins", [
+        ("auto_resume comes before resume", "specs = (self.resume, latest, self.resume_from)",
+         "specs = (self.resume_from, latest, self.resume)"),
+    ]),
     *faults("scripts/visual_opsd/training/optimizers.py",
             "visual_opsd/training/test_step_oracle.py::test_a_run_recomputed", [
         ("lr never reaches AdamW", '        "lr": settings.lr,\n', ""),
@@ -183,9 +188,6 @@ FAULTS = [
         ("ce_weight never reaches the loss", "            ce_weight=self.ce_weight,\n", ""),
         ("the intro is always shown", "intro=prompts.intro if self.use_reference_intro else None",
          "intro=prompts.intro", "data/test_sequence.py"),
-        ("auto_resume comes before resume", "specs = (self.resume, latest, self.resume_from)",
-         "specs = (self.resume_from, latest, self.resume)",
-         "visual_opsd/training/test_train_flags.py::test_where_a_run_begins"),
     ]),
     *faults("scripts/visual_opsd/scored_rows.py", "visual_opsd/training/test_step.py", [
         ("a completion has one token too many", "room = max_forward_tokens - longest - 2",

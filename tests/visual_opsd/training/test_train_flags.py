@@ -38,6 +38,7 @@ from tests.arrivals import (
     spy,
     spy_method,
     stop,
+    table_of,
     words,
 )
 from tests.visual_opsd.training.training_flags import (
@@ -46,7 +47,6 @@ from tests.visual_opsd.training.training_flags import (
     make_places,
     record,
     schedule,
-    table_of,
     training_rows,
 )
 from tests.visual_opsd.training_runs import TINY_BAGEL

@@ -59,7 +59,6 @@ from tests.arrivals import (
     PROMPTS,
     Arrival,
     Run,
-    Table,
     noise_of,
     spy,
     spy_all,
@@ -561,13 +560,11 @@ def distillation_rows(places: Mapping[str, Path]) -> dict[str, Arrival]:
         "samples_per_step": Arrival(
             [2, 1],
             lambda run: len((run.results / "samples.jsonl").read_text().splitlines()),
-            lambda run: run.given["samples_per_step"] * run.given["total_steps"],
-        ),
+            lambda run: run.given["samples_per_step"] * run.given["total_steps"]),
         "replay_samples": Arrival(
             [ABSENT, ABSENT, replay, ABSENT],
             lambda run: len(run.calls["sample_completions"]),
-            lambda run: run.given["total_steps"] if run.given["replay_samples"] is ABSENT else 0,
-        ),
+            lambda run: run.given["total_steps"] if run.given["replay_samples"] is ABSENT else 0),
         "global_seed": Arrival(
             [11, 12, 13, 14],
             lambda run: (
@@ -584,7 +581,3 @@ def distillation_rows(places: Mapping[str, Path]) -> dict[str, Arrival]:
             ),
         ),
     }  # fmt: skip
-
-
-def table_of(*parts: Table) -> dict[str, Arrival]:
-    return {name: row for part in parts for name, row in part.items()}
