@@ -25,6 +25,7 @@ from PIL import Image
 from modeling.release.tokenizer import load_tokenizer
 from scripts.visual_opsd import report, train_visual_opsd
 from scripts.visual_opsd.analysis.report.charts import Series, draw_chart, smoothed, thinned
+from scripts.visual_opsd.analysis.report.completions import split_tokens, token_markup
 from scripts.visual_opsd.analysis.report.figures import Figure, group_figures
 from scripts.visual_opsd.analysis.report.markup import text
 from scripts.visual_opsd.analysis.report.pictures import data_uri
@@ -84,6 +85,7 @@ def test_what_it_shows_of_real_runs(world: Path, trained: list[Path], tmp_path: 
         loss = lines(run, "metrics.jsonl")[-1]["loss"]
         assert f"{run.name} {loss:.4g}" in page.text
     assert "Loss nats per scored token" in page.text
+    assert "Divergence from the teacher, as configured: the same curves as Loss." in page.text
     # Settings: the control's one difference, and where both leave the defaults.
     assert re.search(r"setting real noise default noise_vt False True False The same", page.text)
     assert "sample_max_new_tokens 16 1024" in page.text
@@ -137,6 +139,31 @@ def test_tokens_carry_what_the_sampler_gave_them(trained: list[Path], tmp_path: 
     for record in said:
         head = tokenizer.decode(record["ids"][:3])
         assert "".join(head.split())[:2] in "".join(page.text.split())
+
+
+def test_tokens_and_their_probabilities() -> None:
+    names = {1: "a", 2: "\ufffd", 3: "b"}
+    chances = [0.5, 0.25, 0.125, 0.0625]
+    record = {"ids": [1, 3, 2, 2, 1], "scored": "101101",
+              "logprobs": [math.log(chance) for chance in chances]}  # fmt: skip
+
+    def decode(ids: list[int]) -> str:
+        return "\u00e9" if ids == [2, 2] else "".join(names[i] for i in ids)
+
+    found = split_tokens(record, decode)
+    assert [(t.text, t.is_scored) for t in found] == [
+        ("a", True), ("b", False), ("\u00e9", True), ("a", False), ("\u25a0", True),
+    ]  # fmt: skip
+    assert [t.probability for t in found] == pytest.approx([0.5, None, 0.125, None, 0.0625])
+    shown = token_markup(found)
+    assert shown.startswith('<b class=t1 title="p = 0.5">a</b><s title="not scored')
+    assert '<b class=t3 title="p = 0.13">\u00e9</b>' in shown
+    # The middle of a long completion is left out; without probabilities there is no colour.
+    assert "[100 tokens left out]" in token_markup(found * 100)
+    plain = split_tokens({**record, "logprobs": []}, decode)
+    assert token_markup(plain).count("<b") == 0 and {t.probability for t in plain} == {None}
+    with pytest.raises(ValueError, match="do not fit"):
+        split_tokens({**record, "scored": "1"}, decode)
 
 
 # ---------------------------------------------------------------------------- strangers' texts
@@ -262,7 +289,7 @@ def test_intervals_and_figures_nobody_listed(tmp_path: Path) -> None:
     assert band["d"].count("L") == 5
     assert "eval/accuracy" in page.text and "eval/accuracy_low" not in page.text
     assert "step 9: a 90 %" in page.text
-    assert "The same at every step: Empty 0 %." in page.text
+    assert "Empty: 0 % at every step." in page.text
 
 
 def test_arms_are_compared_with_the_first(tmp_path: Path) -> None:
@@ -271,7 +298,7 @@ def test_arms_are_compared_with_the_first(tmp_path: Path) -> None:
             for name, right in (("base", 20), ("real", 35))]  # fmt: skip
     arms.append(write_evaluation(tmp_path / "eval" / "other", 3, rows=10))
     page = make(tmp_path, run, "--evaluations", *arms)
-    for said in ("base text 40.0 % 10.0 - 90.0 % 75 % 50 12.5 25 %", "real text 70.0 %",
+    for said in ("base text 40.0 % 10.0 - 90.0 % 75.0 % 50 12.5 25.0 %", "real text 70.0 %",
                  "+30.0 (", "other rows", "points over base"):  # fmt: skip
         assert said in page.text, said
     # Without a configuration and completions there is still a report.
@@ -283,16 +310,19 @@ def test_arms_are_compared_with_the_first(tmp_path: Path) -> None:
 
 def test_the_file_stays_small(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    names = [f"figure{n}" for n in range(30)]
-    values = rng.standard_normal((400, len(names)))
+    names = [f"figure{n}" for n in range(20)]
+    values = rng.standard_normal((150, len(names)))
     metrics = [{"step": 7 * n, **dict(zip(names, map(float, row), strict=True))}
                for n, row in enumerate(values)]  # fmt: skip
-    words = [sample(step, slot, row=f"maze/{slot}", completion="word " * 900, question="q" * 5000)
-             for step in range(5) for slot in range(8)]  # fmt: skip
-    runs = [write_run(tmp_path / str(n), metrics, {"lr": n}, words) for n in range(16)]
+    many = {"ids": [65] * 300, "scored": "1" * 301, "logprobs": [-3.0] * 301}
+    words = [sample(step, slot, row=f"maze/{slot}", question="q" * 5000, **many)
+             for step in range(3) for slot in range(8)]  # fmt: skip
+    settings = {"model_path": str(TINY_BAGEL)}
+    runs = [write_run(tmp_path / str(n), metrics, settings, words) for n in range(16)]
     page = make(tmp_path, *runs)
     assert len(page.of("path", **{"class": "line"})) >= 16 * len(names)
-    assert "further rows of these steps are left out" in page.text
+    # Four rows a step at most, and fewer where their texts would fill the file.
+    assert int(re.findall(r"(\d+) further rows of these steps are left out", page.text)[0]) > 12
     with pytest.raises(ValueError, match="17 runs; at most 16 can be told apart"):
         make(tmp_path, *runs, write_run(tmp_path / "17", metrics))
 

@@ -94,7 +94,7 @@ def split_tokens(record: Record, decode: Decode) -> list[Token]:
 
 def _token(piece: str, places: list[int], flags: str, chances: list[float | None]) -> Token:
     known = [c for i in places if (c := chances[i]) is not None]
-    probability = math.exp(min(0.0, *known, 0.0)) if known else None
+    probability = math.exp(min(0.0, *known)) if known else None
     return Token(piece, any(flags[i] == "1" for i in places), probability)
 
 

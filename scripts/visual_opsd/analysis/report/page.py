@@ -15,7 +15,7 @@ from pathlib import Path
 from modeling.host.disk import disk_errors
 from scripts.visual_opsd.analysis.report.charts import Series, constant, draw_chart
 from scripts.visual_opsd.analysis.report.completions import CompletionCards, chosen_steps
-from scripts.visual_opsd.analysis.report.figures import Figure, group_figures
+from scripts.visual_opsd.analysis.report.figures import Figure, Group, group_figures
 from scripts.visual_opsd.analysis.report.markup import short, text
 from scripts.visual_opsd.analysis.report.runs import Run, read_runs
 from scripts.visual_opsd.analysis.report.tables import (
@@ -105,34 +105,48 @@ def _sections(
 ) -> list[tuple[str, str, str]]:
     """(anchor, title, HTML) of the parts that there is something to show in."""
     groups, left_out = group_figures({name for run in runs for name in run.figures})
-    curves, number = "", 0
-    most = _points_of_a_line(runs, sum(len(group.figures) for group in groups))
-    for group in groups:
-        charts, same = "", []
-        for figure in group.figures:
-            number += 1
-            series = _series(runs, figure)
-            value = constant(series)
-            if value is None:
-                charts += draw_chart(figure, series, number, most)
-            else:
-                same.append(f"{figure.title} {short(value, is_share=figure.is_share)}")
-        curves += f"<h3>{text(group.title)}</h3><div class=charts>{charts}</div>"
-        if same:
-            curves += f"<p class=same>The same at every step: {text('; '.join(same))}.</p>"
-    if left_out:
-        curves += f"<p class=note>{left_out} further figures are left out.</p>"
-    note = (
-        "<p class=note>Faint: every logged step; strong: the mean of its neighbourhood. Point at a "
-        "chart, or reach it with Tab and move with the arrow keys, to read values.</p>"
-    )
     found = [("glance", "At a glance", _errors(runs) + glance_table(runs, groups))]
     if evaluations:
         found.append(("arms", "Evaluations", arms_table(evaluations)))
     found.append(("settings", "Settings", settings_tables(runs)))
-    found.append(("curves", "Curves", note + curves))
+    found.append(("curves", "Curves", _curves(runs, groups, left_out)))
     found.append(("completions", "Completions", _completions(runs, steps)))
     return found
+
+
+def _curves(runs: Sequence[Run], groups: Sequence[Group], left_out: int) -> str:
+    """Charts of all groups; what no chart would show is said in words."""
+    note = (
+        "<p class=note>Faint: every logged step; strong: the mean of its neighbourhood. Point at a "
+        "chart, or reach it with Tab and move with the arrow keys, to read values.</p>"
+    )
+    parts = [note]
+    most = _points_of_a_line(runs, sum(len(group.figures) for group in groups))
+    for number, group in enumerate(groups):
+        parts.append(_group_of_curves(runs, group, 1000 * number, most))
+    if left_out:
+        parts.append(f"<p class=note>{left_out} further figures are left out.</p>")
+    return "".join(parts)
+
+
+def _group_of_curves(runs: Sequence[Run], group: Group, first: int, most: int) -> str:
+    """The charts of a group; first: the number of the first chart. most: points of a line."""
+    charts, words = "", []
+    drawn: list[tuple[str, list[Series]]] = []
+    for number, figure in enumerate(group.figures, first):
+        series = _series(runs, figure)
+        value = constant(series)
+        twin = next((title for title, other in drawn if other == series), None)
+        if value is not None:
+            shown = short(value, is_share=figure.is_share)
+            words.append(f"{figure.title}: {shown} at every step.")
+        elif twin is not None:
+            words.append(f"{figure.title}: the same curves as {twin}.")
+        else:
+            charts += draw_chart(figure, series, number, most)
+            drawn.append((figure.title, series))
+    said = f"<p class=same>{text(' '.join(words))}</p>" if words else ""
+    return f"<h3>{text(group.title)}</h3><div class=charts>{charts}</div>{said}"
 
 
 def _points_of_a_line(runs: Sequence[Run], figures: int) -> int:

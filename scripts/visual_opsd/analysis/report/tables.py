@@ -142,7 +142,7 @@ def _accuracies(path: Path, figures: dict[str, Any]) -> list[str]:
         low, high = figures["interval"]
         value = float(figures["accuracy"])
         lenient, capped = (
-            short(float(figures[name]), is_share=True) for name in ("lenient_accuracy", "cap_rate")
+            f"{100 * float(figures[name]):.1f} %" for name in ("lenient_accuracy", "cap_rate")
         )
         bar = (
             '<svg class=bar viewBox="0 0 100 10" aria-hidden=true><path class=grid d="M0,5H100"/>'
