@@ -79,8 +79,9 @@ class RecordedCompletions:
         """
         name, completion = self.by_place.get((step + 1, item.slot, number), ("", None))
         if completion is None:
+            place = f"slot {item.slot}" + (f", number {number}" if number else "")
             raise ValueError(
-                f"{self.path} has no completion {number} for step {step + 1}, slot {item.slot}: "
+                f"{self.path} has no completion for step {step + 1}, {place}: "
                 "record with --samples_per_step of at least the global batch size (times "
                 "--completions_per_row), in one process"
             )

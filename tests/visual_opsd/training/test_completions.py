@@ -87,7 +87,9 @@ def test_resumed_and_replayed_runs_are_the_same(world: Path, both: Path, tmp_pat
     for one, other in zip(lines, metrics(replayed), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
     assert samples(replayed) == drawn
-    with pytest.raises(ValueError, match=r"no completion 2 for step 1, slot \d.*completions_per"):
+    with pytest.raises(
+        ValueError, match=r"step 1, slot \d, number 2: record with .*completions_per"
+    ):
         train(
             world, tmp_path / "more", **{**BOTH, "completions_per_row": 3},
             replay_samples=both / "samples.jsonl",

@@ -316,21 +316,6 @@ def loss(name: str) -> Callable[[TrainRun], Any]:
     return lambda run: getattr(run.one("chunked_opsd_loss", "config"), name)
 
 
-def weighs(name: str) -> Callable[[TrainRun], Any]:
-    """A setting of the weights, and whether every pack's loss had some."""
-    return lambda run: (
-        loss(name)(run),
-        {weights is not None for weights in run.all("chunked_opsd_loss", "weights")},
-    )
-
-
-def weighed(name: str) -> Callable[[TrainRun], Any]:
-    return lambda run: (
-        run.given[name],
-        {run.given["token_weight"] != "none" or run.given["skip_first_tokens"] > 0},
-    )
-
-
 def limits(run: TrainRun) -> Any:
     return run.one("make_loader", "prepare").limits
 
@@ -406,9 +391,8 @@ def training_rows(places: Mapping[str, Path], tag: str) -> dict[str, Arrival]:
         "pack_tokens": Arrival([5000, 6000], lambda run: run.one("plan_packs", "pack_tokens")),
         "ce_weight": Arrival([0.25, 0.75], loss("ce_weight")),
         "token_weight": Arrival(["early:3", "entropy", "none", "early:4"],
-                                weighs("token_weight"), weighed("token_weight")),
-        "skip_first_tokens": Arrival([1, 2, 0, 0], weighs("skip_first_tokens"),
-                                     weighed("skip_first_tokens")),
+                                loss("token_weight")),
+        "skip_first_tokens": Arrival([1, 2, 0, 0], loss("skip_first_tokens")),
         "loss_chunk_size": Arrival([3, 5], lambda run: run.one("chunked_opsd_loss", "chunk_size")),
         "lr": Arrival([1e-3, 2e-3], rates, schedule),
         "min_lr": Arrival([1e-4, 2e-4, 3e-4, 4e-4], rates, schedule),
@@ -562,7 +546,7 @@ def distillation_rows(places: Mapping[str, Path]) -> dict[str, Arrival]:
             lambda run: [row.completion.given for row in run.rows], expected_given,
         ),
         "token_weight": Arrival(["early:3", "entropy", "none", "teacher_ahead"],
-                                weighs("token_weight"), weighed("token_weight")),
+                                loss("token_weight")),
         "jsd_weight": Arrival([0.5, 1.5], loss("jsd_weight")),
         "jsd_beta": Arrival([0.3, 0.7], loss("beta")),
         "jsd_temperature": Arrival([1.5, 2.5], loss("temperature")),
