@@ -166,6 +166,14 @@ def test_tokens_and_their_probabilities() -> None:
         split_tokens({**record, "scored": "1"}, decode)
 
 
+def test_several_completions_of_a_row(tmp_path: Path) -> None:
+    many = [sample(1, number=n, completion=f"said {n}", given=n == 1) for n in range(5)]
+    page = make(tmp_path, write_run(tmp_path / "a", STEPS, samples=many))
+    assert [n for n in range(5) if f"said {n}" in page.text] == [0, 1, 2]
+    assert "completion 2, 2 tokens, the data set's text" in page.text
+    assert page.text.count("maze/1") == 1
+
+
 # ---------------------------------------------------------------------------- strangers' texts
 
 
@@ -284,9 +292,13 @@ def test_intervals_and_figures_nobody_listed(tmp_path: Path) -> None:
         {"step": n, "eval/accuracy": n / 10, "eval/accuracy_low": n / 10 - 0.05,
          "eval/accuracy_high": n / 10 + 0.05, "empty_rate": 0.0} for n in (1, 5, 9)
     ]  # fmt: skip
+    for line in list(metrics):  # a validation is a line of its own, the first before any step
+        at = {"step": line["step"] - 1, "validation/accuracy": line["step"] / 20}
+        metrics.append({**at, "validation/low": 0.01, "validation/high": 0.5, "validation/n": 8})
     page = make(tmp_path, write_run(tmp_path / "a", metrics))
-    (band,) = page.of("path", **{"class": "band"})
-    assert band["d"].count("L") == 5
+    bands = page.of("path", **{"class": "band"})
+    assert [band["d"].count("L") for band in bands] == [5, 5]
+    assert "step 8: a 45 %" in page.text and "validation/" not in page.text
     assert "eval/accuracy" in page.text and "eval/accuracy_low" not in page.text
     assert "step 9: a 90 %" in page.text
     assert "Empty: 0 % at every step." in page.text

@@ -18,6 +18,7 @@ from scripts.visual_opsd.evaluation.scoring import extract_answer, normalise_ans
 
 STEPS_SHOWN = 5
 _SLOTS_SHOWN = 4  # rows of a step
+_NUMBERS_SHOWN = 3  # completions of a row by one run
 _TOKENS_SHOWN = 400  # of a completion: three quarters from its beginning, one from its end
 TEXT_BYTES, PICTURE_BYTES = 900_000, 1_000_000  # of all completions together
 # Upper ends of the classes t5 ... t1: the probability that the sampler gave the token.
@@ -164,6 +165,8 @@ class CompletionCards:
         rows: dict[tuple[int, int, str], list[tuple[int, Record]]] = {}
         for number, run in enumerate(self._runs):
             for record in completions(run, steps):
+                if record["number"] >= _NUMBERS_SHOWN:
+                    continue
                 place = (record["step"], record["slot"], record["row"])
                 rows.setdefault(place, []).append((number, record))
         found = dict.fromkeys(steps, "")
@@ -191,6 +194,10 @@ class CompletionCards:
         for number, record in written:
             run = self._runs[number]
             notes = [f"{record.get('tokens', '?')} tokens"]
+            if record["number"]:
+                notes.insert(0, f"completion {record['number'] + 1}")
+            if record.get("given") is True:
+                notes.append("the data set's text")
             if record.get("capped") is True:
                 notes.append("ended by the budget")
             if _is_same_answer(record):

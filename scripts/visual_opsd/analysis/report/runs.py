@@ -156,15 +156,17 @@ def sampled_steps(run: Run) -> list[int]:
 
 
 def completions(run: Run, steps: Collection[int]) -> list[Record]:
-    """The completions of some steps, by step and slot; of one that comes twice the later."""
+    """The completions of some steps, by step, slot and number in the row; of one that comes twice
+    the later."""
     path = run.folder / SAMPLES
     if not path.exists():
         return []
 
     def wanted(record: Record) -> bool:
-        if not isinstance(record["row"], str) or type(record["slot"]) is not int:
-            raise TypeError("row or slot")
+        places = record["slot"], record.setdefault("number", 0)  # earlier versions wrote one a row
+        if not isinstance(record["row"], str) or any(type(place) is not int for place in places):
+            raise TypeError("row, slot or number")
         return _step(record) in steps
 
-    found = {(record["step"], record["slot"]): record for record in read_log(path, wanted)}
+    found = {(r["step"], r["slot"], r["number"]): r for r in read_log(path, wanted)}
     return [found[place] for place in sorted(found)]

@@ -19,8 +19,8 @@ SUMMARY = "summary.json"
 # Where a run writes: every run has its own, and its name is the run's already.
 _PLACES = {"results_dir", "checkpoint_dir", "wandb_name"}
 _GLANCE = (
-    "loss", "divergence", "forward_kl", "ce", "grad_norm", "completion_length", "cap_rate",
-    "student_entropy", "seconds/sample", "seconds/train",
+    "validation/accuracy", "loss", "divergence", "forward_kl", "ce", "grad_norm",
+    "completion_length", "cap_rate", "student_entropy", "seconds/sample", "seconds/train",
 )  # fmt: skip
 _ABSENT = object()
 
