@@ -97,6 +97,7 @@ def test_chunked_equals_plain_with_its_gradients(
     name: str, config: str, use_form: Callable[[str], Form]
 ) -> None:
     form = use_form(name)
+    tensors: Any
     tensors, labels = form.inputs(7)
     exact = in_double(tensors)
     kinds = WEIGHED if name == "torch" else {"teacher_ahead_skip": WEIGHED["teacher_ahead_skip"]}
@@ -121,7 +122,7 @@ def test_chunked_equals_plain_with_its_gradients(
 def test_without_a_teacher_and_without_tokens(use_form: Callable[[str], Form]) -> None:
     """As in SFT; and the pack of a rank that has no row."""
     tensors, labels = use_form("torch").inputs(7)
-    alone = (*tensors[:2], None, None)
+    alone: Any = (*tensors[:2], None, None)
     config = LossConfig(jsd_weight=0.0, ce_weight=1.0, token_weight="entropy")
     weights = chunked_token_weights(*alone, labels, COUNTS, config)
     loss, _ = chunked_opsd_loss(*alone, labels, config, weights=weights)

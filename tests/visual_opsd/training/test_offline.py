@@ -88,7 +88,7 @@ def test_it_is_the_on_policy_loss_of_a_fixed_teacher(
         decode = trainer.base.tokenizer.decode
     recorded = tmp_path / "samples.jsonl"
     items = [SlotItem(slot, slot, row) for slot, row in enumerate(rows)]
-    write_samples(recorded, 0, [(item, item.value.completion) for item in items], decode)
+    write_samples(recorded, 0, [(item, 0, item.value.completion) for item in items], decode)
     fixed = {"teacher_mode": "fixed", "replay_samples": recorded}
     runs = [
         train(world, tmp_path / "on", VisualOPSD, **{**loss, **fixed}),
