@@ -97,14 +97,16 @@ def test_chunked_equals_plain_with_its_gradients(
     name: str, config: str, use_form: Callable[[str], Form]
 ) -> None:
     form = use_form(name)
-    tensors: Any
     tensors, labels = form.inputs(7)
     exact = in_double(tensors)
     kinds = WEIGHED if name == "torch" else {"teacher_ahead_skip": WEIGHED["teacher_ahead_skip"]}
     for size in (2, 512) if name == "torch" else (4,):
         for options in kinds.values():
             asked = replace(CONFIGS[config], **options)  # type: ignore[arg-type]
-            weights = chunked_token_weights(*tensors, labels, COUNTS, asked, chunk_size=size)
+            weights = chunked_token_weights(
+                tensors[0], tensors[1], tensors[2], tensors[3], labels, COUNTS, asked,
+                chunk_size=size,
+            )  # fmt: skip
             assert weights.dtype == form.dtype and not weights.requires_grad
             loss, stats = chunked_opsd_loss(
                 *tensors, labels, asked, chunk_size=size, weights=weights
@@ -124,7 +126,7 @@ def test_without_a_teacher_and_without_tokens(use_form: Callable[[str], Form]) -
     tensors, labels = use_form("torch").inputs(7)
     alone: Any = (*tensors[:2], None, None)
     config = LossConfig(jsd_weight=0.0, ce_weight=1.0, token_weight="entropy")
-    weights = chunked_token_weights(*alone, labels, COUNTS, config)
+    weights = chunked_token_weights(tensors[0], tensors[1], None, None, labels, COUNTS, config)
     loss, _ = chunked_opsd_loss(*alone, labels, config, weights=weights)
     ce = F.cross_entropy(tensors[0] @ tensors[1].t(), labels, reduction="none")
     torch.testing.assert_close(loss, (weights * ce).sum())
