@@ -32,9 +32,9 @@ CONFIGS = (
 )  # fmt: skip
 SEEDS = {"seed", "data_seed", "global_seed", "noise_seed"}
 # Options that are text and no paths; `runs` holds paths among labels, see below.
-TEXTS = {"lora_targets", "token_weight",
-    "instruction_suffix", "split", "arms", "benchmark", "question", "max_memory", "runs",
-    "wandb_project", "wandb_name",
+TEXTS = {
+    "lora_targets", "token_weight", "controls", "eval_split", "instruction_suffix", "split", "arms", "benchmark",
+    "question", "max_memory", "runs", "wandb_project", "wandb_name",
 }  # fmt: skip
 
 
@@ -96,7 +96,8 @@ def test_texts(group: type, spec: Field[Any], monkeypatch: pytest.MonkeyPatch) -
     if spec.metadata["path"] != "list":
         with pytest.raises(ValueError, match=f"--{spec.name} must not be empty"):
             group(**{spec.name: " "})
-    extra = {"interleave": True} if spec.name == "out" else {}
+    needed: dict[str, dict[str, Any]] = {"out": {"interleave": True}, "eval_data": {"eval_every": 1}}
+    extra = needed.get(spec.name, {})
     made = group(**{spec.name: "~/x", **extra})
     assert getattr(made, spec.name) == "/abode/x"
     assert getattr(group(**{spec.name: Path("a/b"), **extra}), spec.name) == "a/b"
