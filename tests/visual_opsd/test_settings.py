@@ -96,7 +96,10 @@ def test_texts(group: type, spec: Field[Any], monkeypatch: pytest.MonkeyPatch) -
     if spec.metadata["path"] != "list":
         with pytest.raises(ValueError, match=f"--{spec.name} must not be empty"):
             group(**{spec.name: " "})
-    needed: dict[str, dict[str, Any]] = {"out": {"interleave": True}, "eval_data": {"eval_every": 1}}
+    needed: dict[str, dict[str, Any]] = {
+        "out": {"interleave": True},
+        "eval_data": {"eval_every": 1},
+    }
     extra = needed.get(spec.name, {})
     made = group(**{spec.name: "~/x", **extra})
     assert getattr(made, spec.name) == "/abode/x"
