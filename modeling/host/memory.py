@@ -62,7 +62,15 @@ def available_bytes(root: Path = Path("/")) -> int | None:
 
 def own_bytes() -> int | None:
     """Memory of this process that is no file's (RssAnon); None: the system does not say."""
-    return _kernel_value(Path("/proc/self/status"), "RssAnon:")
+    return process_bytes("RssAnon")
+
+
+def process_bytes(name: str, pid: int | str = "self") -> int | None:
+    """An entry of /proc/PID/status: "RssAnon", "VmRSS" (with pages of mapped files), ...
+
+    None: there is no such process, or the system does not say.
+    """
+    return _kernel_value(Path(f"/proc/{pid}/status"), f"{name}:")
 
 
 def _kernel_value(file: Path, name: str) -> int | None:

@@ -28,6 +28,7 @@ from typing import Any
 from data.json_lines import read_log
 from data.worlds.writer import write_spatial_navigation
 from modeling.bagel.config import BagelConfig
+from modeling.host.memory import process_bytes
 from modeling.host.programs import number, path_argument
 from scripts.bench.common import TINY, sized, versions
 from scripts.bench.load import ROOT, write_release
@@ -146,7 +147,7 @@ class Watch:
         while not self._ended.wait(1.0):
             sample = {"at_s": time.monotonic()}
             for rank, pid in ranks(self.pid).items():
-                with contextlib.suppress(OSError, KeyError):  # it ended meanwhile
+                with contextlib.suppress(OSError):  # it ended meanwhile
                     sample |= {f"rank{rank}/{k}": v for k, v in _held_by(pid).items()}
             for gpu, used in enumerate(ask_gpus("memory.used") if self.on_gpu else []):
                 with contextlib.suppress(ValueError):  # "[N/A]"
@@ -155,11 +156,11 @@ class Watch:
 
 
 def _held_by(pid: int) -> dict[str, float]:
-    text = Path(f"/proc/{pid}/status").read_text()
-    status = dict(line.split(":", 1) for line in text.splitlines())
-    named = (("VmRSS", "host_gb"), ("RssAnon", "host_own_gb"))
-    sizes = {name: round(int(status[key].split()[0]) * 1024 / 1e9, 3) for key, name in named}
-    return {**sizes, "open_files": len(os.listdir(f"/proc/{pid}/fd"))}
+    """Raises OSError: it has ended."""
+    files = len(os.listdir(f"/proc/{pid}/fd"))
+    sizes = {"host_gb": process_bytes("VmRSS", pid), "host_own_gb": process_bytes("RssAnon", pid)}
+    known = {name: round(size / 1e9, 3) for name, size in sizes.items() if size is not None}
+    return {**known, "open_files": files}
 
 
 def peaks(samples: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -31,6 +31,7 @@ import torch
 from modeling import load_bagel
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
+from modeling.host.memory import process_bytes
 from modeling.host.programs import path_argument
 from modeling.release.checkpoint import locate_weights
 from modeling.release.weight_files import StoredTensor, write_weights
@@ -81,18 +82,6 @@ def copying(nbytes: int, device: torch.device) -> Callable[[], None]:
     return work
 
 
-def status_bytes(name: str = "RssAnon") -> int:
-    """An entry of /proc/self/status in bytes, 0 where there is no /proc.
-
-    In RssAnon pages of mapped files do not count; in VmRSS they do.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
-
-
 class MemoryWatch:
     """Memory of this process when a `with` block begins (`before`), and at most (`peak`)."""
 
@@ -101,18 +90,18 @@ class MemoryWatch:
         self._sampler = threading.Thread(target=self._sample)
 
     def __enter__(self) -> MemoryWatch:
-        self.peak = self.before = status_bytes(self._name)
+        self.peak = self.before = process_bytes(self._name) or 0
         self._sampler.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._sampler.join()
-        self.peak = max(self.peak, status_bytes(self._name))
+        self.peak = max(self.peak, process_bytes(self._name) or 0)
 
     def _sample(self) -> None:
         while not self._ended.wait(self._every_s):
-            self.peak = max(self.peak, status_bytes(self._name))
+            self.peak = max(self.peak, process_bytes(self._name) or 0)
 
 
 def timed_load(folder: Path, machine: Machine) -> dict[str, Any]:
