@@ -274,6 +274,31 @@ def write(made: dict[str, Any], path: str | None) -> int:
     return 0
 
 
+def layers_parser(description: str | None) -> argparse.ArgumentParser:
+    """What a benchmark is told that takes a model of --layers layers through FSDP2."""
+    options = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = options.add_argument
+    add("--layers", type=int, default=TRUE_SIZE.llm.num_hidden_layers)
+    add("--tiny", action="store_true", help="a tiny model, whatever --layers says")
+    add("--repeats", type=int, default=5)
+    add("--device", default="auto", help="auto, cuda or cpu")
+    add_report(options)
+    return options
+
+
+def parse_layers(
+    options: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> argparse.Namespace:
+    """Raises ValueError: no layers, or as `check_report`."""
+    args = options.parse_args(argv)
+    if args.layers < 1:
+        raise ValueError("--layers must be at least 1")
+    check_report(args)
+    return args
+
+
 # ------------------------------------------------------------------------- models and contexts
 
 

@@ -17,7 +17,6 @@ a form of its own: it has neither targets nor floors.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,10 +29,9 @@ from modeling.bagel.graphs import RepeatedStep
 from modeling.bagel.kv_cache import KVCache
 from modeling.bagel.streamed_decode import StreamedDecoder, can_stream
 from scripts.bench.common import (
-    TRUE_SIZE,
     Machine,
-    add_report,
-    check_report,
+    layers_parser,
+    parse_layers,
     sized,
     versions,
     write,
@@ -85,19 +83,9 @@ def record_seconds(plain: Bagel, machine: Machine) -> float | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--layers", type=int, default=TRUE_SIZE.llm.num_hidden_layers)
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, whatever --layers says")
+    parser = layers_parser(__doc__)
     parser.add_argument("--num_shard", type=int, help="default: all ranks of a node")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
-    add_report(parser)
-    args = parser.parse_args(argv)
-    if args.layers < 1:
-        raise ValueError("--layers must be at least 1")
-    check_report(args)
+    args = parse_layers(parser, argv)
     env = init_distributed(args.device)
     machine = Machine(env.device, args.tiny)
     mesh = make_mesh(env, num_shard=args.num_shard)

@@ -20,7 +20,6 @@ The report has a form of its own, with neither targets nor floors.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import statistics
 from collections.abc import Sequence
@@ -34,10 +33,9 @@ from torch.distributed.tensor import DTensor, Shard
 from modeling.bagel.bagel import Bagel
 from modeling.host.memory import OutOfMemory, memory_errors
 from scripts.bench.common import (
-    TRUE_SIZE,
     Machine,
-    add_report,
-    check_report,
+    layers_parser,
+    parse_layers,
     sized,
     versions,
     write,
@@ -115,19 +113,9 @@ def measured(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--layers", type=int, default=TRUE_SIZE.llm.num_hidden_layers)
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, whatever --layers says")
+    parser = layers_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=OPTIMIZER_STATES, default=OPTIMIZER_STATES)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
-    add_report(parser)
-    args = parser.parse_args(argv)
-    if args.layers < 1:
-        raise ValueError("--layers must be at least 1")
-    check_report(args)
+    args = parse_layers(parser, argv)
     env = init_distributed(args.device)
     machine = Machine(env.device, args.tiny)
     with torch.device("meta"):

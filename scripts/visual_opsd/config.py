@@ -271,6 +271,20 @@ class SampleSettings(Settings):
     )  # fmt: skip
     pack_tokens: int = option(16384, "tokens of a pack of several rows", **PACKED)
 
+    @property
+    def memory_advice(self) -> str:
+        """What to lower where rows that are decoded or packed together do not fit."""
+        return (
+            f"lower --sample_batch_size ({self.sample_batch_size}), --pack_tokens "
+            f"({self.pack_tokens}) or --sample_max_new_tokens ({self.sample_max_new_tokens})"
+        )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a sampled completion depends on, by flag."""
+        names = ("max_new_tokens", "temperature", "do_sample", "max_image_skips")
+        return {f"sample_{name}": getattr(self, f"sample_{name}") for name in names}
+
     def sampler(self) -> SamplerSettings:
         return SamplerSettings(
             max_new_tokens=self.sample_max_new_tokens,

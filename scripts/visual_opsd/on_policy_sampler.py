@@ -37,6 +37,10 @@ class SamplerSettings:
     check_every: int = 8
 
 
+# What to do where a rollout does not fit.
+MEMORY_ADVICE = "lower --sample_batch_size or, in a new run, --sample_max_new_tokens"
+
+
 class Interrupted(Exception):
     """The rollout was asked to stop (SIGTERM); nothing of it is used."""
 

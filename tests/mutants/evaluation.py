@@ -6,6 +6,10 @@ from __future__ import annotations
 from tests.mutants import faults
 
 FAULTS = [
+    *faults("scripts/visual_opsd/config.py", "visual_opsd/training/test_run_identity.py", [
+        ("temperature is no part of a baseline",
+         '("max_new_tokens", "temperature", "do_sample"', '("max_new_tokens", "do_sample"'),
+    ]),
     *faults("scripts/visual_opsd/evaluation/questions.py", "visual_opsd/training/test_randomness.py", [
         ("controls do not depend on the seed",
          "show_thoughts(kind, row, sample, self.settings.noise_seed)",
@@ -186,9 +190,6 @@ FAULTS = [
         ("samples do not depend on the seed", "seed=self.config.diagnostic.seed,", "seed=0,"),
         ("a resumed run may have another student", '"student": student, ', "",
          "visual_opsd/analysis/test_kl_diagnostic.py::test_results_of_other_settings_are_refused_before_the_model_is_read"),
-        ("temperature is no part of a baseline",
-         '        "sample_temperature": sample.sample_temperature,\n', "",
-         "visual_opsd/training/test_run_identity.py"),
         ("the seed is no part of a baseline", '        "seed": settings.seed,\n', "",
          "visual_opsd/training/test_run_identity.py"),
     ]),

@@ -79,12 +79,7 @@ class Collector:
         )
 
     def __call__(self, rows: Rows) -> Iterator[list[Record]]:
-        sample = self.config.sample
-        with memory_advice(
-            [row.name for _, row in rows],
-            f"lower --sample_batch_size ({sample.sample_batch_size}), --pack_tokens "
-            f"({sample.pack_tokens}) or --sample_max_new_tokens ({sample.sample_max_new_tokens})",
-        ):
+        with memory_advice([row.name for _, row in rows], self.config.sample.memory_advice):
             records = self._records(rows)
         yield records
 
@@ -266,7 +261,7 @@ def collect(
 
 def _own(config: CollectConfig, env: DistEnv) -> dict[str, Any]:
     """What the cache depends on besides base, prompts and data."""
-    settings, sample = config.collect, config.sample
+    settings = config.collect
     own: dict[str, Any] = {
         "completions": settings.completions,
         "top_k": settings.top_k,
@@ -282,10 +277,7 @@ def _own(config: CollectConfig, env: DistEnv) -> dict[str, Any]:
     if settings.completions == "base":
         own |= {
             "completions_per_row": settings.completions_per_row,
-            "sample_max_new_tokens": sample.sample_max_new_tokens,
-            "sample_temperature": sample.sample_temperature,
-            "sample_do_sample": sample.sample_do_sample,
-            "sample_max_image_skips": sample.sample_max_image_skips,
+            **config.sample.identity,
         }
     return own
 

@@ -112,12 +112,7 @@ class Diagnosis:
         return self.sample(self.base, rows)
 
     def __call__(self, rows: Rows) -> Iterator[list[Record]]:
-        sample = self.config.sample
-        with memory_advice(
-            [row.name for _, row in rows],
-            f"lower --sample_batch_size ({sample.sample_batch_size}), --pack_tokens "
-            f"({sample.pack_tokens}) or --sample_max_new_tokens ({sample.sample_max_new_tokens})",
-        ):
+        with memory_advice([row.name for _, row in rows], self.config.sample.memory_advice):
             records = self._records(rows)
         yield records
 
@@ -185,10 +180,7 @@ def identity(config: DiagnosticConfig, pool: RowPool, dtype: torch.dtype) -> dic
         "num_samples": settings.num_samples,
         "completions": settings.completions,
         "seed": settings.seed,
-        "sample_max_new_tokens": sample.sample_max_new_tokens,
-        "sample_temperature": sample.sample_temperature,
-        "sample_do_sample": sample.sample_do_sample,
-        "sample_max_image_skips": sample.sample_max_image_skips,
+        **sample.identity,
         "max_forward_tokens": sample.max_forward_tokens,
         "random_numbers": RANDOMNESS_VERSION,
         "precision": str(dtype).removeprefix("torch."),

@@ -37,12 +37,11 @@ from scripts.visual_opsd.evaluation.questions import (
 from scripts.visual_opsd.evaluation.rows import RowPool
 from scripts.visual_opsd.evaluation.runner import check_bad_rate, run_rows
 from scripts.visual_opsd.evaluation.store import SETTINGS_FILE, write_json
-from scripts.visual_opsd.on_policy_sampler import Interrupted
+from scripts.visual_opsd.on_policy_sampler import MEMORY_ADVICE, Interrupted
 from scripts.visual_opsd.processes import DistEnv, agree, attempt, gather_objects, on_main
 from scripts.visual_opsd.runs.identity import stable_hash
 
 FOLDER = "validation"  # in the results of a run
-_ADVICE = "lower --sample_batch_size or, in a new run, --sample_max_new_tokens"
 
 
 class StudentValidation:
@@ -97,7 +96,7 @@ class StudentValidation:
         bundle = BagelBundle(model, self.tokenizer, self.special, model.config)
         work = Answering(
             config, self.env, self.pool, timing,
-            bundle=bundle, should_stop=should_stop, advice=_ADVICE,
+            bundle=bundle, should_stop=should_stop, advice=MEMORY_ADVICE,
         )  # fmt: skip
         try:
             found = run_rows(

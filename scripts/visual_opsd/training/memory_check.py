@@ -176,13 +176,13 @@ def _changes(of: Footprint, resource: str) -> Iterator[_Change]:
         if of.on_gpu and gpus > of.gpus and (of.num_shard, of.num_replicate) == (None, None):
             yield {"gpus": gpus, "per_node": max(of.per_node, gpus)}
     yield {"gradient_accumulation_steps": 1}
-    for name in ("sample_batch_size", "pack_tokens", "sample_max_new_tokens", "max_forward_tokens",
-                 "loss_chunk_size"):  # fmt: skip
-        value = (
-            min(getattr(of, name), of.completions)
-            if name == "sample_batch_size"
-            else getattr(of, name)
-        )
+    for name, value in (
+        ("sample_batch_size", min(of.sample_batch_size, of.completions)),
+        ("pack_tokens", of.pack_tokens),
+        ("sample_max_new_tokens", of.sample_max_new_tokens),
+        ("max_forward_tokens", of.max_forward_tokens),
+        ("loss_chunk_size", of.loss_chunk_size),
+    ):
         yield {name: max(1, value // 2)}
 
 

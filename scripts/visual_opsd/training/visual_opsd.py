@@ -20,7 +20,7 @@ from modeling.autoencoder import AutoEncoder
 from modeling.bagel.bagel import Bagel
 from modeling.host.memory import memory_errors
 from scripts.visual_opsd.config import TrainConfig
-from scripts.visual_opsd.on_policy_sampler import sample_completions
+from scripts.visual_opsd.on_policy_sampler import MEMORY_ADVICE, sample_completions
 from scripts.visual_opsd.processes import FailedAlone
 from scripts.visual_opsd.rows import (
     TrainRow,
@@ -41,7 +41,6 @@ from scripts.visual_opsd.training.sharding import OFFLOAD_ADVICE, summon_full_pa
 from scripts.visual_opsd.training.step import PackResult, completion_counts, sampler_gap
 
 _TRACED_ROWS = replace(OPSD_ROWS, text_trace="required")
-_ADVICE = "lower --sample_batch_size or, in a new run, --sample_max_new_tokens"
 
 
 @dataclass(frozen=True)
@@ -199,7 +198,7 @@ class VisualOPSD(Objective):
             with memory_errors(f"gathering weights {doing}", OFFLOAD_ADVICE, FailedAlone):
                 plain = stack.enter_context(summon_full_params(place.student))
             assert isinstance(plain, Bagel)
-            with memory_errors(doing, _ADVICE):
+            with memory_errors(doing, MEMORY_ADVICE):
                 completions = sample_completions(
                     plain,
                     [row.student for row in batch.values for _ in range(each)],

@@ -29,10 +29,10 @@ from tests.visual_opsd.evaluation.evaluation_flags import (
     RowsRun,
     check_device,
     compute_rows,
-    decoded_together,
     dtype_on_gpu,
     images,
     record,
+    sampling_rows,
     shows_noise,
 )
 from tests.visual_opsd.training.training_flags import make_places
@@ -169,21 +169,7 @@ def rows(places: Mapping[str, Path]) -> dict[str, Arrival]:
         "heatmap_samples": Arrival(
             [1, 1, 2, 2], lambda run: run.one("pick_rows", "count"), runs="ac"
         ),
-        "sample_max_new_tokens": Arrival([6, 8], lambda run: run.one("generate", "max_new_tokens"),
-                                         runs=SAMPLING),
-        "sample_temperature": Arrival([0.8, 1.2], lambda run: run.one("generate", "temperature"),
-                                      runs=SAMPLING),
-        "sample_do_sample": Arrival(
-            [True, False], lambda run: run.all("generate", "uniforms")[0] is not None,
-            runs=SAMPLING,
-        ),
-        "sample_max_image_skips": Arrival(
-            [0, 2], lambda run: run.one("generate", "max_image_skips"), runs=SAMPLING
-        ),
-        "sample_batch_size": Arrival([1, 2], decoded_together, runs=SAMPLING),
-        "max_forward_tokens": Arrival(
-            [4000, 5000], lambda run: run.one("score_completion", "max_forward_tokens")
-        ),
+        **sampling_rows(SAMPLING),
         "pack_tokens": Arrival([7000, 8000], lambda run: run.one("measure", "pack_tokens")),
         **compute_rows(),
         **PROMPTS(places["prompts"]),

@@ -101,6 +101,27 @@ def decoded_together(run: Run) -> int:
     return max(len(prompt.layout.query_lens) for prompt in run.all("generate", "prompt"))
 
 
+def sampling_rows(runs: str) -> dict[str, Arrival]:
+    """Of `SampleSettings`, but for what packs; `runs`: those that draw completions."""
+    return {
+        "sample_max_new_tokens": Arrival([6, 8], lambda run: run.one("generate", "max_new_tokens"),
+                                         runs=runs),
+        "sample_temperature": Arrival([0.8, 1.2], lambda run: run.one("generate", "temperature"),
+                                      runs=runs),
+        "sample_do_sample": Arrival(
+            [True, False], lambda run: run.all("generate", "uniforms")[0] is not None,
+            runs=runs,
+        ),
+        "sample_max_image_skips": Arrival(
+            [0, 2], lambda run: run.one("generate", "max_image_skips"), runs=runs
+        ),
+        "sample_batch_size": Arrival([1, 2], decoded_together, runs=runs),
+        "max_forward_tokens": Arrival(
+            [4000, 5000], lambda run: run.one("score_completion", "max_forward_tokens")
+        ),
+    }  # fmt: skip
+
+
 def compute_rows() -> dict[str, Arrival]:
     """Of `ComputeSettings`, and what all such programs have."""
     return {
