@@ -6,16 +6,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 from weakref import finalize
 
 import torch
 
 from modeling import fast
 
-# Streams of graphs that are gone, by GPU. No two that live may share one: cuBLAS keeps a workspace
-# for each stream, in the memory of the graph that first asked for it. A stream of its own for each
-# graph that ever was would pile such workspaces up.
-_FREE_STREAMS: defaultdict[int, list[torch.cuda.Stream]] = defaultdict(list)
+# Streams and memory of graphs that are gone, by GPU. No two that live may share them: cuBLAS keeps
+# a workspace for each stream, in the memory of the graph that first asked for it, and graphs write
+# over what another one holds in the same memory. Of its own for each graph that ever was, they
+# would pile up: torch gives a dead graph's memory to nobody before the GPU is full.
+_FREE_PLACES: defaultdict[int, list[tuple[torch.cuda.Stream, torch.cuda.MemPool]]]
+_FREE_PLACES = defaultdict(list)
 
 
 class RepeatedStep:
@@ -61,13 +64,13 @@ class RepeatedStep:
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         here = torch.cuda.current_stream()
-        free = _FREE_STREAMS[torch.cuda.current_device()]
-        aside = free.pop() if free else torch.cuda.Stream()
-        finalize(graph, free.append, aside)
+        free = _FREE_PLACES[torch.cuda.current_device()]
+        aside, memory = free.pop() if free else (torch.cuda.Stream(), torch.cuda.MemPool())
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             # thread_local: a loader's thread may pin memory meanwhile.
-            graph.capture_begin(capture_error_mode="thread_local")
+            handle: Any = memory.id  # torch's name for its type is private
+            graph.capture_begin(handle, capture_error_mode="thread_local")
             try:
                 self.step()
             except BaseException:
@@ -76,4 +79,6 @@ class RepeatedStep:
                 raise
             graph.capture_end()
         here.wait_stream(aside)
+        # Not before here: what a failed attempt took goes back to torch.
+        finalize(graph, free.append, (aside, memory))
         return graph
