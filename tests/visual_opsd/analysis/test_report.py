@@ -285,8 +285,9 @@ def test_later_figures_stand_where_they_belong() -> None:
     length = {f"completion_length_{end}" for end in ("p10", "p50", "p90", "max")}
     teacher = {f"validation/teacher_{end}" for end in ("accuracy", "low", "high", "dropped")}
     names = {
-        *length, *teacher, "validation/kl", "validation/other", "clip_rate", "clipper", "fork_rate",
-        "topk_overlap", "leak_rate", "mfu", "memory_reserved_gb", "teacher_odd", "tokens_per_s/x",
+        *length, *teacher, "validation/kl", "validation/other", "clip_odd", "clipper", "fork_rate",
+        "topk_overlap", "leak_rate", "mfu", "gpu_odd_gb", "teacher_odd", "tokens_per_s/x",
+        "clip_token_rate",
         "divergence_decile/3", "grad_p10", "grad_p50", "grad_p90", "only_p10",
     }  # fmt: skip
     groups, _ = group_figures(names)
@@ -295,9 +296,9 @@ def test_later_figures_stand_where_they_belong() -> None:
         "Teacher guard": ["validation/teacher_accuracy", "validation/teacher_dropped"],
         "Completions": ["completion_length_p50", "completion_length_max", "leak_rate"],
         "Teacher and student": ["divergence_decile", "fork_rate", "topk_overlap", "teacher_odd"],
-        "Clip": ["clip_rate"],
+        "Clip": ["clip_token_rate", "clip_odd"],
         "Further figures": ["clipper", "grad_p50", "only_p10"],
-        "Machine": ["mfu", "memory_reserved_gb", "tokens_per_s/x"],
+        "Machine": ["mfu", "gpu_odd_gb", "tokens_per_s/x"],
     }
     found = {figure.name: figure for group in groups for figure in group.figures}
     for name, low, high in (

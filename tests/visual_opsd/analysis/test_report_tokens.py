@@ -102,6 +102,7 @@ def test_shades_follow_their_limits(colour: Any) -> None:
 
     found = [shade(0.0), *(shade(limit) for limit in colour.limits)]
     assert [*dict(colour.shades())] == found
+    assert [shade(-limit) for limit in colour.limits] == found[1:]  # a reverse KL has a sign
     strengths = [int(name[1:] or 0) for name in found]
     assert strengths == sorted(strengths, reverse=not colour.is_rising)
     assert {name[:1] for name in found} == {colour.letter, ""}
@@ -166,16 +167,18 @@ def test_steps_are_those_with_figures(tmp_path: Path) -> None:
 
 
 def test_long_completions_in_any_script_stay_small(tmp_path: Path) -> None:
-    """Bytes are counted, not characters, and all figures are there."""
+    """With all figures of tokens, and in letters of several bytes."""
     many = {
         "ids": [65] * 400, "scored": "1" * 401, "logprobs": [-3.0] * 401,
         "divergence": [0.123] * 401, "student_entropy": [1.234] * 401,
         "teacher_entropy": [0.0123] * 401, "fork": "1" * 401,
     }  # fmt: skip
-    many |= {"question": "\u8ff7" * 1500, "answer": "\u5bab" * 300}
-    lines = [
-        sample(step, slot, row=f"maze/{slot}", **many) for step in range(1, 6) for slot in range(4)
-    ]
-    page = make(tmp_path, *runs_with(tmp_path, *[lines] * 8))
-    assert "further rows of these steps are left out" in page.text
-    assert (tmp_path / "report.html").stat().st_size < 1_300_000
+    wide = {"ids": None, "question": "\u8ff7" * 1500, "completion": "\u5bab" * 1600}
+    for changes in (many, wide):
+        lines = [
+            sample(step, slot, row=f"maze/{slot}", number=number, **changes)
+            for step in range(1, 6) for slot in range(4) for number in range(3)
+        ]  # fmt: skip
+        page = make(tmp_path, *runs_with(tmp_path, *[lines] * 8))
+        assert "further rows of these steps are left out" in page.text
+        assert (tmp_path / "report.html").stat().st_size < 1_000_000

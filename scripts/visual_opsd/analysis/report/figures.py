@@ -74,6 +74,8 @@ _KNOWN = (
         Figure("completion_length", "Mean length of a completion", TOKENS),
         Figure("completion_length_p50", "Median length; band: the middle four fifths", TOKENS),
         Figure("completion_length_max", "Longest completion", TOKENS),
+        Figure("answered_rate", "With an answer", SHARE),
+        Figure("leak_rate", "Speaks of a picture that the student never saw", SHARE),
         Figure("cap_rate", "Ended by the budget", SHARE),
         Figure("eos_rate", "Ended by the student itself", SHARE),
         Figure("empty_rate", "Empty", SHARE),
@@ -86,10 +88,17 @@ _KNOWN = (
         Figure("teacher_entropy", "Teacher's entropy", NATS),
         Figure("divergence_decile", "Divergence along a completion, by tenths of it", NATS,
                tenths=tuple(f"divergence_decile/{n}" for n in range(10))),
+        Figure("divergence_answer", "Divergence within answers", NATS),
         Figure("fork_rate", "Tokens whose likeliest choices differ", SHARE),
         Figure("topk_overlap", "Top-k entries that teacher and student share", SHARE),
         Figure("teacher_topk_mass", "Teacher's mass on its top-k entries", SHARE),
+        Figure("student_topk_mass", "Student's mass on the teacher's top-k entries", SHARE),
         Figure("sampler_gap", "Sampler against training forward", "nats, mean absolute"),
+    )),
+    Group("Clip", (
+        Figure("clip_token_rate", "Tokens that the clip binds", SHARE),
+        Figure("clip_entry_rate", "Entries that the clip binds", SHARE),
+        Figure("clip_gradient_share", "What the clip takes of the gradient", SHARE),
     )),
     Group("Machine", (
         Figure("seconds/sample", "Rollout", SECONDS),
@@ -100,7 +109,11 @@ _KNOWN = (
         Figure("tokens_per_s/sample", "Rollout, all ranks", "tokens/s"),
         Figure("tokens_per_s/train", "Training, all ranks", "tokens/s"),
         Figure("mfu", "Model FLOPs utilisation", SHARE),
+        Figure("model_tflop", "Work of a step", "TFLOP, all ranks"),
         Figure("peak_memory_gb", "Peak memory, rank 0", "GB"),
+        Figure("gpu_allocated_gb", "Allocated on the fullest GPU between steps", "GB"),
+        Figure("gpu_reserved_gb", "Reserved on the fullest GPU between steps", "GB"),
+        Figure("host_memory_gb", "Memory of the largest process between steps", "GB"),
         Figure("skipped_rows", "Rejected rows since the start", "rows"),
         Figure("noised_tokens", "Noised tokens of a step", TOKENS),
     )),
@@ -109,11 +122,9 @@ _KNOWN = (
 _HEADS = {
     "eval": "Validation", "validation/teacher": "Teacher guard", "validation": "Validation",
     "guard": "Teacher guard", "teacher_guard": "Teacher guard", "clip": "Clip",
-    "completion": "Completions", "leak": "Completions", "teacher": "Teacher and student",
-    "student": "Teacher and student", "topk": "Teacher and student",
-    "divergence": "Teacher and student", "seconds": "Machine", "tokens_per_s": "Machine",
-    "memory": "Machine", "peak": "Machine", "reserved": "Machine", "host": "Machine",
-    "gpu": "Machine",
+    "completion": "Completions", "teacher": "Teacher and student",
+    "student": "Teacher and student", "divergence": "Teacher and student", "seconds": "Machine",
+    "tokens_per_s": "Machine", "peak": "Machine", "host": "Machine", "gpu": "Machine",
 }  # fmt: skip
 _OTHERS = "Further figures"
 _ORDER = (

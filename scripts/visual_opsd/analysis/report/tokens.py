@@ -56,7 +56,8 @@ class Colour:
         value = getattr(token, self.field)
         if value is None:
             return ""
-        rank = sum(value >= x if self.is_rising else value < x for x in self.limits)
+        size = abs(value)  # the reverse KL of a token ("tinker") has a sign
+        rank = sum(size >= x if self.is_rising else size < x for x in self.limits)
         return f"{self.letter}{rank}" if rank else ""
 
     def shades(self) -> list[tuple[str, str]]:
@@ -145,7 +146,7 @@ def _token(
     logprobs = known.pop("logprobs")
     probability = math.exp(min(0.0, *logprobs)) if logprobs else None
     largest = {
-        name: max(values, key=lambda value: (math.isnan(value), value), default=None)
+        name: max(values, key=lambda value: (math.isnan(value), abs(value)), default=None)
         for name, values in known.items()
     }
     return Token(piece, any(flags[i] == "1" for i in places), probability, **largest)
@@ -200,7 +201,7 @@ def _title(token: Token) -> str:
 
 
 def _brief(value: float) -> str:
-    return "0" if 0 <= value < 5e-5 else f"{value:.2g}"
+    return "0" if abs(value) < 5e-5 else f"{value:.2g}"
 
 
 def colour_choice(letters: Collection[str]) -> str:
