@@ -161,7 +161,11 @@ def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
     texts: dict[str, Any] = dict.fromkeys(
         ("row", "question", "answer", "completion", "tokens"), HOSTILE
     )
-    figures = {"divergence": [HOSTILE] * 3, "fork": HOSTILE, "student_entropy": {HOSTILE: 1}}
+    figures: dict[str, Any] = {
+        "divergence": [HOSTILE] * 3,
+        "fork": HOSTILE,
+        "student_entropy": {HOSTILE: 1},
+    }
     words = [sample(1, **texts), sample(2, **figures)]
     run = write_run(tmp_path / name, metrics, settings, words)
     other = write_run(tmp_path / "other", STEPS, {"lr": 1}, [sample(1, ids="x", logprobs=5)])
@@ -312,7 +316,7 @@ def test_later_figures_stand_where_they_belong() -> None:
 
 def test_divergence_along_a_completion(tmp_path: Path) -> None:
     """The means of the first, the middle and the last tenth of the logged steps."""
-    metrics = [
+    metrics: list[dict[str, Any]] = [
         {"step": n, **{f"divergence_decile/{d}": d + n / 100 for d in range(10)}}
         for n in range(1, 31)
     ]
@@ -499,7 +503,11 @@ onload = () => {
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 def test_a_browser_is_content_at_phone_and_desk_width(tmp_path: Path) -> None:
     long = [{**STEPS[0], "step": n, "loss": 1 / n, "grad_norm": 2.0**n} for n in range(1, 60)]
-    known = {"divergence": [0.02, 0, 0], "student_entropy": [3, 0, 0], "fork": "100"}
+    known: dict[str, Any] = {
+        "divergence": [0.02, 0, 0],
+        "student_entropy": [3, 0, 0],
+        "fork": "100",
+    }
     words = [sample(n, **known, logprobs=[-3, 0, 0]) for n in (1, 2)]
     words.append(sample(3, completion="x" * 3000, answer="W" * 300, **known))
     settings = {"jsd_beta": 0.25, "model_path": str(TINY_BAGEL)}

@@ -22,7 +22,10 @@ from scripts.visual_opsd.training.models import build_models
 from tests.arrivals import Stop, spy, stop
 from tests.visual_opsd.training.trainers import build, one_process, train
 
-SERVICES = {"tensorboard": {"tensorboard": True}, "wandb": {"wandb_project": "p"}}
+SERVICES: dict[str, dict[str, Any]] = {
+    "tensorboard": {"tensorboard": True},
+    "wandb": {"wandb_project": "p"},
+}
 
 
 def events(results: Path) -> dict[str, list[tuple[int, float]]]:
@@ -194,7 +197,8 @@ def test_a_missing_key_is_told_before_a_model_is_loaded(
 def test_a_resumed_run_goes_on_at_wandb(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb: Any
 ) -> None:
-    changes = {"total_steps": 4, "save_every": 2, "wandb_project": "p", "save_release": False}
+    changes: dict[str, Any] = {"total_steps": 4, "save_every": 2, "save_release": False}
+    changes |= {"wandb_project": "p"}
     train(world, tmp_path / "r", **changes)
     train(world, tmp_path / "r", **changes, resume="2")
     first, second = wandb.started

@@ -126,10 +126,7 @@ def draw_chart(figure: Figure, series: Sequence[Series], number: int, most: int)
     Args:
         number: tells its elements apart from those of other charts. most: points of a line.
     """
-    drawn = [
-        replace(s, **{name: thinned(getattr(s, name), most) for name in ("points", "low", "high")})
-        for s in series
-    ]
+    drawn = [_thinned(s, most) for s in series]
     values = [v for s in drawn for p in (s.points, s.low, s.high) for _, v in p if math.isfinite(v)]
     steps = [step for s in drawn for step, _ in s.points]
     if not values:
@@ -157,6 +154,11 @@ def draw_chart(figure: Figure, series: Sequence[Series], number: int, most: int)
         f'<p class=readout id="d{number}" aria-live=polite>{_last_values(figure, series)}</p>'
         "</figure>"
     )
+
+
+def _thinned(series: Series, most: int) -> Series:
+    points, low, high = (thinned(p, most) for p in (series.points, series.low, series.high))
+    return replace(series, points=points, low=low, high=high)
 
 
 def _axis_name(figure: Figure) -> str:
