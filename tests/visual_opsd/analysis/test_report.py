@@ -228,6 +228,11 @@ def test_curves_hold_the_values() -> None:
     (line,) = heights(markup, 0)
     assert "log scale" in markup and 'data-log="1"' in markup
     assert [v for _, v in line] == pytest.approx([-float(n) for n in range(5)], abs=1e-4)
+    # So is the numbers' length at the axis, where few digits would not tell them apart.
+    mass = [(1, 0.99999), (2, 1.0)]
+    markup = draw_chart(Figure("x", "X", "%"), [Series(0, "a", mass)], 1, 100)
+    labels = re.findall(r"<text class=y [^>]*>([^<]*)<", markup)
+    assert len(set(labels)) == len(labels) > 2 and labels[-1] == "100 %"
     # A run without a finite value does not spoil the others; without any there is no chart.
     nothing = Series(1, "b", [(1, math.nan)])
     assert heights(draw_chart(Figure("x", "X"), [Series(0, "a", points), nothing], 1, 9), 1) == []
@@ -287,7 +292,8 @@ def test_intervals_and_figures_nobody_listed(tmp_path: Path) -> None:
 
 def test_later_figures_stand_where_they_belong() -> None:
     length = {f"completion_length_{end}" for end in ("p10", "p50", "p90", "max")}
-    teacher = {f"validation/teacher_{end}" for end in ("accuracy", "low", "high", "dropped")}
+    ends = ("accuracy", "accuracy_low", "accuracy_high", "advantage", "dropped")
+    teacher = {f"validation/teacher_{end}" for end in ends}
     names = {
         *length, *teacher, "validation/kl", "validation/other", "clip_odd", "clipper", "fork_rate",
         "topk_overlap", "leak_rate", "mfu", "gpu_odd_gb", "teacher_odd", "tokens_per_s/x",
@@ -296,7 +302,7 @@ def test_later_figures_stand_where_they_belong() -> None:
     }  # fmt: skip
     groups, _ = group_figures(names)
     assert {group.title: [figure.name for figure in group.figures] for group in groups} == {
-        "Validation": ["validation/kl", "validation/other"],
+        "Validation": ["validation/kl", "validation/teacher_advantage", "validation/other"],
         "Teacher guard": ["validation/teacher_accuracy", "validation/teacher_dropped"],
         "Completions": ["completion_length_p50", "completion_length_max", "leak_rate"],
         "Teacher and student": ["divergence_decile", "fork_rate", "topk_overlap", "teacher_odd"],
@@ -306,7 +312,11 @@ def test_later_figures_stand_where_they_belong() -> None:
     }
     found = {figure.name: figure for group in groups for figure in group.figures}
     for name, low, high in (
-        ("validation/teacher_accuracy", "validation/teacher_low", "validation/teacher_high"),
+        (
+            "validation/teacher_accuracy",
+            "validation/teacher_accuracy_low",
+            "validation/teacher_accuracy_high",
+        ),
         ("completion_length_p50", "completion_length_p10", "completion_length_p90"),
         ("grad_p50", "grad_p10", "grad_p90"),
     ):
@@ -315,9 +325,9 @@ def test_later_figures_stand_where_they_belong() -> None:
 
 
 def test_divergence_along_a_completion(tmp_path: Path) -> None:
-    """The means of the first, the middle and the last tenth of the logged steps."""
+    """The means of the first, the middle and the last tenth of the logged steps, to scale."""
     metrics: list[dict[str, Any]] = [
-        {"step": n, **{f"divergence_decile/{d}": d + n / 100 for d in range(10)}}
+        {"step": n, **{f"divergence_decile/{d}": d + n / (100 if d else 1e6) for d in range(10)}}
         for n in range(1, 31)
     ]
     metrics[29]["divergence_decile/4"] = "nan"
@@ -334,7 +344,7 @@ def test_divergence_along_a_completion(tmp_path: Path) -> None:
         assert [int(tenth) for tenth, _ in pairs] == list(range(1, 11))
         for (_, height), tenth in zip(pairs, range(10), strict=True):
             is_short = middle == 29 and tenth == 4  # the last step has no finite value there
-            wanted = tenth + (28.5 if is_short else middle) / 100
+            wanted = tenth + (28.5 if is_short else middle) / (100 if tenth else 1e6)
             assert (float(height) - offset) / scale == pytest.approx(wanted, abs=1e-3)
     assert "dotted: early, dashed: mid-run" in page.text
     assert "tenth 10: a, step 1 to 3 9.02 a, step 15 to 17 9.16 a, step 28 to 30 9.29" in page.text

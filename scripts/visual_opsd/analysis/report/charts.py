@@ -131,7 +131,7 @@ def draw_chart(figure: Figure, series: Sequence[Series], number: int, most: int)
     steps = [step for s in drawn for step, _ in s.points]
     if not values:
         return ""
-    y = _value_axis(values)
+    y = _value_axis(values, may_be_log=not figure.tenths)  # of a profile the peak counts
     first, last = min(steps), max(steps)
     if first == last:
         first, last = first - 1, last + 1
@@ -165,11 +165,12 @@ def _axis_name(figure: Figure) -> str:
     return "tenth" if figure.tenths else "step"
 
 
-def _value_axis(values: Sequence[float]) -> _Axis:
-    """Logarithmic where values reach over three powers of ten, from 0 on where 0 is near."""
+def _value_axis(values: Sequence[float], *, may_be_log: bool) -> _Axis:
+    """Logarithmic, if it may be, where values reach over three powers of ten; from 0 on where 0 is
+    near."""
     low, high = (min(max(v, -_LARGEST), _LARGEST) for v in (min(values), max(values)))
     start, end = _HEIGHT - _BOTTOM, _TOP
-    if low > 0 and high / low >= _LOG_FROM:
+    if may_be_log and low > 0 and high / low >= _LOG_FROM:
         return _Axis(math.log10(low), math.log10(high), start, end, is_log=True)
     if 0 <= low < high / 2:
         low = 0.0
@@ -182,9 +183,8 @@ def _value_axis(values: Sequence[float]) -> _Axis:
 
 def _frame(figure: Figure, x: _Axis, y: _Axis) -> str:
     """Grid, numbers and the name of the horizontal axis."""
-    parts = []
-    for value, place in y.marks(4):
-        label = short(value, is_share=figure.is_share)
+    parts, marks = [], y.marks(4)
+    for (_, place), label in zip(marks, _labels(figure, marks), strict=True):
         parts.append(
             f'<path class=grid d="M{_LEFT},{place:.1f}H{_WIDTH - _RIGHT}"/>'
             f'<text class=y x="{_LEFT - 5}" y="{place + 3.5:.1f}">{label}</text>'
@@ -198,6 +198,15 @@ def _frame(figure: Figure, x: _Axis, y: _Axis) -> str:
             )
     parts.append(f'<path class=axis d="M{_LEFT},{bottom}H{_WIDTH - _RIGHT}"/>')
     return "".join(parts)
+
+
+def _labels(figure: Figure, marks: Sequence[tuple[float, float]]) -> list[str]:
+    """Numbers at the axis, with as many digits as tell them apart."""
+    for digits in (4, 6, 8):
+        labels = [short(value, is_share=figure.is_share, digits=digits) for value, _ in marks]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
 
 
 def _curves(series: Series, x: _Axis, y: _Axis) -> str:

@@ -56,14 +56,15 @@ _KNOWN = (
     )),
     Group("Validation", (
         Figure("validation/accuracy", "Accuracy on rows that are not trained on", SHARE),
-        Figure("validation/kl", "KL(teacher, student) on these rows", NATS),
+        Figure("validation/kl", "KL(teacher, student) on the base's answers to them", NATS),
+        Figure("validation/teacher_advantage", "What the VTs add to log p of these, the teacher's",
+               NATS),
         Figure("validation/mean_tokens", "Mean length of an answer", TOKENS),
         Figure("validation/cap_rate", "Answers ended by the budget", SHARE),
     )),
     Group("Teacher guard", (
         Figure("validation/teacher_accuracy", "Teacher's accuracy on these rows, VTs in view",
                SHARE),
-        Figure("validation/teacher_advantage", "Teacher's advantage on these rows"),
         Figure("validation/teacher_dropped", "The teacher is worse than it was (1)"),
     )),
     Group("Optimiser", (
