@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import struct
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,11 @@ def logged(results: Path) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
+def await_next_second() -> None:
+    """Files are read in the order of their names, which begin with the second they are made in."""
+    time.sleep(1.0 - time.time() % 1.0)
+
+
 def test_event_files_hold_the_same_numbers(world: Path, tmp_path: Path) -> None:
     results = tmp_path / "r"
     changes: dict[str, Any] = {
@@ -63,6 +69,7 @@ def test_event_files_hold_the_same_numbers(world: Path, tmp_path: Path) -> None:
     assert [step for step, _ in first["loss"]] == [1, 2, 3, 4]
     assert [step for step, _ in first["validation/accuracy"]] == [0, 2, 4]
     # Resumed after step 2: what the first run wrote of steps 3 and 4 does not count any longer.
+    await_next_second()
     train(world, results, **changes, resume="2")
     assert len(list((results / "tensorboard").iterdir())) == 2
     again = events(results)
@@ -74,6 +81,7 @@ def test_a_run_from_the_start_forgets_earlier_ones(tmp_path: Path) -> None:
     """A run that was killed before its first state leaves events, from step 0 on."""
     env = DistEnv(0, 2, 0, 2, torch.device("cpu"))
     for value in (1.0, math.nan):
+        await_next_second()
         (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
         with MetricLogger(
             tmp_path / "metrics.jsonl", env, total_steps=2, progress=False, tensorboard=True
