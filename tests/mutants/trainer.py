@@ -6,6 +6,18 @@ from __future__ import annotations
 from tests.mutants import faults
 
 FAULTS = [
+    *faults("scripts/visual_opsd/training/event_files.py", "visual_opsd/training/test_services.py", [
+        ("resumed steps are there twice", ", purge_step=first)", ", purge_step=None)"),
+        ("the resumed step is dropped", "first = after + 1 if after else 0", "first = after"),
+        ("a failing writer ends the run", "        except Exception as error:\n            self._give_up(error)\n\n    def close",
+         "        except KeyError as error:\n            self._give_up(error)\n\n    def close"),
+    ]),
+    *faults("scripts/visual_opsd/training/trainer.py", "visual_opsd/training/test_services.py", [
+        ("a missing package is told late", "            on_main(env, check_tensorboard)\n", "            pass\n"),
+        ("a missing key is told late", "            on_main(env, self.wandb.check)\n", "            pass\n"),
+        ("a resumed run is another at wandb",
+         'self.wandb = self.wandb.continuing(resumed.extra.get("wandb_id"))', "pass"),
+    ]),
     *faults("scripts/visual_opsd/run_config.py",
             "visual_opsd/training/test_train_flags.py::test_where_a_run_begins", [
         ("auto_resume comes before resume", "specs = (self.resume, latest, self.resume_from)",

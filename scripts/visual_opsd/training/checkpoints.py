@@ -76,7 +76,7 @@ FREE_FIELDS = _BY_CONTENTS | frozenset((
     "cpu_offload", "teacher_cpu_offload", "gradient_accumulation_steps", "pack_tokens",
     "sample_batch_size", "loss_chunk_size", "activation_checkpointing", "checkpointed_layers",
     "compile_blocks", "wandb_project", "wandb_name", "wandb_offline",
-    "eval_every", "eval_data", "eval_split", "eval_limit", "keep_best", "early_stop",
+    "tensorboard", "eval_every", "eval_data", "eval_split", "eval_limit", "keep_best", "early_stop",
     "plan", "plan_gpus", "plan_gpu_gb", "dry_run",
 ))
 # fmt: on

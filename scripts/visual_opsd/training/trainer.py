@@ -57,6 +57,7 @@ from scripts.visual_opsd.training.checkpoints import (
     config_hash,
     load_checkpoint,
 )
+from scripts.visual_opsd.training.event_files import check_tensorboard
 from scripts.visual_opsd.training.memory_report import check_memory
 from scripts.visual_opsd.training.metrics import (
     MetricLogger,
@@ -128,6 +129,8 @@ class Trainer:
         if run.wandb_project:
             self.wandb = WandbSettings(run.wandb_project, run.wandb_name, run.wandb_offline)
             on_main(env, self.wandb.check)
+        if run.tensorboard:
+            on_main(env, check_tensorboard)
         # What forbids a start is said before minutes of loading.
         check_memory(config, objective, env)
         on_main(env, self._hold_folders)
@@ -218,6 +221,7 @@ class Trainer:
                 progress=run.progress,
                 wandb=self.wandb,
                 config=flat(config),
+                tensorboard=run.tensorboard,
             )
         )
         with self.stop, logger as self.log, closing(self._rows()) as rows:
