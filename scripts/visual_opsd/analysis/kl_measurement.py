@@ -17,6 +17,7 @@ from data.packing import context_length, group_by_tokens, pack
 from data.randomness import diagnostic_permutation, row_generator
 from data.sequence import Completion, Context, ContextBuilder
 from data.thinkmorph import Need, Row, RowNeeds, parse_row
+from data.answer_tags import answer_mask
 from data.visual_thoughts import CONTROLS, VT_MEANINGS, show_thoughts
 from modeling import BagelBundle
 from modeling.autoencoder import AutoEncoder
@@ -24,7 +25,6 @@ from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
 from scripts.visual_opsd.analysis.kl_statistics import (
     SampleDivergences,
-    answer_mask,
     columns_of,
 )
 from scripts.visual_opsd.cli import ROWS, SEEDS, SHARES, Settings, option
