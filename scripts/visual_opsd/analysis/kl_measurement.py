@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.answer_tags import answer_mask
 from data.limits import NO_LIMITS, ContextLimits
 from data.packing import context_length, group_by_tokens, pack
 from data.randomness import diagnostic_permutation, row_generator
 from data.sequence import Completion, Context, ContextBuilder
 from data.thinkmorph import Need, Row, RowNeeds, parse_row
-from data.answer_tags import answer_mask
 from data.visual_thoughts import CONTROLS, VT_MEANINGS, show_thoughts
 from modeling import BagelBundle
 from modeling.autoencoder import AutoEncoder
