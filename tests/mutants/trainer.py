@@ -6,6 +6,42 @@ from __future__ import annotations
 from tests.mutants import faults
 
 FAULTS = [
+    *faults("scripts/visual_opsd/training/figures.py", "visual_opsd/training/test_figures.py", [
+        ("a step is measured that should not be", "return self.every > 0 and step % self.every == 0",
+         "return self.every > 0"),
+        ("deciles are of all completions", "* DECILES // max(len(divergence), 1)", "* DECILES // 50"),
+        ("the answer is all there is", "divergence[inside].sum()", "divergence.sum()"),
+        ("given texts count", "is not None and not c.given]", "is not None]"),
+        ("the context's phrases are leaks", "partial(_context, row, decode)", "str"),
+        ("the longest is the ninetieth percentile", '"p90": 0.9', '"p90": 1.0'),
+        ("the least full rank is reported", "max(value, figures.get(name, 0.0))", "value"),
+        ("MFU is of one GPU's work", "(seconds * peak * self.env.world_size)", "(seconds * peak)"),
+        ("lengths are this rank's", "for part, _ in every for length in part", "for length in lengths"),
+        ("clip is over all of the vocabulary", '("gradient_removed", "gradient")',
+         '("gradient_removed", "tokens")'),
+    ]),
+    *faults("scripts/visual_opsd/training/flops.py", "visual_opsd/training/test_flops.py", [
+        ("the teacher learns", "            flops += head * row.scored\n",
+         "            flops += 3 * head * row.scored\n"),
+        ("nothing is sampled", "flops += text + images + head * len(completion.ids)", "pass"),
+        ("the control costs nothing", "for context in (row.teacher, row.control):",
+         "for context in (row.teacher,):"),
+        ("frozen weights learn", "if p.requires_grad)\n    return", ")\n    return"),
+    ]),
+    *faults("scripts/visual_opsd/training/leaks.py", "visual_opsd/training/test_leaks.py", [
+        ("parts of words count", r"(?<!\w)(?:{any_of})(?!\w)", "(?:{any_of})"),
+        ("case counts", "return text.lower()", "return text"),
+    ]),
+    *faults("scripts/visual_opsd/training/samples.py", "visual_opsd/training/test_figures.py", [
+        ("lists are of other completions", "zip(records, figures, strict=False)",
+         "zip(records[::-1], figures, strict=False)"),
+        ("NaN is written", "[v if math.isfinite(v) else None for v in vs]", "vs"),
+    ]),
+    *faults("scripts/visual_opsd/training/step.py", "visual_opsd/training/test_figures.py", [
+        ("a cache is not measured", "(teacher_hidden is not None or taught is not None)",
+         "teacher_hidden is not None"),
+        ("every step is measured", "if step.measured and (", "if ("),
+    ]),
     *faults("scripts/visual_opsd/run_config.py",
             "visual_opsd/training/test_train_flags.py::test_where_a_run_begins", [
         ("auto_resume comes before resume", "specs = (self.resume, latest, self.resume_from)",
@@ -96,8 +132,9 @@ FAULTS = [
          "        learning_rate = self.scheduler.get_last_lr()[0]\n        with",
          "        learning_rate = 0.0\n        with",
          "visual_opsd/training/test_trainer.py::test_what_a_run_leaves_behind"),
-        ("the last step is not logged", "% self.config.run.log_every == 0 or last or not finite",
-         "% self.config.run.log_every == 0 or not finite",
+        ("the last step is not logged",
+         "return step % self.config.run.log_every == 0 or step == self.config.optim.total_steps",
+         "return step % self.config.run.log_every == 0",
          "visual_opsd/training/test_trainer.py::test_what_a_run_leaves_behind"),
     ]),
     *faults("scripts/visual_opsd/training/trainer.py",
