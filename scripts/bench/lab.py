@@ -224,6 +224,7 @@ class Lab:
             "gradient_accumulation_steps": ACCUMULATION,
             "sample_max_new_tokens": 24 if tiny else self.args.tokens,
             "log_every": 1,
+            "figures_every": 0,
             "save_every": 1_000_000,
             "save_release": False,
             "samples_per_step": 0,

@@ -9,6 +9,9 @@ vocabulary. Memory is the peak beyond what was allocated before, both gradients 
 is that of four dense products of rows, width and vocabulary; the paper's form can pass below it,
 since two of its products leave out the gradient's zeros. The notes say where the time goes, in
 milliseconds for all rows.
+
+The note `figures` is of what a measured step adds (`token_figures`), on the scored rows of a step,
+beside the loss of as many; its peak must not pass the loss's.
 """
 
 from __future__ import annotations
@@ -25,10 +28,17 @@ from modeling import fast
 from scripts.bench.common import Machine, Report, finish, parser, start
 from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.loss.chunked import chunked_opsd_loss
+from scripts.visual_opsd.loss.token_figures import token_figures
 from scripts.visual_opsd.opsd_loss import LossConfig
 
 CHUNK = 512
 FORMS = {"paper": LossConfig(), "full": LossConfig(top_k=None, token_clip=None)}
+STEP_ROWS = 16368
+MEASURED = {
+    **FORMS,
+    "full_clip": LossConfig(top_k=None),
+    "tail": LossConfig(tail_bucket=True),
+}
 TARGET_MS = {"paper": 9.0, "full": 14.0}
 TARGET_GB = 1.3
 REFERENCE_MS, REFERENCE_GB = 12.8, 2.49  # of the paper's form; the other is not practical there
@@ -37,9 +47,9 @@ REFERENCE_MS, REFERENCE_GB = 12.8, 2.49  # of the paper's form; the other is not
 class Problem:
     """Hidden states and heads of both models, and labels."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, rows: int = 1024) -> None:
         self.machine = machine
-        self.rows = machine.size(1024, 64)
+        self.rows = machine.size(rows, 64)
         self.width, self.vocab = machine.size(3584, 64), machine.size(152064, 2000)
         self.chunk = machine.size(CHUNK, 32)
 
@@ -66,12 +76,21 @@ class Problem:
         )  # fmt: skip
         loss.backward()
 
-    def measure(self, config: LossConfig, repeats: int) -> tuple[list[float], float]:
-        """Milliseconds of each repeat, and bytes beyond what was there."""
-        times = [1e3 * s for s in self.machine.timed(lambda: self.step(config), repeats, 3)]
+    def figures(self, config: LossConfig) -> None:
+        token_figures(
+            self.hidden, self.head, self.teacher_hidden, self.teacher_head, self.labels, config,
+            chunk_size=self.chunk,
+        )  # fmt: skip
+
+    def measure(
+        self, config: LossConfig, repeats: int, call: Callable[[LossConfig], None] | None = None
+    ) -> tuple[list[float], float]:
+        """Milliseconds of each repeat, and bytes beyond what was there; call: None for `step`."""
+        call = call or self.step
+        times = [1e3 * s for s in self.machine.timed(lambda: call(config), repeats, 3)]
         self.drop_gradients()
         before = self.machine.reset_peak()
-        self.step(config)
+        call(config)
         extra = self.machine.peak() - before
         self.drop_gradients()
         return times, extra
@@ -187,10 +206,25 @@ def run(report: Report) -> None:
         return
     for rows in (problem.chunk, problem.chunk // 2):
         report.notes[f"products_ms_in_chunks_of_{rows}"] = product_times(problem, rows, repeats)
+    report.notes["figures"] = figures_beside_the_loss(report.machine, repeats)
     report.notes["kernels"] = fast.runs_kernels("loss", problem.head)
     if report.notes["kernels"]:
         report.notes["kernels_ms"] = kernel_times(problem, repeats)
         report.notes["paper_with_dense_products"] = dense_products(problem, repeats)
+
+
+def figures_beside_the_loss(machine: Machine, repeats: int) -> dict[str, dict[str, float]]:
+    """Median ms and GB of the loss and of a measured step's figures, on a step's scored rows."""
+    problem = Problem(machine, STEP_ROWS)
+    found = {}
+    for name, config in MEASURED.items():
+        of_form: dict[str, float] = {"rows": problem.rows}
+        for kind, call in (("loss", problem.step), ("figures", problem.figures)):
+            times, extra = problem.measure(config, min(repeats, 5), call)
+            of_form[f"{kind}_ms"] = round(statistics.median(times), 3)
+            of_form[f"{kind}_gb"] = round(extra / 1e9, 3)
+        found[name] = of_form
+    return found
 
 
 def dense_products(problem: Problem, repeats: int) -> dict[str, float]:

@@ -11,6 +11,15 @@ from pathlib import Path
 
 from scripts.visual_opsd.cli import ROWS, SEEDS, TIMEOUTS, TOGETHER, Settings, option
 
+# What is made only in a visual thought, or how the teacher's context names one (training/leaks.py).
+DEFAULT_LEAK_WORDS = (
+    "visual thought, visual thoughts, visual reference, visual references, reference image, "
+    "reference images, reference picture, reference pictures, edited image, generated image, "
+    "modified image, annotated image, updated image, marked image, highlighted image, "
+    "drawn line, drawn path, highlighted path, I drew, I have drawn, I've drawn, I highlighted, "
+    "I have highlighted, I've highlighted, my drawing, my sketch"
+)
+
 
 @dataclass(frozen=True)
 class RunSettings(Settings):
@@ -32,6 +41,15 @@ class RunSettings(Settings):
         choices=("stop", "continue"),
     )  # fmt: skip
     log_every: int = option(10, "steps between lines of `metrics.jsonl`", **ROWS)
+    figures_every: int = option(
+        1, "of the logged steps, those that are multiples of it are measured: forks, clip, "
+        "places, leaks, memory, MFU (TRAIN.md, section 6), and the lists of tokens in "
+        "`samples.jsonl`; 0: none", at_least=0, at_most=10**9,
+    )  # fmt: skip
+    leak_words: str = option(
+        DEFAULT_LEAK_WORDS, "phrases, separated by commas, by which a completion speaks of a "
+        "picture that the student never saw; the share of such completions is `leak_rate`"
+    )  # fmt: skip
     samples_per_step: int = option(
         2, "completions of rank 0 written to `samples.jsonl` at each step",
         at_least=0, at_most=2**20,

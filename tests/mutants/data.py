@@ -6,6 +6,10 @@ from __future__ import annotations
 from tests.mutants import faults
 
 FAULTS = [
+    *faults("data/answer_tags.py", "data/test_answer_tags.py", [
+        ("the first answer is the answer's span", "spans[-1] if spans else (0, 0)",
+         "spans[0] if spans else (0, 0)"),
+    ]),
     *faults("data/packing.py", "data/test_packing.py", [
         ("a pack of exactly the limit is split", "used + length > limit", "used + length >= limit"),
         ("the used tokens are not reset", "            used = 0\n        groups[-1]",

@@ -6,6 +6,24 @@ from __future__ import annotations
 from tests.mutants import faults
 
 FAULTS = [
+    *faults("scripts/visual_opsd/loss/token_figures.py", "visual_opsd/loss/test_token_figures.py", [
+        ("agreements are forks", "(~first.any(-1)).to(kind)", "first.any(-1).to(kind)"),
+        ("ties are forks", "log_t == log_t.amax(-1, keepdim=True)",
+         "log_t.cumsum(-1) == log_t.amax(-1, keepdim=True)"),
+        ("the overlap is of the student with itself", "_share_found(favourites, student.entries)",
+         "_share_found(student.entries, student.entries)"),
+        ("the mass is the student's own top-k's", "(on_favourites.logsumexp(-1) - lse).exp()",
+         "(own.logsumexp(-1) - lse).exp()"),
+        ("the clip's gradient is what is left", "norm(whole - slope)]", "norm(slope)]"),
+        ("the gradient's norm is at another T", "gradient.norm(dim=-1) / config.temperature",
+         "gradient.norm(dim=-1)"),
+        ("the tail is one logit", "            gradient[:, -1] *= tail_norm\n", "            pass\n"),
+        ("an entry's clip is a token's", 'by_entry = config.clip_scope == "entry"', "by_entry = True"),
+        ("a cached tail is softened as the others", "outside_t = 1.0 if softened else config.temperature",
+         "outside_t = config.temperature"),
+        ("chunks are as large where both models' logits are there",
+         "teacher_buffer = teacher_head.new_empty(logits_buffer.shape)", "pass"),
+    ]),
     *faults("scripts/visual_opsd/opsd_loss.py", "visual_opsd/test_opsd_loss.py", [
         ("forward and reverse are exchanged", "return log_t.exp() * (log_t - log_s)",
          "return log_s.exp() * (log_s - log_t)"),

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.answer_tags import answer_mask
 from data.limits import NO_LIMITS, ContextLimits
 from data.packing import context_length, group_by_tokens, pack
 from data.randomness import diagnostic_permutation, row_generator
@@ -24,7 +25,6 @@ from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
 from scripts.visual_opsd.analysis.kl_statistics import (
     SampleDivergences,
-    answer_mask,
     columns_of,
 )
 from scripts.visual_opsd.cli import ROWS, SEEDS, SHARES, Settings, option

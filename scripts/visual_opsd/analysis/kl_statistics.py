@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from data.visual_thoughts import CONTROLS, VT_KINDS
-from scripts.visual_opsd.evaluation.scoring import answer_spans, normal_quantile
+from scripts.visual_opsd.evaluation.scoring import normal_quantile
 
 PAPER_NOTE = (
     "The paper's 4.64 nats is another quantity: its script compares a teacher and a student text "
@@ -46,31 +46,6 @@ class SampleDivergences:
     def controls(self) -> list[str]:
         """The controls that were measured, in the order of `data.visual_thoughts.CONTROLS`."""
         return [kind for kind in CONTROLS if f"kl_{kind}" in self.columns]
-
-
-def answer_mask(
-    ids: Sequence[int], scored: Sequence[bool], decode: Callable[[list[int]], str]
-) -> np.ndarray:
-    """Which scored tokens are inside the last complete <answer>...</answer>, bool (tokens,).
-
-    A token that holds both a part of a tag and a part of the answer counts. Tokens are decoded
-    one by one: a character split over tokens becomes replacement marks, which moves no tag, as
-    every byte of a tag decodes to itself.
-
-    Args:
-        ids: the completion's; scored: as in `data.sequence.TextSegment`, one flag more than ids.
-    """
-    pieces = {token: decode([token]) for token in set(ids)}
-    text = "".join(pieces[token] for token in ids)
-    spans = answer_spans(text)
-    start, stop = spans[-1] if spans else (0, 0)
-    inside, position = [], 0
-    for token in ids:
-        end = position + len(pieces[token])
-        inside.append(position < stop and end > start)
-        position = end
-    inside.append(False)  # the label after the last id is the end of the completion
-    return np.array([a for a, s in zip(inside, scored, strict=True) if s], dtype=bool)
 
 
 # ---------------------------------------------------------------------------------- figures

@@ -13,11 +13,10 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from data.answer_tags import answer_spans
 from data.json_lines import read_given
 from scripts.visual_opsd.evaluation.store import SETTINGS_FILE, read_json
 
-# The last complete pair of tags; an earlier, unclosed <answer> is no part of it.
-_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?")
 _QUOTES = {'"': '"', "'": "'", "`": "`", "$": "$", "*": "*", "(": ")", "[": "]", "{": "}"}
 _QUOTES |= {"\u201c": "\u201d", "\u2018": "\u2019"}
@@ -27,11 +26,6 @@ ROW_KEY = ("dataset", "file", "row", "pid", "digest")
 
 
 # ---------------------------------------------------------------------------------- answers
-
-
-def answer_spans(text: str) -> list[tuple[int, int]]:
-    """Where the contents of complete <answer>...</answer> pairs begin and end, in order."""
-    return [match.span(1) for match in _ANSWER.finditer(text)]
 
 
 def extract_answer(text: str) -> str | None:

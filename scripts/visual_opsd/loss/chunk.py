@@ -79,7 +79,7 @@ def read_teacher(logits: Tensor, labels: Tensor, config: LossConfig) -> Target:
     if k is not None:
         values, entries = logits.topk(k, dim=-1, sorted=False)  # (c, k)
     lse, entropy, tail_lse = logits.new_empty(3, logits.shape[0], dtype=kind)
-    for part in _blocks(logits):
+    for part in token_blocks(logits):
         scaled = logits[part].to(kind) / temperature
         lse[part], entropy[part] = _statistics(scaled)
         if entries is not None and config.tail_bucket:
@@ -114,7 +114,7 @@ def chunk_loss(
     kind = compute_dtype(logits)
     count = len(STUDENT_FIGURES if target is None else FIGURES)
     figures = logits.new_empty(count, logits.shape[0], dtype=kind)
-    for part in _blocks(logits):
+    for part in token_blocks(logits):
         block = logits[part].to(kind)
         theirs = None if target is None else target.part(part)
         found, gradient = _block_loss(block, theirs, labels[part, None], config, form_gradient)
@@ -184,7 +184,7 @@ def _compare_top_k(
     if config.tail_bucket:
         tail_lse = scaled.scatter_(-1, entries, -math.inf).logsumexp(-1)
     log_s = _log_probs_on_support(values, lse, tail_lse)  # (r, K)
-    divergence, slope, forward_kl = _divergence(log_s, target.log_probs, config)
+    divergence, slope, forward_kl = divergence_and_slope(log_s, target.log_probs, config)
     if not form_gradient:
         return divergence, forward_kl, None
     slope = slope * _scale(config)
@@ -215,7 +215,7 @@ def _compare_events(
     tail_lse = logits.scatter_(-1, entries, -math.inf).logsumexp(-1, keepdim=True)
     events = torch.cat([values, tail_lse], dim=-1) / config.temperature
     log_s = F.log_softmax(events, dim=-1)  # (r, k + 1)
-    divergence, slope, forward_kl = _divergence(log_s, target.log_probs, config)
+    divergence, slope, forward_kl = divergence_and_slope(log_s, target.log_probs, config)
     if not form_gradient:
         return divergence, forward_kl, None
     slope = slope * (_scale(config) * target.weight[:, None])
@@ -232,7 +232,7 @@ def _compare_vocabulary(
     assert target.logits is not None and target.norm is not None
     log_s = scaled.sub_(lse[:, None])
     log_t = target.logits.to(scaled.dtype) / config.temperature - target.norm[:, None]
-    divergence, slope, forward_kl = _divergence(log_s, log_t, config)
+    divergence, slope, forward_kl = divergence_and_slope(log_s, log_t, config)
     if not form_gradient:
         return divergence, forward_kl, None
     slope_sum = slope.sum(-1, keepdim=True)
@@ -283,7 +283,9 @@ def _log_probs_on_support(values: Tensor, lse: Tensor, tail_lse: Tensor | None) 
     return torch.cat([values, tail_lse[:, None]], dim=-1) - lse[:, None]
 
 
-def _divergence(log_s: Tensor, log_t: Tensor, config: LossConfig) -> tuple[Tensor, Tensor, Tensor]:
+def divergence_and_slope(
+    log_s: Tensor, log_t: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor, Tensor]:
     """Divergence (r,), its slope in log s (r, K), both with clip and T^2, and forward KL (r,).
 
     `opsd_loss.divergence_terms` with its derivative; the two mixture terms share theirs, as that
@@ -314,7 +316,7 @@ def _divergence(log_s: Tensor, log_t: Tensor, config: LossConfig) -> tuple[Tenso
     return rows * square, slope.mul_(square), forward_kl
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
+def token_blocks(logits: Tensor) -> Iterator[slice]:
     """Slices of tokens small enough that an fp32 copy does not count."""
     tokens, vocab = logits.shape
     step = max(1, BLOCK_ELEMENTS // vocab)

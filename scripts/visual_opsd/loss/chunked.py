@@ -120,7 +120,7 @@ def chunked_token_weights(
     """
 
     def read(hidden: Tensor, head: Tensor) -> dict[str, Tensor]:
-        form = _choose_form(config, head)
+        form = choose_form(config, head)
         figures = _run_chunks(form, hidden, head, None, labels, config, chunk_size)
         return dict(zip(STUDENT_FIGURES, figures, strict=True))
 
@@ -157,7 +157,7 @@ def chunked_divergences(
     labels = torch.zeros(student_hidden.shape[0], dtype=torch.long, device=student_hidden.device)
     teacher = (teacher_hidden, teacher_head)
     _assert_fit(student_hidden, student_head, teacher, labels)
-    form = _choose_form(config, student_head, teacher_head)
+    form = choose_form(config, student_head, teacher_head)
     figures = _run_chunks(form, student_hidden, student_head, teacher, labels, config, chunk_size)
     found = dict(zip(FIGURES, figures, strict=True))
     return {
@@ -168,7 +168,7 @@ def chunked_divergences(
     }
 
 
-class _Form(Protocol):
+class Form(Protocol):
     """What `chunk` and `kernel_chunk` are: the arithmetic between the products."""
 
     def read_teacher(self, logits: Tensor, labels: Tensor, config: LossConfig) -> Target: ...
@@ -186,7 +186,7 @@ class _Form(Protocol):
     def scale_gradient(self, gradient: Tensor, factor: Tensor) -> Tensor: ...
 
 
-def _choose_form(config: LossConfig, *heads: Tensor, cached: bool = False) -> _Form:
+def choose_form(config: LossConfig, *heads: Tensor, cached: bool = False) -> Form:
     """The kernels if they compute this loss on the logits of these heads, otherwise torch.
 
     cached: the teacher's entries are given, which the kernels take where they are a top-k.
@@ -217,7 +217,7 @@ class _GradientInForward(torch.autograd.Function):
         weights: Tensor | None,  # (N,)
     ) -> tuple[Tensor, Tensor]:
         heads = (head, teacher[1]) if isinstance(teacher, tuple) else (head,)
-        form = _choose_form(config, *heads, cached=isinstance(teacher, Entries))
+        form = choose_form(config, *heads, cached=isinstance(teacher, Entries))
         wanted = [form_gradient and needed for needed in ctx.needs_input_grad[:2]]
         gradients = _Gradients(hidden, head, *wanted) if any(wanted) else None
         figures = _run_chunks(
@@ -256,7 +256,7 @@ _gradient_in_forward: Callable[..., tuple[Tensor, Tensor]] = _GradientInForward.
 
 
 def _run_chunks(
-    form: _Form,
+    form: Form,
     hidden: Tensor,
     head: Tensor,
     teacher: tuple[Tensor, Tensor] | Entries | None,

@@ -71,7 +71,8 @@ _BY_CONTENTS = frozenset(
 FREE_FIELDS = _BY_CONTENTS | frozenset((
     "results_dir", "checkpoint_dir", "data_root", "resume", "auto_resume", "resume_from",
     "take_over", "save_every", "save_release", "keep_last", "on_save_error", "log_every",
-    "samples_per_step", "progress", "timeout_s", "num_workers", "prefetch_factor", "max_bad_rate",
+    "samples_per_step", "figures_every", "leak_words", "progress", "timeout_s", "num_workers",
+    "prefetch_factor", "max_bad_rate",
     "max_nonfinite_steps", "device", "sharding_strategy", "num_shard", "num_replicate",
     "cpu_offload", "teacher_cpu_offload", "gradient_accumulation_steps", "pack_tokens",
     "sample_batch_size", "loss_chunk_size", "activation_checkpointing", "checkpointed_layers",

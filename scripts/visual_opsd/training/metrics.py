@@ -289,6 +289,11 @@ def phase_metrics(sums: Mapping[str, float], world_size: int) -> dict[str, float
     return seconds | rates
 
 
+def seconds_of(phases: Mapping[str, float]) -> float:
+    """Of all phases of a step, as `PhaseTimer.reduce` gives them."""
+    return sum(seconds for name, seconds in phases.items() if name.startswith("seconds/"))
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Peak GB (1e9 bytes) of this process: allocated on the GPU, or resident on the host."""
     if device.type == "cuda":

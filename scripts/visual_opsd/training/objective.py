@@ -116,6 +116,12 @@ class Objective(ABC):
         """Forward and backward of one pack, all losses added up."""
         return run_pack(rows, step)
 
+    def record(
+        self, scored: Sequence[ScoredRow], results: Sequence[PackResult], place: Workplace
+    ) -> None:
+        """Write down what else a step leaves behind, before its update; errors as in `label`."""
+        return
+
     def counts(
         self, scored: Sequence[ScoredRow], results: Sequence[PackResult], base: Base
     ) -> dict[str, float]:

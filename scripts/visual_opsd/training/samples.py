@@ -7,11 +7,14 @@ tokens: another device, another dtype, another implementation.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from data.json_lines import append_records, read_given
 from data.parquet import SlotItem
@@ -24,12 +27,14 @@ def write_samples(
     step: int,
     completions: Sequence[tuple[SlotItem[TrainRow], int, Completion]],
     decode: Callable[[list[int]], str],
+    figures: Sequence[Mapping[str, Tensor]] = (),
 ) -> None:
     """Append the completions of 0-based step `step`; the file counts steps from 1.
 
     completions: each with its row and its number among those of the row.
+    figures: of a measured step, those of each completion's scored tokens.
     """
-    records = [
+    records: list[dict[str, Any]] = [
         {
             "step": step + 1,
             "slot": item.slot,
@@ -47,7 +52,19 @@ def write_samples(
         }
         for item, number, completion in completions
     ]
+    for record, found in zip(records, figures, strict=False):
+        record |= token_lists(found)
     append_records(path, records)
+
+
+def token_lists(figures: Mapping[str, Tensor]) -> dict[str, list[float | None] | str]:
+    """What a record says of its scored tokens; JSON's null where a number is not finite."""
+    if not figures:
+        return {}
+    names = ("divergence", "student_entropy", "teacher_entropy")
+    rounded = {name: [round(value, 4) for value in figures[name].tolist()] for name in names}
+    lists = {n: [v if math.isfinite(v) else None for v in vs] for n, vs in rounded.items()}
+    return {**lists, "fork": "".join("01"[fork > 0] for fork in figures["fork"].tolist())}
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from modeling.bagel.config import SpecialTokens
 from modeling.bagel.flow import flow_loss
 from scripts.visual_opsd.config import OptimSettings
 from scripts.visual_opsd.loss.chunked import chunked_opsd_loss, chunked_token_weights
+from scripts.visual_opsd.loss.token_figures import token_figures
 from scripts.visual_opsd.opsd_loss import LossConfig, contrast
 from scripts.visual_opsd.processes import DistEnv
 from scripts.visual_opsd.scored_rows import ScoredRow, check_same_labels
@@ -40,12 +41,16 @@ def plan_packs(lengths: Sequence[int], accumulation: int, pack_tokens: int) -> l
 
 @dataclass
 class PackResult:
-    """What one forward and backward left behind; tensors stay on the device."""
+    """What one forward and backward left behind; tensors stay on the device.
+
+    tokens: of a measured step with a teacher, the figures of each scored token (`token_figures`).
+    """
 
     loss: Tensor
     stats: dict[str, Tensor]
     label_logprobs: Tensor
     rows: tuple[ScoredRow, ...]
+    tokens: dict[str, Tensor] | None = None
 
     @property
     def finite(self) -> bool:
@@ -74,6 +79,7 @@ class StepContext:
     scale: what the summed loss is multiplied by before the backward pass.
     flow_scale: the same for the flow-matching loss; None: nothing learns to draw.
     contrast: how much more what the rows' controls lack counts in the target (`opsd_loss`).
+    measured: whether the figures of each token are wanted.
     """
 
     student: Bagel
@@ -87,6 +93,7 @@ class StepContext:
     scale: float
     flow_scale: float | None = None
     contrast: float = 0.0
+    measured: bool = False
 
 
 def loss_scale(count: float, env: DistEnv, weight: float = 1.0) -> float:
@@ -122,12 +129,20 @@ def run_pack(
         if shared is not None and shared.features is not None:
             student_batch = student_batch.with_features(shared.features)
     student_batch = student_batch.to(step.device)
+    taught = None if cached is None else cached.to(step.device)
+    tokens: dict[str, Tensor] | None = None
 
     def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        nonlocal tokens
         theirs = None
         if teacher_hidden is not None:
             theirs = weight.detach() if step.teacher_head is None else step.teacher_head
         labels, weights = student_batch.score_labels, None
+        if step.measured and (teacher_hidden is not None or taught is not None):
+            tokens = token_figures(
+                hidden, weight, teacher_hidden, theirs, labels, step.loss,
+                chunk_size=step.chunk_size, cached=taught,
+            )  # fmt: skip
         if step.loss.weighs_tokens:
             weights = chunked_token_weights(
                 hidden, weight, teacher_hidden, theirs, labels, student_batch.score_counts,
@@ -135,8 +150,7 @@ def run_pack(
             )  # fmt: skip
         return chunked_opsd_loss(
             hidden, weight, teacher_hidden, theirs, labels, step.loss,
-            chunk_size=step.chunk_size, weights=weights,
-            cached=None if cached is None else cached.to(step.device),
+            chunk_size=step.chunk_size, weights=weights, cached=taught,
         )  # fmt: skip
 
     if step.flow_scale is None:
@@ -154,7 +168,7 @@ def run_pack(
         stats["mse"] = flow_sum.detach()
         stats["mse_rows"] = flow_sum.new_tensor(float(len(latents.velocity_rows)))
     logprobs = stats.pop("label_logprob")
-    return PackResult(loss_sum.detach(), stats, logprobs, tuple(rows))
+    return PackResult(loss_sum.detach(), stats, logprobs, tuple(rows), tokens)
 
 
 def _pack_like(

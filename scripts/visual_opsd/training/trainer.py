@@ -58,12 +58,14 @@ from scripts.visual_opsd.training.checkpoints import (
     load_checkpoint,
 )
 from scripts.visual_opsd.training.event_files import check_tensorboard
+from scripts.visual_opsd.training.figures import Measurement, means
 from scripts.visual_opsd.training.memory_report import check_memory
 from scripts.visual_opsd.training.metrics import (
     MetricLogger,
     PhaseTimer,
     WandbSettings,
     peak_memory_gb,
+    seconds_of,
 )
 from scripts.visual_opsd.training.models import adapter_config, build_models
 from scripts.visual_opsd.training.objective import Base, Objective, Workplace
@@ -142,6 +144,8 @@ class Trainer:
         self.stop = StopRequest()
         self.timer = self.timer_class(env.device)
         self.place = Workplace(env, self.base, self.student, self.timer, self.stop)
+        decode = self.base.tokenizer.decode
+        self.measurement = Measurement(run, env, self.student, decode, samples=objective.samples)
         self.step = 0  # completed optimiser steps
         self.validation = Validation(config.validation, validate, config.optim.total_steps)
         self.releases = ReleaseWriter(config, self.student, self.adapters, env)
@@ -391,10 +395,14 @@ class Trainer:
 
     def _update(self, scored: Sequence[ScoredRow], sums: dict[str, float]) -> None:
         """Packs, gradient, clipping, AdamW, EMA, metrics."""
+        due = self._is_logged(self.step + 1)
+        measured = due and self.measurement.is_due(self.step + 1)
         with self.timer("train", sum(row.length for row in scored)):
-            results = self._run_packs(scored, sums)
+            results = self._run_packs(scored, sums, measured)
             grad_norm = clip_grad_norm(self.trainable, self.config.optim.max_grad_norm)
-        figures = self._reduce(results, scored)
+        figures = self._reduce(results, scored, measured)
+        # Before the update: if it fails, the last completed step can still be saved.
+        self._together(lambda: self.objective.record(scored, results, self.place))
         finite = math.isfinite(float(grad_norm)) and math.isfinite(figures["loss"])
         learning_rate = self.scheduler.get_last_lr()[0]
         with self.timer("optimise"):
@@ -407,8 +415,10 @@ class Trainer:
         self.step += 1
         self.states.complete(self.step, finite, self._extra())
         phases = self.timer.reduce(self.env)
-        last = self.step == self.config.optim.total_steps
-        if self.step % self.config.run.log_every == 0 or last or not finite:
+        if measured:
+            tflop = figures["model_tflop"]
+            figures |= self.measurement.of_machine(scored, tflop, seconds_of(phases))
+        if due or not finite:
             figures |= {
                 **phases,
                 "grad_norm": float(grad_norm),
@@ -423,7 +433,13 @@ class Trainer:
         if not finite:
             self._note_nonfinite(results)
 
-    def _run_packs(self, scored: Sequence[ScoredRow], sums: dict[str, float]) -> list[PackResult]:
+    def _is_logged(self, step: int) -> bool:
+        """Whether the 1-based step has a line in metrics.jsonl, whatever becomes of it."""
+        return step % self.config.run.log_every == 0 or step == self.config.optim.total_steps
+
+    def _run_packs(
+        self, scored: Sequence[ScoredRow], sums: dict[str, float], measured: bool
+    ) -> list[PackResult]:
         config, objective, model = self.config, self.objective, self.base.model
         packs = plan_packs(
             [row.length for row in scored],
@@ -445,6 +461,7 @@ class Trainer:
             scale=loss_scale(sums["scored"], self.env),
             flow_scale=flow_scale,
             contrast=config.teacher.contrast,
+            measured=measured,
         )
         filler = empty_row(
             model.vision.patch_dim,
@@ -459,13 +476,18 @@ class Trainer:
 
     # ------------------------------------------------------------------------------ reporting
 
-    def _reduce(self, results: Sequence[PackResult], scored: Sequence[ScoredRow]) -> dict[str, Any]:
-        """What the objective reports of a step, from its sums over packs, rows and ranks."""
+    def _reduce(
+        self, results: Sequence[PackResult], scored: Sequence[ScoredRow], measured: bool
+    ) -> dict[str, Any]:
+        """What a step reports, from its sums over packs, rows and ranks."""
         sums: dict[str, float | Tensor] = {"loss": torch.stack([r.loss for r in results]).sum()}
         for name in results[0].stats:
             sums[name] = torch.stack([r.stats[name] for r in results]).sum()
         sums |= self.objective.counts(scored, results, self.base)
-        return self.objective.figures(all_reduce_sums(sums, self.env))
+        if measured:
+            sums |= attempt(lambda: self.measurement.sums(results, scored))
+        found = all_reduce_sums(sums, self.env)
+        return {**self.objective.figures(found), **means(found)}
 
     def _note_nonfinite(self, results: Sequence[PackResult]) -> None:
         """Name the rows of a skipped step; stop after too many in a row."""

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from data.limits import NO_LIMITS, ContextLimits
-from data.parquet import StepRows
+from data.parquet import SlotItem, StepRows
 from data.randomness import off_policy_uniform, row_generator
 from data.sequence import Completion, ContextBuilder, given_completion
 from data.thinkmorph import OPSD_ROWS, Row, parse_row
@@ -29,6 +29,7 @@ from scripts.visual_opsd.rows import (
     scoring_limits,
 )
 from scripts.visual_opsd.scored_rows import ScoredRow, score_completion
+from scripts.visual_opsd.training.figures import figures_of_rows
 from scripts.visual_opsd.training.objective import (
     ENCODING,
     Base,
@@ -113,6 +114,9 @@ class VisualOPSD(Objective):
         replay = config.run.replay_samples
         self.recorded = RecordedCompletions.read(replay) if replay else None
         self.samples = self.recorded is None
+        # Of the step under way: its number from 0, and the completions that samples.jsonl shows.
+        self.step = 0
+        self.shown: list[tuple[SlotItem[TrainRow], int, Completion]] = []
 
     def prepare(self, base: Base) -> PrepareOPSD:
         config = self.config
@@ -124,10 +128,7 @@ class VisualOPSD(Objective):
         return PrepareOPSD(builder, shown, seed, limits, latents, contrast_with, traced)
 
     def label(self, batch: StepRows[TrainRow], place: Workplace) -> list[ScoredRow]:
-        """The rows with their completions, which are also written to samples.jsonl.
-
-        A row that has several is scored as so many rows.
-        """
+        """The rows with their completions; a row that has several is scored as so many rows."""
         rows: Sequence[TrainRow] = batch.values
         seed, limit = self.config.run.global_seed, self.config.sample.max_forward_tokens
         if self.teacher_reads_latents:
@@ -135,12 +136,10 @@ class VisualOPSD(Objective):
             with place.timer("encode"), memory_errors(*ENCODING):
                 rows = encode_teachers(rows, place.base.vae, seed)
         taken = self.complete(batch, place)
-        if place.env.is_main:
-            path = Path(self.config.run.results_dir) / "samples.jsonl"
-            pairs = zip(batch.items, taken, strict=True)
-            all_of_them = ((item, n, c) for item, found in pairs for n, c in enumerate(found))
-            shown = list(islice(all_of_them, self.config.run.samples_per_step))
-            write_samples(path, batch.step, shown, place.base.tokenizer.decode)
+        pairs = zip(batch.items, taken, strict=True)
+        all_of_them = ((item, n, c) for item, found in pairs for n, c in enumerate(found))
+        self.shown = list(islice(all_of_them, self.config.run.samples_per_step))
+        self.step = batch.step
         scored = []
         for row, completions in zip(rows, taken, strict=True):
             teacher = row.teacher
@@ -150,6 +149,17 @@ class VisualOPSD(Objective):
                 for completion in completions
             ]
         return scored
+
+    def record(
+        self, scored: Sequence[ScoredRow], results: Sequence[PackResult], place: Workplace
+    ) -> None:
+        """The first completions of rank 0, whole, to samples.jsonl, with their tokens' figures."""
+        if not place.env.is_main:
+            return
+        path = Path(self.config.run.results_dir) / "samples.jsonl"
+        found = {id(row): figures for row, figures in figures_of_rows(results)}
+        figures = [found[id(row)] for row in scored[: len(self.shown)]]
+        write_samples(path, self.step, self.shown, place.base.tokenizer.decode, figures)
 
     def complete(self, batch: StepRows[TrainRow], place: Workplace) -> list[list[Completion]]:
         """The completions of each row: the student's or recorded ones, or its text trace alone.

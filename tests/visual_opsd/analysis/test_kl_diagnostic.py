@@ -31,7 +31,6 @@ from scripts.visual_opsd.analysis.kl_measurement import DiagnosticRow, attach, c
 from scripts.visual_opsd.analysis.kl_statistics import (
     COLUMNS,
     SampleDivergences,
-    answer_mask,
     describe,
     gap_closed,
     go_test,
@@ -447,33 +446,6 @@ def test_same_model_and_context_differ_by_nothing() -> None:
     cut = attach(2, rows[2], ends[1], room)
     assert cut.completion.ids == ends[1].ids[:-3]
     assert cut.completion.count == len(cut.completion.ids)
-
-
-@pytest.mark.parametrize(
-    ("pieces", "expected"),
-    [
-        (["<answer>", "L", ",", "R", "</answer>"], "01110"),
-        (["<", "answer", ">L", ",", "R</", "answer", ">"], "0011100"),
-        (["<answer>", "A", "</answer>", "<answer>", "B", "C", "</answer>"], "0000110"),
-        (["<answer>", "A", "</answer>", "<answer>", "B"], "01000"),
-        (["<answer>", "A", "B"], "000"),
-        (["no", " answer"], "00"),
-        (["<answer>", "</answer>"], "00"),
-        (["<answer>\ufffd", "\ufffd", "\ufffd</answer>"], "111"),  # a character over three tokens
-        (["<think>", "x<answer>y</answer>z", "w"], "010"),
-    ],
-)
-def test_answer_mask(pieces: list[str], expected: str) -> None:
-    def decode(ids: list[int]) -> str:
-        return "".join(pieces[i] for i in ids)
-
-    ids = list(range(len(pieces)))
-    mask = answer_mask(ids, [True] * (len(ids) + 1), decode)
-    assert "".join(str(int(x)) for x in mask) == expected + "0"  # the end is no answer
-    # Forced tokens have no row; what remains keeps its verdict.
-    scored = [i % 2 == 0 for i in range(len(ids) + 1)]
-    half = answer_mask(ids, scored, decode)
-    assert half.tolist() == [bool(m) for m, s in zip(mask, scored, strict=True) if s]
 
 
 def samples_of(*values: tuple[list[float], list[float], list[int]]) -> list[SampleDivergences]:

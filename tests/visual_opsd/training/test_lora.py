@@ -32,7 +32,7 @@ from tests.visual_opsd.training.trainers import (
     metrics,
     moved,
     one_process,
-    samples,
+    rollout,
     train,
     weights,
 )
@@ -61,7 +61,7 @@ def test_first_step_is_that_of_full_training(world: Path, tmp_path: Path, mode: 
     full = train(world, tmp_path / "full", teacher_mode=mode)
     lora = train(world, tmp_path / "lora", teacher_mode=mode, **LORA)
     (ours,), (theirs,) = metrics(tmp_path / "lora"), metrics(tmp_path / "full")
-    assert samples(tmp_path / "lora") == samples(tmp_path / "full")
+    assert rollout(tmp_path / "lora") == rollout(tmp_path / "full")
     assert ours["loss"] == theirs["loss"] > 0 and ours["grad_norm"] != theirs["grad_norm"]
     assert full.teacher is not None and lora.teacher is not None
     assert lora.teacher.model is None and (lora.ema is None) == (mode != "ema")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from modeling.release.adapters import read_adapter
+from scripts.visual_opsd.training.figures import FIELDS
 from tests.visual_opsd.launching import HERE, launch
 from tests.visual_opsd.training.step_cases import CASES, TWO_RANKS, Recipe, Run, run_case
 from tests.visual_opsd.training.step_oracle import recompute
@@ -112,6 +113,13 @@ def assert_adapters_as_alone(world: Path, two: Path) -> None:
         adapters[name] = read_adapter(two / name / "checkpoints" / "adapter_0000003")[1]
     assert len(lines["alone"]) == len(lines["adapters"]) == 3
     assert lines["adapters"] == [pytest.approx(pair, rel=1e-4) for pair in lines["alone"]]
+    # What is measured of tokens and completions is of both ranks' rows.
+    found, alone = (
+        {name: metrics(two / run)[0][name] for name in FIELDS if name in metrics(two / run)[0]}
+        for run in ("adapters", "alone")
+    )
+    assert found.pop("host_memory_gb") > 0 and alone.pop("host_memory_gb") > 0
+    assert found == pytest.approx(alone, rel=1e-4) and len(found) > 20
     assert lines["resumed"][-1] == pytest.approx(lines["adapters"][-1], rel=1e-4)
     for name, tensor in adapters["alone"].items():
         for other in ("adapters", "resumed"):

@@ -23,6 +23,7 @@ from data.sequence import ImageSegment
 from modeling import load_bagel
 from scripts.visual_opsd.cli import flat, parse_config
 from scripts.visual_opsd.config import TrainConfig
+from scripts.visual_opsd.training.figures import FIELDS
 from scripts.visual_opsd.training.text_sft import TextSFT
 from tests.data.synthetic import write_dataset
 from tests.visual_opsd.training.trainers import (
@@ -32,6 +33,7 @@ from tests.visual_opsd.training.trainers import (
     metrics,
     moved,
     one_process,
+    rollout,
     samples,
     train,
     weights,
@@ -96,7 +98,7 @@ def test_noise_changes_the_loss_and_nothing_of_the_rollout(
     for workers in (0, 1):
         results = tmp_path / str(workers)
         train(world, results, noise_vt=True, num_workers=workers)
-        assert samples(results) == samples(recorded)[:2]
+        assert rollout(results) == rollout(recorded)[:2]
     assert metrics(tmp_path / "0")[0]["loss"] == metrics(tmp_path / "1")[0]["loss"]
     assert metrics(tmp_path / "0")[0]["loss"] != metrics(recorded)[0]["loss"]
 
@@ -246,8 +248,8 @@ def assert_same_steps(ours: Path, theirs: Path) -> None:
             assert mine[name] == pytest.approx(other[name], rel=1e-4), name
         for name in ("scored_tokens", "completion_length", "rows_read"):
             assert mine[name] == other[name], name
-    first = {line["slot"]: line for line in samples(theirs) if line["step"] == 1}
-    for mine in samples(ours):
+    first = {line["slot"]: line for line in rollout(theirs) if line["step"] == 1}
+    for mine in rollout(ours):
         if mine["step"] == 1:
             other = first[mine["slot"]]
             assert mine.pop("logprobs") == pytest.approx(other["logprobs"], abs=1e-5)
@@ -267,7 +269,7 @@ def test_replayed_completions_give_the_same_run(
             assert mine[name] == pytest.approx(other[name], rel=1e-6), name
         # The file keeps seven digits of each log-probability.
         assert mine["sampler_gap"] == pytest.approx(other["sampler_gap"], abs=2e-7)
-    assert samples(tmp_path) == samples(recorded)
+    assert samples(tmp_path) == samples(recorded)  # figures of tokens too
 
 
 def test_the_sampler_gap_is_a_mean_over_labels(world: Path, recorded: Path, tmp_path: Path) -> None:
@@ -305,7 +307,7 @@ def test_what_a_run_leaves_behind(world: Path, tmp_path: Path) -> None:
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 5]  # and the last one
     for line in lines:
-        assert line.keys() == NAMES
+        assert line.keys() - set(FIELDS) == NAMES
         assert all(math.isfinite(value) for value in line.values())
         assert 0 < line["sampler_gap"] <= 1e-4
         assert 0 < line["teacher_topk_mass"] <= 1.000001

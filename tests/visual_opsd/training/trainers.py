@@ -96,6 +96,12 @@ def samples(results: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (results / "samples.jsonl").read_text().splitlines()]
 
 
+def rollout(results: Path) -> list[dict[str, Any]]:
+    """The samples without what the training forward found of their tokens."""
+    found = ("divergence", "student_entropy", "teacher_entropy", "fork")
+    return [{k: v for k, v in record.items() if k not in found} for record in samples(results)]
+
+
 def weights(model: Any) -> dict[str, Tensor]:
     """Whole tensors of a sharded model, copied."""
     return {name: tensor.clone() for name, tensor in iter_full_state(model)}

@@ -47,6 +47,8 @@ from scripts.visual_opsd.scored_rows import score_completion, score_targets
 from scripts.visual_opsd.training.checkpoints import save_checkpoint
 from scripts.visual_opsd.training.eight_bit_adamw import EightBitAdamW
 from scripts.visual_opsd.training.host_adamw import HostAdamW
+from scripts.visual_opsd.training.leaks import LeakProbe
+from scripts.visual_opsd.training.metrics import read_metrics
 from scripts.visual_opsd.training.sharding import (
     check_precision,
     ema_update,
@@ -75,7 +77,7 @@ FUNCTIONS: tuple[Callable[..., Any], ...] = (
 )  # fmt: skip
 METHODS: tuple[tuple[type, str], ...] = (
     (DataLoader, "__init__"), (StepLoader, "__init__"), (StepOrder, "__init__"),
-    (RejectLedger, "__init__"), (ContextBuilder, "__init__"),
+    (RejectLedger, "__init__"), (ContextBuilder, "__init__"), (LeakProbe, "__init__"),
 )  # fmt: skip
 
 OPTIMIZERS = {torch.optim.AdamW: "gpu", HostAdamW: "host", EightBitAdamW: "8bit"}
@@ -448,6 +450,15 @@ def training_rows(places: Mapping[str, Path], tag: str) -> dict[str, Arrival]:
             lambda run: [n for n in range(1, run.given["total_steps"] + 1)
                          if n % run.given["log_every"] == 0 or n == run.given["total_steps"]],
         ),
+        "figures_every": Arrival(
+            [0, 1, 2, 3],
+            lambda run: [line["step"] for line in read_metrics(run.results / "metrics.jsonl")
+                         if "model_tflop" in line],
+            lambda run: [n for n in logged_steps(run.results)
+                         if run.given["figures_every"] and n % run.given["figures_every"] == 0],
+        ),
+        "leak_words": Arrival(["the elf", "I drew, my map"],
+                              lambda run: run.one("LeakProbe.__init__", "phrases")),
         "sharding_strategy": Arrival(["HYBRID_SHARD", "FULL_SHARD"],
                                      lambda run: run.one("mesh_shape", "sharding_strategy")),
         "num_shard": Arrival([2, 4], lambda run: run.one("mesh_shape", "num_shard")),
