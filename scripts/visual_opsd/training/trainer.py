@@ -57,6 +57,7 @@ from scripts.visual_opsd.training.checkpoints import (
     config_hash,
     load_checkpoint,
 )
+from scripts.visual_opsd.training.guard import TeacherGuard
 from scripts.visual_opsd.training.memory_report import check_memory
 from scripts.visual_opsd.training.metrics import (
     MetricLogger,
@@ -81,6 +82,7 @@ from scripts.visual_opsd.training.step import (
     loss_scale,
     plan_packs,
 )
+from scripts.visual_opsd.training.teacher_distance import TeacherDistance
 from scripts.visual_opsd.training.validation import Validate, Validation
 
 _SHOWN = {"loss": ".4f", "grad_norm": ".3f", "completion_length": ".1f"}
@@ -140,7 +142,15 @@ class Trainer:
         self.timer = self.timer_class(env.device)
         self.place = Workplace(env, self.base, self.student, self.timer, self.stop)
         self.step = 0  # completed optimiser steps
-        self.validation = Validation(config.validation, validate, config.optim.total_steps)
+        self.guard: TeacherGuard | None = None
+        distance: TeacherDistance | None = None
+        if self.teacher is not None:
+            distance = TeacherDistance(config, self.place, self.teacher, self.prepare, self.dtype)
+            if config.validation.teacher_guard != "off":
+                self.guard = TeacherGuard(config.validation, self.teacher)
+        self.validation = Validation(
+            config.validation, validate, config.optim.total_steps, distance, self.guard
+        )
         self.releases = ReleaseWriter(config, self.student, self.adapters, env)
         self.states = StateKeeper(run, self.state, self._saved_config(), env)
         self._restore()
@@ -161,7 +171,8 @@ class Trainer:
 
     @property
     def state(self) -> TrainingState:
-        return TrainingState(self.student, self.optimizer, self.scheduler, self.ema)
+        kept = None if self.guard is None else self.guard.kept
+        return TrainingState(self.student, self.optimizer, self.scheduler, self.ema, kept)
 
     def _saved_config(self) -> dict[str, Any]:
         """What is stored with checkpoints and must be the same on a resume."""
@@ -270,7 +281,8 @@ class Trainer:
             return False
         is_best = validation.note(self.step, figures)
         self.states.note(self._extra())
-        self.log.message(validation.describe(figures))
+        for text in (validation.describe(figures), *validation.messages):
+            self.log.message(text)
         self._together(lambda: self.log.log(self.step, figures))
         # Before the first step it is the base, which lies where it was read.
         if is_best and self.step and validation.settings.keep_best:
@@ -441,6 +453,9 @@ class Trainer:
             scale=loss_scale(sums["scored"], self.env),
             flow_scale=flow_scale,
             contrast=config.teacher.contrast,
+            # A pack whose students all see all images would run the ViT once, others twice: ranks
+            # would wait for each other.
+            shares_features=not config.rollout.vt_rehearsal,
         )
         filler = empty_row(
             model.vision.patch_dim,

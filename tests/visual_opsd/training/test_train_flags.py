@@ -184,7 +184,7 @@ def test_validation(runs: list[TrainRun], monkeypatch: pytest.MonkeyPatch, tmp_p
     accuracies = iter((0.0,))
 
     def measure(self: Any, step: int, *_: Any) -> dict[str, float]:
-        measured.append((step, len(self.rows)))
+        measured.append((step, len(self.indices)))
         return {"accuracy": next(accuracies)}
 
     monkeypatch.setattr(StudentValidation, "__call__", measure)

@@ -86,7 +86,11 @@ def validation_is_shared(world: Path, out: Path, env: DistEnv) -> None:
     validate, seen = trainer.validation.validate, []
 
     class Recorded:
-        identity = validate.identity
+        identity, rows = validate.identity, staticmethod(validate.rows)
+
+        @property
+        def answers(self) -> Any:
+            return validate.answers
 
         def __call__(self, step: int, *args: Any) -> dict[str, float]:
             seen.append(validate(step, *args))
