@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +98,21 @@ class StudentValidation:
         Raises:
             ValueError: too many cannot be used.
         """
+        self._check(self.asked)
+        if self.of_teacher is not None:
+            try:
+                self._check(self.of_teacher)
+            except ValueError as error:
+                raise ValueError(f"for the teacher (--teacher_guard): {error}") from error
 
-        def mine(asked: Asked) -> list[Reject]:
+    def _check(self, asked: Asked) -> None:
+        def mine() -> list[Reject]:
             share = self.indices[self.env.rank :: self.env.world_size]
             made = (prepare_row(*asked.pool.locate(i), asked.prepare, i) for i in share)
             return [item for item in made if isinstance(item, Reject)]
 
-        for asked in (self.asked, self.of_teacher):
-            if asked is not None:
-                parts = gather_objects(attempt(partial(mine, asked)))
-                rejects = [reject for part in parts for reject in part]
-                check_bad_rate(rejects, len(self.indices), asked.config.evaluate.max_bad_rate)
+        rejects = [reject for part in gather_objects(attempt(mine)) for reject in part]
+        check_bad_rate(rejects, len(self.indices), asked.config.evaluate.max_bad_rate)
 
     def __call__(
         self, step: int, model: Bagel, should_stop: Callable[[], bool] = lambda: False

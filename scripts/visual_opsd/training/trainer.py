@@ -142,15 +142,7 @@ class Trainer:
         self.timer = self.timer_class(env.device)
         self.place = Workplace(env, self.base, self.student, self.timer, self.stop)
         self.step = 0  # completed optimiser steps
-        self.guard: TeacherGuard | None = None
-        distance: TeacherDistance | None = None
-        if self.teacher is not None:
-            distance = TeacherDistance(config, self.place, self.teacher, self.prepare, self.dtype)
-            if config.validation.teacher_guard != "off":
-                self.guard = TeacherGuard(config.validation, self.teacher)
-        self.validation = Validation(
-            config.validation, validate, config.optim.total_steps, distance, self.guard
-        )
+        self.validation = self._make_validation(validate)
         self.releases = ReleaseWriter(config, self.student, self.adapters, env)
         self.states = StateKeeper(run, self.state, self._saved_config(), env)
         self._restore()
@@ -169,9 +161,19 @@ class Trainer:
         self.optimizer = make_optimizer(self.trainable, optim, self.env.device)
         self.scheduler = LambdaLR(self.optimizer, lambda step: learning_rate_factor(step, optim))
 
+    def _make_validation(self, validate: Validate | None) -> Validation:
+        config, teacher = self.config, self.teacher
+        settings, total_steps = config.validation, config.optim.total_steps
+        if validate is None or teacher is None:
+            return Validation(settings, validate, total_steps)
+        distance = TeacherDistance(config, self.place, teacher, self.prepare, self.dtype)
+        guard = None if settings.teacher_guard == "off" else TeacherGuard(settings, teacher)
+        return Validation(settings, validate, total_steps, distance, guard)
+
     @property
     def state(self) -> TrainingState:
-        kept = None if self.guard is None else self.guard.kept
+        guard = self.validation.guard
+        kept = None if guard is None else guard.kept
         return TrainingState(self.student, self.optimizer, self.scheduler, self.ema, kept)
 
     def _saved_config(self) -> dict[str, Any]:
