@@ -282,7 +282,8 @@ def test_memory_of_a_guard() -> None:
     config = replace(TrainConfig(loss=LossSettings()), validation=settings)
     off = footprint(validated_rows=64)
     assert VisualOPSD(config).teacher is not None
-    for adapted in ({}, {"lora_rank": 8, "lora_targets": ("q_proj",)}):
+    variants: tuple[dict[str, Any], ...] = ({}, {"lora_rank": 8, "lora_targets": ("q_proj",)})
+    for adapted in variants:
         plans = {}
         for guard in ("off", "warn", "rollback"):
             of = replace(off, **adapted, teacher_guard=guard)
