@@ -191,7 +191,7 @@ class Validation:
         self._base = self.progress.base
         if step == 0:
             parts = gather_objects(store_completions(self.validate.answers))
-            self._base = {index: part[index] for part in parts for index in part}
+            self._base = dict(sorted(pair for part in parts for pair in part.items()))
         if self._base is None and not self._explained:
             self._explained = True
             self.messages.append(

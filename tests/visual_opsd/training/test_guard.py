@@ -123,7 +123,7 @@ def test_resumed_runs_are_the_same(
         assert lines(tmp_path / "r") == expected
         assert not moved(weights(whole.student), weights(resumed.student))
         for one, other in zip(whole.ema.parameters(), resumed.ema.parameters(), strict=True):  # type: ignore[union-attr]
-            assert torch.equal(one.to_local(), other.to_local())  # type: ignore[attr-defined]
+            assert torch.equal(one.to_local(), other.to_local())
 
 
 def test_flags_that_change_on_a_resume(
@@ -160,7 +160,7 @@ def test_figures_of_other_rows_are_not_compared() -> None:
             self.follows = True
 
     teacher = Idle()
-    guard = TeacherGuard(ValidationSettings(1, "x", teacher_guard="freeze"), teacher)  # type: ignore[arg-type]
+    guard = TeacherGuard(ValidationSettings(1, "x", teacher_guard="freeze"), teacher)
     guard.resume(GuardProgress(0.9, 4, stands=False), same=False)
     figures, said = guard.judge(5, 0.2)
     assert not said and not figures["validation/teacher_dropped"] and teacher.follows

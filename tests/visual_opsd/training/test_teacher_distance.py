@@ -60,12 +60,12 @@ def test_recomputed(world: Path, tmp_path: Path, flags: dict[str, Any]) -> None:
         student, teacher = weights(trainer.student), weights(trainer.ema)
     files = sorted((world / "Spatial_Navigation" / "data").glob("heldout-*.parquet"))
     rows = ParquetDataset("Spatial_Navigation", files)
-    prepare = replace(trainer.objective.prepare(trainer.base), with_trace=False)  # type: ignore[type-var]
+    prepare: Any = replace(trainer.objective.prepare(trainer.base), with_trace=False)  # type: ignore[type-var]
     base, special = load_bagel(TINY_BAGEL), trainer.base.special
     kl, advantage, tokens = 0.0, 0.0, 0
     with torch.no_grad():
         for index in range(5):
-            row = prepare(rows.read_row(index, index))  # type: ignore[operator]
+            row = prepare(rows.read_row(index, index))
             (completion,) = sample_completions(
                 base.model, [row.student], [index], tokenizer=base.tokenizer, special=special,
                 settings=replace(trainer.config.sample.sampler(), do_sample=False), seed=0, step=0,
