@@ -34,9 +34,9 @@ class ValidationSettings(Settings):
     )  # fmt: skip
 
     teacher_guard: str = option(
-        "off", "also answer the rows with the teacher's weights and the real VTs in view; when its "
-        "accuracy has dropped, `warn` says so, `freeze` has it follow the student no longer, "
-        "`rollback` takes it back to its best validation and leaves it there (both with "
+        "off", "unless `off`, the teacher's weights answer the rows too, the real VTs in view; when "
+        "their accuracy has dropped, `warn` says so, `freeze` has the teacher follow the student "
+        "no longer, `rollback` takes it back to its best validation and leaves it there (both with "
         "`--teacher_mode ema` alone)", choices=TEACHER_GUARDS,
     )  # fmt: skip
     guard_drop: float = option(
