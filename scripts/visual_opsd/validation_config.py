@@ -36,8 +36,8 @@ class ValidationSettings(Settings):
     teacher_guard: str = option(
         "off", "unless `off`, the teacher's weights answer the rows too, the real VTs in view; "
         "when their accuracy has dropped, `warn` says so, `freeze` has the teacher follow the "
-        "student no longer, `rollback` takes it back to its best validation and leaves it there (both "
-        "with `--teacher_mode ema` alone)", choices=TEACHER_GUARDS,
+        "student no longer, `rollback` takes it back to its best validation and leaves it there "
+        "(both with `--teacher_mode ema` alone)", choices=TEACHER_GUARDS,
     )  # fmt: skip
     guard_drop: float = option(
         0.1, "how far below the teacher's best accuracy so far is a drop, as a share of the rows",

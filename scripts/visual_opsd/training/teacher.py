@@ -46,6 +46,10 @@ class Teacher:
         self.ema: nn.Module | None = model if mode == "ema" else None
         self.follows = True
 
+    @property
+    def _scores(self) -> Bagel:
+        return self.model if self.model is not None else self.student
+
     def shares_features(self, device: torch.device) -> bool:
         """Whether the student takes the teacher's ViT outputs of the images both see.
 
@@ -58,8 +62,7 @@ class Teacher:
     @torch.no_grad()
     def hidden(self, batch: PackedBatch, share: SharedFeatures | None = None) -> Tensor:
         """Hidden states of the scored rows, (S, H) in the compute dtype. A collective."""
-        model = self.model if self.model is not None else self.student
-        hidden: Tensor = model(batch, head=lambda hidden, weight: hidden, share=share)
+        hidden: Tensor = self._scores(batch, head=lambda hidden, weight: hidden, share=share)
         return hidden
 
     def head(self, dtype: torch.dtype) -> Tensor | None:
@@ -71,7 +74,7 @@ class Teacher:
     @contextmanager
     def gathered(self) -> Iterator[Bagel]:
         """Its whole weights, as `summon_full_params` gives them; all ranks enter and leave."""
-        with summon_full_params(self.model if self.model is not None else self.student) as plain:
+        with summon_full_params(self._scores) as plain:
             assert isinstance(plain, Bagel)
             yield plain
 
