@@ -81,6 +81,7 @@ _KNOWN = (
         Figure("eos_rate", "Ended by the student itself", SHARE),
         Figure("empty_rate", "Empty", SHARE),
         Figure("image_skip_rate", "Asked for an image and went on", SHARE),
+        Figure("rehearsal_rate", "The student saw the visual thoughts", SHARE),
         Figure("truncated_rate", "Cut to the longest sequence", SHARE),
         Figure("scored_tokens", "Scored tokens of a step", TOKENS),
     )),
