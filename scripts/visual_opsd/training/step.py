@@ -74,6 +74,7 @@ class StepContext:
     scale: what the summed loss is multiplied by before the backward pass.
     flow_scale: the same for the flow-matching loss; None: nothing learns to draw.
     contrast: how much more what the rows' controls lack counts in the target (`opsd_loss`).
+    shares_features: where it can, the student takes the teacher's ViT outputs.
     """
 
     student: Bagel
@@ -87,6 +88,7 @@ class StepContext:
     scale: float
     flow_scale: float | None = None
     contrast: float = 0.0
+    shares_features: bool = True
 
 
 def loss_scale(count: float, env: DistEnv, weight: float = 1.0) -> float:
@@ -114,7 +116,8 @@ def run_pack(
         blind: PackedBatch | None = None
         if step.contrast:
             blind = _pack_like(student_batch, [row.control for row in rows], rows, step)
-        shared = shared_images(rows) if step.teacher.shares_features(step.device) else None
+        shares = step.shares_features and step.teacher.shares_features(step.device)
+        shared = shared_images(rows) if shares else None
         teacher_hidden = step.teacher.hidden(batch.to(step.device), shared)
         if blind is not None:
             control = step.teacher.hidden(blind.to(step.device))
@@ -211,6 +214,7 @@ _MEANS = {
     "truncated_rate": ("truncated", "sequences"),
     "weightless_rate": ("weightless", "rows"),
     "off_policy_rate": ("off_policy", "sequences"),
+    "rehearsal_rate": ("rehearsed", "sequences"),
     "completion_length": ("completion_tokens", "completions"),
     "cap_rate": ("capped", "completions"),
     "eos_rate": ("ended", "completions"),

@@ -46,6 +46,10 @@ _KNOWN = (
     Group("Validation", (
         Figure("validation/accuracy", "Accuracy on rows that are not trained on", SHARE,
                "validation/low", "validation/high"),
+        Figure("validation/teacher_accuracy", "The teacher's, with visual thoughts in view", SHARE,
+               "validation/teacher_accuracy_low", "validation/teacher_accuracy_high"),
+        Figure("validation/kl", "KL(teacher, student) on the base's answers", NATS),
+        Figure("validation/teacher_advantage", "What visual thoughts tell the teacher there", NATS),
         Figure("validation/mean_tokens", "Mean length of an answer", TOKENS),
         Figure("validation/cap_rate", "Answers ended by the budget", SHARE),
     )),
@@ -59,6 +63,7 @@ _KNOWN = (
         Figure("eos_rate", "Ended by the student itself", SHARE),
         Figure("empty_rate", "Empty", SHARE),
         Figure("image_skip_rate", "Asked for an image and went on", SHARE),
+        Figure("rehearsal_rate", "The student saw the visual thoughts", SHARE),
         Figure("truncated_rate", "Cut to the longest sequence", SHARE),
         Figure("scored_tokens", "Scored tokens of a step", TOKENS),
     )),
