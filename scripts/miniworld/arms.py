@@ -68,7 +68,7 @@ def arm_flags(arm: str) -> tuple[str, ...]:
     if arm in VT_KINDS:
         return flags(vt=arm)
     if kind == "contrast" and value:
-        return flags(contrast=value, contrast_with="noise")
+        return flags(contrast=value)  # with noise
     if kind == "guard" and value:
         return (*VALIDATION, *flags(teacher_guard=value))
     if kind == "rehearsal" and value:
