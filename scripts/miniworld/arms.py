@@ -223,7 +223,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not there yet; 1 when an arm failed."""
-    args, args.train_flags = build_parser().parse_known_args(argv)
+    args, train_flags = build_parser().parse_known_args(argv)
+    args.train_flags = train_flags
     arms = args.arms.split(",")
     for arm in arms:
         arm_flags(arm)
