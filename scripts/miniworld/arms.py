@@ -28,7 +28,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,7 @@ def pooled(values: Sequence[float], half_widths: Sequence[float]) -> tuple[float
     return statistics.mean(values), half
 
 
-def table(result: dict[str, dict[str, Any]], base: Sequence[float]) -> str:
+def table(result: Mapping[str, Mapping[Any, dict[str, Any]]], base: Sequence[float]) -> str:
     """A line of markdown for each arm; intervals are over mazes, the seeds stand beside them."""
     lines = [
         "| arm | accuracy | gain over the base, points | of each seed | JSD gap closed |",
