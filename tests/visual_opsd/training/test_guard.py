@@ -154,18 +154,32 @@ def test_flags_that_change_on_a_resume(
     assert "dropped" not in capsys.readouterr().err
 
 
-def test_figures_of_other_rows_are_not_compared() -> None:
-    class Idle(Teacher):
-        def __init__(self) -> None:
-            self.follows = True
+class Idle(Teacher):
+    """A teacher of nothing."""
 
-    teacher = Idle()
-    guard = TeacherGuard(ValidationSettings(1, "x", teacher_guard="freeze"), teacher)
-    guard.resume(GuardProgress(0.9, 4, stands=False), same=False)
+    def __init__(self) -> None:
+        self.follows = True
+
+
+def resumed_guard(action: str, found: GuardProgress, *, same: bool = True) -> TeacherGuard:
+    guard = TeacherGuard(ValidationSettings(1, "x", teacher_guard=action), Idle())
+    guard.resume(found, same=same)
+    return guard
+
+
+def test_what_a_guard_resumes_with() -> None:
+    """Figures of other rows are not compared; who stands does so by freeze and rollback alone; a
+    copy that was not saved is not there."""
+    guard = resumed_guard("freeze", GuardProgress(0.9, 4), same=False)
     figures, said = guard.judge(5, 0.2)
-    assert not said and not figures["validation/teacher_dropped"] and teacher.follows
-    guard.resume(GuardProgress(0.9, 4, stands=True), same=False)
-    assert not teacher.follows  # it stands, whatever is measured
+    assert not said and not figures["validation/teacher_dropped"] and guard.teacher.follows
+    for same in (False, True):
+        stands = GuardProgress(0.9, 4, stands=True)
+        assert not resumed_guard("freeze", replace(stands), same=same).teacher.follows
+        assert resumed_guard("warn", replace(stands), same=same).teacher.follows
+    guard = resumed_guard("rollback", GuardProgress(0.9, 4, kept_step=4))
+    assert "no earlier weights of it are kept" in guard.judge(5, 0.2)[1]
+    assert guard.teacher.follows
 
 
 # -------------------------------------------------------------------------- with real answers
