@@ -6,6 +6,7 @@ Where only figures matter they come from a script. Two ranks: two_rank_training.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -246,6 +247,29 @@ def test_the_teacher_is_asked_as_by_evaluate(
     assert (step / "teacher" / "predictions.jsonl").read_text() == text
     assert (step / "predictions.jsonl").read_text() != text
     assert (run / "validation" / "0000001" / "teacher" / "predictions.jsonl").read_text() != text
+
+
+def test_a_stop_while_the_teacher_answers(world: Path, tmp_path: Path) -> None:
+    """It leaves no trace: the student has its own adapters again, the step is validated anew."""
+    flags: dict[str, Any] = {
+        "total_steps": 3, "eval_every": 1, "eval_data": "Spatial_Navigation", "eval_limit": 2,
+        "teacher_guard": "rollback", "lora_rank": 2, "lr": 0.05, "ema_decay": 0.5,
+    }  # fmt: skip
+    whole = train(world, tmp_path / "whole", **flags)
+    with one_process() as env:
+        trainer: Any = build(world, tmp_path / "run", env, **flags)
+        ask = trainer.validation.validate.ask_teacher
+
+        def told(step: int, *args: Any) -> Any:
+            trainer.stop.number = signal.SIGTERM if step == 2 else trainer.stop.number
+            return ask(step, *args)
+
+        trainer.validation.validate.ask_teacher = told
+        assert trainer.train() == 128 + signal.SIGTERM
+    assert list(validations(tmp_path / "run")) == [0, 1]
+    resumed = train(world, tmp_path / "run", **flags, resume="latest")
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    assert not moved(weights(whole.student), weights(resumed.student))
 
 
 # ------------------------------------------------------------------------------ what is refused
