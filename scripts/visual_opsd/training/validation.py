@@ -2,7 +2,8 @@
 """Validation while training: when it is due, and what is remembered of it.
 
 What measures the student is handed to the trainer as a `Validate`; training knows no more of
-evaluation than stands here. A validation draws no random numbers and changes no weight.
+evaluation than stands here. A validation draws no random numbers and changes no weight; what its
+guard does to a teacher that has dropped (`guard.py`) follows from its figures.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Where only figures matter they come from a script. Two ranks: two_rank_training.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -154,18 +155,32 @@ def test_flags_that_change_on_a_resume(
     assert "dropped" not in capsys.readouterr().err
 
 
-def test_figures_of_other_rows_are_not_compared() -> None:
-    class Idle(Teacher):
-        def __init__(self) -> None:
-            self.follows = True
+class Idle(Teacher):
+    """A teacher of nothing."""
 
-    teacher = Idle()
-    guard = TeacherGuard(ValidationSettings(1, "x", teacher_guard="freeze"), teacher)
-    guard.resume(GuardProgress(0.9, 4, stands=False), same=False)
+    def __init__(self) -> None:
+        self.follows = True
+
+
+def resumed_guard(action: str, found: GuardProgress, *, same: bool = True) -> TeacherGuard:
+    guard = TeacherGuard(ValidationSettings(1, "x", teacher_guard=action), Idle())
+    guard.resume(found, same=same)
+    return guard
+
+
+def test_what_a_guard_resumes_with() -> None:
+    """Figures of other rows are not compared; who stands does so by freeze and rollback alone; a
+    copy that was not saved is not there."""
+    guard = resumed_guard("freeze", GuardProgress(0.9, 4), same=False)
     figures, said = guard.judge(5, 0.2)
-    assert not said and not figures["validation/teacher_dropped"] and teacher.follows
-    guard.resume(GuardProgress(0.9, 4, stands=True), same=False)
-    assert not teacher.follows  # it stands, whatever is measured
+    assert not said and not figures["validation/teacher_dropped"] and guard.teacher.follows
+    for same in (False, True):
+        stands = GuardProgress(0.9, 4, stands=True)
+        assert not resumed_guard("freeze", replace(stands), same=same).teacher.follows
+        assert resumed_guard("warn", replace(stands), same=same).teacher.follows
+    guard = resumed_guard("rollback", GuardProgress(0.9, 4, kept_step=4))
+    assert "no earlier weights of it are kept" in guard.judge(5, 0.2)[1]
+    assert guard.teacher.follows
 
 
 # -------------------------------------------------------------------------- with real answers
@@ -232,6 +247,29 @@ def test_the_teacher_is_asked_as_by_evaluate(
     assert (step / "teacher" / "predictions.jsonl").read_text() == text
     assert (step / "predictions.jsonl").read_text() != text
     assert (run / "validation" / "0000001" / "teacher" / "predictions.jsonl").read_text() != text
+
+
+def test_a_stop_while_the_teacher_answers(world: Path, tmp_path: Path) -> None:
+    """It leaves no trace: the student has its own adapters again, the step is validated anew."""
+    flags: dict[str, Any] = {
+        "total_steps": 3, "eval_every": 1, "eval_data": "Spatial_Navigation", "eval_limit": 2,
+        "teacher_guard": "rollback", "lora_rank": 2, "lr": 0.05, "ema_decay": 0.5,
+    }  # fmt: skip
+    whole = train(world, tmp_path / "whole", **flags)
+    with one_process() as env:
+        trainer: Any = build(world, tmp_path / "run", env, **flags)
+        ask = trainer.validation.validate.ask_teacher
+
+        def told(step: int, *args: Any) -> Any:
+            trainer.stop.number = signal.SIGTERM if step == 2 else trainer.stop.number
+            return ask(step, *args)
+
+        trainer.validation.validate.ask_teacher = told
+        assert trainer.train() == 128 + signal.SIGTERM
+    assert list(validations(tmp_path / "run")) == [0, 1]
+    resumed = train(world, tmp_path / "run", **flags, resume="latest")
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    assert not moved(weights(whole.student), weights(resumed.student))
 
 
 # ------------------------------------------------------------------------------ what is refused

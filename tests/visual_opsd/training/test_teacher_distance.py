@@ -19,6 +19,7 @@ from scripts.visual_opsd.on_policy_sampler import sample_completions
 from scripts.visual_opsd.training.teacher_distance import TeacherDistance
 from scripts.visual_opsd.training.text_sft import TextSFT
 from tests.data.synthetic import image_cell, write_dataset
+from tests.visual_opsd.evaluation.tsv_files import choice_rows, write_tsv
 from tests.visual_opsd.training.test_validation import COMPARED, ON, validations
 from tests.visual_opsd.training.trainers import (
     build,
@@ -148,6 +149,11 @@ def test_rows_without_visual_thoughts_are_left_out(tmp_path: Path) -> None:
             measured.clear()
 
 
-def test_where_there_is_no_teacher(world: Path, tmp_path: Path) -> None:
-    train(world, tmp_path, TextSFT, **ON)
-    assert all(name not in line for line in validations(tmp_path).values() for name in COMPARED)
+def test_where_there_is_no_teacher_or_no_thought(world: Path, tmp_path: Path) -> None:
+    """SFT, and rows of a benchmark."""
+    train(world, tmp_path / "sft", TextSFT, **ON)
+    benchmark = write_tsv(tmp_path / "MMVP.tsv", choice_rows(3))
+    train(world, tmp_path / "opsd", **{**ON, "eval_data": benchmark})
+    for name in ("sft", "opsd"):
+        lines = validations(tmp_path / name).values()
+        assert lines and all(figure not in line for line in lines for figure in COMPARED)
