@@ -6,19 +6,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 from weakref import finalize
 
 import torch
 
 from modeling import fast
 
-# Streams and memory of graphs that are gone, by GPU. No two that live may share them: cuBLAS keeps
-# a workspace for each stream, in the memory of the graph that first asked for it, and graphs write
-# over what another one holds in the same memory. Of its own for each graph that ever was, they
-# would pile up: torch gives a dead graph's memory to nobody before the GPU is full.
-_FREE_PLACES: defaultdict[int, list[tuple[torch.cuda.Stream, torch.cuda.MemPool]]]
-_FREE_PLACES = defaultdict(list)
+# Streams and graphs whose steps are gone, by GPU. A stream and a memory are lent to the next graph,
+# and no two that live share them: cuBLAS keeps a workspace for each stream, in the memory of the
+# graph that first asked for it. Of its own for each graph that ever was, they would pile up: torch
+# gives a dead graph's memory to nobody before the GPU is full.
+_FREE: defaultdict[int, list[tuple[torch.cuda.Stream, torch.cuda.CUDAGraph]]] = defaultdict(list)
 
 
 class RepeatedStep:
@@ -64,13 +62,13 @@ class RepeatedStep:
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         here = torch.cuda.current_stream()
-        free = _FREE_PLACES[torch.cuda.current_device()]
-        aside, memory = free.pop() if free else (torch.cuda.Stream(), torch.cuda.MemPool())
+        free = _FREE[torch.cuda.current_device()]
+        aside, earlier = free.pop() if free else (torch.cuda.Stream(), None)
+        memory = None if earlier is None else earlier.pool()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             # thread_local: a loader's thread may pin memory meanwhile.
-            handle: Any = memory.id  # torch's name for its type is private
-            graph.capture_begin(handle, capture_error_mode="thread_local")
+            graph.capture_begin(memory, capture_error_mode="thread_local")
             try:
                 self.step()
             except BaseException:
@@ -79,6 +77,5 @@ class RepeatedStep:
                 raise
             graph.capture_end()
         here.wait_stream(aside)
-        # Not before here: what a failed attempt took goes back to torch.
-        finalize(graph, free.append, (aside, memory))
+        finalize(self, free.append, (aside, graph))
         return graph

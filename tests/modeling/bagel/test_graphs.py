@@ -7,6 +7,7 @@ Without a GPU the capture itself is left out, everything around it is as it is t
 from __future__ import annotations
 
 import gc
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -260,7 +261,8 @@ def test_graphs_that_live_share_no_stream_and_no_memory(monkeypatch: pytest.Monk
     """cuBLAS keeps a workspace a stream in a graph's memory; both come round again."""
     used: list[int] = []
     made: list[int] = []
-    memory: list[int] = []
+    memory: list[int] = []  # of each graph
+    new = itertools.count(1)
 
     class Stream:
         def __init__(self) -> None:
@@ -270,13 +272,13 @@ def test_graphs_that_live_share_no_stream_and_no_memory(monkeypatch: pytest.Monk
         def wait_stream(self, _: Any) -> None:
             pass
 
-    class MemPool:
-        def __init__(self) -> None:
-            self.id = len(made)
-
     class Graph:
-        def capture_begin(self, pool: int, **_: Any) -> None:
-            memory.append(pool)
+        def capture_begin(self, pool: int | None, **_: Any) -> None:
+            self.memory = pool or next(new)
+            memory.append(self.memory)
+
+        def pool(self) -> int:
+            return self.memory
 
         def capture_end(self) -> None:
             pass
@@ -289,10 +291,9 @@ def test_graphs_that_live_share_no_stream_and_no_memory(monkeypatch: pytest.Monk
         used.append(stream.number)
         yield
 
-    monkeypatch.setattr(graphs, "_FREE_PLACES", defaultdict(list))
+    monkeypatch.setattr(graphs, "_FREE", defaultdict(list))
     for name, value in {
-        "CUDAGraph": Graph, "Stream": Stream, "MemPool": MemPool, "stream": on,
-        "current_device": lambda: 0,
+        "CUDAGraph": Graph, "Stream": Stream, "stream": on, "current_device": lambda: 0,
         "current_stream": lambda: SimpleNamespace(wait_stream=lambda _: None),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
