@@ -46,9 +46,10 @@ class RunSettings(Settings):
         "places, leaks, memory, MFU (TRAIN.md, section 6), and the lists of tokens in "
         "`samples.jsonl`; 0: none", at_least=0, at_most=10**9,
     )  # fmt: skip
-    leak_words: str = option(
+    leak_words: str | None = option(
         DEFAULT_LEAK_WORDS, "phrases, separated by commas, by which a completion speaks of a "
-        "picture that the student never saw; the share of such completions is `leak_rate`"
+        "picture that the student never saw; the share of such completions is `leak_rate`; "
+        "`none`: nothing is looked for"
     )  # fmt: skip
     samples_per_step: int = option(
         2, "completions of rank 0 written to `samples.jsonl` at each step",

@@ -24,6 +24,7 @@ FAULTS = [
         ("deciles are of all completions", "* DECILES // max(len(divergence), 1)", "* DECILES // 50"),
         ("the answer is all there is", "divergence[inside].sum()", "divergence.sum()"),
         ("given texts count", "is not None and not c.given]", "is not None]"),
+        ("who has seen a VT leaks", "if probe and not row.rehearsed:", "if probe:"),
         ("the context's phrases are leaks", "partial(_context, row, decode)", "str"),
         ("the longest is the ninetieth percentile", '"p90": 0.9', '"p90": 1.0'),
         ("the least full rank is reported", "max(value, figures.get(name, 0.0))", "value"),
@@ -41,8 +42,9 @@ FAULTS = [
         ("frozen weights learn", "if p.requires_grad)\n    return", ")\n    return"),
     ]),
     *faults("scripts/visual_opsd/training/leaks.py", "visual_opsd/training/test_leaks.py", [
-        ("parts of words count", r"(?<!\w)(?:{any_of})(?!\w)", "(?:{any_of})"),
-        ("case counts", "return text.lower()", "return text"),
+        ("parts of words count", "re.compile(before + ", "re.compile("),
+        ("every script has words", r'rf"[^\W{_UNSPACED}]"', r'r"\w"'),
+        ("case counts", "return text.casefold()", "return text"),
     ]),
     *faults("scripts/visual_opsd/training/samples.py", "visual_opsd/training/test_figures.py", [
         ("lists are of other completions", "zip(records, figures, strict=False)",
@@ -157,6 +159,7 @@ FAULTS = [
          "        self.states.note(self._extra())\n", ""),
         ("the base is written as the best", "if is_best and self.step and", "if is_best and"),
         ("step 0 is logged twice", "begins_at = -1  #", "begins_at = 0  #"),
+        ("a validation that is made up for is logged twice", "validates=due", "validates=False"),
     ]),
     *faults("scripts/visual_opsd/training/validation.py",
             "visual_opsd/training/test_validation.py", [

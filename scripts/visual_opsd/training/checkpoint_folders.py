@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from data.json_lines import filter_log
+from data.json_lines import Record, filter_log
 from modeling.host.disk import disk_errors
 from modeling.host.text_files import read_json_object
 from scripts.visual_opsd.processes import DistEnv, on_main
@@ -374,11 +374,23 @@ def supersede(path: Path, why: str) -> None:
     os.replace(path, target)
 
 
-def restart_logs(results: Path, step: int, settings: Mapping[str, Any]) -> None:
-    """Cut the logs back to `step`, and write config.yaml. Rank 0 only."""
+def restart_logs(
+    results: Path, step: int, settings: Mapping[str, Any], *, validates: bool = False
+) -> None:
+    """Cut the logs back to `step`, and write config.yaml. Rank 0 only.
+
+    validates: the validation of `step` is still to be made, so its line goes too: it is of other
+    rows, or of a run that went on from this state before and was killed.
+    """
+
+    def is_validation(record: Record) -> bool:
+        return record.get("step") == step and any(n.startswith("validation/") for n in record)
+
     with disk_errors(f"writing to {results}", results):
         for name in ("metrics.jsonl", "samples.jsonl"):
             truncate_jsonl(results / name, step)
+        if validates:
+            filter_log(results / "metrics.jsonl", lambda record: not is_validation(record))
         text = yaml.safe_dump(dict(settings), sort_keys=False)
         (results / "config.yaml").write_text(text, encoding="utf-8")
 

@@ -39,7 +39,7 @@ _MEANS = {
     **{f"divergence_decile/{i}": (f"decile_{i}", f"decile_{i}_tokens") for i in range(DECILES)},
     "divergence_answer": ("answer", "answer_tokens"),
     "answered_rate": ("answered", "texts"),
-    "leak_rate": ("leaks", "texts"),
+    "leak_rate": ("leaks", "blind_texts"),
 }
 # Everything a measured step may add; what a run has no use for, or cannot know, is absent.
 FIELDS = (
@@ -139,14 +139,18 @@ def token_sums(
 
 
 def text_sums(scored: Iterable[ScoredRow], probe: LeakProbe, decode: Decode) -> dict[str, float]:
-    """Over the completions that a policy wrote: their number, those with an answer, with a leak."""
-    sums = {"texts": 0.0, "answered": 0.0} | ({"leaks": 0.0} if probe else {})
+    """Over the completions that a policy wrote: their number, those with an answer; of students
+    that saw no VT, their number and those with a leak."""
+    sums = {"texts": 0.0, "answered": 0.0}
+    if probe:
+        sums |= {"blind_texts": 0.0, "leaks": 0.0}
     for row in scored:
         for completion in _sampled([row]):
             text = decode(list(completion.ids))
             sums["texts"] += 1
             sums["answered"] += bool(answer_spans(text))
-            if probe:
+            if probe and not row.rehearsed:
+                sums["blind_texts"] += 1
                 sums["leaks"] += probe.finds(text, partial(_context, row, decode))
     return sums
 

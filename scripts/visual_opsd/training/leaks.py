@@ -13,23 +13,27 @@ nothing. The defaults stand in `run_config.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+# Scripts that put no space between words: Thai, Lao, Myanmar, Khmer, kana, Han.
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_LETTER = rf"[^\W{_UNSPACED}]"  # one next to it belongs to the same word
 
 
 class LeakProbe:
-    """Looks for phrases, whole words in any case, however they are spaced.
+    """Looks for phrases, whole words in any case, however they are spaced. Where a script does not
+    separate words, or a phrase ends in a sign, it may stand beside anything.
 
-    phrases: separated by commas.
+    phrases: separated by commas; None: there is nothing to look for.
     """
 
-    def __init__(self, phrases: str) -> None:
-        words = [phrase.split() for phrase in _plain(phrases).split(",")]
-        any_of = "|".join(r"\s+".join(map(re.escape, phrase)) for phrase in words if phrase)
-        self._pattern = re.compile(rf"(?<!\w)(?:{any_of})(?!\w)") if any_of else None
+    def __init__(self, phrases: str | None) -> None:
+        words = [phrase.split() for phrase in _plain(phrases or "").split(",")]
+        self._patterns = {" ".join(phrase): _pattern(phrase) for phrase in words if phrase}
 
     def __bool__(self) -> bool:
         """Whether there is anything to look for."""
-        return self._pattern is not None
+        return bool(self._patterns)
 
     def finds(self, text: str, context: Callable[[], str]) -> bool:
         """Whether a completion has a phrase that the student's context, asked for then, lacks."""
@@ -37,10 +41,15 @@ class LeakProbe:
         return bool(found) and bool(found - self._phrases(context()))
 
     def _phrases(self, text: str) -> set[str]:
-        if self._pattern is None:
-            return set()
-        return {" ".join(match.split()) for match in self._pattern.findall(_plain(text))}
+        plain = _plain(text)
+        return {phrase for phrase, pattern in self._patterns.items() if pattern.search(plain)}
+
+
+def _pattern(words: Sequence[str]) -> re.Pattern[str]:
+    before = rf"(?<!{_LETTER})" if re.match(_LETTER, words[0]) else ""
+    after = rf"(?!{_LETTER})" if re.match(_LETTER, words[-1][-1]) else ""
+    return re.compile(before + r"\s+".join(map(re.escape, words)) + after)
 
 
 def _plain(text: str) -> str:
-    return text.lower().replace("\u2019", "'")
+    return text.casefold().replace("\u2019", "'")

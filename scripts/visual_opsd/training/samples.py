@@ -46,6 +46,7 @@ def write_samples(
             "tokens": len(completion.ids),
             "capped": completion.capped,
             "given": completion.given,
+            "rehearsed": item.value.rehearsed,
             "ids": completion.ids,
             "scored": "".join("01"[scored] for scored in completion.scored),
             "logprobs": [round(p, 7) for p in completion.logprobs],

@@ -222,7 +222,11 @@ class Trainer:
             anew = self.validation.resume(resumed.extra.get("validation"))
         claim_checkpoint_dir(self.config.run.checkpoints, self.checkpoint, self.env, anew)
         attempt(lambda: self.ledger.resume(rejects, self.step))
-        on_main(self.env, lambda: restart_logs(self.results, begins_at, flat(self.config)))
+        due = self.validation.is_due(begins_at)
+        on_main(
+            self.env,
+            lambda: restart_logs(self.results, begins_at, flat(self.config), validates=due),
+        )
 
     # ------------------------------------------------------------------------------- training
 

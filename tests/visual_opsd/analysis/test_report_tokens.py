@@ -92,6 +92,16 @@ def test_figures_that_do_not_fit_are_unknown(changes: dict[str, Any]) -> None:
     assert split_tokens({**record, **changes}, decode) == split_tokens(record, decode)
 
 
+def test_figures_end_where_the_loss_cut_a_completion() -> None:
+    """All lists together; what the sampler said is known of all tokens."""
+    record = {"ids": [1, 3, 3], "scored": "1110", "logprobs": [-1.0] * 3,
+              "divergence": [0.5, 0.1], "student_entropy": [1.0, 2.0],
+              "teacher_entropy": [0.0, 0.0], "fork": "01"}  # fmt: skip
+    first, second, beyond = split_tokens(record, decode)
+    assert (first.divergence, second.fork, second.student_entropy) == (0.5, 1.0, 2.0)
+    assert beyond == Token("b", True, math.exp(-1.0))
+
+
 @pytest.mark.parametrize("colour", COLOURS, ids=lambda colour: colour.letter)
 def test_shades_follow_their_limits(colour: Any) -> None:
     """Each limit begins a shade, stronger towards what is worth a look, and each has a name."""

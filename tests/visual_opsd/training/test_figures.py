@@ -262,8 +262,11 @@ def test_sums_of_texts() -> None:
     decode, probe = reader(pieces), LeakProbe("edited image, my sketch")
     innocent, leaking = row_of(pieces[:1]), row_of(pieces)
     given = row_of(pieces, given=True)
-    sums = module.text_sums([innocent, leaking, given, ScoredRow("x", (), None)], probe, decode)
-    assert sums == {"texts": 2, "answered": 1, "leaks": 1}
+    seeing = replace(leaking, rehearsed=True)  # its student has seen the VT
+    rows = [innocent, leaking, seeing, given, ScoredRow("x", (), None)]
+    sums = module.text_sums(rows, probe, decode)
+    assert sums == {"texts": 3, "answered": 2, "blind_texts": 2, "leaks": 1}
+    assert module.means(sums) == {"answered_rate": 2 / 3, "leak_rate": 0.5}
     assert module.text_sums([leaking], LeakProbe(""), decode) == {"texts": 1, "answered": 1}
 
 

@@ -82,6 +82,8 @@ def test_which_rows_see_what_the_teacher_sees(
     assert rates == [sum(expected[n : n + 4]) / 4 for n in (0, 4, 8)]
     assert all("rehearsal_rate" not in line for line in metrics(tmp_path / "off"))
     plain = samples(tmp_path / "off")
+    assert [line["rehearsed"] for line in samples(tmp_path / "on")] == expected
+    assert not any(line["rehearsed"] for line in plain)
     for slot, (one, other) in enumerate(zip(plain, samples(tmp_path / "on"), strict=False)):
         assert one["slot"] == other["slot"] == slot
         same = one["logprobs"] == pytest.approx(other["logprobs"], abs=1e-5)

@@ -301,9 +301,21 @@ def test_a_stop_while_answers_are_decoded(world: Path, tmp_path: Path) -> None:
     assert names(tmp_path / "checkpoints") == ["step_0000002"]
     assert list(validations(tmp_path)) == [0]
     assert not (tmp_path / "validation" / "0000002" / "summary.json").exists()
+    with one_process() as env:  # validates, and is killed before it saves another state
+        trainer = build(world, tmp_path, env, **settings, resume="latest")
+        trainer._one_step = lambda rows: pytest.fail("killed")
+        with pytest.raises(pytest.fail.Exception):
+            trainer.train()
+    assert list(validations(tmp_path)) == [0, 2]
     train(world, tmp_path, **settings, resume="latest")
     assert list(validations(tmp_path)) == [0, 2, 3]
     train(world, tmp_path / "whole", **settings)
+    assert training_lines(tmp_path) == training_lines(tmp_path / "whole")
+    # On other rows, step 2 is validated anew: the line of the earlier ones goes.
+    train(world, tmp_path, **{**settings, "eval_limit": 3}, resume="2")
+    assert {step: line["validation/n"] for step, line in validations(tmp_path).items()} == {
+        0: 5, 2: 3, 3: 3,
+    }  # fmt: skip
     assert training_lines(tmp_path) == training_lines(tmp_path / "whole")
 
 

@@ -134,6 +134,8 @@ class CompletionCards:
                 notes.insert(0, f"completion {record['number'] + 1}")
             if record.get("given") is True:
                 notes.append("the data set's text")
+            if record.get("rehearsed") is True:
+                notes.append("the student saw what the teacher sees")
             if record.get("capped") is True:
                 notes.append("ended by the budget")
             if _is_same_answer(record):

@@ -101,9 +101,13 @@ def split_tokens(record: Record, decode: Decode) -> list[Token]:
     ids, flags = record["ids"], record["scored"]
     if not all(type(token) is int for token in ids) or len(flags) != len(ids) + 1:
         raise ValueError("ids and scored do not fit")
+    names = ("divergence", "student_entropy", "teacher_entropy", "fork")
+    listed = {name: _listed(record.get(name)) for name in names}
+    # All of one length: where the loss cut the completion.
+    is_cut = len({len(values) for values in listed.values()}) == 1
     figures = {
-        name: _by_place(map(number, _listed(record.get(name))), flags)
-        for name in ("divergence", "student_entropy", "teacher_entropy", "fork")
+        name: _by_place(map(number, values), flags, is_cut=is_cut)
+        for name, values in listed.items()
     }
     figures["logprobs"] = _by_place(record["logprobs"], flags)
     found: list[Token] = []
@@ -127,13 +131,18 @@ def _listed(values: Any) -> list[Any]:
     return values if isinstance(values, list) else []
 
 
-def _by_place(values: Iterable[float | None], flags: str) -> list[float | None]:
-    """Values of the scored places at their places; none if they are not as many."""
-    held = list(values)
-    if len(held) != flags.count("1"):
+def _by_place(
+    values: Iterable[float | None], flags: str, *, is_cut: bool = False
+) -> list[float | None]:
+    """Values of the scored places at their places; none if they are not as many.
+
+    is_cut: there may be fewer, of the first places.
+    """
+    held, count = list(values), flags.count("1")
+    if len(held) > count or (len(held) < count and not is_cut):
         return [None] * len(flags)
     scored = iter(held)
-    return [next(scored) if flag == "1" else None for flag in flags]
+    return [next(scored, None) if flag == "1" else None for flag in flags]
 
 
 def _token(
