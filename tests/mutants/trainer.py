@@ -7,6 +7,8 @@ from tests.mutants import faults
 
 FAULTS = [
     *faults("scripts/visual_opsd/training/figures.py", "visual_opsd/training/test_figures.py", [
+        ("forks are counted as overlap", '"topk_overlap": ("topk_overlap", "tokens")',
+         '"topk_overlap": ("fork", "tokens")'),
         ("a step is measured that should not be", "return self.every > 0 and step % self.every == 0",
          "return self.every > 0"),
         ("deciles are of all completions", "* DECILES // max(len(divergence), 1)", "* DECILES // 50"),
