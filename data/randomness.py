@@ -62,6 +62,11 @@ def off_policy_uniform(seed: int, step: int, row_id: int) -> float:
     return float(_uniforms(_stream("off policy", seed, step, row_id), 1)[0])
 
 
+def rehearsal_uniform(seed: int, step: int, row_id: int) -> float:
+    """In [0, 1): whether the student of a row of a step sees what its teacher sees, likewise."""
+    return float(_uniforms(_stream("rehearsal", seed, step, row_id), 1)[0])
+
+
 def noise_generator(seed: int, position: int) -> torch.Generator:
     """On the CPU: the noise control's pictures of one row of one step."""
     return row_generator("noise control", seed, position)

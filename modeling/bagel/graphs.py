@@ -12,10 +12,11 @@ import torch
 
 from modeling import fast
 
-# Streams of graphs that are gone, by GPU. No two that live may share one: cuBLAS keeps a workspace
-# for each stream, in the memory of the graph that first asked for it. A stream of its own for each
-# graph that ever was would pile such workspaces up.
-_FREE_STREAMS: defaultdict[int, list[torch.cuda.Stream]] = defaultdict(list)
+# Streams and graphs whose steps are gone, by GPU. A stream and a memory are lent to the next graph,
+# and no two that live share them: cuBLAS keeps a workspace for each stream, in the memory of the
+# graph that first asked for it. Of its own for each graph that ever was, they would pile up: torch
+# gives a dead graph's memory to nobody before the GPU is full.
+_FREE: defaultdict[int, list[tuple[torch.cuda.Stream, torch.cuda.CUDAGraph]]] = defaultdict(list)
 
 
 class RepeatedStep:
@@ -61,13 +62,13 @@ class RepeatedStep:
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         here = torch.cuda.current_stream()
-        free = _FREE_STREAMS[torch.cuda.current_device()]
-        aside = free.pop() if free else torch.cuda.Stream()
-        finalize(graph, free.append, aside)
+        free = _FREE[torch.cuda.current_device()]
+        aside, earlier = free.pop() if free else (torch.cuda.Stream(), None)
+        memory = None if earlier is None else earlier.pool()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             # thread_local: a loader's thread may pin memory meanwhile.
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(memory, capture_error_mode="thread_local")
             try:
                 self.step()
             except BaseException:
@@ -76,4 +77,5 @@ class RepeatedStep:
                 raise
             graph.capture_end()
         here.wait_stream(aside)
+        finalize(self, free.append, (aside, graph))
         return graph

@@ -208,7 +208,7 @@ class Lab:
         if not folder.exists():
             cell = 14 if self.args.tiny else 130
             write_spatial_navigation(
-                folder, rows=128, heldout_rows=8, sizes=(4,), style="full", cell=cell
+                folder, rows=128, heldout_rows=16, sizes=(4,), style="full", cell=cell
             )
             (folder / "datasets.yaml").write_text("datasets:\n  - {name: Spatial_Navigation}\n")
         return folder

@@ -13,6 +13,7 @@ Parts:
     host      all layers, the whole model trained, moments in host memory
     8bit      the same, moments in 8 bits
     long      --layers layers, adapters, --long_steps short steps: does anything grow?
+    watch     --layers layers: what measuring a step and validating the student cost
     save      --save_layers layers: a state written, then SIGKILL in the middle of the next save,
               then resumed: are the steps that follow the same, and what did saving take?
 
@@ -133,6 +134,36 @@ def _medians(run: Run, first: int, last: int) -> dict[str, float]:
     return {"step_s": round(statistics.median(walls), 4), **found}
 
 
+def watch(lab: Lab) -> None:
+    """Every second step is measured, and every fifth followed by a validation."""
+    base = lab.base(f"layers-{lab.args.layers}", sized(lab.args.layers))
+    lines = 14  # of 11 steps, and of validations after 0, 5 and 10
+    with lab.trying("memory", "watch"):
+        run = lab.train(
+            "watch", base, 1, lines, rows=ROWS, figures_every=2, eval_every=5,
+            eval_data="Spatial_Navigation", eval_limit=ROWS,
+        )  # fmt: skip
+        walls = [b - a for a, b in pairwise([0.0, *run.arrivals])]
+        steps = [(x, wall) for x, wall in zip(run.lines, walls, strict=True) if "loss" in x][2:]
+        measured, others = (
+            [(x["seconds/train"], wall) for x, wall in steps if ("fork_rate" in x) is wanted]
+            for wanted in (True, False)
+        )
+        found: dict[str, Any] = {"seconds": round(run.seconds, 1)}
+        for name, pairs in (("measured", measured), ("others", others)):
+            trained, whole = (
+                round(statistics.median(part), 3) for part in zip(*pairs, strict=True)
+            )
+            found |= {
+                f"{name}/steps": len(pairs),
+                f"{name}/train_s": trained,
+                f"{name}/step_s": whole,
+            }
+        found["validations"] = [x for x in run.lines if "validation/n" in x]
+        found["last_measured"] = next(x for x in reversed(run.lines) if "fork_rate" in x)
+        lab.say("memory", "watch", found)
+
+
 def save(lab: Lab) -> None:
     """A state, a kill in the middle of the next one, and the steps after it twice."""
     layers = lab.args.save_layers
@@ -190,7 +221,8 @@ def _size(folder: Path) -> int:
 
 
 PARTS = {
-    "full": full, "lora": lora, "host": host, "8bit": eight_bits, "long": long, "save": save
+    "full": full, "lora": lora, "host": host, "8bit": eight_bits, "long": long, "watch": watch,
+    "save": save,
 }  # fmt: skip
 
 

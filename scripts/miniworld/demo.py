@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,25 @@ def flags(**values: Any) -> tuple[str, ...]:
     return tuple(part for name, value in values.items() for part in (f"--{name}", str(value)))
 
 
+def start(
+    job: Job, log: Path, environment: Mapping[str, str], *, bar: bool = False
+) -> subprocess.Popen[bytes]:
+    """Start a job whose output goes to `log`, its progress bar (`bar`) to the terminal."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    merged = {**os.environ, "TOKENIZERS_PARALLELISM": "false", **environment}
+    stderr = None if bar else subprocess.STDOUT
+    with log.open("w") as file:
+        return subprocess.Popen(job.command, cwd=ROOT, env=merged, stdout=file, stderr=stderr)
+
+
+def check_ended(job: Job, log: Path, code: int) -> None:
+    """Raises RuntimeError: the job failed; shows the end of its log and where the rest is."""
+    if code:
+        said = log.read_text(encoding="utf-8", errors="replace")
+        tail = "\n".join(said.splitlines()[-15:])
+        raise RuntimeError(f"{job.name} ended with code {code} ({log}):\n{tail}")
+
+
 class Runner:
     """Runs stages of independent jobs at the same time, each on its share of the cores."""
 
@@ -81,29 +100,19 @@ class Runner:
             tqdm.write("   python " + shlex.join(shown))
         started = time.perf_counter()
         threads = str(max(1, self.cores // len(jobs)))
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
         logs = [(self.out / "logs" / f"{job.name}.log") for job in jobs]
-        running = []
-        for index, (job, log) in enumerate(zip(jobs, logs, strict=True)):
-            log.parent.mkdir(parents=True, exist_ok=True)
-            # The first job's progress bar is shown, the others go to their logs.
-            stderr = None if index == 0 else subprocess.STDOUT
-            with log.open("w") as file:
-                running.append(
-                    subprocess.Popen(
-                        job.command, cwd=ROOT, env=environment, stdout=file, stderr=stderr
-                    )
-                )
+        # The first job's progress bar is shown, the others go to their logs.
+        running = [
+            start(job, log, {"OMP_NUM_THREADS": threads}, bar=index == 0)
+            for index, (job, log) in enumerate(zip(jobs, logs, strict=True))
+        ]
         try:
             codes = [process.wait() for process in running]
         finally:
             for process in running:
                 process.kill()
         for job, log, code in zip(jobs, logs, codes, strict=True):
-            if code:
-                said = log.read_text(encoding="utf-8", errors="replace")
-                tail = "\n".join(said.splitlines()[-15:])
-                raise RuntimeError(f"{job.name} ended with code {code} ({log}):\n{tail}")
+            check_ended(job, log, code)
         self.seconds[title] = time.perf_counter() - started
         tqdm.write(f"   {self.seconds[title]:.0f} s")
 
@@ -135,13 +144,13 @@ class Demo:
             )
         return max(folders, key=lambda folder: int(folder.name))
 
-    def make_world(self) -> None:
+    def world_job(self) -> Job:
         arguments = flags(rows=self.args.rows, seed=self.args.seed, out=self.world)
         heldout = ("--heldout-rows", str(self.args.heldout_rows))
-        job = Job("world", "data.worlds", ("spatial_navigation", *arguments, *heldout))
-        self.runner.run("a world of mazes, with the path drawn as visual thought", [job])
+        return Job("world", "data.worlds", ("spatial_navigation", *arguments, *heldout))
 
-    def train(self, arm: str) -> Job:
+    def train(self, arm: str, *more: str) -> Job:
+        """Train an arm, which differs from the others in the flags `more` alone."""
         arguments = flags(
             config=ROOT / "examples/demo/train.yaml",
             model_path=self.args.base,
@@ -150,9 +159,8 @@ class Demo:
             data_seed=self.args.seed,
             global_seed=self.args.seed,
         )
-        control = flags(noise_vt=True) if arm == "noise" else ()
         return Job(f"train-{arm}", "scripts.visual_opsd.train_visual_opsd",
-                   (*arguments, *control, *self.args.train_flags))  # fmt: skip
+                   (*arguments, *more, *self.args.train_flags))  # fmt: skip
 
     def evaluate(self, name: str, model: Path, context: str = "text") -> Job:
         arguments = flags(
@@ -185,7 +193,9 @@ class Demo:
         """All stages; two jobs at a time."""
         base = Path(self.args.base)
         baseline = self.out / "diagnostic" / "base"
-        self.make_world()
+        self.runner.run(
+            "a world of mazes, with the path drawn as visual thought", [self.world_job()]
+        )
         self.runner.run(
             "the base: text only, and what it would do with the visual thought",
             [self.evaluate("base", base), self.evaluate("base-vt", base, "vt")],
@@ -196,7 +206,7 @@ class Demo:
         )
         self.runner.run(
             "Visual-OPSD with real VTs, and its control with noise VTs",
-            [self.train("real"), self.train("noise")],
+            [self.train("real"), self.train("noise", *flags(noise_vt=True))],
         )
         self.runner.run(
             "text-only accuracy after training",

@@ -307,6 +307,10 @@ class RolloutSettings(Settings):
         0.0, "share of the rows that take the data set's text trace, with its answer, in the place "
         "of their completions", **SHARES,
     )  # fmt: skip
+    vt_rehearsal: float = option(
+        0.0, "share of the rows in which the student, too, sees what the teacher sees, and "
+        "completes them so", **SHARES,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -479,6 +483,12 @@ class TrainConfig:
             raise ValueError(
                 f"--completions_per_row {self.rollout.completions_per_row}: greedy completions "
                 "(--sample_do_sample False) of a row are all alike; leave one of the two out"
+            )
+        if self.rollout.vt_rehearsal and self.teacher.teacher_vt == "vae+vit":
+            raise ValueError(
+                f"--vt_rehearsal {self.rollout.vt_rehearsal} shows the student what the teacher "
+                "sees, and no student reads latents (--teacher_vt vae+vit): leave one of the two "
+                "out"
             )
         kind = self.optim.optimizer_state
         if self.run.cpu_offload and kind != "gpu":

@@ -29,6 +29,7 @@ class TrainRow:
     """One row, ready for a step. `teacher` is None and `targets` filled for SFT.
 
     control: the teacher's context with a control in the place of the VTs, to contrast with.
+    rehearsed: `student` is what the teacher sees.
     """
 
     name: str
@@ -39,6 +40,7 @@ class TrainRow:
     teacher: Context | None = None
     targets: tuple[TextSegment, ...] = ()
     control: Context | None = None
+    rehearsed: bool = False
 
     @classmethod
     def of(cls, row: Row, sample: Sample, student: Context, **others: Any) -> TrainRow:

@@ -81,6 +81,9 @@ class RunSettings(Settings):
     wandb_project: str | None = option(None, "log to this wandb project too")
     wandb_name: str | None = option(None, "wandb run name")
     wandb_offline: bool = option(False, "wandb without network")
+    tensorboard: bool = option(
+        False, "write the numbers of `metrics.jsonl` as event files for TensorBoard too"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

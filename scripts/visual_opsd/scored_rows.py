@@ -18,7 +18,8 @@ from scripts.visual_opsd.rows import TrainRow
 class ScoredRow:
     """A row with its labels: the student's and the teacher's context, both ending in them.
 
-    control: likewise the context to contrast the teacher's with, if any.
+    control: likewise the context to contrast the teacher's with, if any. rehearsed: the student
+    sees what the teacher sees.
     """
 
     name: str
@@ -27,6 +28,7 @@ class ScoredRow:
     completion: Completion | None = None
     truncated: bool = False
     control: Context | None = None
+    rehearsed: bool = False
 
     @property
     def length(self) -> int:

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from scripts.visual_opsd.cli import ROWS, Settings, option
+from scripts.visual_opsd.cli import ROWS, SHARES, Settings, option
+
+BASE_ANSWERS = 256  # of the first rows, on which the teacher is compared with the student
+TEACHER_GUARDS = ("off", "warn", "freeze", "rollback")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,17 @@ class ValidationSettings(Settings):
         "none was better than all before it; `none`: train to `--total_steps`", **ROWS,
     )  # fmt: skip
 
+    teacher_guard: str = option(
+        "off", "unless `off`, the teacher's weights answer the rows too, the real VTs in view; "
+        "when their accuracy has dropped, `warn` says so, `freeze` has the teacher follow the "
+        "student no longer, `rollback` takes it back to its best validation and leaves it there "
+        "(both with `--teacher_mode ema` alone)", choices=TEACHER_GUARDS,
+    )  # fmt: skip
+    guard_drop: float = option(
+        0.1, "how far below the teacher's best accuracy so far is a drop, as a share of the rows",
+        **SHARES,
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.eval_every is None:
@@ -42,4 +56,9 @@ class ValidationSettings(Settings):
             raise ValueError(
                 "--eval_every needs rows: name them by --eval_data (a data set's name, a folder "
                 "or a file, as for evaluate --data)"
+            )
+        elif self.teacher_guard == "off" and self.guard_drop != 0.1:
+            raise ValueError(
+                f"--guard_drop {self.guard_drop} is of the teacher's guard, which is off: add "
+                "--teacher_guard warn, freeze or rollback"
             )

@@ -7,6 +7,7 @@ from tests.mutants import faults
 
 FOLDER = "scripts/visual_opsd/analysis/report"
 TESTS = "visual_opsd/analysis/test_report.py"
+TOKENS = "visual_opsd/analysis/test_report_tokens.py"
 
 FAULTS = [
     *faults(f"{FOLDER}/markup.py", TESTS, [
@@ -14,22 +15,39 @@ FAULTS = [
         ("quotes end attributes", "html.escape(plain, quote=True)",
          "html.escape(plain, quote=False)"),
         ("text may turn its surroundings", '"Cc", "Cf", "Cs"', '"Cc", "Cs"'),
-        ("shares are no per cent", 'f"{100 * value:.4g} %"', 'f"{value:.4g} %"'),
+        ("shares are no per cent", 'f"{100 * value:.{digits}g} %"', 'f"{value:.{digits}g} %"'),
     ]),
     *faults(f"{FOLDER}/charts.py", TESTS, [
         ("missing values are bridged", 'pen = "L" if pair else "M"', 'pen = "L"'),
         ("smoothing lags", "near = min(reach, place, len(finite) - 1 - place)", "near = reach"),
         ("differences overflow", "_LARGEST = 1e300", "_LARGEST = 1.7e308"),
+        ("a profile's axis is logarithmic", "may_be_log=not figure.tenths", "may_be_log=True"),
+        ("numbers at an axis are alike", "for digits in (4, 6, 8):", "for digits in (4,):"),
+        ("marks are drawn anywhere", "if x.low <= step <= x.high", "if True"),
         ("the interval has one end", "corners += [p for p in reversed",
          "corners = [p for p in reversed"),
     ]),
-    *faults(f"{FOLDER}/completions.py", TESTS, [
-        ("a token has another's probability",
-         "chances = [next(values) if known and flag == \"1\" else None for flag in flags]",
-         "chances = [0.0 if flag == \"1\" else None for flag in flags]"),
-        ("shades are turned round", "rank = sum(token.probability < limit for",
-         "rank = sum(token.probability >= limit for"),
-        ("texts have no bound", "if not card or len(card) > self._text_left:", "if not card:"),
+    *faults(f"{FOLDER}/completions.py", TOKENS, [
+        ("texts have no bound", "if not card or size > self._text_left:", "if not card:"),
+        ("characters are counted for bytes", 'size = len(card.encode("utf-8"))', "size = len(card)"),
+        ("steps without figures are shown", "{n for n, known in steps.items() if known} or set(steps)",
+         "set(steps)"),
+    ]),
+    *faults(f"{FOLDER}/tokens.py", TOKENS, [
+        ("a token has another's figures", 'return [next(scored) if flag == "1" else None for flag in flags]',
+         'return [held[0] if flag == "1" else None for flag in flags]'),
+        ("figures that do not fit are spread", 'if len(held) != flags.count("1"):', "if False:"),
+        ("shades are turned round", "size >= x if self.is_rising else size < x",
+         "size < x if self.is_rising else size >= x"),
+        ("a piece has the figures of its least token", "name: max(values, key=lambda",
+         "name: min(values, key=lambda"),
+        ("the control is not offered", "if offered != [_SAMPLED]:", "if False:"),
+        ("no choice is taken", "{' checked' if c is offered[0] else ''}", ""),
+    ]),
+    *faults(f"{FOLDER}/figures.py", TESTS, [
+        ("quantiles are no band", '("_p50", "_p10", "_p90"),', ""),
+        ("the teacher's interval is not found", '("accuracy", "low", "high"), ', ""),
+        ("clipper is of the clip", "(?![a-z0-9])", ""),
     ]),
     *faults(f"{FOLDER}/pictures.py", TESTS, [
         ("pictures are those of the next step", "order.candidates(step - 1, slot)",
@@ -46,9 +64,12 @@ FAULTS = [
     *faults(f"{FOLDER}/page.py", TESTS, [
         ("a control's teacher is not told", 'if run.settings.get("noise_vt") is True:', "if False:"),
         ("skipped steps are not told", "        if skipped:\n", "        if False:\n"),
+        ("a profile is of the first steps alone", "first = round(place * (len(steps) - size))",
+         "first = 0"),
         ("any script may run", "default-src 'none'; img-src data:", "img-src data:"),
     ]),
     *faults(f"{FOLDER}/runs.py", TESTS, [
+        ("each validation of a bad teacher is marked", "if now and not was]", "if now]"),
         ("a run is drawn twice", "if len({path.resolve() for path in found}) < len(found):",
          "if False:"),
     ]),

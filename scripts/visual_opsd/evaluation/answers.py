@@ -102,6 +102,7 @@ class Answering:
         bundle: the model; None: it is loaded for the first of the questions.
         should_stop: polled while decoding.
         advice: what to lower where memory lacks, in a program whose flags are not evaluate's.
+        keep: called with each question's index and the completion that answers it.
 
     Raises:
         Interrupted: by a call, when `should_stop` says so.
@@ -110,8 +111,9 @@ class Answering:
     def __init__(
         self, config: EvaluateConfig, env: DistEnv, pool: RowPool, timing: RankedLines,
         *, bundle: BagelBundle | None = None, should_stop: Callable[[], bool] = lambda: False,
-        advice: str | None = None,
+        advice: str | None = None, keep: Callable[[int, Completion], None] | None = None,
     ) -> None:  # fmt: skip
+        self.keep = keep
         self.config, self.env, self.pool, self.timing = config, env, pool, timing
         self.should_stop = should_stop
         if bundle is not None:
@@ -170,6 +172,8 @@ class Answering:
         batch = len(rows), time.perf_counter() - started
         answers, timing = [], []
         for (index, question), completion in zip(rows, completions, strict=True):
+            if self.keep is not None:
+                self.keep(index, completion)
             text = bundle.tokenizer.decode(completion.ids)
             answers.append(prediction(index, question, completion, text))
             dataset, tokens = question.name.dataset, len(completion.ids)

@@ -9,13 +9,16 @@ in <results_dir>/validation/<step>/.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from data.rejects import Reject
 from data.row_groups import prepare_row
+from data.sequence import Completion
+from data.thinkmorph import WHOLE_ROWS, Row
 from modeling import BagelBundle
 from modeling.bagel.bagel import Bagel
 from modeling.host.disk import disk_errors
@@ -32,31 +35,57 @@ from scripts.visual_opsd.evaluation.questions import (
     EvaluateConfig,
     EvaluateSettings,
     PrepareQuestion,
+    benchmark_files,
     open_rows,
 )
-from scripts.visual_opsd.evaluation.rows import RowPool
+from scripts.visual_opsd.evaluation.rows import RowPool, open_data
 from scripts.visual_opsd.evaluation.runner import check_bad_rate, run_rows
 from scripts.visual_opsd.evaluation.store import SETTINGS_FILE, write_json
 from scripts.visual_opsd.on_policy_sampler import MEMORY_ADVICE, Interrupted
 from scripts.visual_opsd.processes import DistEnv, agree, attempt, gather_objects, on_main
+from scripts.visual_opsd.rows import TrainRow
 from scripts.visual_opsd.runs.identity import stable_hash
+from scripts.visual_opsd.validation_config import BASE_ANSWERS
 
 FOLDER = "validation"  # in the results of a run
+TEACHER = "teacher"  # in the folder of a step
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a model is asked: settings, rows, and how a row becomes a question.
+
+    Raises:
+        ValueError: by `of`, as `open_rows` and `PrepareQuestion.of`.
+    """
+
+    config: EvaluateConfig
+    pool: RowPool
+    prepare: PrepareQuestion
+
+    @classmethod
+    def of(cls, config: EvaluateConfig) -> Asked:
+        pool = open_rows(config)
+        return cls(config, pool, PrepareQuestion.of(config, pool))
 
 
 class StudentValidation:
-    """Measures a student on fixed rows; every call is a collective.
+    """Measures a student on fixed rows, and its teacher; every call is a collective.
+
+    Args:
+        asked: of the student. of_teacher: likewise; None: it is not asked.
 
     Attributes:
         identity: digest of all that the figures depend on, but for the weights.
+        answers: as `Validate` has them.
     """
 
-    def __init__(
-        self, config: EvaluateConfig, env: DistEnv, pool: RowPool, prepare: PrepareQuestion
-    ) -> None:
-        self.config, self.env, self.pool, self.prepare = config, env, pool, prepare
+    def __init__(self, asked: Asked, env: DistEnv, of_teacher: Asked | None = None) -> None:
+        self.asked, self.env, self.of_teacher = asked, env, of_teacher
+        config, pool = asked.config, asked.pool
         self.folder = Path(config.evaluate.output_dir)
-        self.rows = config.evaluate.rows_of(pool)
+        self.indices = config.evaluate.rows_of(pool)
+        self.answers: dict[int, Completion] = {}
         self.tokenizer, self.special = load_tokenizer(config.evaluate.model_path)
         dtype = config.compute.dtype(env.device)
         found = on_main(env, lambda: result_settings(config, pool, dtype))
@@ -69,14 +98,21 @@ class StudentValidation:
         Raises:
             ValueError: too many cannot be used.
         """
+        self._check(self.asked)
+        if self.of_teacher is not None:
+            try:
+                self._check(self.of_teacher)
+            except ValueError as error:
+                raise ValueError(f"for the teacher (--teacher_guard): {error}") from error
 
+    def _check(self, asked: Asked) -> None:
         def mine() -> list[Reject]:
-            share = self.rows[self.env.rank :: self.env.world_size]
-            made = (prepare_row(*self.pool.locate(i), self.prepare, i) for i in share)
+            share = self.indices[self.env.rank :: self.env.world_size]
+            made = (prepare_row(*asked.pool.locate(i), asked.prepare, i) for i in share)
             return [item for item in made if isinstance(item, Reject)]
 
         rejects = [reject for part in gather_objects(attempt(mine)) for reject in part]
-        check_bad_rate(rejects, len(self.rows), self.config.evaluate.max_bad_rate)
+        check_bad_rate(rejects, len(self.indices), asked.config.evaluate.max_bad_rate)
 
     def __call__(
         self, step: int, model: Bagel, should_stop: Callable[[], bool] = lambda: False
@@ -88,33 +124,83 @@ class StudentValidation:
             ValueError: as `run_rows`.
         """
         folder = self.folder / f"{step:07d}"
-        settings = replace(self.config.evaluate, output_dir=str(folder))
-        config = replace(self.config, evaluate=settings)
         wanted = {**self.settings, "step": step}
         on_main(self.env, lambda: self._begin(step, folder, wanted))
+        self.answers = {}
+        keep = self._keep if step == 0 else None
+        summary = self._ask(self.asked, folder, wanted, model, should_stop, keep)
+        shown = {name: summary[name] for name in ("accuracy", "mean_tokens", "cap_rate", "n")}
+        low, high = summary["interval"]
+        return {**shown, "low": low, "high": high}
+
+    def ask_teacher(
+        self, step: int, model: Bagel, should_stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
+        """The same of a teacher's weights, with the VTs in view; after the student's call."""
+        assert self.of_teacher is not None, "validations with a guard know what to ask it"
+        folder = self.folder / f"{step:07d}" / TEACHER
+        context = self.of_teacher.config.evaluate.context
+        wanted = {**self.settings, "step": step, "context": context}
+        on_main(self.env, lambda: _claim(folder, wanted))
+        summary = self._ask(self.of_teacher, folder, wanted, model, should_stop)
+        low, high = summary["interval"]
+        return {"accuracy": summary["accuracy"], "low": low, "high": high}
+
+    def rows(
+        self, indices: Sequence[int], prepare: Callable[[Row], TrainRow]
+    ) -> Iterator[tuple[int, TrainRow]]:
+        """Those of the rows that can be prepared for training; no collective."""
+        pool = self._whole
+        if pool is None:
+            return
+        for index in indices:
+            dataset, number = pool.locate(index)
+            item = prepare_row(dataset, number, prepare, index)
+            if not isinstance(item, Reject):
+                yield index, item
+
+    @cached_property
+    def _whole(self) -> RowPool | None:
+        """The rows with all their columns; None: they are a benchmark's, which has no others."""
+        settings, pool = self.asked.config.evaluate, self.asked.pool
+        if benchmark_files(pool):
+            return None
+        return RowPool(open_data(settings.data, settings.split, settings.data_root, WHOLE_ROWS))
+
+    def _keep(self, index: int, completion: Completion) -> None:
+        if index < BASE_ANSWERS:
+            self.answers[index] = completion
+
+    def _ask(
+        self,
+        asked: Asked,
+        folder: Path,
+        wanted: dict[str, Any],
+        model: Bagel,
+        should_stop: Callable[[], bool],
+        keep: Callable[[int, Completion], None] | None = None,
+    ) -> dict[str, Any]:
+        """The summary of a model's answers, on all ranks; a collective."""
+        settings = replace(asked.config.evaluate, output_dir=str(folder))
+        config, pool = replace(asked.config, evaluate=settings), asked.pool
         answers, timing = answer_stores(folder)
         bundle = BagelBundle(model, self.tokenizer, self.special, model.config)
         work = Answering(
-            config, self.env, self.pool, timing,
-            bundle=bundle, should_stop=should_stop, advice=MEMORY_ADVICE,
+            config, self.env, pool, timing,
+            bundle=bundle, should_stop=should_stop, advice=MEMORY_ADVICE, keep=keep,
         )  # fmt: skip
         try:
             found = run_rows(
-                self.pool, self.rows, self.prepare, work, answers, self.env, row_limits(config)
+                pool, self.indices, asked.prepare, work, answers, self.env, row_limits(config)
             )
         except Exception as error:  # on all ranks together
             if agree(isinstance(error, Interrupted), self.env):
                 raise Interrupted from error
             raise
         digest = stable_hash(wanted)
-
-        def finish() -> dict[str, float]:
-            summary = write_results(config, self.env, self.pool, timing, found, digest)
-            low, high = summary["interval"]
-            shown = {name: summary[name] for name in ("accuracy", "mean_tokens", "cap_rate", "n")}
-            return {**shown, "low": low, "high": high}
-
-        return on_main(self.env, finish)
+        return on_main(
+            self.env, lambda: write_results(config, self.env, pool, timing, found, digest)
+        )
 
     def _begin(self, step: int, folder: Path, settings: dict[str, Any]) -> None:
         """An empty folder; those of this step and later ones belong to a run that was left."""
@@ -122,8 +208,14 @@ class StudentValidation:
             for old in self.folder.glob("[0-9]" * 7):
                 if int(old.name) >= step:
                     shutil.rmtree(old)
-            folder.mkdir(parents=True)
-        write_json(folder / SETTINGS_FILE, {"hash": stable_hash(settings), "settings": settings})
+        _claim(folder, settings)
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Make a new folder of an evaluation by these settings."""
+    with disk_errors(f"writing to {folder}", folder.parent):
+        folder.mkdir(parents=True)
+    write_json(folder / SETTINGS_FILE, {"hash": stable_hash(settings), "settings": settings})
 
 
 def make_validation(config: TrainConfig, env: DistEnv) -> StudentValidation:
@@ -153,14 +245,12 @@ def make_validation(config: TrainConfig, env: DistEnv) -> StudentValidation:
         progress=False,
     )
     of = EvaluateConfig(settings, prompt=config.prompt, compute=compute)
-
-    def make() -> tuple[RowPool, PrepareQuestion]:
-        pool = open_rows(of)
-        return pool, PrepareQuestion.of(of, pool)
-
+    of_teacher = replace(of, evaluate=replace(settings, context="vt"))
+    guarded = validation.teacher_guard != "off"
     try:
-        pool, prepare = attempt(make)
-        made = StudentValidation(of, env, pool, prepare)
+        asked = attempt(lambda: Asked.of(of))
+        seen = attempt(lambda: Asked.of(of_teacher)) if guarded else None
+        made = StudentValidation(asked, env, seen)
         made.check_rows()
     except ValueError as error:  # on all ranks together; it speaks of evaluate's flags
         raise ValueError(

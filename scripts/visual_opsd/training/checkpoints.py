@@ -2,7 +2,8 @@
 """Writing and restoring training checkpoints: one exists whole, or it does not exist.
 
     <dir>/step_0000500/              appears by one rename, when everything below is on disk
-        state/                       student, EMA, optimiser: sharded (torch.distributed.checkpoint)
+        state/                       student, EMA, its kept copy, optimiser: sharded
+                                     (torch.distributed.checkpoint)
         trainer.pt                   scheduler and the caller's extra values
         rng_00000.pt ...             random states, one a rank
         complete.json                written last: step, mesh, config and its hash, fingerprints of
@@ -49,6 +50,7 @@ from scripts.visual_opsd.config import SFTConfig
 from scripts.visual_opsd.processes import DistEnv, attempt, gather_objects, on_main
 from scripts.visual_opsd.runs.identity import differences
 from scripts.visual_opsd.training.checkpoint_folders import remove, step_folder
+from scripts.visual_opsd.training.guard import KeptTeacher
 from scripts.visual_opsd.training.run_contents import ROW_ORDER
 from scripts.visual_opsd.training.sharded_files import save_sharded_state
 from scripts.visual_opsd.training.state_files import (
@@ -77,7 +79,8 @@ FREE_FIELDS = _BY_CONTENTS | frozenset((
     "cpu_offload", "teacher_cpu_offload", "gradient_accumulation_steps", "pack_tokens",
     "sample_batch_size", "loss_chunk_size", "activation_checkpointing", "checkpointed_layers",
     "compile_blocks", "wandb_project", "wandb_name", "wandb_offline",
-    "eval_every", "eval_data", "eval_split", "eval_limit", "keep_best", "early_stop",
+    "tensorboard", "eval_every", "eval_data", "eval_split", "eval_limit", "keep_best", "early_stop",
+    "teacher_guard", "guard_drop",
     "plan", "plan_gpus", "plan_gpu_gb", "dry_run",
 ))
 # fmt: on
@@ -85,12 +88,16 @@ FREE_FIELDS = _BY_CONTENTS | frozenset((
 
 @dataclass
 class TrainingState:
-    """What a checkpoint restores in place. `scheduler` needs state_dict and load_state_dict."""
+    """What a checkpoint restores in place. `scheduler` needs state_dict and load_state_dict.
+
+    kept: where a copy of the EMA is kept, if there is one.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: Any
     ema: nn.Module | None = None
+    kept: KeptTeacher | None = None
 
 
 @dataclass(frozen=True)
@@ -211,6 +218,7 @@ def save_checkpoint(
         "world_size": env.world_size,
         "has_ema": state.ema is not None,
         "has_optimizer": "optimizer" in tensors,
+        "has_kept_teacher": "kept_teacher" in tensors,
         "torch": torch.__version__,
         "config_hash": config_hash(config),
         "config": config,
@@ -293,6 +301,8 @@ def _sharded_state(
         tensors["optimizer"] = get_optimizer_state_dict(state.model, state.optimizer)
     if state.ema is not None:
         tensors["ema"] = get_model_state_dict(state.ema)
+    if state.kept is not None and state.kept.tensors:
+        tensors["kept_teacher"] = dict(state.kept.tensors)
     return tensors
 
 
@@ -349,6 +359,8 @@ def load_checkpoint(
     trainer = _load(path / "trainer.pt")
     rng = _load(path / f"rng_{env.rank:05d}.pt") if same_world else None
     with_frozen = marker["format_version"] != WITHOUT_FROZEN
+    if state.kept is not None and marker.get("has_kept_teacher"):
+        state.kept.allocate()  # and read where it is
     tensors = _sharded_state(state, marker["has_optimizer"], with_frozen)
     try:
         with _ordinary_errors(f"reading {path / 'state'}"):

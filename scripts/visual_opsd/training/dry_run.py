@@ -156,6 +156,7 @@ def quiet(config: TrainConfig, folder: Path) -> TrainConfig:
     run = replace(
         config.run, results_dir=str(folder), checkpoint_dir=None, resume=None, auto_resume=False,
         resume_from=None, save_release=False, progress=False, log_every=1, wandb_project=None,
+        tensorboard=False,
     )  # fmt: skip
     optim = replace(config.optim, total_steps=_STEPS, warmup_steps=0)
     return replace(config, run=run, optim=optim)

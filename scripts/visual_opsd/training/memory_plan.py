@@ -199,7 +199,10 @@ class _Gpu:
     # ---- sample: training.sharding.summon_full_params, modeling.bagel.generate
 
     def _copy(self) -> Component:
-        size = self.of.item * self.student.total("numbers")
+        models = [self.student]
+        if self.teacher is not None and self.of.teacher_guard != "off":
+            models.append(self.teacher)  # one after the other
+        size = self.of.item * max(model.total("numbers") for model in models)
         return Component("gathered weights", size, "all of them, to sample from (adapters merged)"
                          if self.student.adapted else "all of them, to sample from")  # fmt: skip
 
@@ -435,6 +438,7 @@ def _host(
     if of.teacher_cpu_offload:
         offloaded += teacher_bytes(of, student, teacher)
     moments = 8.0 * student.trained_local if of.optimizer_state == "host" else 0.0
+    kept = 4.0 * student.trained_local if of.teacher_guard == "rollback" else 0.0
     # Pieces of a state; of a release folder one tensor, on the first rank.
     staging = ranks * min(2.0 * PIECE_BYTES, state / of.gpus)
     staging += 4.0 * of.model.llm.vocab_size * of.model.llm.hidden_size * of.save_release
@@ -444,6 +448,7 @@ def _host(
                   f"{of.num_workers} a process, rows of {of.prefetch_factor} steps each"),
         Component("offloaded", ranks * offloaded, "shards kept here by --cpu_offload"),
         Component("moments", ranks * moments, "AdamW's averages, pinned"),
+        Component("best teacher", ranks * kept, "its shards, kept by --teacher_guard rollback"),
         Component("saving", staging, "staging of what is written"),
     ]  # fmt: skip
     if not of.on_gpu:
@@ -459,13 +464,15 @@ def pinned_bytes(student: Weights, of: Footprint) -> float:
 
 
 def state_bytes(of: Footprint, student: Weights, teacher: Weights | None) -> float:
-    """A training state: weights, moments and EMA, whole. Frozen weights are left out if they are
-    the most."""
+    """A training state: weights, moments, EMA and the EMA that a guard keeps, whole. Frozen
+    weights are left out if they are the most."""
     total, trained = student.total("numbers"), student.trained
     kept = trained if student.adapted or total > 2 * trained else total
     averages = 0
     if of.teacher_mode == "ema":
         averages = trained if teacher is None else teacher.total("numbers")
+    if of.teacher_guard == "rollback":
+        averages += trained
     return 4.0 * (kept + averages) + _MOMENTS[of.optimizer_state] * trained
 
 

@@ -74,6 +74,7 @@ class Footprint:
     smallest_picture: int  # latent tokens; 0: the autoencoder has no part
     largest_picture: int
     completions_per_row: int
+    vt_rehearsal: float
     sample_max_new_tokens: int
     sample_batch_size: int
     max_prefill_tokens: int
@@ -91,6 +92,12 @@ class Footprint:
     optimizer_state: str
     validated_rows: int = 0  # rows that a validation decodes together; 0: there is none
     keep_best: bool = False
+    teacher_guard: str = "off"
+
+    @property
+    def decodes_thoughts(self) -> bool:
+        """Whether rows are completed or answered with what the teacher sees."""
+        return self.vt_rehearsal > 0 or self.teacher_guard != "off"
 
     @property
     def shards(self) -> int:
@@ -213,6 +220,7 @@ def make_footprint(
         smallest_picture=latent_tokens(1),
         largest_picture=latent_tokens(10**4),
         completions_per_row=config.rollout.completions_per_row if completed else 1,
+        vt_rehearsal=config.rollout.vt_rehearsal if completed else 0.0,
         sample_max_new_tokens=sample.sample_max_new_tokens,
         sample_batch_size=sample.sample_batch_size,
         max_prefill_tokens=sample.sampler().max_prefill_tokens,
@@ -230,6 +238,7 @@ def make_footprint(
         optimizer_state=config.optim.optimizer_state,
         validated_rows=_validated_rows(config, world),
         keep_best=config.validation.keep_best,
+        teacher_guard=config.validation.teacher_guard,
     )
     assert footprint.shards > 0
     return footprint
@@ -459,20 +468,29 @@ def _forward_rows(of: Footprint) -> int:
     return math.ceil(of.completions / of.gradient_accumulation_steps)
 
 
+def _decoded_context(of: Footprint, row: RowLengths) -> tuple[int, int]:
+    """Tokens and patches of the longest of the row's contexts that is decoded from."""
+    if of.decodes_thoughts:
+        return row.teacher, row.image + row.shown
+    return row.student, row.image
+
+
 def load_of(of: Footprint, row: RowLengths) -> Load:
     """The load of rows that are all alike."""
-    together = max(1, of.max_prefill_tokens // row.student)
+    context, patches = _decoded_context(of, row)
+    together = max(1, of.max_prefill_tokens // context)
     decoded = min(of.decoded_rows, together)
     packed = max(1, min(_forward_rows(of), of.pack_tokens // row.longest))
-    room = row.student + of.sample_max_new_tokens + 1
+    room = context + of.sample_max_new_tokens + 1
+    rehearsed = of.vt_rehearsal > 0  # of all the rows of a pack, at worst
     return Load(
         decoded=decoded,
         cache_tokens=decoded * room,
-        prefill_tokens=decoded * row.student,
-        prefill_patches=decoded * row.image,
-        student=packed * (row.student + row.new + 2),
+        prefill_tokens=decoded * context,
+        prefill_patches=decoded * patches,
+        student=packed * (row.longest if rehearsed else row.student + row.new + 2),
         teacher=packed * row.longest if row.shown else 0,
-        student_patches=packed * row.image,
+        student_patches=packed * (patches if rehearsed else row.image),
         teacher_patches=packed * (row.image + row.shown) if row.shown else 0,
         scored=packed * (row.new + 1),
         repeated=of.completions > packed,
@@ -494,12 +512,13 @@ def largest_load(of: Footprint) -> Load:
     if of.decoded_rows:
         # A completion may be cut, so a context may be longer; and of shorter ones more are decoded
         # together.
-        context, decoded = row.student + row.new - 1, of.decoded_rows
+        seen, patches = _decoded_context(of, row)
+        context, decoded = seen + row.new - 1, of.decoded_rows
         prefill = max(context, min(decoded * context, of.max_prefill_tokens))
         load = replace(
             load, decoded=decoded, prefill_tokens=prefill,
             cache_tokens=prefill + decoded * (of.sample_max_new_tokens + 1),
-            prefill_patches=min(prefill, decoded * row.image),
+            prefill_patches=min(prefill, decoded * patches),
         )  # fmt: skip
     several = of.gradient_accumulation_steps > 1 or of.completions * row.longest > of.pack_tokens
     return replace(load, repeated=of.completions > 1 and several)

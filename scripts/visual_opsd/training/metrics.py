@@ -1,5 +1,6 @@
 # Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
-"""What a run reports: metrics.jsonl, a progress bar, wandb on request, and phase timers."""
+"""What a run reports: metrics.jsonl, a progress bar, wandb and TensorBoard on request, and phase
+timers."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from data.json_lines import append_records, read_log
 from modeling.host.disk import disk_errors
 from scripts.visual_opsd.processes import DistEnv, all_reduce_sums
+from scripts.visual_opsd.training.event_files import FOLDER, EventFiles, one_line
 
 Metric = float | int | str | bool | None | Tensor
 
@@ -54,7 +56,7 @@ class WandbSettings:
             wandb.login(verify=False)
         except Exception as error:
             raise ValueError(
-                f"--wandb_project: W&B has no usable key ({_one_line(error)}). Run `wandb login` "
+                f"--wandb_project: W&B has no usable key ({one_line(error)}). Run `wandb login` "
                 "or set WANDB_API_KEY, or log without network by --wandb_offline True"
             ) from error
 
@@ -72,10 +74,12 @@ def simple(value: Metric) -> float | int | str | None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, with non-finite numbers as floats again."""
-    special = ("nan", "inf", "-inf")
-    return [
-        {k: float(v) if v in special else v for k, v in record.items()} for record in read_log(path)
-    ]
+    return [{k: _plain(v) for k, v in record.items()} for record in read_log(path)]
+
+
+def _plain(value: Any) -> Any:
+    """A value of a line with its non-finite numbers as floats again."""
+    return float(value) if value in ("nan", "inf", "-inf") else value
 
 
 class MetricLogger:
@@ -88,6 +92,7 @@ class MetricLogger:
         progress: False draws none.
         wandb: imported only when given.
         config: the run's configuration, for wandb.
+        tensorboard: write the same numbers as event files beside `path`.
 
     Raises:
         ValueError: wandb was asked for and is not installed.
@@ -103,9 +108,11 @@ class MetricLogger:
         progress: bool = True,
         wandb: WandbSettings | None = None,
         config: Mapping[str, Any] | None = None,
+        tensorboard: bool = False,
     ) -> None:
         self._path: Path | None = None  # on rank 0, until closed
         self._wandb_run: Any = None
+        self._events: EventFiles | None = None
         self._bar: Any = None
         if not env.is_main:
             return
@@ -124,6 +131,8 @@ class MetricLogger:
                 mininterval=interval,
                 unit="step",
             )
+        if tensorboard:
+            self._events = EventFiles(path.parent / FOLDER, start_step, self.message)
 
     def log(
         self, step: int, metrics: Mapping[str, Metric], show: Mapping[str, str] | None = None
@@ -146,8 +155,11 @@ class MetricLogger:
             try:
                 self._wandb_run.log(numbers, step=step)
             except Exception as error:  # somebody else's service must not end a run
-                self.message(f"W&B gets nothing from here on ({_one_line(error)})")
+                self.message(f"W&B gets nothing from here on ({one_line(error)})")
                 self._wandb_run = None
+        if self._events is not None:
+            values = {name: _plain(value) for name, value in record.items()}
+            self._events.log(step, {k: v for k, v in values.items() if _is_number(v)})
 
     def advance(self, steps: int = 1) -> None:
         """Move the progress bar."""
@@ -160,7 +172,7 @@ class MetricLogger:
             tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """Close bar and wandb run; may be called twice."""
+        """Close bar, wandb run and event files; may be called twice."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -168,6 +180,8 @@ class MetricLogger:
             with suppress(Exception):  # what it could not send is on disk for `wandb sync`
                 self._wandb_run.finish()
             self._wandb_run = None
+        if self._events is not None:
+            self._events.close()
         self._path = None
 
     def __enter__(self) -> MetricLogger:
@@ -211,17 +225,13 @@ def _start_wandb(settings: WandbSettings, folder: Path, config: Mapping[str, Any
         # None: WANDB_MODE decides.
         return wandb.init(mode="offline" if settings.offline else None, **options)
     except Exception as error:
-        print(f"W&B does not start ({_one_line(error)}); trying it offline", file=sys.stderr)
+        print(f"W&B does not start ({one_line(error)}); trying it offline", file=sys.stderr)
     try:
         wandb.teardown()  # it still holds the id
         return wandb.init(mode="offline", **options)
     except Exception as error:
-        print(f"W&B gets nothing of this run ({_one_line(error)})", file=sys.stderr)
+        print(f"W&B gets nothing of this run ({one_line(error)})", file=sys.stderr)
     return None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 class PhaseTimer:

@@ -80,6 +80,7 @@ class StepContext:
     flow_scale: the same for the flow-matching loss; None: nothing learns to draw.
     contrast: how much more what the rows' controls lack counts in the target (`opsd_loss`).
     measured: whether the figures of each token are wanted.
+    shares_features: where it can, the student takes the teacher's ViT outputs.
     """
 
     student: Bagel
@@ -94,6 +95,7 @@ class StepContext:
     flow_scale: float | None = None
     contrast: float = 0.0
     measured: bool = False
+    shares_features: bool = True
 
 
 def loss_scale(count: float, env: DistEnv, weight: float = 1.0) -> float:
@@ -121,7 +123,8 @@ def run_pack(
         blind: PackedBatch | None = None
         if step.contrast:
             blind = _pack_like(student_batch, [row.control for row in rows], rows, step)
-        shared = shared_images(rows) if step.teacher.shares_features(step.device) else None
+        shares = step.shares_features and step.teacher.shares_features(step.device)
+        shared = shared_images(rows) if shares else None
         teacher_hidden = step.teacher.hidden(batch.to(step.device), shared)
         if blind is not None:
             control = step.teacher.hidden(blind.to(step.device))
@@ -225,6 +228,7 @@ _MEANS = {
     "truncated_rate": ("truncated", "sequences"),
     "weightless_rate": ("weightless", "rows"),
     "off_policy_rate": ("off_policy", "sequences"),
+    "rehearsal_rate": ("rehearsed", "sequences"),
     "completion_length": ("completion_tokens", "completions"),
     "cap_rate": ("capped", "completions"),
     "eos_rate": ("ended", "completions"),

@@ -12,7 +12,7 @@ same base with no adapters (fixed), with averaged ones (ema) or with the live on
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from scripts.visual_opsd.training.sharding import (
     ema_update,
     full_tensor,
     local_part,
+    summon_full_params,
     trained_pairs,
 )
 
@@ -37,12 +38,17 @@ class Teacher:
         student: the sharded student.
 
     Attributes:
-        ema: what follows the student, in mode "ema".
+        ema: what follows the student, in mode "ema". follows: whether it still does.
     """
 
     def __init__(self, mode: str, model: Bagel | None, student: Bagel, ema_decay: float) -> None:
         self.mode, self.model, self.student, self.ema_decay = mode, model, student, ema_decay
         self.ema: nn.Module | None = model if mode == "ema" else None
+        self.follows = True
+
+    @property
+    def _scores(self) -> Bagel:
+        return self.model if self.model is not None else self.student
 
     def shares_features(self, device: torch.device) -> bool:
         """Whether the student takes the teacher's ViT outputs of the images both see.
@@ -56,8 +62,7 @@ class Teacher:
     @torch.no_grad()
     def hidden(self, batch: PackedBatch, share: SharedFeatures | None = None) -> Tensor:
         """Hidden states of the scored rows, (S, H) in the compute dtype. A collective."""
-        model = self.model if self.model is not None else self.student
-        hidden: Tensor = model(batch, head=lambda hidden, weight: hidden, share=share)
+        hidden: Tensor = self._scores(batch, head=lambda hidden, weight: hidden, share=share)
         return hidden
 
     def head(self, dtype: torch.dtype) -> Tensor | None:
@@ -66,9 +71,16 @@ class Teacher:
             return None
         return full_tensor(self.model.language_model.lm_head.weight, dtype)
 
+    @contextmanager
+    def gathered(self) -> Iterator[Bagel]:
+        """Its whole weights, as `summon_full_params` gives them; all ranks enter and leave."""
+        with summon_full_params(self._scores) as plain:
+            assert isinstance(plain, Bagel)
+            yield plain
+
     def update(self) -> None:
         """Follow the student after an optimiser step."""
-        if self.ema is not None:
+        if self.ema is not None and self.follows:
             ema_update(self.ema, self.student, self.ema_decay)
 
 
@@ -85,10 +97,18 @@ class AdapterTeacher(Teacher):
         if self.mode == "fixed":
             with switch_off(self.student):
                 return super().hidden(batch, share)
-        if self.ema is None:
+        with self._averaged():
             return super().hidden(batch, share)
-        with _exchanged(self.ema, self.student):
-            return super().hidden(batch, share)
+
+    @contextmanager
+    def gathered(self) -> Iterator[Bagel]:
+        assert self.mode != "fixed", "the base's weights need not be gathered"
+        with self._averaged(), super().gathered() as plain:
+            yield plain
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Within this the student computes with the teacher's adapters."""
+        return nullcontext() if self.ema is None else _exchanged(self.ema, self.student)
 
 
 def _copy_trained(model: nn.Module) -> nn.Module:
@@ -115,6 +135,7 @@ def _exchanged(other: nn.Module, model: nn.Module) -> Iterator[None]:
     """
     pairs = [(local_part(a), local_part(b)) for (_, a), (_, b) in trained_pairs(other, model)]
 
+    @torch.no_grad()
     def exchange() -> None:
         for ours, theirs in pairs:
             kept = ours.clone()

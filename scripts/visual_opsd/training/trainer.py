@@ -57,7 +57,9 @@ from scripts.visual_opsd.training.checkpoints import (
     config_hash,
     load_checkpoint,
 )
+from scripts.visual_opsd.training.event_files import check_tensorboard
 from scripts.visual_opsd.training.figures import Measurement, means
+from scripts.visual_opsd.training.guard import TeacherGuard
 from scripts.visual_opsd.training.memory_report import check_memory
 from scripts.visual_opsd.training.metrics import (
     MetricLogger,
@@ -83,6 +85,7 @@ from scripts.visual_opsd.training.step import (
     loss_scale,
     plan_packs,
 )
+from scripts.visual_opsd.training.teacher_distance import TeacherDistance
 from scripts.visual_opsd.training.validation import Validate, Validation
 
 _SHOWN = {"loss": ".4f", "grad_norm": ".3f", "completion_length": ".1f"}
@@ -130,6 +133,8 @@ class Trainer:
         if run.wandb_project:
             self.wandb = WandbSettings(run.wandb_project, run.wandb_name, run.wandb_offline)
             on_main(env, self.wandb.check)
+        if run.tensorboard:
+            on_main(env, check_tensorboard)
         # What forbids a start is said before minutes of loading.
         check_memory(config, objective, env)
         on_main(env, self._hold_folders)
@@ -144,7 +149,7 @@ class Trainer:
         decode = self.base.tokenizer.decode
         self.measurement = Measurement(run, env, self.student, decode, samples=objective.samples)
         self.step = 0  # completed optimiser steps
-        self.validation = Validation(config.validation, validate, config.optim.total_steps)
+        self.validation = self._make_validation(validate)
         self.releases = ReleaseWriter(config, self.student, self.adapters, env)
         self.states = StateKeeper(run, self.state, self._saved_config(), env)
         self._restore()
@@ -163,9 +168,20 @@ class Trainer:
         self.optimizer = make_optimizer(self.trainable, optim, self.env.device)
         self.scheduler = LambdaLR(self.optimizer, lambda step: learning_rate_factor(step, optim))
 
+    def _make_validation(self, validate: Validate | None) -> Validation:
+        config, teacher = self.config, self.teacher
+        settings, total_steps = config.validation, config.optim.total_steps
+        if validate is None or teacher is None:
+            return Validation(settings, validate, total_steps)
+        distance = TeacherDistance(config, self.place, teacher, self.prepare, self.dtype)
+        guard = None if settings.teacher_guard == "off" else TeacherGuard(settings, teacher)
+        return Validation(settings, validate, total_steps, distance, guard)
+
     @property
     def state(self) -> TrainingState:
-        return TrainingState(self.student, self.optimizer, self.scheduler, self.ema)
+        guard = self.validation.guard
+        kept = None if guard is None else guard.kept
+        return TrainingState(self.student, self.optimizer, self.scheduler, self.ema, kept)
 
     def _saved_config(self) -> dict[str, Any]:
         """What is stored with checkpoints and must be the same on a resume."""
@@ -222,6 +238,7 @@ class Trainer:
                 progress=run.progress,
                 wandb=self.wandb,
                 config=flat(config),
+                tensorboard=run.tensorboard,
             )
         )
         with self.stop, logger as self.log, closing(self._rows()) as rows:
@@ -274,7 +291,8 @@ class Trainer:
             return False
         is_best = validation.note(self.step, figures)
         self.states.note(self._extra())
-        self.log.message(validation.describe(figures))
+        for text in (validation.describe(figures), *validation.messages):
+            self.log.message(text)
         self._together(lambda: self.log.log(self.step, figures))
         # Before the first step it is the base, which lies where it was read.
         if is_best and self.step and validation.settings.keep_best:
@@ -458,6 +476,9 @@ class Trainer:
             flow_scale=flow_scale,
             contrast=config.teacher.contrast,
             measured=measured,
+            # A pack whose students all see all images would run the ViT once, others twice: ranks
+            # would wait for each other.
+            shares_features=not config.rollout.vt_rehearsal,
         )
         filler = empty_row(
             model.vision.patch_dim,

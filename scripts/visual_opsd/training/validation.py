@@ -2,29 +2,48 @@
 """Validation while training: when it is due, and what is remembered of it.
 
 What measures the student is handed to the trainer as a `Validate`; training knows no more of
-evaluation than stands here. A validation draws no random numbers and changes no weight.
+evaluation than stands here. A validation draws no random numbers and changes no weight; what its
+guard does to a teacher that has dropped (`guard.py`) follows from its figures.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, TypeAlias
 
+from torch import nn
+
+from data.sequence import Completion
+from data.thinkmorph import Row
 from modeling.bagel.bagel import Bagel
 from modeling.host.memory import memory_errors
-from scripts.visual_opsd.processes import FailedAlone
+from scripts.visual_opsd.processes import FailedAlone, gather_objects
+from scripts.visual_opsd.rows import TrainRow
+from scripts.visual_opsd.training.guard import GuardProgress, TeacherGuard
 from scripts.visual_opsd.training.sharding import OFFLOAD_ADVICE, summon_full_params
+from scripts.visual_opsd.training.teacher_distance import (
+    StoredCompletions,
+    TeacherDistance,
+    store_completions,
+)
 from scripts.visual_opsd.validation_config import ValidationSettings
+
+Ask: TypeAlias = Callable[[int, Bagel, Callable[[], bool]], Mapping[str, float]]
 
 
 class Validate(Protocol):
-    """Measures a model. `identity`: digest of all that its figures depend on, but for the model."""
+    """Measures a model. `identity`: digest of all that its figures depend on, but for the model.
+    `answers`: by row, those to the first `BASE_ANSWERS` rows that this rank has had of the base.
+    """
 
     @property
     def identity(self) -> str: ...
+
+    @property
+    def answers(self) -> Mapping[int, Completion]: ...
 
     def __call__(
         self, step: int, model: Bagel, should_stop: Callable[[], bool]
@@ -41,13 +60,24 @@ class Validate(Protocol):
             Interrupted: on all ranks, as any was told to stop.
         """
 
+    def ask_teacher(
+        self, step: int, model: Bagel, should_stop: Callable[[], bool]
+    ) -> Mapping[str, float]:
+        """Likewise "accuracy", "low" and "high" of a teacher, which sees the rows' VTs."""
+
+    def rows(
+        self, indices: Sequence[int], prepare: Callable[[Row], TrainRow]
+    ) -> Iterator[tuple[int, TrainRow]]:
+        """Those of the rows that can be prepared for training; no collective."""
+
 
 @dataclass
 class Progress:
     """What the validations up to now said; part of every training state.
 
     last, best_step: steps, -1: none. since: validations since the best one. identity: of what
-    measured; figures of another measure are not compared with these.
+    measured; figures of another measure are not compared with these. base: the base's answers by
+    row, as `store_completions` gives them; None: it was not asked. guard: of the teacher.
     """
 
     identity: str = ""
@@ -55,6 +85,16 @@ class Progress:
     best: float = -1.0
     best_step: int = -1
     since: int = 0
+    base: StoredCompletions | None = None
+    guard: GuardProgress = field(default_factory=GuardProgress)
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> Progress:
+        """From `state_dict`, of this or an earlier version."""
+        return cls(**{**saved, "guard": GuardProgress(**saved.get("guard", {}))})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**vars(self), "guard": asdict(self.guard)}  # asdict would copy all answers
 
 
 class Validation:
@@ -62,22 +102,43 @@ class Validation:
 
     Args:
         total_steps: of the run; the last one is always validated.
+        distance: what compares the student with the teacher; None: there is no teacher.
+        guard: what watches the teacher; None: nothing does.
+
+    Attributes:
+        messages: what there is to say of the last validation, besides `describe`.
     """
 
     def __init__(
-        self, settings: ValidationSettings, validate: Validate | None, total_steps: int
+        self,
+        settings: ValidationSettings,
+        validate: Validate | None,
+        total_steps: int,
+        distance: TeacherDistance | None = None,
+        guard: TeacherGuard | None = None,
     ) -> None:
         self.settings, self.validate, self.total_steps = settings, validate, total_steps
+        self.distance, self.guard = distance, guard
         self.progress = Progress("" if validate is None else validate.identity)
+        self.messages: list[str] = []
+        self._base: StoredCompletions | None = None  # of a validation that is not noted yet
+        self._explained = False
 
     def state_dict(self) -> dict[str, Any]:
-        return asdict(self.progress)
+        return self.progress.state_dict()
 
     def resume(self, saved: Mapping[str, Any] | None) -> str:
         """Go on from a state's progress. Returns why that was not possible, "" if it was."""
-        found = Progress(**saved or {})
-        if self.validate is None or found.identity == self.validate.identity:
+        found = Progress.of(saved or {})
+        same = self.validate is None or found.identity == self.validate.identity
+        watched = found.guard
+        if same:
             self.progress = found  # kept for a later run even where nothing is validated
+        self.progress.guard = GuardProgress()
+        if self.guard is not None:
+            self.guard.resume(watched, same=same)
+            self.progress.guard = self.guard.progress
+        if same:
             return ""
         if found.last < 0:
             return ""
@@ -101,22 +162,58 @@ class Validation:
         Raises:
             ValueError, Interrupted: as `Validate`.
         """
-        assert self.validate is not None
-        started = time.perf_counter()
-        with ExitStack() as stack:
-            # A collective: the others may wait in it for this rank.
-            doing = f"gathering weights for the validation of step {step}"
-            with memory_errors(doing, OFFLOAD_ADVICE, FailedAlone):
-                plain = stack.enter_context(summon_full_params(student))
-            assert isinstance(plain, Bagel)
-            figures = self.validate(step, plain, should_stop)
-        seconds = time.perf_counter() - started
-        return {f"validation/{k}": v for k, v in {**figures, "seconds": seconds}.items()}
+        validate = self.validate
+        assert validate is not None
+        started, self.messages = time.perf_counter(), []
 
-    def note(self, step: int, figures: Mapping[str, float]) -> bool:
-        """Remember the figures of a step; returns whether they are better than all before."""
+        def ask(gathered: AbstractContextManager[nn.Module], which: Ask) -> Mapping[str, float]:
+            with ExitStack() as stack:
+                # A collective: the others may wait in it for this rank.
+                doing = f"gathering weights for the validation of step {step}"
+                with memory_errors(doing, OFFLOAD_ADVICE, FailedAlone):
+                    plain = stack.enter_context(gathered)
+                assert isinstance(plain, Bagel)
+                return which(step, plain, should_stop)
+
+        figures = dict(ask(summon_full_params(student), validate))
+        figures |= self._compare(step)
+        if self.guard is not None:
+            found = ask(self.guard.teacher.gathered(), validate.ask_teacher)
+            figures["teacher_accuracy"] = found["accuracy"]
+            figures |= {f"teacher_accuracy_{end}": found[end] for end in ("low", "high")}
+        figures["seconds"] = time.perf_counter() - started
+        return {f"validation/{name}": value for name, value in figures.items()}
+
+    def _compare(self, step: int) -> dict[str, float]:
+        """How far the student is from its teacher on the base's answers, if these are known."""
+        if self.distance is None:
+            return {}
+        assert self.validate is not None
+        self._base = self.progress.base
+        if step == 0:
+            parts = gather_objects(store_completions(self.validate.answers))
+            self._base = dict(sorted(pair for part in parts for pair in part.items()))
+        if self._base is None and not self._explained:
+            self._explained = True
+            self.messages.append(
+                "validation/kl and validation/teacher_advantage are left out: they are measured "
+                "on the base's answers to these rows, and the state resumed from holds none (it "
+                "is of a run without validation at step 0, or on other rows)"
+            )
+        return self.distance.measure(self._base, self.validate.rows) if self._base else {}
+
+    def note(self, step: int, figures: dict[str, float]) -> bool:
+        """Remember the figures of a step; returns whether they are better than all before.
+
+        Lets the guard act on those of the teacher, and adds what it found to them.
+        """
         progress, accuracy = self.progress, figures["validation/accuracy"]
-        progress.last = step
+        progress.last, progress.base = step, self._base
+        if self.guard is not None:
+            found, said = self.guard.judge(step, figures["validation/teacher_accuracy"])
+            figures |= found
+            progress.guard = self.guard.progress
+            self.messages += [said] if said else []
         if accuracy > progress.best:
             progress.best, progress.best_step, progress.since = accuracy, step, 0
             return True

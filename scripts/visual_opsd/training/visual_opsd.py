@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data.limits import NO_LIMITS, ContextLimits
 from data.parquet import SlotItem, StepRows
-from data.randomness import off_policy_uniform, row_generator
+from data.randomness import off_policy_uniform, rehearsal_uniform, row_generator
 from data.sequence import Completion, ContextBuilder, given_completion
 from data.thinkmorph import OPSD_ROWS, Row, parse_row
 from data.visual_thoughts import show_thoughts
@@ -129,6 +129,7 @@ class VisualOPSD(Objective):
 
     def label(self, batch: StepRows[TrainRow], place: Workplace) -> list[ScoredRow]:
         """The rows with their completions; a row that has several is scored as so many rows."""
+        batch = self.rehearse(batch)
         rows: Sequence[TrainRow] = batch.values
         seed, limit = self.config.run.global_seed, self.config.sample.max_forward_tokens
         if self.teacher_reads_latents:
@@ -144,10 +145,11 @@ class VisualOPSD(Objective):
         for row, completions in zip(rows, taken, strict=True):
             teacher = row.teacher
             assert teacher is not None  # as `PrepareOPSD` makes them
-            scored += [
-                score_completion(row.name, row.student, teacher, completion, limit, row.control)
-                for completion in completions
-            ]
+            for completion in completions:
+                made = score_completion(
+                    row.name, row.student, teacher, completion, limit, row.control
+                )
+                scored.append(replace(made, rehearsed=row.rehearsed))
         return scored
 
     def record(
@@ -160,6 +162,20 @@ class VisualOPSD(Objective):
         found = {id(row): figures for row, figures in figures_of_rows(results)}
         figures = [found[id(row)] for row in scored[: len(self.shown)]]
         write_samples(path, self.step, self.shown, place.base.tokenizer.decode, figures)
+
+    def rehearse(self, batch: StepRows[TrainRow]) -> StepRows[TrainRow]:
+        """The rows, in a share of which the student sees what the teacher sees."""
+        share, seed = self.rollout.vt_rehearsal, self.config.run.global_seed
+        if not share:
+            return batch
+        items = []
+        for item in batch.items:
+            row = item.value
+            if rehearsal_uniform(seed, batch.step, item.slot) < share:
+                assert row.teacher is not None  # as `PrepareOPSD` makes them
+                row = replace(row, student=row.teacher, rehearsed=True)
+            items.append(replace(item, value=row))
+        return replace(batch, items=tuple(items))
 
     def complete(self, batch: StepRows[TrainRow], place: Workplace) -> list[list[Completion]]:
         """The completions of each row: the student's or recorded ones, or its text trace alone.
@@ -232,6 +248,8 @@ class VisualOPSD(Objective):
         sums |= completion_counts(scored, base.special.eos)
         if self.rollout.off_policy_share:
             sums["off_policy"] = sum(row.completion.given for row in scored if row.completion)
+        if self.rollout.vt_rehearsal:
+            sums["rehearsed"] = sum(row.rehearsed for row in scored)
         if self.config.loss.jsd_temperature == self.config.sample.sample_temperature:
             sums["gap"], sums["gap_rows"] = sampler_gap(results)
         return sums

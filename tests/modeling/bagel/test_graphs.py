@@ -7,6 +7,7 @@ Without a GPU the capture itself is left out, everything around it is as it is t
 from __future__ import annotations
 
 import gc
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -256,10 +257,12 @@ def test_other_errors_of_a_capture_are_raised() -> None:
         step()
 
 
-def test_graphs_that_live_share_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuBLAS keeps a workspace a stream in a graph's memory; streams come round again."""
+def test_graphs_that_live_share_no_stream_and_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS keeps a workspace a stream in a graph's memory; both come round again."""
     used: list[int] = []
     made: list[int] = []
+    memory: list[int] = []  # of each graph
+    new = itertools.count(1)
 
     class Stream:
         def __init__(self) -> None:
@@ -270,8 +273,12 @@ def test_graphs_that_live_share_no_stream(monkeypatch: pytest.MonkeyPatch) -> No
             pass
 
     class Graph:
-        def capture_begin(self, **_: Any) -> None:
-            pass
+        def capture_begin(self, pool: int | None, **_: Any) -> None:
+            self.memory = pool or next(new)
+            memory.append(self.memory)
+
+        def pool(self) -> int:
+            return self.memory
 
         def capture_end(self) -> None:
             pass
@@ -284,7 +291,7 @@ def test_graphs_that_live_share_no_stream(monkeypatch: pytest.MonkeyPatch) -> No
         used.append(stream.number)
         yield
 
-    monkeypatch.setattr(graphs, "_FREE_STREAMS", defaultdict(list))
+    monkeypatch.setattr(graphs, "_FREE", defaultdict(list))
     for name, value in {
         "CUDAGraph": Graph, "Stream": Stream, "stream": on, "current_device": lambda: 0,
         "current_stream": lambda: SimpleNamespace(wait_stream=lambda _: None),
@@ -303,7 +310,31 @@ def test_graphs_that_live_share_no_stream(monkeypatch: pytest.MonkeyPatch) -> No
     del living[1]
     living.append(captured_step())
     living.append(captured_step())
-    assert used == [1, 2, 3, 2, 4]
+    assert used == memory == [1, 2, 3, 2, 4]
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_graphs_one_after_the_other_take_no_more_memory() -> None:
+    """As a rollout a step does: torch would keep 2 MiB and more of each."""
+    device = torch.device("cuda")
+    weight, state = (torch.randn(512, 512, device=device) for _ in range(2))
+
+    def advance() -> None:
+        state.copy_((state @ weight).tanh())
+
+    def once() -> float:
+        step = RepeatedStep(advance, device)
+        for _ in range(3):
+            step()
+        assert step.graph is not None
+        return float(state.sum())
+
+    once()
+    before = torch.cuda.memory_reserved()
+    for _ in range(20):
+        once()
+    assert torch.cuda.memory_reserved() == before
 
 
 @pytest.mark.usefixtures("captures")

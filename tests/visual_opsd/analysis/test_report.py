@@ -25,7 +25,6 @@ from PIL import Image
 from modeling.release.tokenizer import load_tokenizer
 from scripts.visual_opsd import report, train_visual_opsd
 from scripts.visual_opsd.analysis.report.charts import Series, draw_chart, smoothed, thinned
-from scripts.visual_opsd.analysis.report.completions import split_tokens, token_markup
 from scripts.visual_opsd.analysis.report.figures import Figure, group_figures
 from scripts.visual_opsd.analysis.report.markup import text
 from scripts.visual_opsd.analysis.report.pictures import data_uri
@@ -141,31 +140,6 @@ def test_tokens_carry_what_the_sampler_gave_them(trained: list[Path], tmp_path: 
         assert "".join(head.split())[:2] in "".join(page.text.split())
 
 
-def test_tokens_and_their_probabilities() -> None:
-    names = {1: "a", 2: "\ufffd", 3: "b"}
-    chances = [0.5, 0.25, 0.125, 0.0625]
-    record = {"ids": [1, 3, 2, 2, 1], "scored": "101101",
-              "logprobs": [math.log(chance) for chance in chances]}  # fmt: skip
-
-    def decode(ids: list[int]) -> str:
-        return "\u00e9" if ids == [2, 2] else "".join(names[i] for i in ids)
-
-    found = split_tokens(record, decode)
-    assert [(t.text, t.is_scored) for t in found] == [
-        ("a", True), ("b", False), ("\u00e9", True), ("a", False), ("\u25a0", True),
-    ]  # fmt: skip
-    assert [t.probability for t in found] == pytest.approx([0.5, None, 0.125, None, 0.0625])
-    shown = token_markup(found)
-    assert shown.startswith('<b class=t1 title="p = 0.5">a</b><s title="not scored')
-    assert '<b class=t3 title="p = 0.13">\u00e9</b>' in shown
-    # The middle of a long completion is left out; without probabilities there is no colour.
-    assert "[100 tokens left out]" in token_markup(found * 100)
-    plain = split_tokens({**record, "logprobs": []}, decode)
-    assert token_markup(plain).count("<b") == 0 and {t.probability for t in plain} == {None}
-    with pytest.raises(ValueError, match="do not fit"):
-        split_tokens({**record, "scored": "1"}, decode)
-
-
 def test_several_completions_of_a_row(tmp_path: Path) -> None:
     many = [sample(1, number=n, completion=f"said {n}", given=n == 1) for n in range(5)]
     page = make(tmp_path, write_run(tmp_path / "a", STEPS, samples=many))
@@ -187,7 +161,13 @@ def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
     texts: dict[str, Any] = dict.fromkeys(
         ("row", "question", "answer", "completion", "tokens"), HOSTILE
     )
-    run = write_run(tmp_path / name, metrics, settings, [sample(1, **texts), sample(2)])
+    figures: dict[str, Any] = {
+        "divergence": [HOSTILE] * 3,
+        "fork": HOSTILE,
+        "student_entropy": {HOSTILE: 1},
+    }
+    words = [sample(1, **texts), sample(2, **figures)]
+    run = write_run(tmp_path / name, metrics, settings, words)
     other = write_run(tmp_path / "other", STEPS, {"lr": 1}, [sample(1, ids="x", logprobs=5)])
     tasks = {HOSTILE: write_evaluation_figures(), "b": write_evaluation_figures()}
     arm = write_evaluation(tmp_path / "e" / name, 5, tasks=tasks, settings={"context": HOSTILE})
@@ -204,7 +184,8 @@ def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
         "html", "head", "meta", "title", "style", "body", "header", "h1", "nav", "a", "form", "b",
         "label", "input", "span", "i", "main", "section", "h2", "h3", "p", "div", "table",
         "caption", "thead", "tbody", "tr", "th", "td", "code", "details", "summary", "figure",
-        "figcaption", "svg", "path", "g", "text", "circle", "article", "s", "script",
+        "figcaption", "svg", "path", "g", "text", "circle", "article", "s", "script", "fieldset",
+        "legend",
     }  # fmt: skip
     (policy,) = page.of("meta", **{"http-equiv": "Content-Security-Policy"})
     assert policy["content"].startswith("default-src 'none'; img-src data:;")
@@ -247,6 +228,11 @@ def test_curves_hold_the_values() -> None:
     (line,) = heights(markup, 0)
     assert "log scale" in markup and 'data-log="1"' in markup
     assert [v for _, v in line] == pytest.approx([-float(n) for n in range(5)], abs=1e-4)
+    # So is the numbers' length at the axis, where few digits would not tell them apart.
+    mass = [(1, 0.99999), (2, 1.0)]
+    markup = draw_chart(Figure("x", "X", "%"), [Series(0, "a", mass)], 1, 100)
+    labels = re.findall(r"<text class=y [^>]*>([^<]*)<", markup)
+    assert len(set(labels)) == len(labels) > 2 and labels[-1] == "100 %"
     # A run without a finite value does not spoil the others; without any there is no chart.
     nothing = Series(1, "b", [(1, math.nan)])
     assert heights(draw_chart(Figure("x", "X"), [Series(0, "a", points), nothing], 1, 9), 1) == []
@@ -302,6 +288,90 @@ def test_intervals_and_figures_nobody_listed(tmp_path: Path) -> None:
     assert "eval/accuracy" in page.text and "eval/accuracy_low" not in page.text
     assert "step 9: a 90 %" in page.text
     assert "Empty: 0 % at every step." in page.text
+
+
+def test_later_figures_stand_where_they_belong() -> None:
+    length = {f"completion_length_{end}" for end in ("p10", "p50", "p90", "max")}
+    ends = ("accuracy", "accuracy_low", "accuracy_high", "advantage", "dropped")
+    teacher = {f"validation/teacher_{end}" for end in ends}
+    names = {
+        *length, *teacher, "validation/kl", "validation/other", "clip_odd", "clipper", "fork_rate",
+        "topk_overlap", "leak_rate", "mfu", "gpu_odd_gb", "teacher_odd", "tokens_per_s/x",
+        "clip_token_rate",
+        "divergence_decile/3", "grad_p10", "grad_p50", "grad_p90", "only_p10",
+    }  # fmt: skip
+    groups, _ = group_figures(names)
+    assert {group.title: [figure.name for figure in group.figures] for group in groups} == {
+        "Validation": ["validation/kl", "validation/teacher_advantage", "validation/other"],
+        "Teacher guard": ["validation/teacher_accuracy", "validation/teacher_dropped"],
+        "Completions": ["completion_length_p50", "completion_length_max", "leak_rate"],
+        "Teacher and student": ["divergence_decile", "fork_rate", "topk_overlap", "teacher_odd"],
+        "Clip": ["clip_token_rate", "clip_odd"],
+        "Further figures": ["clipper", "grad_p50", "only_p10"],
+        "Machine": ["mfu", "gpu_odd_gb", "tokens_per_s/x"],
+    }
+    found = {figure.name: figure for group in groups for figure in group.figures}
+    for name, low, high in (
+        (
+            "validation/teacher_accuracy",
+            "validation/teacher_accuracy_low",
+            "validation/teacher_accuracy_high",
+        ),
+        ("completion_length_p50", "completion_length_p10", "completion_length_p90"),
+        ("grad_p50", "grad_p10", "grad_p90"),
+    ):
+        assert (found[name].low, found[name].high) == (low, high)
+    assert all(found[name].is_share for name in ("mfu", "fork_rate", "topk_overlap", "leak_rate"))
+
+
+def test_divergence_along_a_completion(tmp_path: Path) -> None:
+    """The means of the first, the middle and the last tenth of the logged steps, to scale."""
+    metrics: list[dict[str, Any]] = [
+        {"step": n, **{f"divergence_decile/{d}": d + n / (100 if d else 1e6) for d in range(10)}}
+        for n in range(1, 31)
+    ]
+    metrics[29]["divergence_decile/4"] = "nan"
+    page = make(tmp_path, write_run(tmp_path / "a", metrics))
+    (chart,) = page.of("svg", role="img")
+    assert chart["data-axis"] == "tenth"
+    ages = [g for g in page.of("g") if g["data-run"] == "0"]
+    assert [(g["class"], g["data-note"]) for g in ages] == [
+        ("r0 early", "step 1 to 3"), ("r0 middle", "step 15 to 17"), ("r0", "step 28 to 30"),
+    ]  # fmt: skip
+    scale, offset = map(float, chart["data-y"].split())
+    for line, middle in zip(page.of("path", **{"class": "line"}), (2, 16, 29), strict=True):
+        pairs = [pair.split(",") for pair in re.split("[ML]", line["d"])[1:]]
+        assert [int(tenth) for tenth, _ in pairs] == list(range(1, 11))
+        for (_, height), tenth in zip(pairs, range(10), strict=True):
+            is_short = middle == 29 and tenth == 4  # the last step has no finite value there
+            wanted = tenth + (28.5 if is_short else middle) / (100 if tenth else 1e6)
+            assert (float(height) - offset) / scale == pytest.approx(wanted, abs=1e-3)
+    assert "dotted: early, dashed: mid-run" in page.text
+    assert "tenth 10: a, step 1 to 3 9.02 a, step 15 to 17 9.16 a, step 28 to 30 9.29" in page.text
+    assert "divergence decile" not in page.text and len(page.of("circle")) == 10
+    # Of many runs only the last steps are drawn, as are those of a run of two.
+    runs = [write_run(tmp_path / str(n), metrics[: 30 + n]) for n in range(5)]
+    assert len(make(tmp_path, *runs).of("g")) == 5
+    assert len(make(tmp_path, write_run(tmp_path / "b", metrics[:2])).of("g")) == 1
+
+
+def test_a_teacher_that_dropped_is_marked(tmp_path: Path) -> None:
+    flags = [0.0, 1.0, 1.0, 0.0, 1.0]
+    metrics = [
+        {"step": 10 * n, "loss": 1 / n, "validation/teacher_dropped": flag}
+        for n, flag in enumerate(flags, 1)
+    ]
+    other = write_run(tmp_path / "b", [{**line, "loss": 1.0} for line in STEPS])
+    page = make(tmp_path, write_run(tmp_path / "a", metrics), other)
+    assert "Dashed uprights: validations that found the teacher worse" in page.text
+    charts = len(page.of("svg", role="img"))
+    marks = [mark["d"].split(",")[0] for mark in page.of("path", **{"class": "mark"})]
+    assert len(marks) == 2 * charts and len(set(marks)) <= 4
+    markup = draw_chart(
+        Figure("x", "X"), [Series(0, "a", [(1, 1.0), (9, 2.0)], marks=(5, 99))], 1, 9
+    )
+    assert markup.count("class=mark") == 1 and 'class=mark d="M200.0,' in markup
+    assert "Dashed" not in make(tmp_path, other).text
 
 
 def test_arms_are_compared_with_the_first(tmp_path: Path) -> None:
@@ -426,7 +496,14 @@ onload = () => {
     page.getElementById("run1").click();
     chart.dispatchEvent(new frame.KeyboardEvent("keydown", {key: "ArrowRight"}));
     frame.dispatchEvent(new frame.Event("beforeprint"));
-    return {width, both, one: readout.textContent, hidden: frame.getComputedStyle(line).display,
+    const token = page.querySelector(".tokens b"), style = frame.getComputedStyle;
+    const colours = [...page.querySelectorAll(".choice input")].map(choice => {
+      choice.click();
+      const keys = [...page.querySelectorAll(".key")].filter(key => style(key).display !== "none");
+      const names = keys.map(key => key.className).join();
+      return [choice.id, names, style(token).backgroundColor];
+    });
+    return {colours, width, both, one: readout.textContent, hidden: style(line).display,
             folded: page.querySelectorAll("details:not([open])").length};
   }));
 };
@@ -436,8 +513,15 @@ onload = () => {
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 def test_a_browser_is_content_at_phone_and_desk_width(tmp_path: Path) -> None:
     long = [{**STEPS[0], "step": n, "loss": 1 / n, "grad_norm": 2.0**n} for n in range(1, 60)]
-    words = [sample(1), sample(2), sample(3, completion="x" * 3000, answer="W" * 300)]
-    runs = [write_run(tmp_path / name, long, {"lr": name * 40, "jsd_beta": 0.25}, words)
+    known: dict[str, Any] = {
+        "divergence": [0.02, 0, 0],
+        "student_entropy": [3, 0, 0],
+        "fork": "100",
+    }
+    words = [sample(n, **known, logprobs=[-3, 0, 0]) for n in (1, 2)]
+    words.append(sample(3, completion="x" * 3000, answer="W" * 300, **known))
+    settings = {"jsd_beta": 0.25, "model_path": str(TINY_BAGEL)}
+    runs = [write_run(tmp_path / name, long, {"lr": name * 40, **settings}, words)
             for name in ("one", "two")]  # fmt: skip
     make(tmp_path, *runs, "--evaluations", write_evaluation(tmp_path / "e", 5))
     (tmp_path / "frames.html").write_text(_FRAMES)
@@ -450,6 +534,16 @@ def test_a_browser_is_content_at_phone_and_desk_width(tmp_path: Path) -> None:
     assert "CONSOLE" not in done.stderr, done.stderr
     phone, desk = json.loads(re.findall(r"<pre>(.*?)</pre>", done.stdout)[0])
     assert phone.pop("width") <= 390 and desk.pop("width") <= 1280
+    colours = phone.pop("colours")
+    assert colours == desk.pop("colours")
+    assert [(choice, key) for choice, key, _ in colours] == [
+        (f"by-{letter}", f"key by-{letter}") for letter in "deft"
+    ]
+    light = {"d2": "c6dcf6", "e5": "4da56b", "f1": "e9c8ef", "t4": "f29b80"}
+    assert [colour for *_, colour in colours] == [
+        f"rgb({int(code[:2], 16)}, {int(code[2:4], 16)}, {int(code[4:], 16)})"
+        for code in light.values()
+    ]
     assert phone == desk == {
         "both": "step 1: one 1 two 1", "one": "step 2: one 0.5", "hidden": "none", "folded": 0
     }  # fmt: skip

@@ -32,7 +32,7 @@ IDLE = {
     "teacher_cpu_offload",
     "sample_max_new_tokens", "sample_temperature", "sample_do_sample", "sample_max_image_skips",
     "sample_batch_size", "samples_per_step", "replay_samples",
-    "completions_per_row", "off_policy_share",
+    "completions_per_row", "off_policy_share", "vt_rehearsal", "teacher_guard", "guard_drop",
     "jsd_weight", "jsd_beta", "jsd_temperature", "jsd_top_k", "jsd_token_clip", "jsd_clip_scope",
     "jsd_tail_bucket", "jsd_loss_kind",
 }  # fmt: skip

@@ -17,7 +17,9 @@ from scripts.visual_opsd.training.figures import FIELDS
 from tests.visual_opsd.launching import HERE, launch
 from tests.visual_opsd.training.step_cases import CASES, TWO_RANKS, Recipe, Run, run_case
 from tests.visual_opsd.training.step_oracle import recompute
-from tests.visual_opsd.training.trainers import metrics, one_process, train
+from tests.visual_opsd.training.trainers import metrics, one_process, train, weights
+from tests.visual_opsd.training.two_rank_training import train_guarded
+from tests.visual_opsd.training_runs import full_state
 
 
 def assert_recomputed(recipe: Recipe, run: Run) -> None:
@@ -80,6 +82,7 @@ def test_two_ranks_recomputed(world: Path, alone: Callable[[str], Run], tmp_path
                 assert (ours.ids, ours.scored) == (theirs.ids, theirs.scored)
     assert_adapters_as_alone(world, tmp_path)
     assert_answers_as_alone(world, tmp_path)
+    assert_guard_as_alone(world, tmp_path)
 
 
 def assert_answers_as_alone(world: Path, two: Path) -> None:
@@ -96,6 +99,31 @@ def assert_answers_as_alone(world: Path, two: Path) -> None:
     held = two / "validated" / "validation" / "0000001" / "summary.json"
     assert json.loads(held.read_text())["processes"] == 2
     assert not (two / "stopped" / "validation" / "0000001" / "summary.json").exists()
+
+
+def assert_guard_as_alone(world: Path, two: Path) -> None:
+    """One process has the figures of two, and goes back to the weights that two kept."""
+    state = two / "guarded" / "checkpoints" / "step_0000001"
+    averages = []
+    for name, changes in (("guard-1", {}), ("guard-2", {"resume": str(state)})):
+        with one_process() as env:
+            trainer = train_guarded(world, two / name, env, **changes)
+            averages.append(weights(trainer.ema))
+    for name, tensor in averages[0].items():
+        torch.testing.assert_close(averages[1][name], tensor, atol=1e-5, rtol=1e-3)
+    saved = full_state(two / "guarded", 1, two)
+    for name, tensor in averages[1].items():
+        assert torch.equal(saved[f"/ema/{name}"], tensor)
+    lines = [
+        {line["step"]: line for line in metrics(two / name) if "validation/kl" in line}
+        for name in ("guarded", "guard-1", "guard-2")
+    ]
+    assert [list(found) for found in lines] == [[0, 1, 2, 3], [0, 1, 2, 3], [2, 3]]
+    for name in ("validation/kl", "validation/teacher_advantage", "validation/teacher_dropped"):
+        for step, line in lines[0].items():
+            for other in lines[1:]:
+                if step in other:
+                    assert other[step][name] == pytest.approx(line[name], rel=1e-3, abs=1e-6)
 
 
 def assert_adapters_as_alone(world: Path, two: Path) -> None:

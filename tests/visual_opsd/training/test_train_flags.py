@@ -6,6 +6,8 @@ A new field of `TrainConfig` without a row fails here.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 from data.dataset_info import load_dataset_config
+from data.randomness import rehearsal_uniform
 from modeling.bagel.adapters import PROJECTIONS, add_adapters
 from scripts.visual_opsd.cli import parse_config
 from scripts.visual_opsd.config import TrainConfig
@@ -28,7 +31,12 @@ from scripts.visual_opsd.training.dry_run import dry_run
 from scripts.visual_opsd.training.memory_check import judge
 from scripts.visual_opsd.training.memory_report import describe
 from scripts.visual_opsd.training.metrics import read_metrics
-from scripts.visual_opsd.training.sharding import clip_grad_norm, make_mesh, shard_model
+from scripts.visual_opsd.training.sharding import (
+    clip_grad_norm,
+    ema_update,
+    make_mesh,
+    shard_model,
+)
 from tests.arrivals import (
     ABSENT,
     Stop,
@@ -72,6 +80,9 @@ ALONE = {
         ("eval_every", "eval_data", "eval_split", "eval_limit", "keep_best", "early_stop"),
         "test_validation",
     ),
+    "teacher_guard": "test_teacher_guard",
+    "guard_drop": "test_teacher_guard",
+    "vt_rehearsal": "test_vt_rehearsal",
 }
 ELSEWHERE = {
     "sft_format": "tests/visual_opsd/training/test_sft_flags.py",
@@ -184,7 +195,7 @@ def test_validation(runs: list[TrainRun], monkeypatch: pytest.MonkeyPatch, tmp_p
     accuracies = iter((0.0,))
 
     def measure(self: Any, step: int, *_: Any) -> dict[str, float]:
-        measured.append((step, len(self.rows)))
+        measured.append((step, len(self.indices)))
         return {"accuracy": next(accuracies)}
 
     monkeypatch.setattr(StudentValidation, "__call__", measure)
@@ -204,6 +215,40 @@ def test_validation(runs: list[TrainRun], monkeypatch: pytest.MonkeyPatch, tmp_p
         assert (opened[-1]["data"], opened[-1]["split"]) == (found[0], split)
         assert measured == [(step, found[1]) for step in steps]
         assert (results / "checkpoints" / "best").is_dir() == kept
+
+
+def test_teacher_guard(
+    runs: list[TrainRun], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whether a teacher that has dropped by 0.3 follows on."""
+    accuracies: Iterator[float]
+    monkeypatch.setattr(StudentValidation, "__call__", lambda *_: {"accuracy": 0.5})
+    monkeypatch.setattr(
+        StudentValidation, "ask_teacher",
+        lambda *_: {"accuracy": next(accuracies), "low": 0, "high": 1},
+    )  # fmt: skip
+    updates = spy(monkeypatch, ema_update)
+    shared = {"num_shard": 1, "num_replicate": 1, "total_steps": 3, "save_release": False,
+              "eval_every": 1, "eval_limit": 1, "eval_data": "Spatial_Navigation"}  # fmt: skip
+    for number, (guard, drop, moves) in enumerate(
+        (("freeze", 0.2, 1), ("rollback", 0.25, 1), ("rollback", 0.4, 3), ("warn", 0.2, 3))
+    ):
+        accuracies = iter((0.9, 0.6, 0.6, 0.6))
+        updates.clear()
+        given = {**apart(runs[0], tmp_path / str(number)), **shared}
+        assert main(words({**given, "teacher_guard": guard, "guard_drop": drop})) == 0
+        assert len(updates) == moves, (guard, drop)
+
+
+def test_vt_rehearsal(runs: list[TrainRun], tmp_path: Path) -> None:
+    given = {**apart(runs[0], tmp_path), "num_shard": 1, "num_replicate": 1}
+    for share in (0.5, 1.0):
+        results = tmp_path / str(share)
+        assert main(words({**given, "results_dir": results, "vt_rehearsal": share})) == 0
+        rates = [line["rehearsal_rate"] for line in read_metrics(results / "metrics.jsonl")]
+        places = itertools.product(range(given["total_steps"]), range(given["global_batch_size"]))
+        drawn = [rehearsal_uniform(given["global_seed"], *place) < share for place in places]
+        assert sum(rates) / len(rates) == sum(drawn) / len(drawn)
 
 
 def test_adapters(runs: list[TrainRun], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -480,6 +480,8 @@ def training_rows(places: Mapping[str, Path], tag: str) -> dict[str, Arrival]:
         "wandb_name": Arrival(["m", "n"], lambda run: run.calls["wandb"]["name"]),
         "wandb_offline": Arrival([True, False],
                                  lambda run: run.calls["wandb"]["mode"] == "offline"),
+        "tensorboard": Arrival([True, False, False, True],
+                               lambda run: (run.results / "tensorboard").is_dir()),
         **PROMPTS(places["prompts"]),
     }  # fmt: skip
 

@@ -26,6 +26,7 @@ from scripts.visual_opsd.processes import (
     shutdown,
 )
 from scripts.visual_opsd.training.teacher import Teacher
+from scripts.visual_opsd.training.trainer import Trainer
 from tests.visual_opsd.training.step_cases import TWO_RANKS, run_case
 from tests.visual_opsd.training.trainers import build, metrics
 
@@ -86,7 +87,11 @@ def validation_is_shared(world: Path, out: Path, env: DistEnv) -> None:
     validate, seen = trainer.validation.validate, []
 
     class Recorded:
-        identity = validate.identity
+        identity, rows = validate.identity, staticmethod(validate.rows)
+
+        @property
+        def answers(self) -> Any:
+            return validate.answers
 
         def __call__(self, step: int, *args: Any) -> dict[str, float]:
             seen.append(validate(step, *args))
@@ -116,6 +121,34 @@ def validation_is_shared(world: Path, out: Path, env: DistEnv) -> None:
         assert losses[0] == losses[1] and len(losses[0]) == 2
         kept = out / "validated" / "checkpoints" / "best" / "best.json"
         assert json.loads(kept.read_text())["step"] == 2
+
+
+GUARDED: dict[str, Any] = {
+    "total_steps": 3, "global_batch_size": 3, "eval_every": 1, "eval_data": "Spatial_Navigation",
+    "eval_limit": 5, "teacher_guard": "rollback", "vt_rehearsal": 0.5, "save_every": 1,
+    "keep_last": 9, "ema_decay": 0.5, "lr": 0.05, "eps": 1e-3,
+}  # fmt: skip
+
+
+def train_guarded(world: Path, results: Path, env: DistEnv, **changes: Any) -> Trainer:
+    """A run whose teacher is best after step 1 and has dropped after step 2."""
+    trainer: Any = build(world, results, env, **GUARDED, **changes)
+    ask = trainer.validation.validate.ask_teacher
+
+    def dropping(step: int, *args: Any) -> dict[str, float]:
+        return {**ask(step, *args), "accuracy": (0.5, 0.6, 0.3, 0.3)[step]}
+
+    trainer.validation.validate.ask_teacher = dropping
+    assert trainer.train() == 0
+    found: Trainer = trainer
+    return found
+
+
+def the_guard_is_shared(world: Path, out: Path, env: DistEnv) -> None:
+    """Both ranks go back to the shards of step 1; test_step_oracle.py compares with one process."""
+    trainer = train_guarded(world, out / "guarded", env)
+    ours, theirs = gather_objects(trainer.validation.state_dict())
+    assert ours == theirs and ours["guard"]["stands"] and list(ours["base"]) == list(range(5))
 
 
 def one_rank_fails(world: Path, out: Path, env: DistEnv) -> None:
@@ -190,8 +223,9 @@ if __name__ == "__main__":
     environment = init_distributed("cpu", 60)
     try:
         for check in (
-            record, features_are_shared, adapters_train, validation_is_shared, one_rank_fails,
-            rejects_of_the_other_rank, one_rank_is_told_to_stop,
+            record, features_are_shared, adapters_train, validation_is_shared,
+            the_guard_is_shared, one_rank_fails, rejects_of_the_other_rank,
+            one_rank_is_told_to_stop,
         ):  # fmt: skip
             check(Path(sys.argv[1]), Path(sys.argv[2]), environment)
     finally:

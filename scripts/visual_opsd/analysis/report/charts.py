@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scripts.visual_opsd.analysis.report.figures import Figure
 from scripts.visual_opsd.analysis.report.markup import short, text
@@ -27,13 +27,25 @@ _LARGEST = 1e300  # values beyond stand at the edge: differences must stay finit
 
 @dataclass(frozen=True)
 class Series:
-    """The figure of one run. run: its place among the runs. low, high: ends of its interval."""
+    """The figure of one run, a line.
+
+    run: its place among the runs. low, high: ends of its interval. marks: steps that are marked.
+    age: "early" or "middle" for a line that a later one of the run follows, and note: which it is.
+    """
 
     run: int
     label: str
     points: Points
     low: Points = ()
     high: Points = ()
+    marks: tuple[int, ...] = ()
+    age: str = ""
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """What a reader calls the line."""
+        return f"{self.label}, {self.note}" if self.note else self.label
 
 
 @dataclass(frozen=True)
@@ -114,20 +126,20 @@ def draw_chart(figure: Figure, series: Sequence[Series], number: int, most: int)
     Args:
         number: tells its elements apart from those of other charts. most: points of a line.
     """
-    drawn = [
-        Series(s.run, s.label, *(thinned(p, most) for p in (s.points, s.low, s.high)))
-        for s in series
-    ]
+    drawn = [_thinned(s, most) for s in series]
     values = [v for s in drawn for p in (s.points, s.low, s.high) for _, v in p if math.isfinite(v)]
     steps = [step for s in drawn for step, _ in s.points]
     if not values:
         return ""
-    y = _value_axis(values)
+    y = _value_axis(values, may_be_log=not figure.tenths)  # of a profile the peak counts
     first, last = min(steps), max(steps)
     if first == last:
         first, last = first - 1, last + 1
     x = _Axis(first, last, _LEFT, _WIDTH - _RIGHT)
-    units = ("" if figure.is_share else figure.unit, "log scale" if y.is_log else "")
+    units = (
+        "" if figure.is_share else figure.unit, "log scale" if y.is_log else "",
+        "dotted: early, dashed: mid-run" if any(s.age for s in series) else "",
+    )  # fmt: skip
     unit = text(", ".join(filter(None, units)))
     curves = "".join(_curves(s, x, y) for s in drawn)
     return (
@@ -136,7 +148,7 @@ def draw_chart(figure: Figure, series: Sequence[Series], number: int, most: int)
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role=img tabindex=0 aria-labelledby="t{number}" '
         f'aria-describedby="d{number}" data-x="{x.scale:.9g} {x.offset:.9g}" '
         f'data-y="{y.scale:.9g} {y.offset:.9g}" data-log="{int(y.is_log)}" '
-        f'data-share="{int(figure.is_share)}">'
+        f'data-share="{int(figure.is_share)}" data-axis="{_axis_name(figure)}">'
         f"{_frame(figure, x, y)}{curves}"
         f'<path class=cursor d="M0,{_TOP}V{_HEIGHT - _BOTTOM}"/></svg>'
         f'<p class=readout id="d{number}" aria-live=polite>{_last_values(figure, series)}</p>'
@@ -144,11 +156,21 @@ def draw_chart(figure: Figure, series: Sequence[Series], number: int, most: int)
     )
 
 
-def _value_axis(values: Sequence[float]) -> _Axis:
-    """Logarithmic where values reach over three powers of ten, from 0 on where 0 is near."""
+def _thinned(series: Series, most: int) -> Series:
+    points, low, high = (thinned(p, most) for p in (series.points, series.low, series.high))
+    return replace(series, points=points, low=low, high=high)
+
+
+def _axis_name(figure: Figure) -> str:
+    return "tenth" if figure.tenths else "step"
+
+
+def _value_axis(values: Sequence[float], *, may_be_log: bool) -> _Axis:
+    """Logarithmic, if it may be, where values reach over three powers of ten; from 0 on where 0 is
+    near."""
     low, high = (min(max(v, -_LARGEST), _LARGEST) for v in (min(values), max(values)))
     start, end = _HEIGHT - _BOTTOM, _TOP
-    if low > 0 and high / low >= _LOG_FROM:
+    if may_be_log and low > 0 and high / low >= _LOG_FROM:
         return _Axis(math.log10(low), math.log10(high), start, end, is_log=True)
     if 0 <= low < high / 2:
         low = 0.0
@@ -161,9 +183,8 @@ def _value_axis(values: Sequence[float]) -> _Axis:
 
 def _frame(figure: Figure, x: _Axis, y: _Axis) -> str:
     """Grid, numbers and the name of the horizontal axis."""
-    parts = []
-    for value, place in y.marks(4):
-        label = short(value, is_share=figure.is_share)
+    parts, marks = [], y.marks(4)
+    for (_, place), label in zip(marks, _labels(figure, marks), strict=True):
         parts.append(
             f'<path class=grid d="M{_LEFT},{place:.1f}H{_WIDTH - _RIGHT}"/>'
             f'<text class=y x="{_LEFT - 5}" y="{place + 3.5:.1f}">{label}</text>'
@@ -179,11 +200,25 @@ def _frame(figure: Figure, x: _Axis, y: _Axis) -> str:
     return "".join(parts)
 
 
+def _labels(figure: Figure, marks: Sequence[tuple[float, float]]) -> list[str]:
+    """Numbers at the axis, with as many digits as tell them apart."""
+    for digits in (4, 6, 8):
+        labels = [short(value, is_share=figure.is_share, digits=digits) for value, _ in marks]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
+
+
 def _curves(series: Series, x: _Axis, y: _Axis) -> str:
     # Only steps are scaled: divergences of 1e-7 would need factors beyond a browser's floats.
     matrix = f"matrix({x.scale:.9g} 0 0 1 {x.offset:.9g} 0)"
     is_smoothed = len(series.points) >= _SMOOTHED_FROM
-    parts = [f'<g class="r{series.run}" data-run="{series.run}">']
+    kind, note = (f" {series.age}" if series.age else ""), text(series.note, 40)
+    parts = [f'<g class="r{series.run}{kind}" data-run="{series.run}" data-note="{note}">']
+    parts += [
+        f'<path class=mark d="M{x.place(step):.1f},{_TOP}V{_HEIGHT - _BOTTOM}"/>'
+        for step in series.marks if x.low <= step <= x.high
+    ]  # fmt: skip
     if series.low and series.high:
         parts.append(f'<path class=band transform="{matrix}" d="{_band(series, y)}"/>')
     raw = _path(series.points, y)
@@ -192,7 +227,7 @@ def _curves(series: Series, x: _Axis, y: _Axis) -> str:
     if is_smoothed:
         mean = _path(smoothed(series.points), y)
         parts.append(f'<path class=line transform="{matrix}" d="{mean}"/>')
-    elif len(series.points) <= _DOTS_BELOW:
+    elif len(series.points) <= _DOTS_BELOW and not series.age:
         parts += [
             f'<circle cx="{x.place(step):.1f}" cy="{_height(value, y):.1f}" r=2.5 />'
             for step, value in series.points
@@ -237,7 +272,7 @@ def _last_values(figure: Figure, series: Sequence[Series]) -> str:
     parts = []
     for s in series:
         step, value = s.points[-1]
-        other = "" if step == last else f" (step {step:,})"
+        other = "" if step == last else f" ({_axis_name(figure)} {step:,})"
         shown = short(value, is_share=figure.is_share) + other
-        parts.append(f'<span class="r{s.run}"><i></i>{text(s.label, 40)} {shown}</span>')
-    return f"<span>step {last:,}:</span> " + " ".join(parts)
+        parts.append(f'<span class="r{s.run}"><i></i>{text(s.name, 60)} {shown}</span>')
+    return f"<span>{_axis_name(figure)} {last:,}:</span> " + " ".join(parts)

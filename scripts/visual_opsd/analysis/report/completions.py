@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +12,30 @@ from modeling.release.tokenizer import load_tokenizer
 from scripts.visual_opsd.analysis.report.markup import text
 from scripts.visual_opsd.analysis.report.pictures import PictureFinder, RowPictures
 from scripts.visual_opsd.analysis.report.runs import Run, completions, sampled_steps
+from scripts.visual_opsd.analysis.report.tokens import (
+    TOKENS_SHOWN,
+    Decode,
+    known_colours,
+    split_tokens,
+    token_markup,
+)
 from scripts.visual_opsd.evaluation.scoring import extract_answer, normalise_answer
 
 STEPS_SHOWN = 5
 _SLOTS_SHOWN = 4  # rows of a step
 _NUMBERS_SHOWN = 3  # completions of a row by one run
-_TOKENS_SHOWN = 400  # of a completion: three quarters from its beginning, one from its end
 TEXT_BYTES, PICTURE_BYTES = 900_000, 1_000_000  # of all completions together
-# Upper ends of the classes t5 ... t1: the probability that the sampler gave the token.
-_RARE = (0.01, 0.05, 0.2, 0.5, 0.9)
-
-Decode = Callable[[list[int]], str]
-
-
-@dataclass(frozen=True)
-class Token:
-    """A piece of a completion. probability: the sampler's, None where it is not known."""
-
-    text: str
-    is_scored: bool
-    probability: float | None
 
 
 def chosen_steps(runs: Sequence[Run], wanted: Sequence[int] | None) -> list[int]:
-    """The steps to show: those wanted, else some from the first to the last sampled ones, of
-    steps that all runs with completions have, if there are any.
+    """The steps to show: those wanted, else some from the first to the last sampled ones; of steps
+    that all runs with completions have, with the figures of their tokens, if there are any.
 
     Raises:
         ValueError: no run has completions of a wanted step.
     """
-    held = [set(steps) for run in runs if (steps := sampled_steps(run))]
+    sampled = [steps for run in runs if (steps := sampled_steps(run))]
+    held = [set(steps) for steps in sampled]
     if not held:
         if wanted:
             raise ValueError("--steps: no run holds completions (samples.jsonl)")
@@ -57,69 +49,14 @@ def chosen_steps(runs: Sequence[Run], wanted: Sequence[int] | None) -> list[int]
                 f"are {len(every)} steps from {min(every)} to {max(every)}"
             )
         return sorted(set(wanted))
-    common = sorted(set.intersection(*held) or every)
+    # A run of which no step has figures stands in the way of none.
+    measured = [{n for n, known in steps.items() if known} or set(steps) for steps in sampled]
+    common = sorted(set.intersection(*measured) or set.intersection(*held) or every)
     places = {round(i * (len(common) - 1) / (STEPS_SHOWN - 1)) for i in range(STEPS_SHOWN)}
     return [common[place] for place in sorted(places)]
 
 
-# ---------------------------------------------------------------------------------- tokens
-
-
-def split_tokens(record: Record, decode: Decode) -> list[Token]:
-    """The tokens of a completion, the end it sampled included.
-
-    Tokens that only together make a character are one piece, as probable as the least of them.
-
-    Raises:
-        ValueError, KeyError or TypeError: the record holds no ids, flags and probabilities.
-    """
-    ids, flags, logprobs = record["ids"], record["scored"], list(record["logprobs"])
-    if not all(type(token) is int for token in ids) or len(flags) != len(ids) + 1:
-        raise ValueError("ids and scored do not fit")
-    known = len(logprobs) == flags.count("1")
-    values = iter(logprobs)
-    chances = [next(values) if known and flag == "1" else None for flag in flags]
-    found: list[Token] = []
-    held: list[int] = []  # of a character that is not complete yet
-    for place in range(len(ids)):
-        held.append(place)
-        piece = decode([ids[i] for i in held])
-        if "\ufffd" in piece and len(held) < 4 and place + 1 < len(ids):
-            continue
-        found.append(_token(piece, held, flags, chances))
-        held = []
-    if flags[-1] == "1":
-        found.append(_token("\u25a0", [len(ids)], flags, chances))
-    return found
-
-
-def _token(piece: str, places: list[int], flags: str, chances: list[float | None]) -> Token:
-    known = [c for i in places if (c := chances[i]) is not None]
-    probability = math.exp(min(0.0, *known)) if known else None
-    return Token(piece, any(flags[i] == "1" for i in places), probability)
-
-
-def token_markup(tokens: Sequence[Token]) -> str:
-    """Tokens as HTML; what stands beyond the middle of a very long completion is left out."""
-    if len(tokens) <= _TOKENS_SHOWN:
-        return "".join(map(_one_token, tokens))
-    head, tail = 3 * _TOKENS_SHOWN // 4, _TOKENS_SHOWN // 4
-    left_out = f"<i class=gap> [{len(tokens) - head - tail} tokens left out] </i>"
-    return (
-        "".join(map(_one_token, tokens[:head]))
-        + left_out
-        + "".join(map(_one_token, tokens[-tail:]))
-    )
-
-
-def _one_token(token: Token) -> str:
-    if not token.is_scored:
-        return f'<s title="not scored: given, not sampled">{text(token.text, 200)}</s>'
-    if token.probability is None:
-        return text(token.text, 200)
-    rank = sum(token.probability < limit for limit in _RARE)
-    mark = f" class=t{rank}" if rank else ""
-    return f'<b{mark} title="p = {token.probability:.2g}">{text(token.text, 200)}</b>'
+# ---------------------------------------------------------------------------------- cards
 
 
 class Tokenizers:
@@ -140,9 +77,6 @@ class Tokenizers:
         return self._known[path]
 
 
-# ---------------------------------------------------------------------------------- cards
-
-
 class CompletionCards:
     """Cards of the chosen steps: a row's pictures, and what each run wrote for it."""
 
@@ -154,6 +88,7 @@ class CompletionCards:
         self._text_left, self._picture_left = TEXT_BYTES, PICTURE_BYTES
         self.left_out = 0  # cards for which there was no room
         self.uncoloured: set[str] = set()  # labels of runs whose tokens cannot be told apart
+        self.colours: dict[str, set[str]] = {}  # label of a run -> letters of what is known
 
     def missing_pictures(self) -> list[str]:
         """For each run whose data are not there: why."""
@@ -175,10 +110,11 @@ class CompletionCards:
             step = place[0]
             counts[step] += 1
             card = self._card(place, rows[place]) if counts[step] <= _SLOTS_SHOWN else ""
-            if not card or len(card) > self._text_left:
+            size = len(card.encode("utf-8"))
+            if not card or size > self._text_left:
                 self.left_out += 1
                 continue
-            self._text_left -= len(card)
+            self._text_left -= size
             found[step] += self._with_pictures(place, rows[place], card)
         return found
 
@@ -213,11 +149,13 @@ class CompletionCards:
         decode = self._tokenizers.of(run)
         if decode is not None:
             try:
-                return token_markup(split_tokens(record, decode))
+                tokens = split_tokens(record, decode)
+                self.colours.setdefault(run.label, set()).update(known_colours(tokens))
+                return token_markup(tokens)
             except (ValueError, KeyError, TypeError, OverflowError):
                 pass  # the text is there all the same
         self.uncoloured.add(run.label)
-        return text(record.get("completion", ""), 4 * _TOKENS_SHOWN)
+        return text(record.get("completion", ""), 4 * TOKENS_SHOWN)
 
     def _with_pictures(
         self, place: tuple[int, int, str], written: list[tuple[int, Record]], card: str

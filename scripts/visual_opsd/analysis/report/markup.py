@@ -35,15 +35,15 @@ def _visible(character: str) -> str:
     return f"[U+{ord(character):04X}]"
 
 
-def short(value: float, *, is_share: bool = False) -> str:
-    """A number with at most four digits that count; a share as per cent."""
+def short(value: float, *, is_share: bool = False, digits: int = 4) -> str:
+    """A number with at most so many digits that count; a share as per cent."""
     if not math.isfinite(value):
         return str(value)
     if is_share:
-        return f"{100 * value:.4g} %"
+        return f"{100 * value:.{digits}g} %"
     if abs(value) >= 1e4 and abs(value) < 1e15:
         return f"{value:,.0f}"
-    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e+").replace("e+", "e")
+    return f"{value:.{digits}g}".replace("e-0", "e-").replace("e+0", "e+").replace("e+", "e")
 
 
 def table(

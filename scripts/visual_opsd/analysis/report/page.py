@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,12 +25,14 @@ from scripts.visual_opsd.analysis.report.tables import (
     run_heads,
     settings_tables,
 )
+from scripts.visual_opsd.analysis.report.tokens import colour_choice
 
 _STYLE, _SCRIPT = "report.css", "report.js"
 _CHART_BYTES = 900_000  # of all curves together
 _POINT_BYTES = 24  # of a point in a raw and a smoothed line
 _POINTS = (40, 500)  # of a line, at least and at most
-_SHADES = ("below 0.01", "to 0.05", "to 0.2", "to 0.5", "to 0.9", "0.9 and more")
+_AGES = {"early": 0.0, "middle": 0.5, "late": 1.0}  # when in a run, of what is drawn over tenths
+_MOST_AGED = 4  # runs; of more only the last is drawn
 
 
 def write_report(
@@ -121,6 +124,9 @@ def _curves(runs: Sequence[Run], groups: Sequence[Group], left_out: int) -> str:
         "chart, or reach it with Tab and move with the arrow keys, to read values.</p>"
     )
     parts = [note]
+    if any(run.drops() for run in runs):
+        parts.append("<p class=note>Dashed uprights: validations that found the teacher worse than "
+                     "it was.</p>")  # fmt: skip
     most = _points_of_a_line(runs, sum(len(group.figures) for group in groups))
     for number, group in enumerate(groups):
         parts.append(_group_of_curves(runs, group, 1000 * number, most))
@@ -155,11 +161,39 @@ def _points_of_a_line(runs: Sequence[Run], figures: int) -> int:
 
 
 def _series(runs: Sequence[Run], figure: Figure) -> list[Series]:
+    if figure.tenths:
+        ages = list(_AGES) if len(runs) <= _MOST_AGED else ["late"]
+        return [
+            Series(n, run.label, points, age="" if age == "late" else age, note=note)
+            for n, run in enumerate(runs) for age in ages
+            for points, note in _profile(run, figure.tenths, _AGES[age])
+        ]  # fmt: skip
     return [
         Series(n, run.label, run.figures[figure.name], run.figures.get(figure.low, ()),
-               run.figures.get(figure.high, ()))
+               run.figures.get(figure.high, ()), tuple(run.drops()))
         for n, run in enumerate(runs) if figure.name in run.figures
     ]  # fmt: skip
+
+
+def _profile(
+    run: Run, tenths: Sequence[str], place: float
+) -> list[tuple[list[tuple[int, float]], str]]:
+    """The means of a run's tenths over a tenth of its logged steps, and which steps; [] without
+    values. place: 0 for the first steps, 1 for the last."""
+    steps = sorted({step for name in tenths for step, _ in run.figures.get(name, ())})
+    if not steps or (place < 1 and len(steps) < 3):
+        return []
+    size = max(1, len(steps) // 10)
+    first = round(place * (len(steps) - size))
+    chosen = steps[first : first + size]
+    points = []
+    for number, name in enumerate(tenths, 1):
+        values = [v for step, v in run.figures.get(name, ()) if chosen[0] <= step <= chosen[-1]]
+        finite = [value for value in values if math.isfinite(value)]
+        if finite:
+            points.append((number, sum(finite) / len(finite)))
+    end = f" to {chosen[-1]:,}" if size > 1 else ""
+    return [(points, f"step {chosen[0]:,}{end}")] if points else []
 
 
 def _errors(runs: Sequence[Run]) -> str:
@@ -182,7 +216,9 @@ def _completions(runs: Sequence[Run], wanted: Sequence[int] | None) -> str:
         return "<p>No run wrote completions (samples.jsonl).</p>"
     cards = CompletionCards(runs)
     shown = cards.of_steps(steps)
-    parts = [_key(), *(f"<p class=note>{text(note, 400)}</p>" for note in _teacher_notes(runs))]
+    known = set().union(*cards.colours.values())
+    parts = [colour_choice(known)]
+    parts += [f"<p class=note>{text(note, 400)}</p>" for note in _teacher_notes(runs)]
     for step in steps:
         opened = " open" if step in (steps[0], steps[-1]) else ""
         parts.append(
@@ -196,22 +232,13 @@ def _completions(runs: Sequence[Run], wanted: Sequence[int] | None) -> str:
         labels = ", ".join(sorted(cards.uncoloured))
         parts.append(f"<p class=note>Without colours, for want of the base's tokenizer or of ids: "
                      f"{text(labels, 300)}.</p>")  # fmt: skip
+    lacking = [label for label, letters in cards.colours.items() if letters < known]
+    if lacking:
+        parts.append("<p class=note>Without some of the colours, as samples.jsonl of these steps "
+                     f"does not hold them: {text(', '.join(lacking), 300)}.</p>")  # fmt: skip
     missing = cards.missing_pictures()
     parts += [f"<p class=note>No pictures. {text(reason, 400)}</p>" for reason in missing]
     return "".join(parts)
-
-
-def _key() -> str:
-    """What the colours of tokens mean."""
-    shades = " ".join(  # the blanks are where a narrow page may break the line
-        f"<b{f' class=t{5 - place}' if place < 5 else ''}>{shade}</b>"
-        for place, shade in enumerate(_SHADES)
-    )
-    return (
-        "<p class=key>A token's colour: the probability with which the student sampled it "
-        f"(the runs do not record divergence by token). {shades} <s>not sampled</s> "
-        "<span>\u25a0 the end</span> <span class=hidden>what the student never sees</span></p>"
-    )
 
 
 def _teacher_notes(runs: Sequence[Run]) -> list[str]:

@@ -41,15 +41,15 @@ function readAt(chart, step) {
   chart.step = at;
   const readout = chart.nextElementSibling;
   const head = document.createElement("span");
-  head.textContent = `step ${at.toLocaleString("en")}:`;
+  head.textContent = `${chart.dataset.axis} ${at.toLocaleString("en")}:`;
   readout.replaceChildren(head);
   for (const path of lines) {
-    const run = path.parentElement.dataset.run;
+    const { run, note } = path.parentElement.dataset;
     const entry = document.createElement("span");
     entry.className = `r${run}`;
-    const label = document.getElementById(`run${run}`).parentElement.textContent;
+    const label = document.getElementById(`run${run}`).parentElement.textContent + (note ? `, ${note}` : "");
     const point = nearest(pointsOf(path), at);
-    const other = point[0] === at ? "" : ` (step ${point[0].toLocaleString("en")})`;
+    const other = point[0] === at ? "" : ` (${chart.dataset.axis} ${point[0].toLocaleString("en")})`;
     entry.append(document.createElement("i"), `${label} ${shown(point[1], chart)}${other}`);
     readout.append(" ", entry);
   }

@@ -16,6 +16,8 @@ METRICS, CONFIG, SAMPLES = "metrics.jsonl", "config.yaml", "samples.jsonl"
 MOST_RUNS = 16  # eight colours, each solid and dashed
 _SPECIAL = ("nan", "inf", "-inf")  # how metrics.jsonl writes what JSON lacks
 _LAST_STEP = 2**53
+_BY_TOKEN = ("divergence", "student_entropy", "fork")  # of logged steps, in samples.jsonl
+_DROPPED = "validation/teacher_dropped"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,12 @@ class Run:
         values = [value for _, value in self.figures.get(name, ()) if math.isfinite(value)]
         tail = values[-max(1, len(values) // 10) :]
         return sum(tail) / len(tail) if tail else None
+
+    def drops(self) -> list[int]:
+        """Steps after which the guard found the teacher worse, of a row of such only the first."""
+        points = self.figures.get(_DROPPED, ())
+        before = (0.0, *(value for _, value in points))
+        return [step for (step, now), was in zip(points, before, strict=False) if now and not was]
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
@@ -140,19 +148,21 @@ def _read_settings(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------- completions
 
 
-def sampled_steps(run: Run) -> list[int]:
-    """Steps of which samples.jsonl holds completions, in order."""
+def sampled_steps(run: Run) -> dict[int, bool]:
+    """Steps of which samples.jsonl holds completions, in order, and whether with the figures that
+    student and teacher gave their tokens."""
     path = run.folder / SAMPLES
     if not path.exists():
-        return []
-    found = set()
+        return {}
+    found: dict[int, bool] = {}
 
     def note(record: Record) -> bool:
-        found.add(_step(record))
+        step = _step(record)
+        found[step] = found.get(step, False) or not record.keys().isdisjoint(_BY_TOKEN)
         return False  # long runs write gigabytes of them: none is held
 
     read_log(path, note)
-    return sorted(found)
+    return dict(sorted(found.items()))
 
 
 def completions(run: Run, steps: Collection[int]) -> list[Record]:

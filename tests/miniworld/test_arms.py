@@ -1,0 +1,200 @@
+# Copyright 2026 The Visual-OPSD authors. SPDX-License-Identifier: Apache-2.0
+"""`scripts.miniworld.arms`: what the arms differ in, what is run again, how seeds are pooled.
+
+A `SeedArms` whose programs write right answers at once stands in for the true one.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.miniworld import arms
+from scripts.miniworld.demo import Job
+from scripts.visual_opsd.analysis.collection import CollectConfig
+from scripts.visual_opsd.analysis.kl_measurement import DiagnosticConfig
+from scripts.visual_opsd.cli import flat, parse_config
+from scripts.visual_opsd.evaluation.questions import EvaluateConfig
+from scripts.visual_opsd.train_sft import read_config as read_sft
+from scripts.visual_opsd.train_visual_opsd import read_config
+from scripts.visual_opsd.train_visual_opsd_offline import read_config as read_offline
+
+ROWS = 100
+READERS = {
+    "scripts.visual_opsd.train_visual_opsd": read_config,
+    "scripts.visual_opsd.train_visual_opsd_offline": read_offline,
+    "scripts.visual_opsd.train_sft": read_sft,
+    "scripts.visual_opsd.evaluate": lambda words: parse_config(EvaluateConfig, words, ""),
+    "scripts.visual_opsd.kl_diagnostic": lambda words: parse_config(DiagnosticConfig, words, ""),
+    "scripts.visual_opsd.collect_traces": lambda words: parse_config(CollectConfig, words, ""),
+}
+RIGHT = {"base": 60, "real": 90, "noise": 61}
+
+
+class Programs:
+    """Right answers of each model, what was run, which jobs fail."""
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[int, Job]] = []
+        self.fails: set[str] = set()
+        self._lock = threading.Lock()
+
+    def run(self, place: arms.SeedArms, job: Job) -> None:
+        with self._lock:
+            self.jobs.append((place.seed, job))
+        if job.name in self.fails:
+            raise RuntimeError(f"{job.name} ended with code 1")
+        if job.name == "world":
+            (place.demo.world / "Spatial_Navigation").mkdir(parents=True)
+            return
+        given = self.settings(job)
+        if job.module.endswith(".evaluate"):
+            self._answer(Path(given["output_dir"]), place.seed)
+        elif job.module.endswith(".kl_diagnostic"):
+            gap = {"value": 0.4, "se": 0.01}
+            write(Path(given["output_dir"]) / "kl_diagnostic.json",
+                  {"gap_closed": {"jsd": gap, "kl": gap}})  # fmt: skip
+        elif job.module.endswith(".collect_traces"):
+            write(Path(given["output_dir"]) / "collect_traces.json", {})
+        else:
+            (Path(given["results_dir"]) / "checkpoints" / "0000280").mkdir(parents=True)
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        return flat(READERS[job.module](list(job.arguments)))
+
+    def _answer(self, out: Path, seed: int) -> None:
+        right = RIGHT.get(out.name, 70) + (seed if out.name == "real" else 0)
+        where = {"dataset": "D", "file": "F", "digest": "0"}
+        lines = [
+            {**where, "row": i, "pid": str(i), "correct": i < right} for i in range(ROWS)
+        ]  # fmt: skip
+        out.mkdir(parents=True)
+        (out / "predictions.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        write(out / "summary.json",
+              {"accuracy": right / ROWS, "interval": [0.1, 0.9], "n": ROWS})  # fmt: skip
+
+    def of(self, name: str, seed: int = 1) -> dict[str, Any]:
+        (job,) = [job for s, job in self.jobs if s == seed and job.name == name]
+        return self.settings(job)
+
+
+def write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> Programs:
+    made = Programs()
+    monkeypatch.setattr(arms.SeedArms, "run", lambda place, job: made.run(place, job))
+    return made
+
+
+ADDED: dict[str, dict[str, Any]] = {
+    **{kind: {"vt": kind} for kind in ("noise", "other", "blank", "shuffled", "problem", "none")},
+    "contrast-0.5": {"contrast": 0.5},
+    "guard-off": {},
+    "guard-rollback": {"teacher_guard": "rollback"},
+    "rehearsal-0.25": {"vt_rehearsal": 0.25},
+}
+VALIDATED = {"eval_every": 50, "eval_data": "Spatial_Navigation", "eval_limit": 400}
+
+
+@pytest.mark.parametrize("arm", ADDED)
+def test_an_arm_differs_from_the_others_in_what_its_name_says(
+    programs: Programs, tmp_path: Path, arm: str
+) -> None:
+    words = ["--arms", f"real,{arm}", "--seeds", "1", "--out", str(tmp_path), "--workers", "1"]
+    assert arms.main([*words, "--teacher_mode", "ema", "--total_steps", "90"]) == 0
+    real, other = programs.of("train-real"), programs.of(f"train-{arm}")
+    assert real["teacher_mode"] == other["teacher_mode"] == "ema" and real["total_steps"] == 90
+    changed = {n: other[n] for n in other if other[n] != real[n] and n != "results_dir"}
+    assert changed == ADDED[arm] | (VALIDATED if arm[:5] in ("guard", "rehea") else {})
+
+
+@pytest.mark.parametrize("arm", ["offline-trace", "offline-base", "offline-jsd"])
+def test_an_offline_arm_trains_on_its_own_cache(
+    programs: Programs, tmp_path: Path, arm: str
+) -> None:
+    assert arms.main(["--arms", arm, "--seeds", "1", "--out", str(tmp_path)]) == 0
+    cached, trained = programs.of(f"collect-{arm}"), programs.of(f"train-{arm}")
+    assert cached["completions"] == ("trace" if arm == "offline-trace" else "base")
+    assert trained["teacher_cache"] == cached["output_dir"]
+    assert trained["jsd_top_k"] == cached["top_k"]
+    assert trained["model_path"] == cached["model_path"]
+    same = ("prompts", "vit_max_size", "vit_min_size", "data_root", "dataset_config_file",
+            "sample_max_new_tokens", "max_forward_tokens")  # fmt: skip
+    for name in same:
+        assert Path(str(trained[name])).resolve() == Path(str(cached[name])).resolve(), name
+    loss = [trained[n] for n in ("kd_loss", "jsd_weight", "jsd_temperature", "ce_weight",
+                                 "kd_use_vt_weights")]  # fmt: skip
+    assert loss == (["jsd", 1, 1, 0, False] if arm == "offline-jsd" else ["kl", 0.5, 2, 1, True])
+
+
+def test_each_seed_has_its_world_and_finished_arms_are_not_run_again(
+    programs: Programs, tmp_path: Path
+) -> None:
+    words = ["--seeds", "1,2", "--out", str(tmp_path)]
+    assert arms.main([*words, "--arms", "real"]) == 0
+    for seed in (1, 2):
+        trained = programs.of("train-real", seed)
+        assert (trained["data_seed"], trained["global_seed"]) == (seed, seed)
+        assert Path(trained["data_root"]) == tmp_path / f"seed-{seed}" / "world"
+    before = len(programs.jobs)
+    assert arms.main([*words, "--arms", "real,sft"]) == 0
+    assert {job.name for _, job in programs.jobs[before:]} == {
+        "train-sft", "eval-sft", "diagnostic-sft"
+    }  # fmt: skip
+    assert len(programs.jobs) == before + 6
+
+
+def test_the_table_pools_seeds(programs: Programs, tmp_path: Path) -> None:
+    words = ["--arms", "real,noise", "--seeds", "1,3", "--out", str(tmp_path)]
+    assert arms.main(words) == 0
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["base"] == [0.6, 0.6]
+    assert [found["arms"]["real"][s]["gain"] for s in ("1", "3")] == pytest.approx([31, 33])
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[2] == "| base | 60.0% | | | |"
+    # Of 100 mazes 31 and 33 more are right: 95 % intervals of 9.11 and 9.26 points on each side.
+    assert lines[3] == ("| `real` | 92.0% | +32.0 (+25.5 to +38.5) | +31.0, +33.0 | 40% +- 1% |")
+    assert lines[4].startswith("| `noise` | 61.0% | +1.0 (")
+
+
+def test_a_failed_arm_leaves_the_others_their_results(
+    programs: Programs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs.fails = {"train-noise"}
+    words = ["--arms", "noise,real", "--seeds", "1", "--out", str(tmp_path)]
+    assert arms.main(words) == 1
+    assert "FAILED: train-noise ended with code 1" in capsys.readouterr().err
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["arms"].keys() == {"real"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--arms", "real,guess"], r"--arms guess: choose among real, .*guard-MODE"),
+        (["--arms", "contrast-"], "--arms contrast-: choose"),
+        (["--seeds", "1,two"], "--seeds 1,two: numbers by commas"),
+    ],
+)
+def test_what_cannot_be_run_is_named(
+    programs: Programs, tmp_path: Path, words: list[str], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        arms.main([*words, "--out", str(tmp_path)])
+    assert not programs.jobs
+
+
+def test_a_true_job_shows_why_it_failed(tmp_path: Path) -> None:
+    args = arms.build_parser().parse_args(["--out", str(tmp_path)])
+    args.train_flags = []
+    place = arms.SeedArms(args, 7)
+    with pytest.raises(RuntimeError, match=r"(?s)x ended with code 2.*seed-7/logs/x\.log.*nowhere"):
+        place.run(Job("x", "data.worlds", ("nowhere",)))
