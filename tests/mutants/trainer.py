@@ -26,6 +26,7 @@ FAULTS = [
         ("deciles are of all completions", "* DECILES // max(len(divergence), 1)", "* DECILES // 50"),
         ("the answer is all there is", "divergence[inside].sum()", "divergence.sum()"),
         ("given texts count", "is not None and not c.given]", "is not None]"),
+        ("a rehearsal leaks", "if probe and not row.rehearsed:", "if probe:"),
         ("the context's phrases are leaks", "partial(_context, row, decode)", "str"),
         ("the longest is the ninetieth percentile", '"p90": 0.9', '"p90": 1.0'),
         ("the least full rank is reported", "max(value, figures.get(name, 0.0))", "value"),
