@@ -39,7 +39,7 @@ _MEANS = {
     **{f"divergence_decile/{i}": (f"decile_{i}", f"decile_{i}_tokens") for i in range(DECILES)},
     "divergence_answer": ("answer", "answer_tokens"),
     "answered_rate": ("answered", "texts"),
-    "leak_rate": ("leaks", "texts"),
+    "leak_rate": ("leaks", "unshown"),
 }
 # Everything a measured step may add; what a run has no use for, or cannot know, is absent.
 FIELDS = (
@@ -140,13 +140,15 @@ def token_sums(
 
 def text_sums(scored: Iterable[ScoredRow], probe: LeakProbe, decode: Decode) -> dict[str, float]:
     """Over the completions that a policy wrote: their number, those with an answer, with a leak."""
-    sums = {"texts": 0.0, "answered": 0.0} | ({"leaks": 0.0} if probe else {})
+    sums = {"texts": 0.0, "answered": 0.0}
+    sums |= {"leaks": 0.0, "unshown": 0.0} if probe else {}
     for row in scored:
         for completion in _sampled([row]):
             text = decode(list(completion.ids))
             sums["texts"] += 1
             sums["answered"] += bool(answer_spans(text))
-            if probe:
+            if probe and not row.rehearsed:  # whose student has seen the pictures
+                sums["unshown"] += 1
                 sums["leaks"] += probe.finds(text, partial(_context, row, decode))
     return sums
 

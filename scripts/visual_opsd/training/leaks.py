@@ -25,7 +25,7 @@ class LeakProbe:
     def __init__(self, phrases: str) -> None:
         words = [phrase.split() for phrase in _plain(phrases).split(",")]
         any_of = "|".join(r"\s+".join(map(re.escape, phrase)) for phrase in words if phrase)
-        self._pattern = re.compile(rf"(?<!\w)(?:{any_of})(?!\w)") if any_of else None
+        self._pattern = rf"(?<!\w)(?:{any_of})(?!\w)" if any_of else None
 
     def __bool__(self) -> bool:
         """Whether there is anything to look for."""
@@ -39,7 +39,7 @@ class LeakProbe:
     def _phrases(self, text: str) -> set[str]:
         if self._pattern is None:
             return set()
-        return {" ".join(match.split()) for match in self._pattern.findall(_plain(text))}
+        return {" ".join(match.split()) for match in re.findall(self._pattern, _plain(text))}
 
 
 def _plain(text: str) -> str:
