@@ -47,6 +47,7 @@ FAULTS = [
     *faults("scripts/miniworld/arms.py", "miniworld/test_arms.py", [
         ("arms are of one kind", "return flags(vt=arm)", 'return flags(vt="real")'),
         ("finished arms are run again", "if not result.exists():", "if True:"),
+        ("a stopped arm is refused", ", *flags(auto_resume=True))", ")"),
         ("an offline arm trains on another cache",
          'flags(teacher_cache=self.out / arm / "cache")', 'flags(teacher_cache=self.out / "cache")'),
         ("seeds count by the first", "return statistics.mean(values), half", "return values[0], half"),

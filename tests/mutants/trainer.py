@@ -202,8 +202,7 @@ FAULTS = [
             "visual_opsd/training/test_teacher_distance.py", [
         ("the teacher with VTs is compared with itself", "without = self.teacher.hidden(text)",
          "without = with_thoughts"),
-        ("the distance is of the most probable entries", "LossConfig(top_k=None, token_clip=None)",
-         "LossConfig(top_k=8, token_clip=None)"),
+        ("the distance is another", 'apart["kl"].sum()', 'apart["jsd"].sum()'),
         ("skips are scored", "tuple(flag == \"1\" for flag in scored)", "(True,) * len(scored)"),
         ("VTs keep their pixels", "if self.prepare.with_latents:", "if False:"),
     ]),

@@ -100,11 +100,13 @@ def _sampled(scored: Iterable[ScoredRow]) -> list[Completion]:
 
 
 def figures_of_rows(results: Iterable[PackResult]) -> list[RowFigures]:
-    """Each row with the figures of its scored tokens, (tokens,) fp64 on the host."""
+    """Each measured row with the figures of its scored tokens, (tokens,) fp64 on the host."""
     found: list[RowFigures] = []
     for result in results:
+        if result.tokens is None:
+            continue
         sizes = [row.scored for row in result.rows]
-        columns = {n: v.double().cpu().split(sizes) for n, v in (result.tokens or {}).items()}
+        columns = {name: v.double().cpu().split(sizes) for name, v in result.tokens.items()}
         for i, row in enumerate(result.rows):
             found.append((row, {name: parts[i] for name, parts in columns.items()}))
     return found
