@@ -15,9 +15,9 @@ completions. Arms:
     guard-MODE        --teacher_guard MODE (off, warn, freeze, rollback), validated on the way
     rehearsal-SHARE   --vt_rehearsal SHARE, validated on the way
 
-Further flags go to the trainer of every arm. An arm that is finished is not run again, so more arms
-and seeds can be added to a folder. --workers arms run at once, a thread each, shared out over the
-GPUs there are. result.json and table.md hold what was found.
+Further flags go to the trainer of every arm. An arm that is finished is not run again and one that
+was stopped goes on, so more arms and seeds can be added to a folder. --workers arms run at once, a
+thread each, shared out over the GPUs there are. result.json and table.md hold what was found.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class SeedArms:
         )  # fmt: skip
 
     def _train(self, arm: str) -> Job:
-        job = self.demo.train(arm, *arm_flags(arm))
+        job = self.demo.train(arm, *arm_flags(arm), *flags(auto_resume=True))
         trainer = TRAINERS.get(arm.partition("-")[0])
         if trainer is None:
             return job

@@ -61,7 +61,8 @@ class Programs:
         elif job.module.endswith(".collect_traces"):
             write(Path(given["output_dir"]) / "collect_traces.json", {})
         else:
-            (Path(given["results_dir"]) / "checkpoints" / "0000280").mkdir(parents=True)
+            release = Path(given["results_dir"]) / "checkpoints" / "0000280"
+            release.mkdir(parents=True, exist_ok=given["auto_resume"])
 
     def settings(self, job: Job) -> dict[str, Any]:
         return flat(READERS[job.module](list(job.arguments)))
@@ -174,6 +175,15 @@ def test_a_failed_arm_leaves_the_others_their_results(
     assert "FAILED: train-noise ended with code 1" in capsys.readouterr().err
     found = json.loads((tmp_path / "result.json").read_text())
     assert found["arms"].keys() == {"real"}
+
+
+def test_an_arm_goes_on_where_it_was_stopped(programs: Programs, tmp_path: Path) -> None:
+    """Trainers refuse the folder of a run that they do not resume."""
+    words = ["--arms", "real,sft", "--seeds", "1", "--out", str(tmp_path)]
+    programs.fails = {"eval-real", "eval-sft"}
+    assert arms.main(words) == 1
+    programs.fails.clear()
+    assert arms.main(words) == 0
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,6 @@ FAULTS = [
         ("an entry's clip is a token's", 'by_entry = config.clip_scope == "entry"', "by_entry = True"),
         ("a cached tail is softened as the others", "outside_t = 1.0 if softened else config.temperature",
          "outside_t = config.temperature"),
-        ("chunks are as large where both models' logits are there",
-         "teacher_buffer = teacher_head.new_empty(logits_buffer.shape)", "pass"),
     ]),
     *faults("scripts/visual_opsd/opsd_loss.py", "visual_opsd/test_opsd_loss.py", [
         ("forward and reverse are exchanged", "return log_t.exp() * (log_t - log_s)",
@@ -63,6 +61,8 @@ FAULTS = [
         ("the divergence has no weight", "losses = config.jsd_weight * found[", "losses = found["),
         ("the gradient is not multiplied by what arrives",
          "[None if g is None else ctx.scale_gradient(g, grad_loss) for g in gradients]", "list(gradients)"),
+        ("both models' logits share a buffer",
+         "teacher_buffer = teacher[1].new_empty(logits_buffer.shape)", "pass"),
         ("the teacher's head is the student's", "torch.mm(teacher[0][part], teacher[1].t(), out=",
          "torch.mm(teacher[0][part], head.t(), out="),
         ("the diagnostic's figures are the top-k's", "LossConfig(top_k=None, token_clip=None)",

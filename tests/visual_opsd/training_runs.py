@@ -23,7 +23,10 @@ from tests.data.synthetic import split_file
 ROOT = Path(__file__).parents[2]
 TINY_BAGEL = ROOT / "tests" / "tiny-bagel"
 # Figures that measure the machine, not the run.
-_MACHINE = ("seconds/", "tokens_per_s/", "peak_memory_gb", "host_memory_gb", "gpu_", "mfu")
+_MACHINE = (
+    "seconds/", "tokens_per_s/", "peak_memory_gb", "host_memory_gb", "gpu_", "mfu",
+    "validation/seconds",
+)  # fmt: skip
 
 
 def make_world(folder: Path, rows: int = 16, heldout_rows: int = 12) -> Path:

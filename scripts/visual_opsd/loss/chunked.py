@@ -16,8 +16,8 @@ and the buffer is gone before the head's gradient comes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ from scripts.visual_opsd.loss.chunk import (
     compute_dtype,
 )
 from scripts.visual_opsd.opsd_loss import LossConfig, token_weights, vocabulary_hint
+
+T = TypeVar("T")
 
 
 def chunked_opsd_loss(
@@ -168,7 +170,7 @@ def chunked_divergences(
     }
 
 
-class Form(Protocol):
+class _Form(Protocol):
     """What `chunk` and `kernel_chunk` are: the arithmetic between the products."""
 
     def read_teacher(self, logits: Tensor, labels: Tensor, config: LossConfig) -> Target: ...
@@ -186,7 +188,7 @@ class Form(Protocol):
     def scale_gradient(self, gradient: Tensor, factor: Tensor) -> Tensor: ...
 
 
-def choose_form(config: LossConfig, *heads: Tensor, cached: bool = False) -> Form:
+def choose_form(config: LossConfig, *heads: Tensor, cached: bool = False) -> _Form:
     """The kernels if they compute this loss on the logits of these heads, otherwise torch.
 
     cached: the teacher's entries are given, which the kernels take where they are a top-k.
@@ -256,7 +258,7 @@ _gradient_in_forward: Callable[..., tuple[Tensor, Tensor]] = _GradientInForward.
 
 
 def _run_chunks(
-    form: Form,
+    form: _Form,
     hidden: Tensor,
     head: Tensor,
     teacher: tuple[Tensor, Tensor] | Entries | None,
@@ -267,6 +269,43 @@ def _run_chunks(
     weights: Tensor | None = None,
 ) -> Tensor:
     """FIGURES (number of them, N); the buffers of logits end with it."""
+    tokens, vocab, kind = hidden.shape[0], head.shape[0], compute_dtype(hidden)
+    count = len(STUDENT_FIGURES if teacher is None else FIGURES)
+    figures = hidden.new_zeros(count, tokens, dtype=kind)
+
+    def read(theirs: Tensor | Entries, part: slice) -> Target:
+        if isinstance(theirs, Entries):
+            return cached_target(theirs, config, vocab, kind)
+        return form.read_teacher(theirs, labels[part], config)
+
+    for part, target, logits in in_chunks(hidden, head, teacher, read, config, chunk_size):
+        factors = None if weights is None else weights[part]
+        found = form.chunk_loss(
+            logits, target, labels[part], config, gradients is not None, factors
+        )
+        figures[:, part] = found.figures
+        if gradients is not None:
+            assert found.gradient is not None
+            gradients.add(part, found.gradient)
+    return figures
+
+
+def in_chunks(
+    hidden: Tensor,
+    head: Tensor,
+    teacher: tuple[Tensor, Tensor] | Entries | None,
+    read: Callable[[Tensor | Entries, slice], T],
+    config: LossConfig,
+    chunk_size: int,
+) -> Iterator[tuple[slice, T | None, Tensor]]:
+    """Chunks of tokens: which, what `read` makes of the teacher there, the student's logits (c, V).
+
+    Logits last until the next chunk, and may be overwritten.
+
+    Args:
+        read: gets the teacher's logits (c, V), which the student's replace unless the loss needs
+            both at once, or its entries.
+    """
     tokens, vocab = hidden.shape[0], head.shape[0]
     # The top-k form is done with the teacher's logits before it needs the student's.
     shared = not isinstance(teacher, tuple) or (
@@ -278,28 +317,17 @@ def _run_chunks(
     teacher_buffer = logits_buffer
     if isinstance(teacher, tuple) and not shared:
         teacher_buffer = teacher[1].new_empty(logits_buffer.shape)
-    count = len(STUDENT_FIGURES if teacher is None else FIGURES)
-    figures = hidden.new_zeros(count, tokens, dtype=compute_dtype(hidden))
     for start in range(0, tokens, chunk_size):
         part = slice(start, min(start + chunk_size, tokens))
         size = part.stop - start
         target = None
         if isinstance(teacher, Entries):
-            target = cached_target(teacher.part(part), config, vocab, compute_dtype(hidden))
+            target = read(teacher.part(part), part)
         elif teacher is not None:
             out = teacher_buffer[:size]
             torch.mm(teacher[0][part], teacher[1].t(), out=out)
-            target = form.read_teacher(out, labels[part], config)
-        logits = torch.mm(hidden[part], head.t(), out=logits_buffer[:size])
-        factors = None if weights is None else weights[part]
-        found = form.chunk_loss(
-            logits, target, labels[part], config, gradients is not None, factors
-        )
-        figures[:, part] = found.figures
-        if gradients is not None:
-            assert found.gradient is not None
-            gradients.add(part, found.gradient)
-    return figures
+            target = read(out, part)
+        yield part, target, torch.mm(hidden[part], head.t(), out=logits_buffer[:size])
 
 
 class _Gradients:

@@ -35,7 +35,7 @@ from scripts.visual_opsd.loss.chunk import (
     divergence_and_slope,
     token_blocks,
 )
-from scripts.visual_opsd.loss.chunked import Form, choose_form
+from scripts.visual_opsd.loss.chunked import choose_form, in_chunks
 from scripts.visual_opsd.opsd_loss import LossConfig, divergence_terms
 
 OVERLAP_K = 256
@@ -69,30 +69,23 @@ def token_figures(
     Entropies, mass and divergence (with clip and T^2) are at config.temperature, in nats. Shapes as
     in `chunked_opsd_loss`; either teacher_hidden and teacher_head or `cached` is given.
     """
-    vocab, tokens = student_head.shape[0], len(labels)
-    kind = compute_dtype(student_hidden)
-    on_support = cached is not None or config.top_k_of(vocab) is not None
-    if not on_support:  # both models' logits are there at once
-        chunk_size = max(1, chunk_size // 2)
-    logits_buffer = student_head.new_empty(min(chunk_size, tokens), vocab)
-    teacher_buffer = logits_buffer
-    if teacher_head is not None and (not on_support or teacher_head.dtype != student_head.dtype):
-        teacher_buffer = teacher_head.new_empty(logits_buffer.shape)
-    names = figure_names(config)
-    figures = student_hidden.new_zeros(len(names), tokens, dtype=kind)
-    for start in range(0, tokens, chunk_size):
-        part = slice(start, min(start + chunk_size, tokens))
-        size = part.stop - start
-        if cached is not None:
-            target = cached_target(cached.part(part), config, vocab, kind)
-            teacher = _Teacher.of(target, target, vocab)
-        else:
-            assert teacher_hidden is not None and teacher_head is not None, "no teacher"
-            out = teacher_buffer[:size]
-            torch.mm(teacher_hidden[part], teacher_head.t(), out=out)
-            teacher = _read_teacher(choose_form(config, teacher_head), out, labels[part], config)
-        logits = torch.mm(student_hidden[part], student_head.t(), out=logits_buffer[:size])
-        figures[:, part] = torch.stack(_of_chunk(logits, teacher, labels[part], config))
+    vocab, names, kind = student_head.shape[0], figure_names(config), compute_dtype(student_hidden)
+    teacher: tuple[Tensor, Tensor] | Entries | None = cached
+    if teacher_hidden is not None and teacher_head is not None:
+        teacher = (teacher_hidden, teacher_head)
+
+    def read(theirs: Tensor | Entries, part: slice) -> _Teacher:
+        if isinstance(theirs, Entries):
+            target = cached_target(theirs, config, vocab, kind)
+            return _Teacher.of(target, target, vocab)
+        assert teacher_head is not None
+        return _read_teacher(theirs, teacher_head, labels[part], config)
+
+    figures = student_hidden.new_zeros(len(names), len(labels), dtype=kind)
+    chunks = in_chunks(student_hidden, student_head, teacher, read, config, chunk_size)
+    for part, seen, logits in chunks:
+        assert seen is not None, "no teacher"
+        figures[:, part] = torch.stack(_of_chunk(logits, seen, labels[part], config))
     return dict(zip(names, figures, strict=True))
 
 
@@ -114,9 +107,10 @@ class _Teacher(NamedTuple):
         return cls(target, reading.entries[:, :k], log_t == log_t.amax(-1, keepdim=True))
 
 
-def _read_teacher(form: Form, logits: Tensor, labels: Tensor, config: LossConfig) -> _Teacher:
-    """From the teacher's logits (c, V)."""
-    vocab, target = logits.shape[1], form.read_teacher(logits, labels, config)
+def _read_teacher(logits: Tensor, head: Tensor, labels: Tensor, config: LossConfig) -> _Teacher:
+    """From the teacher's logits (c, V), by its head (V, H')."""
+    vocab = len(head)
+    target = choose_form(config, head).read_teacher(logits, labels, config)
     if target.entries is not None:
         return _Teacher.of(target, target, vocab)
     return _Teacher.of(target, _read_top_k(logits, labels, config, _overlap_k(vocab)), vocab)

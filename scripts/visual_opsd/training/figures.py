@@ -39,7 +39,7 @@ _MEANS = {
     **{f"divergence_decile/{i}": (f"decile_{i}", f"decile_{i}_tokens") for i in range(DECILES)},
     "divergence_answer": ("answer", "answer_tokens"),
     "answered_rate": ("answered", "texts"),
-    "leak_rate": ("leaks", "blind_texts"),
+    "leak_rate": ("leaks", "unshown"),
 }
 # Everything a measured step may add; what a run has no use for, or cannot know, is absent.
 FIELDS = (
@@ -100,11 +100,13 @@ def _sampled(scored: Iterable[ScoredRow]) -> list[Completion]:
 
 
 def figures_of_rows(results: Iterable[PackResult]) -> list[RowFigures]:
-    """Each row with the figures of its scored tokens, (tokens,) fp64 on the host."""
+    """Each measured row with the figures of its scored tokens, (tokens,) fp64 on the host."""
     found: list[RowFigures] = []
     for result in results:
+        if result.tokens is None:
+            continue
         sizes = [row.scored for row in result.rows]
-        columns = {n: v.double().cpu().split(sizes) for n, v in (result.tokens or {}).items()}
+        columns = {name: v.double().cpu().split(sizes) for name, v in result.tokens.items()}
         for i, row in enumerate(result.rows):
             found.append((row, {name: parts[i] for name, parts in columns.items()}))
     return found
@@ -139,18 +141,16 @@ def token_sums(
 
 
 def text_sums(scored: Iterable[ScoredRow], probe: LeakProbe, decode: Decode) -> dict[str, float]:
-    """Over the completions that a policy wrote: their number, those with an answer; of students
-    that saw no VT, their number and those with a leak."""
+    """Over the completions that a policy wrote: their number, those with an answer, with a leak."""
     sums = {"texts": 0.0, "answered": 0.0}
-    if probe:
-        sums |= {"blind_texts": 0.0, "leaks": 0.0}
+    sums |= {"leaks": 0.0, "unshown": 0.0} if probe else {}
     for row in scored:
         for completion in _sampled([row]):
             text = decode(list(completion.ids))
             sums["texts"] += 1
             sums["answered"] += bool(answer_spans(text))
-            if probe and not row.rehearsed:
-                sums["blind_texts"] += 1
+            if probe and not row.rehearsed:  # whose student has seen the pictures
+                sums["unshown"] += 1
                 sums["leaks"] += probe.finds(text, partial(_context, row, decode))
     return sums
 

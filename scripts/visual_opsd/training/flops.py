@@ -23,7 +23,8 @@ from scripts.visual_opsd.scored_rows import ScoredRow
 
 # Dense bf16, 1e12 a second, by what `torch.cuda.get_device_name` calls a GPU; the first that fits.
 _PEAK_TFLOPS = (
-    (r"GH200|H200 NVL|H100 NVL|H100 PCIe", None),  # what they reach depends on their power limits
+    (r"GH200|H[12]00 NVL|H[18]00 PCIe", None),  # what they reach depends on their power limits
+    (r"MIG", None),  # a part of a GPU
     (r"H200|H100|H800", 989.0),
     (r"A100|A800", 312.0),
     (r"B200", 2250.0),

@@ -42,13 +42,13 @@ class LeakProbe:
 
     def _phrases(self, text: str) -> set[str]:
         plain = _plain(text)
-        return {phrase for phrase, pattern in self._patterns.items() if pattern.search(plain)}
+        return {phrase for phrase, pattern in self._patterns.items() if re.search(pattern, plain)}
 
 
-def _pattern(words: Sequence[str]) -> re.Pattern[str]:
+def _pattern(words: Sequence[str]) -> str:
     before = rf"(?<!{_LETTER})" if re.match(_LETTER, words[0]) else ""
     after = rf"(?!{_LETTER})" if re.match(_LETTER, words[-1][-1]) else ""
-    return re.compile(before + r"\s+".join(map(re.escape, words)) + after)
+    return before + r"\s+".join(map(re.escape, words)) + after
 
 
 def _plain(text: str) -> str:

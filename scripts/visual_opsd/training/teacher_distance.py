@@ -19,7 +19,7 @@ from data.sequence import Completion
 from data.thinkmorph import Row
 from modeling.host.memory import memory_errors
 from scripts.visual_opsd.config import TrainConfig
-from scripts.visual_opsd.loss.chunked import chunked_opsd_loss
+from scripts.visual_opsd.loss.chunked import chunked_divergences, chunked_opsd_loss
 from scripts.visual_opsd.opsd_loss import LossConfig
 from scripts.visual_opsd.processes import FailedAlone, agree, all_reduce_sums, attempt
 from scripts.visual_opsd.rows import TrainRow
@@ -35,7 +35,6 @@ from scripts.visual_opsd.training.visual_opsd import PrepareOPSD, encode_teacher
 
 # Row -> ids, a 0 or 1 for each label (whether it is scored), whether the budget ended it.
 StoredCompletions: TypeAlias = dict[int, tuple[list[int], str, bool]]
-_KL = LossConfig(top_k=None, token_clip=None)
 _CE = LossConfig(jsd_weight=0.0, ce_weight=1.0)
 _ADVICE = "lower --pack_tokens or --loss_chunk_size"
 
@@ -102,7 +101,9 @@ class TeacherDistance:
                 rows = attempt(lambda: next(packs, None))
                 if not agree(rows is not None, env):
                     break
-                for name, value in self._score(rows or [self._filler()], head).items():
+                rows = rows or [self._filler()]
+                sums["tokens"] += sum(row.scored for row in rows)
+                for name, value in self._score(rows, head).items():
                     sums[name] += float(value)
         total = all_reduce_sums(sums, env)
         tokens = total.pop("tokens")
@@ -144,7 +145,7 @@ class TeacherDistance:
             yield rows
 
     def _score(self, rows: Sequence[ScoredRow], teacher_head: Tensor | None) -> dict[str, Tensor]:
-        """Sums over the scored tokens of one pack, and their number."""
+        """Sums over the scored tokens of one pack."""
         base, device = self.place.base, self.place.env.device
         text = pack([row.student for row in rows], base.special)
         shown = pack([row.teacher for row in rows if row.teacher is not None], base.special)
@@ -164,11 +165,9 @@ class TeacherDistance:
                 )
                 return stats["ce"]
 
-            _, stats = chunked_opsd_loss(
-                hidden, weight, with_thoughts, theirs, labels, _KL, chunk_size=chunk_size
-            )
+            apart = chunked_divergences(hidden, weight, with_thoughts, theirs, chunk_size)
             gained = surprise(without) - surprise(with_thoughts)
-            return {"kl": stats["forward_kl"], "advantage": gained, "tokens": stats["rows"]}
+            return {"kl": apart["kl"].sum(), "advantage": gained}
 
         found: dict[str, Tensor] = self.place.student(text, head=head)
         return found

@@ -120,6 +120,8 @@ class Validation:
         self.settings, self.validate, self.total_steps = settings, validate, total_steps
         self.distance, self.guard = distance, guard
         self.progress = Progress("" if validate is None else validate.identity)
+        if guard is not None:
+            self.progress.guard = guard.progress
         self.messages: list[str] = []
         self._base: StoredCompletions | None = None  # of a validation that is not noted yet
         self._explained = False
@@ -131,16 +133,14 @@ class Validation:
         """Go on from a state's progress. Returns why that was not possible, "" if it was."""
         found = Progress.of(saved or {})
         same = self.validate is None or found.identity == self.validate.identity
-        watched = found.guard
+        if self.guard is None:
+            found.guard = GuardProgress()
+        else:
+            self.guard.resume(found.guard, same=same)
         if same:
             self.progress = found  # kept for a later run even where nothing is validated
-        self.progress.guard = GuardProgress()
-        if self.guard is not None:
-            self.guard.resume(watched, same=same)
-            self.progress.guard = self.guard.progress
-        if same:
-            return ""
-        if found.last < 0:
+        self.progress.guard = found.guard
+        if same or found.last < 0:
             return ""
         return (
             f"validation is on other rows, or by other settings, than in step {found.last}: the "
@@ -212,7 +212,6 @@ class Validation:
         if self.guard is not None:
             found, said = self.guard.judge(step, figures["validation/teacher_accuracy"])
             figures |= found
-            progress.guard = self.guard.progress
             self.messages += [said] if said else []
         if accuracy > progress.best:
             progress.best, progress.best_step, progress.since = accuracy, step, 0

@@ -160,7 +160,7 @@ class VisualOPSD(Objective):
             return
         path = Path(self.config.run.results_dir) / "samples.jsonl"
         found = {id(row): figures for row, figures in figures_of_rows(results)}
-        figures = [found[id(row)] for row in scored[: len(self.shown)]]
+        figures = [found.get(id(row), {}) for row in scored[: len(self.shown)]]
         write_samples(path, self.step, self.shown, place.base.tokenizer.decode, figures)
 
     def rehearse(self, batch: StepRows[TrainRow]) -> StepRows[TrainRow]:

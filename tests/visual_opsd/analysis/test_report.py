@@ -117,8 +117,11 @@ def test_tokens_carry_what_the_sampler_gave_them(trained: list[Path], tmp_path: 
     tokenizer, _ = load_tokenizer(TINY_BAGEL)
     said = [r for r in lines(trained[0], "samples.jsonl") if r["step"] == 2]
     assert "Step 2" in page.text and "Step 1" not in page.text
-    spoken = [
-        float(found["title"].removeprefix("p = ")) for found in page.of("b") if "title" in found
+    titled = [found for found in page.of("b") if "title" in found]
+    spoken = [float(found["title"].split(",")[0].removeprefix("p = ")) for found in titled]
+    shades = [
+        next((name for name in found.get("class", "").split() if name[0] == "t"), "")
+        for found in titled
     ]
     wanted = []
     for record in said:
@@ -126,15 +129,13 @@ def test_tokens_carry_what_the_sampler_gave_them(trained: list[Path], tmp_path: 
         assert len(record["logprobs"]) == record["scored"].count("1")
         wanted += record["logprobs"]
     assert spoken and all(any(abs(p - math.exp(w)) < 0.006 for w in wanted) for p in spoken)
-    shades = {found.get("class", "") for found in page.of("b") if "title" in found}
-    assert shades <= {"", "t1", "t2", "t3", "t4", "t5"}
-    for found in page.of("b"):
-        if "title" in found:
-            chance = float(found["title"].removeprefix("p = "))
-            rank = sum(chance < limit for limit in (0.01, 0.05, 0.2, 0.5, 0.9))
-            # At a limit the two digits of the title do not tell.
-            near = any(abs(chance - limit) < 0.005 for limit in (0.01, 0.05, 0.2, 0.5, 0.9))
-            assert near or found.get("class", "") == (f"t{rank}" if rank else "")
+    assert set(shades) <= {"", "t1", "t2", "t3", "t4", "t5"}
+    for chance, shade in zip(spoken, shades, strict=True):
+        rank = sum(chance < limit for limit in (0.01, 0.05, 0.2, 0.5, 0.9))
+        # At a limit the two digits of the title do not tell.
+        near = any(abs(chance - limit) < 0.005 for limit in (0.01, 0.05, 0.2, 0.5, 0.9))
+        assert near or shade == (f"t{rank}" if rank else "")
+    assert all(", D = " in found["title"] for found in titled)  # a measured step
     for record in said:
         head = tokenizer.decode(record["ids"][:3])
         assert "".join(head.split())[:2] in "".join(page.text.split())

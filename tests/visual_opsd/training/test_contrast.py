@@ -21,7 +21,7 @@ from scripts.visual_opsd.rows import open_builder
 from scripts.visual_opsd.scored_rows import score_completion
 from scripts.visual_opsd.training.visual_opsd import PrepareOPSD
 from tests.conftest import TINY_BAGEL
-from tests.visual_opsd.training.trainers import metrics, train
+from tests.visual_opsd.training.trainers import metrics, rollout, train
 
 FIGURES = ("loss", "grad_norm", "divergence", "teacher_entropy", "forward_kl")
 
@@ -50,7 +50,7 @@ def test_a_run_of_none_is_one_without(world: Path, tmp_path: Path) -> None:
     for name, flags in runs.items():
         train(world, tmp_path / name, total_steps=2, **flags)
         lines[name] = [[line[figure] for figure in FIGURES] for line in metrics(tmp_path / name)]
-        samples.add((tmp_path / name / "samples.jsonl").read_text().splitlines()[0])
+        samples.add(str(rollout(tmp_path / name)[0]))
     assert lines["zero"] == lines["plain"]
     assert lines["half"][0] != lines["plain"][0]
     assert len(samples) == 1

@@ -240,6 +240,21 @@ def test_sums_of_tokens() -> None:
     assert "divergence_decile/1" not in found and found["clip_token_rate"] == 0
 
 
+def test_what_each_mean_is_of() -> None:
+    """Figures of tokens over their number, the clip's gradient over all of the gradient."""
+    parts = {
+        "fork": 1.0, "topk_overlap": 2.0, "student_topk_mass": 3.0, "clip_entry": 4.0,
+        "clip_token": 5.0, "gradient": 40.0, "gradient_removed": 6.0, "answer": 7.0, "leaks": 8.0,
+        "answered": 9.0,
+    }  # fmt: skip
+    counts = {"tokens": 100.0, "answer_tokens": 10.0, "texts": 20.0, "unshown": 20.0}
+    assert module.means({**parts, **counts, "model_tflop": 11.0}) == {
+        "fork_rate": 0.01, "topk_overlap": 0.02, "student_topk_mass": 0.03,
+        "clip_entry_rate": 0.04, "clip_token_rate": 0.05, "clip_gradient_share": 0.15,
+        "divergence_answer": 0.7, "leak_rate": 0.4, "answered_rate": 0.45, "model_tflop": 11.0,
+    }  # fmt: skip
+
+
 def test_a_rank_without_tokens_has_the_same_names() -> None:
     """And a row's tokens are its own, whatever it is packed with."""
     first, second = row_of(["a", "b"], "first"), row_of(["c"], "second")
@@ -257,16 +272,14 @@ def test_a_rank_without_tokens_has_the_same_names() -> None:
 
 
 def test_sums_of_texts() -> None:
-    """Of what the policy wrote; a phrase of the student's own context is no leak."""
+    """Of what the policy wrote; what the student has read, or saw in a rehearsal, is no leak."""
     pieces = ["The edited image", " and my sketch", "<answer>L</answer>"]
     decode, probe = reader(pieces), LeakProbe("edited image, my sketch")
     innocent, leaking = row_of(pieces[:1]), row_of(pieces)
     given = row_of(pieces, given=True)
-    seeing = replace(leaking, rehearsed=True)  # its student has seen the VT
-    rows = [innocent, leaking, seeing, given, ScoredRow("x", (), None)]
+    rows = [innocent, leaking, given, replace(leaking, rehearsed=True), ScoredRow("x", (), None)]
     sums = module.text_sums(rows, probe, decode)
-    assert sums == {"texts": 3, "answered": 2, "blind_texts": 2, "leaks": 1}
-    assert module.means(sums) == {"answered_rate": 2 / 3, "leak_rate": 0.5}
+    assert sums == {"texts": 3, "answered": 2, "leaks": 1, "unshown": 2}
     assert module.text_sums([leaking], LeakProbe(""), decode) == {"texts": 1, "answered": 1}
 
 

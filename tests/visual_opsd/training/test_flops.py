@@ -117,6 +117,7 @@ def test_torch_counts_alike(model: Bagel) -> None:
         ("NVIDIA GH200 480GB", None), ("NVIDIA H20", None), ("NVIDIA A40", 150),
         ("NVIDIA RTX A4000", None), ("NVIDIA L40S", 362), ("NVIDIA L40", None),
         ("NVIDIA GeForce RTX 4090", None), ("AMD Instinct MI300X", None),
+        ("NVIDIA H800 PCIe", None), ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None),
     ],
 )  # fmt: skip
 def test_peaks(name: str, tflops: float | None) -> None:

@@ -40,7 +40,7 @@ from tests.visual_opsd.training.trainers import (
     weights,
     write_damaged,
 )
-from tests.visual_opsd.training_runs import TINY_BAGEL, full_state, train_arguments
+from tests.visual_opsd.training_runs import TINY_BAGEL, figures, full_state, train_arguments
 
 # Best at step 1, dropped at step 3.
 CURVE = {0: 0.5, 1: 0.62, 2: 0.52, 3: 0.5, 4: 0.3, 5: 0.3}
@@ -64,15 +64,6 @@ class Watched(Scripted):
 
     def changed(self, one: int, other: int) -> bool:
         return bool(moved(self.teachers[one], self.teachers[other]))
-
-
-def lines(results: Path) -> list[tuple[Any, ...]]:
-    """Without what measures the machine."""
-    return [
-        tuple(v for k, v in line.items() if "seconds" not in k and k != "peak_memory_gb"
-              and not k.startswith("tokens_per_s"))
-        for line in metrics(results)
-    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------- what it does
@@ -110,7 +101,7 @@ def test_resumed_runs_are_the_same(
     """To the last bit, from before the drop (a copy is kept) and after it."""
     flags = {**RUN, **adapted, "teacher_guard": guard}
     whole = train(world, tmp_path / "r", validation=Watched().of, **flags)
-    expected = lines(tmp_path / "r")
+    expected = figures(tmp_path / "r")
     stored = {step: full_state(tmp_path / "r", step, tmp_path) for step in (1, 2, 3)}
     kept = {step: {n for n in found if "kept_teacher" in n} for step, found in stored.items()}
     assert [bool(kept[step]) for step in (1, 2, 3)] == [guard == "rollback"] * 2 + [False]
@@ -121,7 +112,7 @@ def test_resumed_runs_are_the_same(
                for n in kept[2]) == (guard == "rollback")  # fmt: skip
     for step in (4, 2):
         resumed = train(world, tmp_path / "r", validation=Watched().of, **flags, resume=str(step))
-        assert lines(tmp_path / "r") == expected
+        assert figures(tmp_path / "r") == expected
         assert not moved(weights(whole.student), weights(resumed.student))
         for one, other in zip(whole.ema.parameters(), resumed.ema.parameters(), strict=True):  # type: ignore[union-attr]
             assert torch.equal(one.to_local(), other.to_local())
@@ -268,7 +259,7 @@ def test_a_stop_while_the_teacher_answers(world: Path, tmp_path: Path) -> None:
         assert trainer.train() == 128 + signal.SIGTERM
     assert list(validations(tmp_path / "run")) == [0, 1]
     resumed = train(world, tmp_path / "run", **flags, resume="latest")
-    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
     assert not moved(weights(whole.student), weights(resumed.student))
 
 

@@ -42,6 +42,9 @@ NOT_STATE = {
     "stop._before": "the process's own handlers, while train() runs",
     "env": "the same",
     "states.env": "the same",
+    "measurement.env": "the same",
+    "objective.step": "of the step under way",
+    "objective.shown": "its completions, until they are written",
 }
 
 
