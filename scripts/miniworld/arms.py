@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not there yet; 1 when an arm failed."""
     args, train_flags = build_parser().parse_known_args(argv)
     args.train_flags = train_flags
-    arms = args.arms.split(",")
+    arms = list(dict.fromkeys(args.arms.split(",")))  # the same one twice would share a folder
     for arm in arms:
         arm_flags(arm)
     words = args.seeds.split(",")
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.base = str(Path(args.base).resolve())
     make_folder(args.out, "--out")
     out = Path(args.out)
-    places = [SeedArms(args, int(word)) for word in words]
+    places = [SeedArms(args, seed) for seed in dict.fromkeys(map(int, words))]
     failures = []
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(SeedArms.prepare, places))

@@ -153,6 +153,15 @@ def test_each_seed_has_its_world_and_finished_arms_are_not_run_again(
     assert len(programs.jobs) == before + 6
 
 
+def test_what_is_named_twice_is_run_once(programs: Programs, tmp_path: Path) -> None:
+    """Two at once would share a folder; 1 and 01 are one seed."""
+    words = ["--arms", "real,sft,real", "--seeds", "1,01", "--out", str(tmp_path)]
+    assert arms.main(words) == 0
+    started = [job.name for _, job in programs.jobs]
+    assert len(started) == len(set(started))
+    assert json.loads((tmp_path / "result.json").read_text())["base"] == [0.6]
+
+
 def test_the_table_pools_seeds(programs: Programs, tmp_path: Path) -> None:
     words = ["--arms", "real,noise", "--seeds", "1,3", "--out", str(tmp_path)]
     assert arms.main(words) == 0

@@ -53,6 +53,8 @@ FAULTS = [
         ("seeds count by the first", "return statistics.mean(values), half", "return values[0], half"),
         ("intervals of seeds add up", "sum(width**2 for width in half_widths)) / len(half_widths)",
          "sum(width**2 for width in half_widths))"),
+        ("a seed is run twice", "for seed in dict.fromkeys(map(int, words))]",
+         "for seed in map(int, words)]"),
         ("a failed arm passes", "return 1 if failures else 0", "return 0"),
     ]),
 ]  # fmt: skip
