@@ -34,7 +34,7 @@ SEEDS = {"seed", "data_seed", "global_seed", "noise_seed"}
 # Options that are text and no paths; `runs` holds paths among labels, see below.
 TEXTS = {
     "lora_targets", "token_weight", "controls", "eval_split", "instruction_suffix", "split", "arms",
-    "benchmark", "question", "max_memory", "runs", "wandb_project", "wandb_name",
+    "benchmark", "question", "max_memory", "runs", "wandb_project", "wandb_name", "leak_words",
 }  # fmt: skip
 
 

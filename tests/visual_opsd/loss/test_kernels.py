@@ -169,7 +169,7 @@ def test_kernels_are_what_runs(
     def never(*_: object) -> None:
         raise AssertionError("the torch form ran")
 
-    monkeypatch.setattr(loss_chunk, "_blocks", never)
+    monkeypatch.setattr(loss_chunk, "token_blocks", never)
     loss, _ = chunked_opsd_loss(*tensors, labels, CONFIGS[name])
     assert all(torch.isfinite(grad).all() for grad in gradients(loss, tensors))
 
