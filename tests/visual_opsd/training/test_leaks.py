@@ -55,6 +55,8 @@ def test_phrases_that_overlap_are_all_found() -> None:
         ("visual thought", "\u8fd9\u4e2avisual thought\u91cc", True),
         ("\u043b\u0438\u043d\u0438\u044f", "\u043b\u0438\u043d\u0438\u044f\u043c\u0438", False),
         ("stra\u00dfe", "Die STRASSE", True),
+        ("edited image", "an unedited image", False),
+        ("edited image", "edited images", False),
         ("<image>, (b", "as in<image>said", True),
         ("a.*(b[, \\d+, (?P<x>", "a b 12", False),
     ],
