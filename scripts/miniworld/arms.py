@@ -237,7 +237,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     places = [SeedArms(args, seed) for seed in dict.fromkeys(map(int, words))]
     failures = []
     with ThreadPoolExecutor(args.workers) as pool:
-        list(pool.map(SeedArms.prepare, places))
+        try:
+            list(pool.map(SeedArms.prepare, places))
+        except RuntimeError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         running = {
             (arm, place.seed): pool.submit(place.run_arm, arm) for arm in arms for place in places
         }

@@ -195,6 +195,15 @@ def test_an_arm_goes_on_where_it_was_stopped(programs: Programs, tmp_path: Path)
     assert arms.main(words) == 0
 
 
+def test_without_the_base_no_arm_is_run(
+    programs: Programs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    programs.fails = {"eval-base"}
+    assert arms.main(["--arms", "real", "--seeds", "1", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "error: eval-base ended with code 1\n"
+    assert not any(job.name == "train-real" for _, job in programs.jobs)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
