@@ -6,6 +6,11 @@ from __future__ import annotations
 from tests.mutants import faults
 
 FAULTS = [
+    *faults("modeling/bagel/graphs.py", "modeling/bagel/test_graphs.py", [
+        ("every graph takes memory of its own",
+         "memory = None if earlier is None else earlier.pool()", "memory = None"),
+        ("graphs that live share a stream and memory", "free.pop() if free", "free[-1] if free"),
+    ]),
     *faults("modeling/bagel/decoder.py", "modeling/bagel/test_decoder.py", [
         ("RMSNorm scales before it casts back", "return wide.to(x.dtype) * self.weight",
          "return (wide * self.weight).to(x.dtype)"),
