@@ -181,6 +181,9 @@ def test_recorded_completions(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     write_lines(path, [sample(), sample(slot=1)])
     assert len(RecordedCompletions.read(str(path)).by_place) == 2
+    write_lines(path, [sample(logprobs=[-0.5, None])])  # of a student whose numbers were NaN
+    ((_, completion),) = RecordedCompletions.read(str(path)).by_place.values()
+    assert completion.ids == (1, 2) and completion.logprobs == ()
     for record in (
         {"step": 1}, sample(ids="ab"), sample(ids=[1.5, 2]), sample(ids=[-1, 2]), sample(scored=7),
         sample(scored="10"), sample(scored="1x1"), sample(logprobs=["a"]), sample(step=[1]),

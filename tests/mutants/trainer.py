@@ -51,7 +51,9 @@ FAULTS = [
     *faults("scripts/visual_opsd/training/samples.py", "visual_opsd/training/test_figures.py", [
         ("lists are of other completions", "zip(records, figures, strict=False)",
          "zip(records[::-1], figures, strict=False)"),
-        ("NaN is written", "[v if math.isfinite(v) else None for v in vs]", "vs"),
+        ("NaN is written", "if math.isfinite(value) else None for", "for"),
+        ("half of the log-probabilities count", "    if None in logprobs:\n        logprobs = ()",
+         "    if None in logprobs:\n        logprobs = logprobs[:0] or (0.0,)", "data/test_json_lines.py"),
     ]),
     *faults("scripts/visual_opsd/training/step.py", "visual_opsd/training/test_figures.py", [
         ("a cache is not measured", "(teacher_hidden is not None or taught is not None)",

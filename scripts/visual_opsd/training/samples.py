@@ -49,7 +49,7 @@ def write_samples(
             "rehearsed": item.value.rehearsed,
             "ids": completion.ids,
             "scored": "".join("01"[scored] for scored in completion.scored),
-            "logprobs": [round(p, 7) for p in completion.logprobs],
+            "logprobs": _rounded(completion.logprobs, 7),
         }
         for item, number, completion in completions
     ]
@@ -59,13 +59,17 @@ def write_samples(
 
 
 def token_lists(figures: Mapping[str, Tensor]) -> dict[str, list[float | None] | str]:
-    """What a record says of its scored tokens; JSON's null where a number is not finite."""
+    """What a record says of its scored tokens."""
     if not figures:
         return {}
     names = ("divergence", "student_entropy", "teacher_entropy")
-    rounded = {name: [round(value, 4) for value in figures[name].tolist()] for name in names}
-    lists = {n: [v if math.isfinite(v) else None for v in vs] for n, vs in rounded.items()}
+    lists = {name: _rounded(figures[name].tolist(), 4) for name in names}
     return {**lists, "fork": "".join("01"[fork > 0] for fork in figures["fork"].tolist())}
+
+
+def _rounded(values: Sequence[float], digits: int) -> list[float | None]:
+    """JSON knows no number that is not finite."""
+    return [round(value, digits) if math.isfinite(value) else None for value in values]
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,8 @@ def _completion(record: dict[str, Any]) -> Completion:
         raise ValueError("ids must be token ids")
     if len(scored) != len(ids) + 1 or set(scored) - {"0", "1"}:
         raise ValueError("scored must hold a 0 or 1 for each id and one for the end")
+    if None in logprobs:
+        logprobs = ()  # of a student that gave numbers no more: they are not known
     if not all(isinstance(logprob, int | float) for logprob in logprobs):
         raise ValueError("logprobs must be numbers")
     flags = tuple(flag == "1" for flag in scored)

@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from data.answer_tags import answer_mask
+from data.json_lines import read_log
+from data.parquet import SlotItem
 from data.sequence import Completion, TextSegment, given_completion
 from scripts.visual_opsd.config import TrainConfig
 from scripts.visual_opsd.processes import DistEnv
@@ -27,7 +30,7 @@ from scripts.visual_opsd.training import figures as module
 from scripts.visual_opsd.training.interleaved import InterleavedSFT
 from scripts.visual_opsd.training.leaks import LeakProbe
 from scripts.visual_opsd.training.offline import VisualOPSDOffline
-from scripts.visual_opsd.training.samples import token_lists
+from scripts.visual_opsd.training.samples import token_lists, write_samples
 from scripts.visual_opsd.training.step import PackResult
 from scripts.visual_opsd.training.text_sft import TextSFT
 from scripts.visual_opsd.training.trainer import Trainer
@@ -327,6 +330,16 @@ def test_lists_are_json() -> None:
     assert found["divergence"] == [0.1235, None, None] and found["fork"] == "010"
     assert json.loads(json.dumps(found)) == found
     assert token_lists({}) == {}
+
+
+def test_log_probabilities_are_json(tmp_path: Path) -> None:
+    """A student whose weights are NaN samples with probabilities that are none."""
+    row: Any = SimpleNamespace(name="d/1", question="?", answer="!", rehearsed=False)
+    completion = Completion((1, 2), (True, True, False), (-0.5, math.nan))
+    path = tmp_path / "samples.jsonl"
+    write_samples(path, 0, [(SlotItem(0, 0, row), 0, completion)], str)
+    assert "NaN" not in path.read_text()
+    assert read_log(path)[0]["logprobs"] == [-0.5, None]
 
 
 def test_every_logged_step_is_measured_by_default() -> None:
