@@ -246,8 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             (arm, place.seed): pool.submit(place.run_arm, arm) for arm in arms for place in places
         }
         for task in running.values():
-            if error := task.exception():
-                failures.append(str(error))
+            if failure := task.exception():
+                failures.append(str(failure))
     done = {
         arm: {p.seed: p.found(arm) for p in places if running[arm, p.seed].exception() is None}
         for arm in arms
@@ -258,8 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     (out / "result.json").write_text(json.dumps({"base": base, "arms": result}, indent=1) + "\n")
     (out / "table.md").write_text(text + "\n")
     print(f"\n{text}")
-    for failure in failures:
-        print(f"FAILED: {failure}", file=sys.stderr)
+    for text in failures:
+        print(f"FAILED: {text}", file=sys.stderr)
     return 1 if failures else 0
 
 
