@@ -104,17 +104,18 @@ class SeedArms:
         log = self.out / "logs" / f"{job.name}.log"
         check_ended(job, log, start(job, log, environment).wait())
 
-    def once(self, name: str, result: Path, job: Callable[[], Job]) -> None:
+    def once(self, result: Path, job: Callable[[], Job]) -> None:
+        """Run a job unless its result is there."""
         if not result.exists():
             self.run(job())
 
     def prepare(self) -> None:
         """The world, and what the base does in it."""
         demo, base = self.demo, Path(self.demo.args.base)
-        self.once("world", demo.world / "Spatial_Navigation", demo.world_job)
-        self.once("base", self.out / "eval/base/summary.json", lambda: demo.evaluate("base", base))
+        self.once(demo.world / "Spatial_Navigation", demo.world_job)
+        self.once(self.out / "eval/base/summary.json", lambda: demo.evaluate("base", base))
         self.once(
-            "base", self.out / "diagnostic/base/kl_diagnostic.json",
+            self.out / "diagnostic/base/kl_diagnostic.json",
             lambda: demo.diagnose("base", base, "--figures", "False"),
         )  # fmt: skip
 
@@ -123,13 +124,12 @@ class SeedArms:
         demo, base = self.demo, str(self.demo.args.base)
         if arm in OFFLINE:
             cache = self.out / arm / "cache"
-            self.once(arm, cache / "collect_traces.json", lambda: self._collect(arm, cache))
+            self.once(cache / "collect_traces.json", lambda: self._collect(arm, cache))
         last = self.out / "eval" / arm / "summary.json"
-        if not last.exists():
-            self.run(self._train(arm))
-        self.once(arm, last, lambda: demo.evaluate(arm, demo.release(arm)))
+        self.once(last, lambda: self._train(arm))
+        self.once(last, lambda: demo.evaluate(arm, demo.release(arm)))
         self.once(
-            arm, self.out / "diagnostic" / arm / "kl_diagnostic.json",
+            self.out / "diagnostic" / arm / "kl_diagnostic.json",
             lambda: demo.diagnose(
                 arm, demo.release(arm), "--base_path", base, "--baseline",
                 str(self.out / "diagnostic/base"), "--figures", "False",
@@ -258,8 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     (out / "result.json").write_text(json.dumps({"base": base, "arms": result}, indent=1) + "\n")
     (out / "table.md").write_text(text + "\n")
     print(f"\n{text}")
-    for text in failures:
-        print(f"FAILED: {text}", file=sys.stderr)
+    for line in failures:
+        print(f"FAILED: {line}", file=sys.stderr)
     return 1 if failures else 0
 
 

@@ -22,6 +22,7 @@ from scripts.visual_opsd.evaluation.questions import EvaluateConfig
 from scripts.visual_opsd.train_sft import read_config as read_sft
 from scripts.visual_opsd.train_visual_opsd import read_config
 from scripts.visual_opsd.train_visual_opsd_offline import read_config as read_offline
+from tests.miniworld.results import write, write_evaluation
 
 ROWS = 100
 READERS = {
@@ -69,23 +70,11 @@ class Programs:
 
     def _answer(self, out: Path, seed: int) -> None:
         right = RIGHT.get(out.name, 70) + (seed if out.name == "real" else 0)
-        where = {"dataset": "D", "file": "F", "digest": "0"}
-        lines = [
-            {**where, "row": i, "pid": str(i), "correct": i < right} for i in range(ROWS)
-        ]  # fmt: skip
-        out.mkdir(parents=True)
-        (out / "predictions.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-        write(out / "summary.json",
-              {"accuracy": right / ROWS, "interval": [0.1, 0.9], "n": ROWS})  # fmt: skip
+        write_evaluation(out, right, ROWS)
 
     def of(self, name: str, seed: int = 1) -> dict[str, Any]:
         (job,) = [job for s, job in self.jobs if s == seed and job.name == name]
         return self.settings(job)
-
-
-def write(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
 
 
 @pytest.fixture

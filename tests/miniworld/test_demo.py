@@ -24,6 +24,7 @@ from scripts.visual_opsd.cli import flat, parse_config
 from scripts.visual_opsd.config import TrainConfig
 from scripts.visual_opsd.evaluation.questions import EvaluateConfig
 from scripts.visual_opsd.evaluation.scoring import PairedComparison, compare_paired
+from tests.miniworld.results import write, write_evaluation
 from tests.visual_opsd.training_runs import ROOT
 
 TRAIN = "scripts.visual_opsd.train_visual_opsd"
@@ -40,11 +41,6 @@ TRAINED = {"real": 170, "noise": 119, "untrained": 0}
 def settings(job: demo.Job) -> dict[str, Any]:
     """What the program of a job reads from its command line."""
     return flat(parse_config(CONFIGS[job.module], job.arguments, ""))
-
-
-def write(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
 
 
 @dataclass
@@ -79,15 +75,7 @@ class Stage:
         said = Path(given["model_path"]) / "student.json"
         trained = self.trained[json.loads(said.read_text())] if said.exists() else None
         right = BASE[given["context"]] if trained is None else trained
-        out = Path(given["output_dir"])
-        where = {"dataset": "w", "file": "f", "digest": "d"}
-        lines = [
-            {**where, "row": i, "pid": str(i), "correct": i < right} for i in range(ROWS)
-        ]  # fmt: skip
-        out.mkdir(parents=True)
-        (out / "predictions.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-        summary = {"accuracy": right / ROWS, "interval": [0.1, 0.9], "n": ROWS}
-        write(out / "summary.json", summary)
+        write_evaluation(Path(given["output_dir"]), right, ROWS)
 
     def diagnose(self, given: dict[str, Any]) -> None:
         gap = {"jsd": {"value": 0.4, "se": 0.01}}
