@@ -21,9 +21,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from data.json_lines import read_log
 from data.worlds.writer import write_spatial_navigation
@@ -32,8 +34,20 @@ from modeling.host.memory import process_bytes
 from modeling.host.programs import number, path_argument
 from scripts.bench.common import TINY, sized, versions
 from scripts.bench.load import ROOT, write_release
+from scripts.visual_opsd import train_visual_opsd
+from scripts.visual_opsd.training.memory_plan import plan_memory
+from scripts.visual_opsd.training.memory_sizes import (
+    ReleaseSizes,
+    RowLengths,
+    World,
+    load_of,
+    make_footprint,
+)
+from scripts.visual_opsd.training.visual_opsd import VisualOPSD
 
 LAUNCHER = "scripts/visual_opsd/run_visual_opsd.sh"
+# Its problem and its one VT are 37 x 37 patches each; texts as the default prompts make them.
+MAZE = RowLengths(image=1369, text=228, shown=1369, shown_text=62, new=1023)
 ROWS, ACCUMULATION = 8, 2  # rows of a GPU's step, forwards they are split into: the paper's 16 on 2
 LIMIT_S = 240.0  # of one run
 # A first start compiles kernels; what follows a failure must be over much sooner.
@@ -117,8 +131,10 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def ask_gpus(what: str) -> list[str]:
-    """One answer of nvidia-smi for each GPU; none without it."""
+    """One answer of nvidia-smi for each GPU that CUDA_VISIBLE_DEVICES leaves; none without it."""
     command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command.append(f"--id={visible}")
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     except OSError:
@@ -228,6 +244,7 @@ class Lab:
             "save_every": 1_000_000,
             "save_release": False,
             "samples_per_step": 0,
+            "plan": False,  # it is compared with what is measured, and is to refuse nothing
             "device": "cuda" if self.on_gpu else "cpu",
             "progress": False,
             "timeout_s": TIMEOUT_S if tiny else 300,
@@ -236,6 +253,20 @@ class Lab:
             **more,
         }
         return [part for key, value in values.items() for part in (f"--{key}", str(value))]
+
+    def planned(self, base: Path, gpus: int, rows: int, more: dict[str, Any]) -> dict[str, float]:
+        """What `--plan` says of a run with its mazes on so many GPUs, in GB: of `peak_memory_gb`
+        and of each phase; "needed" is with what torch does not allocate."""
+        flags = ["--model_path", str(base), *self.flags("planned", rows, more)]
+        config = train_visual_opsd.read_config(flags)
+        world = World(gpus, gpus, torch.device("cuda" if self.on_gpu else "cpu"))
+        release = ReleaseSizes.read(config.model.model_path)
+        of = make_footprint(config, release, VisualOPSD(config), world)
+        row = replace(MAZE, new=config.sample.sample_max_new_tokens - 1)
+        plan = plan_memory(of, load_of(of, row))
+        found = {"peak": plan.allocated, "needed": plan.gpu, **plan.phases()}
+        found["host"] = sum(part.size for part in plan.host)
+        return {f"planned/{name}_gb": round(v / 1e9, 3) for name, v in found.items()}
 
     def train(
         self,

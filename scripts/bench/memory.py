@@ -30,7 +30,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,48 +41,21 @@ from scripts.bench.common import TRUE_SIZE, sized
 from scripts.bench.lab import Lab, Run, kill, lab_parser, run_parts
 from scripts.visual_opsd import train_visual_opsd
 from scripts.visual_opsd.cli import run_main
-from scripts.visual_opsd.training.memory_plan import plan_memory
-from scripts.visual_opsd.training.memory_sizes import (
-    ReleaseSizes,
-    RowLengths,
-    World,
-    load_of,
-    make_footprint,
-)
-from scripts.visual_opsd.training.visual_opsd import VisualOPSD
 
 ROWS = 16
 RANK = 64
 SAVED_STEP = 2
-# Its problem and its one VT are 37 x 37 patches each; texts as the default prompts make them.
-MAZE = RowLengths(image=1369, text=228, shown=1369, shown_text=62, new=1023)
 ALL_LINEAR: dict[str, Any] = {"lora_rank": RANK, "lora_targets": "llm,vit,connector"}
-
-
-def planned(flags: Sequence[str]) -> dict[str, Any]:
-    """What the plan of a run of these flags is, for its mazes, in GB: of `peak_memory_gb` and of
-    each phase; "needed" is with what torch does not allocate."""
-    config = train_visual_opsd.read_config(flags)
-    device = torch.device("cpu" if config.run.device == "cpu" else "cuda")
-    release = ReleaseSizes.read(config.model.model_path)
-    of = make_footprint(config, release, VisualOPSD(config), World(1, 1, device))
-    row = replace(MAZE, new=config.sample.sample_max_new_tokens - 1)
-    plan = plan_memory(of, load_of(of, row))
-    found = {"peak": plan.allocated, "needed": plan.gpu, **plan.phases()}
-    host = sum(part.size for part in plan.host)
-    return {f"planned/{name}_gb": round(v / 1e9, 3) for name, v in {**found, "host": host}.items()}
 
 
 def train(lab: Lab, part: str, layers: int | None, steps: int, **more: Any) -> None:
     name = "whole" if layers is None else f"layers-{layers}"
     base = lab.base(name, TRUE_SIZE if layers is None else sized(layers))
-    more["plan"] = False  # nothing is saved, so the disk need not have room
     with lab.trying("memory", part):
         run = lab.train(part, base, 1, steps, rows=ROWS, **more)
         more.pop("program", None)
-        flags = ["--model_path", str(base), *lab.flags(part, ROWS, more)]
         found = {**run.figures(2), **run.memory, "seconds": round(run.seconds, 1)}
-        lab.say("memory", part, {**found, **planned(flags)})
+        lab.say("memory", part, {**found, **lab.planned(base, 1, ROWS, more)})
 
 
 def full(lab: Lab) -> None:

@@ -8,11 +8,13 @@ state), every run is started by run_visual_opsd.sh itself and ended by SIGKILL w
 enough steps. Random weights never end a completion, so each has --tokens tokens less one; where
 lengths shall differ, the vocabulary is so small that the end is drawn now and then. Parts:
 
-    speed     all layers, (1, GPUS), EMA teacher, 16 rows a step: seconds by phase, memory by rank
-    scaling   --layers layers, 8 rows a GPU: 1, 2, 4, ... GPUS, meshes (1, n) and (2, n/2),
-              FULL_SHARD, and completions of unequal lengths
+    speed     all layers, (1, GPUS), EMA teacher, 16 rows a step, completions of --tokens and of
+              half as many: seconds by phase, memory by rank
+    scaling   --layers layers, 8 rows a GPU: one GPU beside all of them in meshes (1, n) and
+              (2, n/2), FULL_SHARD, and completions of unequal lengths
     parity    first loss and gradient norm in fp32 of a tiny model: one process against GPUS
-    save      --layers layers: a sharded save, SIGKILL two steps later, resumed: the same losses?
+    save      --layers layers: a sharded save and a release folder, SIGKILL two steps later,
+              resumed: the same losses?
     failures  a rank killed, a rank out of memory in its rollout: how the others end
 
 --out gets runs.jsonl (a line a run, as soon as it is over), report.json and log.txt (how each run's
@@ -27,13 +29,15 @@ import os
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -41,10 +45,13 @@ from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig
 from modeling.host.programs import number
 from scripts.bench.common import TINY, TRUE_SIZE, sized
-from scripts.bench.lab import TIMEOUT_S, Lab, lab_parser, ranks, run_parts
+from scripts.bench.lab import LIMIT_S, ROWS, TIMEOUT_S, Lab, lab_parser, ranks, run_parts
 from scripts.bench.load import ROOT
-from scripts.visual_opsd import on_policy_sampler
+from scripts.visual_opsd import train_visual_opsd
 from scripts.visual_opsd.cli import run_main
+from scripts.visual_opsd.on_policy_sampler import sample_completions
+from scripts.visual_opsd.training import visual_opsd
+from scripts.visual_opsd.training.checkpoint_folders import release_folder, step_folder
 
 TINY_BAGEL = ROOT / "tests" / "tiny-bagel"
 SIZES = (1, 2, 4, 8)
@@ -81,11 +88,13 @@ def measured(lab: Lab, part: str, name: str, base: Path, n: int, steps: int, **m
     with lab.trying(part, name):
         run = lab.train(f"{part}-{name}", base, n, WARM_UP + steps, **more)
         shards = more.get("num_shard", n)
+        planned = {name: value for name, value in more.items() if name != "rows"}
         found = {
             "gpus": n,
             "mesh": [n // shards, shards],
             **run.figures(WARM_UP),
             **run.memory,
+            **lab.planned(base, n, more.get("rows", ROWS * n), planned),
             **traffic_gb(lab.bases[base.name], n // shards, shards),
             "seconds": round(run.seconds, 1),
         }
@@ -96,12 +105,17 @@ def speed(lab: Lab) -> None:
     n = lab.args.gpus
     base = lab.base("whole", TRUE_SIZE)
     measured(lab, "speed", f"1x{n}", base, n, lab.args.steps, rows=16, num_shard=n)
+    half, steps = lab.args.tokens // 2, max(lab.args.steps // 2, 1)
+    measured(
+        lab, "speed", f"1x{n}-{half}", base, n, steps,
+        rows=16, num_shard=n, sample_max_new_tokens=half,
+    )  # fmt: skip
 
 
 def scaling(lab: Lab) -> None:
     n, steps = lab.args.gpus, max(lab.args.steps // 2, 1)
     base = lab.short()
-    for k in (k for k in SIZES if k <= n):
+    for k in sorted({1, n}):
         for shards in shard_counts(k):
             measured(lab, "scaling", f"{k // shards}x{shards}", base, k, steps, num_shard=shards)
     measured(lab, "scaling", f"full{n}", base, n, steps, sharding_strategy="FULL_SHARD")
@@ -141,27 +155,38 @@ def save(lab: Lab) -> None:
     n = lab.args.gpus
     with lab.trying("save", "resume"):
         first = lab.train(
-            "save", lab.short(), n, SAVED_STEP + 2, num_shard=n, save_every=SAVED_STEP
-        )
+            "save", lab.short(), n, SAVED_STEP + 2, num_shard=n, save_every=SAVED_STEP,
+            save_release=True, limit_s=2 * LIMIT_S,
+        )  # fmt: skip
         folder = lab.space / "save" / "checkpoints"
-        size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        state, release = step_folder(folder, SAVED_STEP), release_folder(folder, SAVED_STEP)
+        begun = time.time() - time.monotonic() + first.started + first.arrivals[SAVED_STEP - 1]
+        (state_gb, state_end), (release_gb, release_end) = map(_written, (state, release))
         again = lab.train(
             "resumed", lab.short(), n, 2, num_shard=n, resume="latest", checkpoint_dir=folder
         )
         keys = ("step", "loss", "grad_norm", "completion_length")
         before, after = ([[x[k] for k in keys] for x in run.lines[-2:]] for run in (first, again))
-        step = [b - a for a, b in zip(first.arrivals, first.arrivals[1:], strict=False)]
         found = {
             "killed_run": before,
             "resumed_run": after,
             "equal": before == after,
-            "state_gb": round(size / 1e9, 2),
-            "step_with_save_s": round(step[SAVED_STEP - 1], 2),  # it stands before the next line
-            "step_s": round(statistics.median(step[: SAVED_STEP - 1]), 2),
+            "state_gb": state_gb,
+            "state_s": round(state_end - begun, 1),  # it stands before the next line
+            "release_gb": release_gb,
+            "release_s": round(release_end - state_end, 1),
+            "step_s": [round(b - a, 2) for a, b in pairwise(first.arrivals)],
             "first_line_after_s": [round(run.arrivals[0], 1) for run in (first, again)],
-            **again.memory,
+            **{f"saved/{name}": most for name, most in first.memory.items()},
+            **{f"resumed/{name}": most for name, most in again.memory.items()},
         }
         lab.say("save", "resume", found)
+
+
+def _written(folder: Path) -> tuple[float, float]:
+    """GB of a folder's files, and when the last of them was written, in seconds of the epoch."""
+    stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    return round(sum(s.st_size for s in stats) / 1e9, 2), max(s.st_mtime for s in stats)
 
 
 def failures(lab: Lab) -> None:
@@ -201,17 +226,14 @@ PARTS = {f.__name__: f for f in (speed, scaling, parity, failures, save)}
 
 def starve(rank: int, argv: Sequence[str]) -> int:
     """Train, but rank `rank` asks for a petabyte in its third rollout."""
-    sample = on_policy_sampler.sample_completions
 
     def sample_or_fail(*given: Any, **named: Any) -> Any:
         if named["step"] == 2 and int(os.environ.get("RANK", 0)) == rank:
             torch.empty(1 << 50, dtype=torch.uint8, device=named["device"])
-        return sample(*given, **named)
+        return sample_completions(*given, **named)
 
-    on_policy_sampler.sample_completions = sample_or_fail
-    from scripts.visual_opsd import train_visual_opsd  # only now: it takes the name with it
-
-    return train_visual_opsd.main(argv)
+    with mock.patch.object(visual_opsd, "sample_completions", sample_or_fail):
+        return train_visual_opsd.main(argv)
 
 
 def build_parser() -> argparse.ArgumentParser:
