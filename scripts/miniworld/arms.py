@@ -26,6 +26,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -99,8 +100,9 @@ class SeedArms:
         """Raises RuntimeError: it failed."""
         print(f"seed {self.seed}: {job.name}", flush=True)
         environment = {"OMP_NUM_THREADS": "1"}
-        if (gpus := torch.cuda.device_count()) > 1:
-            environment["CUDA_VISIBLE_DEVICES"] = str(next(self.turns) % gpus)
+        if (count := torch.cuda.device_count()) > 1:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[next(self.turns) % count]
         log = self.out / "logs" / f"{job.name}.log"
         check_ended(job, log, start(job, log, environment).wait())
 
