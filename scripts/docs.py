@@ -242,6 +242,31 @@ def optimizer_measured() -> str:
     return markdown_table(header, rows)
 
 
+def scaling_measured(name: str) -> str:
+    """docs/benchmarks/N_gpus.json: seconds a step and memory of the runs whose steps were timed."""
+    recorded = json.loads((BENCHMARKS / name).read_text(encoding="utf-8"))
+    rows = []
+    for key, run in (*recorded["speed"].items(), *recorded["scaling"].items()):
+        if key == "efficiency":
+            continue
+        mesh = f"mesh ({run['mesh'][0]}, {run['mesh'][1]})"
+        layout = "one GPU" if run["gpus"] == 1 else "FULL_SHARD" if "full" in key else mesh
+        flags = f", `{run['flags']}`" if "flags" in run else ""
+        medians = {k: v["median"] for k, v in run.items() if isinstance(v, dict)}
+        phases = (medians[f"seconds/{phase}"] for phase in ("sample", "train", "optimise"))
+        rows.append((
+            f"{run['layers']} layers, {run['rows']} rows, {layout}{flags}",
+            f"{medians['completion_length']:,.0f}{', by chance' * ('unequal' in key)}",
+            f"{medians['step_s']:.2f}", *(f"{seconds:.2f}" for seconds in phases),
+            f"{medians['tokens_per_s/sample']:,.0f}", f"{medians['peak_memory_gb']:.1f}",
+        ))  # fmt: skip
+    header = (
+        "run", "tokens a completion", "step, s", "sampling", "train", "optimiser",
+        "sampled tokens/s", "allocated, GB a GPU",
+    )  # fmt: skip
+    return markdown_table(header, rows)
+
+
 def benchmark_figures(name: str) -> str:
     return benchmark_table(json.loads((BENCHMARKS / name).read_text(encoding="utf-8")))
 
@@ -268,6 +293,10 @@ REGIONS: dict[str, dict[str, Callable[[], str]]] = {
     "EVAL.md": {
         f"options: {group.__name__}": lambda group=group: option_table(group)  # type: ignore[misc]
         for group in (EvaluateSettings, BenchmarkSettings, ComputeSettings, DiagnosticSettings)
+    },
+    "docs/scaling.md": {
+        f"{n} GPUs": lambda n=n: scaling_measured(f"{n}_gpus.json")  # type: ignore[misc]
+        for n in (2, 4)
     },
     "docs/benchmarks/README.md": {
         "h100": lambda: benchmark_figures("h100.json"),

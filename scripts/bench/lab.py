@@ -205,6 +205,11 @@ class Lab:
     def on_gpu(self) -> bool:
         return self.args.device != "cpu"
 
+    @property
+    def tokens(self) -> int:
+        """Of a completion, at most."""
+        return 24 if self.args.tiny else int(self.args.tokens)
+
     def base(self, name: str, config: BagelConfig) -> Path:
         """A release folder of random weights, written when it is first wanted."""
         folder = self.space / name
@@ -238,7 +243,7 @@ class Lab:
             "checkpoint_dir": self.space / name / "checkpoints",
             "global_batch_size": rows,
             "gradient_accumulation_steps": ACCUMULATION,
-            "sample_max_new_tokens": 24 if tiny else self.args.tokens,
+            "sample_max_new_tokens": self.tokens,
             "log_every": 1,
             "figures_every": 0,
             "save_every": 1_000_000,

@@ -105,7 +105,7 @@ def speed(lab: Lab) -> None:
     n = lab.args.gpus
     base = lab.base("whole", TRUE_SIZE)
     measured(lab, "speed", f"1x{n}", base, n, lab.args.steps, rows=16, num_shard=n)
-    half, steps = lab.args.tokens // 2, max(lab.args.steps // 2, 1)
+    half, steps = lab.tokens // 2, max(lab.args.steps // 2, 1)
     measured(
         lab, "speed", f"1x{n}-{half}", base, n, steps,
         rows=16, num_shard=n, sample_max_new_tokens=half,

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -20,6 +21,7 @@ from scripts.bench import all as bench
 from scripts.bench import decode, gather, lab, load, optimizer, paper_shape, saving
 from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.processes import process_group
+from tests.shell import write_program
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = json.loads((ROOT / "docs/benchmarks/h100.json").read_text())
@@ -209,8 +211,10 @@ def test_the_paper_shape_times_a_run_of_the_launcher(
     assert found["mesh"] == [1, 1] and 0 < found["completion_length"]["median"] <= 24
     assert found["step_s"]["median"] > found["seconds/train"]["median"] > 0
     assert found["rank0/host_gb"] > found["rank0/host_own_gb"] > 0
+    assert found["planned/peak_gb"] > found["planned/resident_gb"] > 0
+    assert 0 < report["speed"]["1x1-12"]["completion_length"]["median"] <= 12
     lines = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
-    assert [line["part"] for line in lines] == ["run", "bases", "speed"]
+    assert [line["part"] for line in lines] == ["run", "bases", "speed", "speed"]
     assert "run_visual_opsd.sh" in (out / "log.txt").read_text()
     with pytest.raises(ValueError, match="holds an earlier run"):
         paper_shape.main(words)
@@ -223,6 +227,14 @@ def test_the_paper_shape_times_a_run_of_the_launcher(
     for wrong in (["3"], ["2", "--layers", "0"]):
         with pytest.raises(SystemExit):
             paper_shape.main(wrong)
+
+
+def test_only_visible_gpus_are_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_program(tmp_path / "nvidia-smi", '#!/bin/sh\nfor x in "$@"; do echo "$x"; done\n')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for visible, given in (("2,3", True), ("", False)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert ("--id=2,3" in lab.ask_gpus("name")) is given
 
 
 def test_waiting_is_what_no_phase_holds() -> None:

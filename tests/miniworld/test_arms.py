@@ -6,12 +6,15 @@ A `SeedArms` whose programs write right answers at once stands in for the true o
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from scripts.miniworld import arms
 from scripts.miniworld.demo import Job
@@ -215,3 +218,30 @@ def test_a_true_job_shows_why_it_failed(tmp_path: Path) -> None:
     place = arms.SeedArms(args, 7)
     with pytest.raises(RuntimeError, match=r"(?s)x ended with code 2.*seed-7/logs/x\.log.*nowhere"):
         place.run(Job("x", "data.worlds", ("nowhere",)))
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"), [("2,5", ["2", "5", "2"]), (None, ["0", "1", "0"])]
+)
+def test_jobs_take_turns_on_the_gpus_that_are_visible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: list[str]
+) -> None:
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(arms.SeedArms, "turns", itertools.count())
+    given: list[str] = []
+
+    def start(job: Job, log: Path, environment: dict[str, str]) -> Any:
+        given.append(environment["CUDA_VISIBLE_DEVICES"])
+        return SimpleNamespace(wait=lambda: 0)
+
+    monkeypatch.setattr(arms, "start", start)
+    args = arms.build_parser().parse_args(["--out", str(tmp_path)])
+    args.train_flags = []
+    place = arms.SeedArms(args, 7)
+    for name in "abc":
+        place.run(Job(name, "data.worlds", ()))
+    assert given == expected
