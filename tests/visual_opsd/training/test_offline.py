@@ -173,13 +173,13 @@ def test_another_base_tokenizer_prompt_or_data_is_refused(
         ({"model_path": other}, r"base: weights: saved '\w+', now"),
         ({"model_path": words}, r"base: tokenizer_config.json: saved"),
         ({"instruction_suffix": " Be brief."}, r"prompts: instruction_suffix: saved ''"),
+        ({"use_reference_intro": False}, "prompts: intro: saved"),
         ({"vit_max_size": 84}, "images: max_size: saved 56, now 84"),
         ({"dataset_config_file": tmp_path / "heldout.yaml"},
          r"data: Spatial_Navigation \(heldout\): saved '\(absent\)'"),
         ({"max_forward_tokens": 5000}, "max_forward_tokens: saved 10240, now 5000"),
         ({"jsd_top_k": 17}, r"16 most probable entries of a token, fewer than --jsd_top_k asks"),
         ({"jsd_top_k": "none"}, "fewer than --jsd_top_k"),
-        ({"jsd_loss_kind": "tinker"}, "use --kd_loss"),
         ({"teacher_cache": tmp_path / "none"}, "collect_traces makes it"),
     ]  # fmt: skip
     for changes, text in cases:
