@@ -159,7 +159,7 @@ def program_problem(module: str, argv: list[str], monkeypatch: pytest.MonkeyPatc
         program = importlib.import_module(_main_module(module))
         if module in CONFIGS:
             config_class, defaults = CONFIGS[module]
-            config = parse_config(config_class, argv, "", defaults)
+            config: Any = parse_config(config_class, argv, "", defaults)
             if hasattr(program, "make_objective"):
                 check_used(program.make_objective(config))
             return None

@@ -21,9 +21,9 @@ from scripts.visual_opsd.training.offline import KD_LOSSES, OFFLINE_DEFAULTS, Of
 from tests.arrivals import Arrival, Stop, check_arrival, check_complete, given_in_run, spy, stop
 from tests.visual_opsd.teacher_caches import PROMPT, collect
 from tests.visual_opsd.training import test_sft_flags
+from tests.visual_opsd.training.trainers import idle_settings
 from tests.visual_opsd.training.training_flags import (
     TrainRun,
-    idle_settings,
     loss,
     record,
     training_rows,

@@ -18,9 +18,9 @@ from scripts.visual_opsd.config import SFTConfig
 from scripts.visual_opsd.processes import init_distributed
 from scripts.visual_opsd.train_sft import main
 from tests.arrivals import Arrival, Stop, check_arrival, check_complete, given_in_run, spy, stop
+from tests.visual_opsd.training.trainers import idle_settings
 from tests.visual_opsd.training.training_flags import (
     TrainRun,
-    idle_settings,
     limits,
     loss,
     make_places,

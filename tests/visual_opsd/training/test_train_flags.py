@@ -50,10 +50,10 @@ from tests.arrivals import (
     table_of,
     words,
 )
+from tests.visual_opsd.training.trainers import idle_settings
 from tests.visual_opsd.training.training_flags import (
     TrainRun,
     distillation_rows,
-    idle_settings,
     make_places,
     record,
     schedule,

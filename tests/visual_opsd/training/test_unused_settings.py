@@ -23,8 +23,7 @@ from scripts.visual_opsd.training.offline import VisualOPSDOffline
 from scripts.visual_opsd.training.text_sft import TextSFT
 from scripts.visual_opsd.training.visual_opsd import VisualOPSD
 from tests.visual_opsd.teacher_caches import PROMPT, collect
-from tests.visual_opsd.training.trainers import moved, train, weights
-from tests.visual_opsd.training.training_flags import idle_settings
+from tests.visual_opsd.training.trainers import idle_settings, moved, train, weights
 from tests.visual_opsd.training_runs import TINY_BAGEL, figures
 
 # Each trainer in each of the forms that differ in what they use, and a setting of its own.
@@ -66,7 +65,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "setting", "why"), CASES)
+@pytest.mark.parametrize(
+    ("name", "setting", "why"), CASES, ids=[f"{name}-{setting}" for name, setting, _ in CASES]
+)
 def test_a_setting_without_effect_is_refused(name: str, setting: str, why: str) -> None:
     """With the cause; the model that it would start from is not looked for."""
     program, words, _ = PROGRAMS[name]

@@ -196,12 +196,6 @@ def record(main: Callable[[list[str]], int], name: str, given: Mapping[str, Any]
     return TrainRun(name, given, calls, stderr.getvalue(), steps)
 
 
-def idle_settings(program: Any, *words: str) -> set[str]:
-    """What a trainer that is given these words declares to have no use for."""
-    objective = program.make_objective(program.read_config(words))
-    return {name for names in objective.unused.values() for name in names}
-
-
 # ------------------------------------------------------------------------------------ places
 
 
