@@ -23,6 +23,7 @@ from scripts.visual_opsd.analysis.trace_rows import CollectConfig
 from scripts.visual_opsd.cli import parse_config
 from scripts.visual_opsd.config import SFT_DEFAULTS, SFTConfig, TrainConfig
 from scripts.visual_opsd.evaluation.questions import EvaluateConfig
+from scripts.visual_opsd.training.objective import check_used
 from scripts.visual_opsd.training.offline import OFFLINE_DEFAULTS, OfflineConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,12 +156,14 @@ def program_problem(module: str, argv: list[str], monkeypatch: pytest.MonkeyPatc
     if any("<" in word or word.endswith("...") for word in argv):
         return f"a placeholder among {argv}"
     try:
+        program = importlib.import_module(_main_module(module))
         if module in CONFIGS:
             config_class, defaults = CONFIGS[module]
-            parse_config(config_class, argv, "", defaults)
+            config: Any = parse_config(config_class, argv, "", defaults)
+            if hasattr(program, "make_objective"):
+                check_used(program.make_objective(config))
             return None
-        main = importlib.import_module(_main_module(module)).main
-        left = _leftover(main, argv, monkeypatch)
+        left = _leftover(program.main, argv, monkeypatch)
         if left and module.startswith("scripts.miniworld."):  # they hand these to the trainer
             parse_config(TrainConfig, ["--config", "examples/demo/train.yaml", *left], "")
             left = []

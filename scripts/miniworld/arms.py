@@ -15,9 +15,10 @@ completions. Arms:
     guard-MODE        --teacher_guard MODE (off, warn, freeze, rollback), validated on the way
     rehearsal-SHARE   --vt_rehearsal SHARE, validated on the way
 
-Further flags go to the trainer of every arm. An arm that is finished is not run again and one that
-was stopped goes on, so more arms and seeds can be added to a folder. --workers arms run at once, a
-thread each, shared out over the GPUs there are. result.json and table.md hold what was found.
+Further flags go to the trainer of every arm that has a use for them. An arm that is finished is not
+run again and one that was stopped goes on, so more arms and seeds can be added to a folder.
+--workers arms run at once, a thread each, shared out over the GPUs there are. result.json and
+table.md hold what was found.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ import torch
 from data.visual_thoughts import VT_KINDS
 from modeling.host.programs import make_folder, number, path_argument
 from scripts.miniworld.demo import BASE, ROOT, Demo, Job, check_ended, flags, read, start
+from scripts.visual_opsd import train_sft, train_visual_opsd_offline
 from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.evaluation.scoring import compare_runs
 
-TRAINERS = {"offline": "train_visual_opsd_offline", "sft": "train_sft"}
+TRAINERS: dict[str, Any] = {"offline": train_visual_opsd_offline, "sft": train_sft}
 VALIDATION = flags(eval_every=50, eval_data="Spatial_Navigation", eval_limit=400)
 CACHED_ENTRIES = 64  # of 384; an entry takes 6 bytes
 # What is completed by, and what the recipe of offline training (CE + KL at T = 2) is replaced by.
@@ -146,7 +148,11 @@ class SeedArms:
         words = job.arguments
         if arm in OFFLINE:
             words = (*words, *flags(teacher_cache=self.out / arm / "cache"))
-        return Job(job.name, f"scripts.visual_opsd.{trainer}", words)
+        # What the demo and the other arms set, and this trainer refuses, gets its default back.
+        objective = trainer.make_objective(trainer.read_config(words))
+        for names in objective.without_effect().values():
+            words = (*words, *flags(**{name: objective.standard[name] for name in names}))
+        return Job(job.name, trainer.__name__, words)
 
     def _collect(self, arm: str, cache: Path) -> Job:
         arguments = flags(

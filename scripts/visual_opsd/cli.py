@@ -13,7 +13,7 @@ import difflib
 import os
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from reprlib import repr as shown  # of bounded length
@@ -86,7 +86,7 @@ def checked(spec: Field[Any], hint: Any, value: Any) -> Any:
         raise ValueError(f"--{spec.name} {error}{f'; {advice}' if advice else ''}") from None
 
 
-def _checked_value(meta: typing.Mapping[str, Any], base: Any, value: Any) -> Any:
+def _checked_value(meta: Mapping[str, Any], base: Any, value: Any) -> Any:
     allowed = (int, float) if base is float else base
     if not isinstance(value, allowed) or (isinstance(value, bool) and base is not bool):
         raise ValueError(f"must be {base.__name__}, got {shown(value)}")
@@ -175,7 +175,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(
-    config_class: type, description: str, defaults: dict[str, Any] | None = None
+    config_class: type, description: str, defaults: Mapping[str, Any] | None = None
 ) -> argparse.ArgumentParser:
     """argparse parser of a dataclass whose fields are dataclasses (one argument group each)."""
     parser = _Parser(description=description, allow_abbrev=False)
@@ -248,7 +248,7 @@ def parse_config(
     config_class: type[T],
     argv: Sequence[str] | None,
     description: str,
-    defaults: dict[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> T:
     """Defaults (those of the fields, or `defaults`), then the YAML file, then the flags."""
     parser = build_parser(config_class, description, defaults)

@@ -16,6 +16,7 @@ import torch
 from scripts.visual_opsd import train_sft, train_visual_opsd
 from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.training.memory_report import show_plan
+from scripts.visual_opsd.training.start import checked
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer = train_sft if "--sft" in words else train_visual_opsd
     words = ["--plan", "True", *(word for word in words if word != "--sft")]
     config = trainer.read_config(words)
-    return show_plan(config, trainer.make_objective(config), gpus=torch.cuda.device_count())
+    objective = checked(config, trainer.make_objective(config))
+    return show_plan(config, objective, gpus=torch.cuda.device_count())
 
 
 if __name__ == "__main__":

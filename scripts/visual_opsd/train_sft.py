@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scripts.visual_opsd.cli import parse_config, run_main
-from scripts.visual_opsd.config import INTERLEAVED_DEFAULTS, SFT_DEFAULTS, SFTConfig
+from scripts.visual_opsd.config import SFTConfig
 from scripts.visual_opsd.evaluation.validation import make_validation
 from scripts.visual_opsd.training.interleaved import InterleavedSFT
 from scripts.visual_opsd.training.objective import Objective
@@ -22,9 +22,9 @@ _TITLE = "SFT: the text-only baseline, or (--mode interleaved) thoughts and draw
 
 def read_config(argv: Sequence[str] | None) -> SFTConfig:
     """The settings; defaults depend on the mode."""
-    config = parse_config(SFTConfig, argv, _TITLE, SFT_DEFAULTS)
+    config = parse_config(SFTConfig, argv, _TITLE, TextSFT.defaults)
     if config.flow.mode == "interleaved":
-        config = parse_config(SFTConfig, argv, _TITLE, INTERLEAVED_DEFAULTS)
+        config = parse_config(SFTConfig, argv, _TITLE, InterleavedSFT.defaults)
     return config
 
 

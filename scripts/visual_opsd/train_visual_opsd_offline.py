@@ -10,14 +10,14 @@ from collections.abc import Sequence
 
 from scripts.visual_opsd.cli import parse_config, run_main
 from scripts.visual_opsd.evaluation.validation import make_validation
-from scripts.visual_opsd.training.offline import OFFLINE_DEFAULTS, OfflineConfig, VisualOPSDOffline
+from scripts.visual_opsd.training.offline import OfflineConfig, VisualOPSDOffline
 from scripts.visual_opsd.training.start import start
 
 
 def read_config(argv: Sequence[str] | None) -> OfflineConfig:
     """The settings."""
     title = "Train with a cached teacher (collect_traces makes the cache)."
-    return parse_config(OfflineConfig, argv, title, OFFLINE_DEFAULTS)
+    return parse_config(OfflineConfig, argv, title, VisualOPSDOffline.defaults)
 
 
 def make_objective(config: OfflineConfig) -> VisualOPSDOffline:

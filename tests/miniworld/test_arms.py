@@ -6,6 +6,7 @@ A `SeedArms` whose programs write right answers at once stands in for the true o
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import threading
@@ -25,6 +26,7 @@ from scripts.visual_opsd.evaluation.questions import EvaluateConfig
 from scripts.visual_opsd.train_sft import read_config as read_sft
 from scripts.visual_opsd.train_visual_opsd import read_config
 from scripts.visual_opsd.train_visual_opsd_offline import read_config as read_offline
+from scripts.visual_opsd.training.objective import check_used
 from tests.miniworld.results import write, write_evaluation
 
 ROWS = 100
@@ -126,6 +128,23 @@ def test_an_offline_arm_trains_on_its_own_cache(
     loss = [trained[n] for n in ("kd_loss", "jsd_weight", "jsd_temperature", "ce_weight",
                                  "kd_use_vt_weights")]  # fmt: skip
     assert loss == (["jsd", 1, 1, 0, False] if arm == "offline-jsd" else ["kl", 0.5, 2, 1, True])
+
+
+@pytest.mark.parametrize("arm", ["sft", "offline-trace", "offline-jsd"])
+def test_other_trainers_get_what_they_have_a_use_for(
+    programs: Programs, tmp_path: Path, arm: str
+) -> None:
+    """Of the demo's settings and of the flags that all arms are given."""
+    given = ["--jsd_beta", "0.3", "--completions_per_row", "2", "--total_steps", "90"]
+    assert arms.main(["--arms", f"real,{arm}", "--seeds", "1", "--out", str(tmp_path), *given]) == 0
+    real, other = programs.of("train-real"), programs.of(f"train-{arm}")
+    names = ("teacher_mode", "completions_per_row", "jsd_token_clip", "jsd_beta", "total_steps")
+    assert [real[name] for name in names] == ["fixed", 2, None, 0.3, 90]
+    loss = [None, 0.3] if arm == "offline-jsd" else [0.05, 0.5]
+    assert [other[name] for name in names] == ["ema", 1, *loss, 90]
+    (job,) = [job for _, job in programs.jobs if job.name == f"train-{arm}"]
+    trainer = importlib.import_module(job.module)
+    check_used(trainer.make_objective(trainer.read_config(job.arguments)))
 
 
 def test_each_seed_has_its_world_and_finished_arms_are_not_run_again(

@@ -174,6 +174,17 @@ FAULTS = [
         ("the last step is not validated", "return step % every == 0 or step == self.total_steps",
          "return step % every == 0"),
     ]),
+    *faults("scripts/visual_opsd/training/objective.py",
+            "visual_opsd/training/test_unused_settings.py", [
+        ("settings without effect are accepted", "    if not found:\n", "    if True:\n"),
+        ("a setting's default is refused", "if given[name] != standard[name]]", "]"),
+        ("a program's own default is refused", "**flat(type(self.config)()), **self.defaults}",
+         "**flat(type(self.config)())}"),
+    ]),
+    *faults("scripts/visual_opsd/plan.py", "visual_opsd/training/test_unused_settings.py", [
+        ("the plan of settings without effect", "checked(config, trainer.make_objective(config))",
+         "trainer.make_objective(config)"),
+    ]),
     *faults("scripts/visual_opsd/training/guard.py", "visual_opsd/training/test_guard.py", [
         ("the best teacher is not kept", "            self.kept.keep()\n", ""),
         ("a drop of just the share is one", "self.drop + _SLACK", "self.drop - _SLACK"),

@@ -22,15 +22,11 @@ ACTIVE = ("freeze", "rollback")
 
 
 def check_guard(settings: ValidationSettings, teacher: TeacherSettings | None) -> None:
-    """Raises ValueError: there is no teacher to guard, or none that could be held back."""
+    """Raises ValueError: the teacher does not change, or cannot be held back."""
     guard = settings.teacher_guard
     if guard == "off":
         return
-    if teacher is None:
-        raise ValueError(
-            f"--teacher_guard {guard}: this run has no teacher in memory (only Visual-OPSD has "
-            "one, and not with --jsd_weight 0): leave it out"
-        )
+    assert teacher is not None, "check_used lets no such run pass"
     if teacher.teacher_mode == "fixed":
         raise ValueError(
             f"--teacher_guard {guard}: a teacher of --teacher_mode fixed never changes, so there "

@@ -10,7 +10,7 @@ so ranks, packs and resumed runs see the same targets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from data.randomness import row_generator
 from data.sequence import ContextBuilder
 from data.thinkmorph import INTERLEAVED_ROWS, Row, parse_row
 from modeling.host.memory import memory_errors
-from scripts.visual_opsd.config import SFTConfig
+from scripts.visual_opsd.config import INTERLEAVED_DEFAULTS, SFTConfig
 from scripts.visual_opsd.rows import TrainRow, encode_pictures, make_builder
 from scripts.visual_opsd.scored_rows import ScoredRow
 from scripts.visual_opsd.training.objective import (
@@ -30,7 +30,7 @@ from scripts.visual_opsd.training.objective import (
     Workplace,
     check_weights,
 )
-from scripts.visual_opsd.training.text_sft import check_no_divergence
+from scripts.visual_opsd.training.text_sft import NOT_SFT
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,11 @@ class InterleavedSFT(Objective):
     """Trains the drawing branch too: other rows, the frozen autoencoder, a second loss.
 
     Raises:
-        ValueError: neither cross-entropy nor flow matching, or a divergence.
+        ValueError: neither cross-entropy nor flow matching.
     """
 
     needs = INTERLEAVED_ROWS
+    defaults = INTERLEAVED_DEFAULTS
     flow_weight: float
 
     def __init__(self, config: SFTConfig) -> None:
@@ -73,7 +74,10 @@ class InterleavedSFT(Objective):
         self.flow_weight = config.flow.mse_weight
         self.time_shift = config.flow.timestep_shift
         check_weights(ce_weight=config.loss.ce_weight, mse_weight=self.flow_weight)
-        check_no_divergence(config)
+
+    @property
+    def unused(self) -> dict[str, Sequence[str]]:
+        return {**NOT_SFT, "only --mode text learns a text trace": ("sft_format",)}
 
     def prepare(self, base: Base) -> PrepareInterleaved:
         builder = make_builder(base.tokenizer, base.model, self.config.prompt)

@@ -180,7 +180,6 @@ def make_footprint(
         width, height = transform.target_size(pixels, pixels)
         return min(width // patch, side) * min(height // patch, side)
 
-    completed = objective.samples or objective.teacher is not None
     latents = objective.trains_drawing or objective.teacher_reads_latents
     picture = ImageTransform(**prompt.vae_config())
 
@@ -219,8 +218,8 @@ def make_footprint(
         largest_image=patches(10**4),
         smallest_picture=latent_tokens(1),
         largest_picture=latent_tokens(10**4),
-        completions_per_row=config.rollout.completions_per_row if completed else 1,
-        vt_rehearsal=config.rollout.vt_rehearsal if completed else 0.0,
+        completions_per_row=config.rollout.completions_per_row,
+        vt_rehearsal=config.rollout.vt_rehearsal,
         sample_max_new_tokens=sample.sample_max_new_tokens,
         sample_batch_size=sample.sample_batch_size,
         max_prefill_tokens=sample.sampler().max_prefill_tokens,

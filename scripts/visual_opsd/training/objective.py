@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from modeling.bagel.bagel import Bagel
 from modeling.bagel.config import BagelConfig, SpecialTokens
 from modeling.release.checkpoint import locate_weights
 from modeling.release.tokenizer import load_tokenizer
-from scripts.visual_opsd.config import TeacherSettings, TrainConfig
+from scripts.visual_opsd.cli import flat
+from scripts.visual_opsd.config import RolloutSettings, TeacherSettings, TrainConfig
 from scripts.visual_opsd.processes import DistEnv
 from scripts.visual_opsd.rows import TrainRow
 from scripts.visual_opsd.runs.stopping import StopRequest
@@ -31,6 +32,15 @@ from scripts.visual_opsd.training.step import PackResult, StepContext, run_pack,
 
 # What is done while pictures become latents, and what to do about a lack of memory then.
 ENCODING = "while images are encoded", "in a new run lower --vae_max_size"
+
+# Settings by what they are of: an objective without that has no use for them (`Objective.unused`).
+# A validation, which every objective may have, takes the other settings of sampling.
+GUARD = ("teacher_guard", "guard_drop")
+TEACHER = (*(spec.name for spec in fields(TeacherSettings)), *GUARD)
+ROLLOUT = (
+    *(spec.name for spec in fields(RolloutSettings)),
+    "sample_temperature", "sample_do_sample", "samples_per_step", "replay_samples",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,12 +86,14 @@ class Objective(ABC):
         flow_weight: weight of the flow-matching loss; None: nothing learns to draw.
         samples: whether labels are drawn from the student.
         identity: stored with training states, which a run of another identity does not go on from.
+        defaults: of its program, where they are not those of the fields.
     """
 
     needs: RowNeeds
     teacher: TeacherSettings | None = None
     flow_weight: float | None = None
     samples: bool = False
+    defaults: Mapping[str, Any] = {}
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -95,6 +107,28 @@ class Objective(ABC):
     @property
     def trains_drawing(self) -> bool:
         return self.flow_weight is not None
+
+    @property
+    def unused(self) -> dict[str, Sequence[str]]:
+        """Why settings are of no use to it -> their names; `check_used` refuses them."""
+        if self.teacher is not None:
+            return {}
+        why = "this run has no teacher in memory (only Visual-OPSD has one, and not with "
+        return {f"{why}--jsd_weight 0)": GUARD}
+
+    @property
+    def standard(self) -> dict[str, Any]:
+        """Flag -> its program's default."""
+        return {**flat(type(self.config)()), **self.defaults}
+
+    def without_effect(self) -> dict[str, list[str]]:
+        """Of `unused`, what differs from the program's defaults."""
+        given, standard = flat(self.config), self.standard
+        found = {
+            why: [name for name in names if given[name] != standard[name]]
+            for why, names in self.unused.items()
+        }
+        return {why: names for why, names in found.items() if names}
 
     @abstractmethod
     def prepare(self, base: Base) -> Callable[[Row], TrainRow]:
@@ -131,6 +165,19 @@ class Objective(ABC):
     def figures(self, sums: Mapping[str, float]) -> dict[str, Any]:
         """The sums over all ranks, those of the losses too, as metrics.jsonl has them."""
         return summarise(sums)
+
+
+def check_used(objective: Objective) -> None:
+    """Raises ValueError: settings that the objective has no use for, all of them with the cause."""
+    given, found = flat(objective.config), objective.without_effect()
+    if not found:
+        return
+    parts = []
+    for why, names in found.items():
+        shown = (f"--{n} {'none' if given[n] is None else given[n]}" for n in names)
+        parts.append(f"{', '.join(shown)}: {why}")
+    several = sum(map(len, found.values())) > 1
+    raise ValueError(f"{'; '.join(parts)}: leave {'them' if several else 'it'} out")
 
 
 def check_weights(**weights: float) -> None:

@@ -29,7 +29,14 @@ from scripts.visual_opsd.opsd_loss import LossConfig
 from scripts.visual_opsd.rows import TrainRow, make_builder, scoring_limits
 from scripts.visual_opsd.runs.identity import differences
 from scripts.visual_opsd.scored_rows import ScoredRow, score_targets
-from scripts.visual_opsd.training.objective import Base, Objective, Workplace, check_weights
+from scripts.visual_opsd.training.objective import (
+    ROLLOUT,
+    TEACHER,
+    Base,
+    Objective,
+    Workplace,
+    check_weights,
+)
 from scripts.visual_opsd.training.run_contents import teacher_contents
 from scripts.visual_opsd.training.step import (
     PackResult,
@@ -127,19 +134,16 @@ class VisualOPSDOffline(Objective):
     """Trains on a cache of completions and of a teacher's word on them.
 
     Raises:
-        ValueError: neither divergence nor cross-entropy, or the policy-gradient form.
+        ValueError: neither divergence nor cross-entropy, or weights that need a teacher in memory.
     """
 
     needs = EVALUATION_ROWS
+    defaults = OFFLINE_DEFAULTS
 
     def __init__(self, config: OfflineConfig) -> None:
         super().__init__(config)
         self.settings = config.offline
         check_weights(jsd_weight=config.loss.jsd_weight, ce_weight=config.loss.ce_weight)
-        if config.loss.jsd_loss_kind != "jsd":
-            raise ValueError(
-                "--jsd_loss_kind tinker draws on the student's own samples: offline use --kd_loss"
-            )
         if config.loss.token_weight == "teacher_ahead":
             raise ValueError(
                 "--token_weight teacher_ahead compares probabilities of the completion's tokens, "
@@ -147,6 +151,18 @@ class VisualOPSDOffline(Objective):
             )
         self.loss = distillation_loss(self.settings, config.loss.build())
         self.held = 0
+
+    @property
+    def unused(self) -> dict[str, Sequence[str]]:
+        unused: dict[str, Sequence[str]] = {
+            "the teacher's word comes from --teacher_cache, no teacher is in memory": TEACHER,
+            "completions come from --teacher_cache": (*ROLLOUT, "sft_format"),
+            "it draws on the student's own samples, offline use --kd_loss": ("jsd_loss_kind",),
+        }
+        if self.settings.kd_loss == "kl":
+            of_jsd = ("jsd_beta", "jsd_token_clip", "jsd_clip_scope")
+            unused["--kd_loss kl has neither beta nor bound, --kd_loss jsd has both"] = of_jsd
+        return unused
 
     def prepare(self, base: Base) -> PrepareOffline:
         """Raises ValueError: a cache that is absent, damaged, or of other contents (named)."""

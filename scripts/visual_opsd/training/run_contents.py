@@ -34,7 +34,7 @@ ROW_ORDER = "row order"
 
 def run_contents(config: TrainConfig, order: StepOrder) -> dict[str, Any]:
     """Flag -> prompts, or digests of the files it names; JSON values. Reads files of the run."""
-    replay = Path(config.run.replay_samples or "")  # SFT has the flag, and no use for the file
+    replay = config.run.replay_samples
     names = [_name(source) for source in order.sources]
     return {
         "model_path": _base(config.model.model_path),
@@ -44,7 +44,7 @@ def run_contents(config: TrainConfig, order: StepOrder) -> dict[str, Any]:
             for n, (name, source) in enumerate(zip(names, order.sources, strict=True))
         },
         "data_root": {n: _data(s) for n, s in zip(names, order.sources, strict=True)},
-        "replay_samples": file_fingerprint(replay) if replay.is_file() else None,
+        "replay_samples": file_fingerprint(Path(replay)) if replay else None,
         "random numbers": RANDOMNESS_VERSION,
         ROW_ORDER: order.signature(),
     }

@@ -11,7 +11,7 @@ from scripts.visual_opsd.processes import DistEnv, process_group
 from scripts.visual_opsd.training.dry_run import dry_run
 from scripts.visual_opsd.training.guard import check_guard
 from scripts.visual_opsd.training.memory_report import show_plan
-from scripts.visual_opsd.training.objective import Objective
+from scripts.visual_opsd.training.objective import Objective, check_used
 from scripts.visual_opsd.training.trainer import Trainer
 from scripts.visual_opsd.training.validation import Validate
 
@@ -29,9 +29,9 @@ def start(
         make_validation: called by all ranks, with --eval_every, before anything is loaded.
     """
     if config.memory.plan:
-        return show_plan(config, _checked(config, make_objective(config)))
+        return show_plan(config, checked(config, make_objective(config)))
     with process_group(config.run.device, config.run.timeout_s) as env:
-        objective = _checked(config, make_objective(config))
+        objective = checked(config, make_objective(config))
         if config.memory.dry_run:
             return dry_run(config, env, objective)
         every = config.validation.eval_every
@@ -39,7 +39,8 @@ def start(
         return Trainer(config, env, objective, validate).train()
 
 
-def _checked(config: TrainConfig, objective: Objective) -> Objective:
-    """Raises ValueError: as `check_guard`."""
+def checked(config: TrainConfig, objective: Objective) -> Objective:
+    """Raises ValueError: as `check_used` and `check_guard`."""
+    check_used(objective)
     check_guard(config.validation, objective.teacher)
     return objective

@@ -3,14 +3,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from data.limits import ContextLimits
 from data.sequence import ContextBuilder
 from data.thinkmorph import SFT_ROWS, Row, parse_row
-from scripts.visual_opsd.config import TrainConfig
+from scripts.visual_opsd.config import SFT_DEFAULTS, TrainConfig
 from scripts.visual_opsd.rows import TrainRow, given_positions, make_builder, scoring_limits
-from scripts.visual_opsd.training.objective import Base, Objective, check_weights
+from scripts.visual_opsd.training.objective import (
+    ROLLOUT,
+    TEACHER,
+    Base,
+    Objective,
+    check_weights,
+)
+
+# What no SFT has a use for. `--jsd_temperature` also softens the entropy that is logged, and that
+# `--token_weight entropy` weighs by.
+NOT_SFT: dict[str, Sequence[str]] = {
+    "SFT has no teacher": (
+        *TEACHER, "use_reference_intro", "use_transition_prompt", "jsd_weight", "jsd_beta",
+        "jsd_top_k", "jsd_token_clip", "jsd_clip_scope", "jsd_tail_bucket", "jsd_loss_kind",
+    ),
+    "SFT draws no completions": (*ROLLOUT, "leak_words"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,24 +52,22 @@ class TextSFT(Objective):
     """Trains on the given text: no teacher, no rollout.
 
     Raises:
-        ValueError: no cross-entropy, or a divergence.
+        ValueError: no cross-entropy.
     """
 
     needs = SFT_ROWS
+    defaults = SFT_DEFAULTS
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         self.identity = {"sft": True}
         check_weights(jsd_weight=config.loss.jsd_weight, ce_weight=config.loss.ce_weight)
-        check_no_divergence(config)
+
+    @property
+    def unused(self) -> dict[str, Sequence[str]]:
+        return {**NOT_SFT, "only --mode interleaved draws": ("mse_weight", "timestep_shift")}
 
     def prepare(self, base: Base) -> PrepareSFT:
         builder = make_builder(base.tokenizer, base.model, self.config.prompt)
         limits = replace(scoring_limits(base.model, self.config.sample), new_positions=0)
         return PrepareSFT(builder, self.config.data.sft_format, limits.check_settings(builder))
-
-
-def check_no_divergence(config: TrainConfig) -> None:
-    """Raises ValueError: a divergence from a teacher that SFT does not have."""
-    if config.loss.jsd_weight != 0:
-        raise ValueError("SFT has no teacher: set jsd_weight to 0")

@@ -118,6 +118,10 @@ class VisualOPSD(Objective):
         self.step = 0
         self.shown: list[tuple[SlotItem[TrainRow], int, Completion]] = []
 
+    @property
+    def unused(self) -> dict[str, Sequence[str]]:
+        return {**super().unused, "it is the form of SFT's targets (train_sft)": ("sft_format",)}
+
     def prepare(self, base: Base) -> PrepareOPSD:
         config = self.config
         builder = make_builder(base.tokenizer, base.model, config.prompt)

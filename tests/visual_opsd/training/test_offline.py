@@ -101,6 +101,8 @@ def test_it_is_the_on_policy_loss_of_a_fixed_teacher(
     assert ours["grad_norm"] > 1e-3 and ours["divergence"] > 1e-3
     on, off = (weights(run.student) for run in runs)
     for key, before in base_weights().items():
+        if key.startswith("vit_model") and key.endswith("k_proj.bias"):
+            continue  # it moves all scores of a query alike: no gradient but rounding
         assert (off[key] - on[key]).norm() <= 2e-3 * (on[key] - before).norm(), key
 
 
@@ -173,13 +175,13 @@ def test_another_base_tokenizer_prompt_or_data_is_refused(
         ({"model_path": other}, r"base: weights: saved '\w+', now"),
         ({"model_path": words}, r"base: tokenizer_config.json: saved"),
         ({"instruction_suffix": " Be brief."}, r"prompts: instruction_suffix: saved ''"),
+        ({"use_reference_intro": False}, "prompts: intro: saved"),
         ({"vit_max_size": 84}, "images: max_size: saved 56, now 84"),
         ({"dataset_config_file": tmp_path / "heldout.yaml"},
          r"data: Spatial_Navigation \(heldout\): saved '\(absent\)'"),
         ({"max_forward_tokens": 5000}, "max_forward_tokens: saved 10240, now 5000"),
         ({"jsd_top_k": 17}, r"16 most probable entries of a token, fewer than --jsd_top_k asks"),
         ({"jsd_top_k": "none"}, "fewer than --jsd_top_k"),
-        ({"jsd_loss_kind": "tinker"}, "use --kd_loss"),
         ({"teacher_cache": tmp_path / "none"}, "collect_traces makes it"),
     ]  # fmt: skip
     for changes, text in cases:

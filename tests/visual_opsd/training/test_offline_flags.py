@@ -7,32 +7,41 @@ A new field of `OfflineConfig` without a row here or in the tables of those fail
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data.teacher_cache import TeacherCache
+from scripts.visual_opsd import train_visual_opsd_offline
 from scripts.visual_opsd.processes import init_distributed
 from scripts.visual_opsd.train_visual_opsd_offline import main
-from scripts.visual_opsd.training.offline import OFFLINE_DEFAULTS, OfflineConfig
+from scripts.visual_opsd.training.offline import KD_LOSSES, OFFLINE_DEFAULTS, OfflineConfig
 from tests.arrivals import Arrival, Stop, check_arrival, check_complete, given_in_run, spy, stop
 from tests.visual_opsd.teacher_caches import PROMPT, collect
-from tests.visual_opsd.training import test_train_flags
-from tests.visual_opsd.training.training_flags import TrainRun, loss, record
+from tests.visual_opsd.training import test_sft_flags
+from tests.visual_opsd.training.trainers import idle_settings
+from tests.visual_opsd.training.training_flags import (
+    TrainRun,
+    loss,
+    record,
+    training_rows,
+)
 from tests.visual_opsd.training_runs import TINY_BAGEL, train_arguments
 
-# There is neither a teacher nor a rollout.
-IDLE = {
-    "use_reference_intro", "use_transition_prompt", "jsd_loss_kind", "sft_format",
-    "teacher_mode", "ema_decay", "teacher_vt", "vt", "noise_vt", "contrast", "contrast_with",
-    "teacher_cpu_offload",
-    "sample_max_new_tokens", "sample_temperature", "sample_do_sample", "sample_max_image_skips",
-    "sample_batch_size", "samples_per_step", "replay_samples",
-    "completions_per_row", "off_policy_share",
-}  # fmt: skip
+# What no form has a use for, which it refuses (test_unused_settings.py).
+IDLE = set.intersection(
+    *(idle_settings(train_visual_opsd_offline, "--kd_loss", kind) for kind in KD_LOSSES)
+)
 ALONE = {"device": "test_device"}
+
+
+def teacher_has(part: str) -> Callable[[TrainRun], bool]:
+    """Whether the teacher that is trained on was told this."""
+    return lambda run: (
+        TeacherCache.open(run.given["teacher_cache"]).contents["prompts"][part] is not None
+    )
 
 
 def chosen(run: TrainRun) -> list[int]:
@@ -52,6 +61,9 @@ def rows(places: Mapping[str, Path]) -> dict[str, Arrival]:
             lambda run: {row.taught.entries.shape[1] for row in run.rows},
             lambda run: {4 if run.given["teacher_cache"].name == "four" else 8},
         ),
+        # A cache is of the teacher's context; test_offline.py has another one refused.
+        "use_reference_intro": Arrival([False, True], teacher_has("intro")),
+        "use_transition_prompt": Arrival([True, False], teacher_has("transition")),
         "kd_loss": Arrival(
             ["jsd", "kl"],
             lambda run: (run.one("chunked_opsd_loss", "config").beta == 0,
@@ -63,11 +75,13 @@ def rows(places: Mapping[str, Path]) -> dict[str, Arrival]:
             lambda run: any(bool((row.taught.weight != 1).any()) for row in run.rows),
         ),
         "jsd_weight": Arrival([0.5, 1.5], loss("jsd_weight")),
-        "jsd_beta": Arrival([0.3, 0.7, 0.6, 0.7], loss("beta"), runs="ac"),
+        "jsd_beta": Arrival([0.3, 0.5, 0.6, 0.5], loss("beta"), runs="ac"),
         "jsd_temperature": Arrival([1.5, 2.5], loss("temperature")),
         "jsd_top_k": Arrival([3, 4], loss("top_k")),
-        "jsd_token_clip": Arrival([0.05, 0.2, 0.1, 0.2], loss("token_clip"), runs="ac"),
-        "jsd_clip_scope": Arrival(["entry", "entry", "token", "token"], loss("clip_scope")),
+        "jsd_token_clip": Arrival([0.05, 0.05, 0.1, 0.05], loss("token_clip"), runs="ac"),
+        "jsd_clip_scope": Arrival(
+            ["entry", "entry", "token", "entry"], loss("clip_scope"), runs="ac"
+        ),
         "jsd_tail_bucket": Arrival([True, False, False, True], loss("tail_bucket")),
         "ce_weight": Arrival([0.25, 0.75], loss("ce_weight")),
         "loss_chunk_size": Arrival([3, 5], lambda run: run.one("chunked_opsd_loss", "chunk_size")),
@@ -92,11 +106,13 @@ TABLE = rows(dict.fromkeys(NAMES, Path("four")))  # for the names of its rows
 def table(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Arrival]:
     folder = tmp_path_factory.mktemp("caches")
     made: dict[str, Any] = {"completions": "base", "completions_per_row": 4}
-    limits = {"four": 4000, "eight": 5000}
     places = {
-        name: collect(world, folder / name, **made, top_k=k, max_forward_tokens=limits[name])
-        for name, k in (("four", 4), ("eight", 8))
-    }
+        name: collect(
+            world, folder / name, **made, top_k=k, max_forward_tokens=limit,
+            use_reference_intro=intro, use_transition_prompt=not intro,
+        )
+        for name, k, limit, intro in (("four", 4, 4000, False), ("eight", 8, 5000, True))
+    }  # fmt: skip
     return rows(places)
 
 
@@ -118,7 +134,8 @@ def runs(
 
 def test_every_setting_has_a_row(table: dict[str, Any]) -> None:
     """Here or, where the trainer does with it what it does for every objective, there."""
-    others = {*test_train_flags.TABLE, *test_train_flags.ALONE, *test_train_flags.ELSEWHERE}
+    places = dict.fromkeys(test_sft_flags.NAMES, Path("places"))
+    others = {*training_rows(places, ""), *test_sft_flags.ELSEWHERE}
     shared = others - set(table) - IDLE - set(ALONE)
     check_complete(OfflineConfig, table, ALONE, dict.fromkeys(IDLE), dict.fromkeys(shared))
     assert all(test in globals() for test in ALONE.values())

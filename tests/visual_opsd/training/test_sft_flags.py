@@ -13,35 +13,33 @@ from typing import Any
 import pytest
 
 from data.sequence import TextSegment
+from scripts.visual_opsd import train_sft
 from scripts.visual_opsd.config import SFTConfig
 from scripts.visual_opsd.processes import init_distributed
 from scripts.visual_opsd.train_sft import main
 from tests.arrivals import Arrival, Stop, check_arrival, check_complete, given_in_run, spy, stop
+from tests.visual_opsd.training.trainers import idle_settings
 from tests.visual_opsd.training.training_flags import (
     TrainRun,
     limits,
+    loss,
     make_places,
     record,
     training_rows,
 )
 
-# There is neither a teacher nor a rollout.
-IDLE = {
-    "use_reference_intro", "use_transition_prompt",
-    "teacher_mode", "ema_decay", "teacher_vt", "vt", "noise_vt", "contrast", "contrast_with",
-    "teacher_cpu_offload",
-    "sample_max_new_tokens", "sample_temperature", "sample_do_sample", "sample_max_image_skips",
-    "sample_batch_size", "samples_per_step", "replay_samples",
-    "completions_per_row", "off_policy_share", "vt_rehearsal", "teacher_guard", "guard_drop",
-    "jsd_weight", "jsd_beta", "jsd_temperature", "jsd_top_k", "jsd_token_clip", "jsd_clip_scope",
-    "jsd_tail_bucket", "jsd_loss_kind",
-}  # fmt: skip
-# The same lines of the same trainer: tests/visual_opsd/training/test_train_flags.py has them.
+# What neither mode has a use for, which it refuses (test_unused_settings.py).
+IDLE = set.intersection(
+    *(idle_settings(train_sft, "--mode", mode) for mode in ("text", "interleaved"))
+)
+# The same lines of the same trainer: tests/visual_opsd/training/test_train_flags.py has them, and
+# test_validation.py those of sampling, by which a validation's answers are written.
 ELSEWHERE = {
     "visual_gen", "precision", "max_nonfinite_steps", "resume", "auto_resume", "resume_from",
     "take_over", "plan", "plan_gpus", "plan_gpu_gb", "dry_run",
     "lora_rank", "lora_alpha", "lora_targets", "on_save_error",
     "eval_every", "eval_data", "eval_split", "eval_limit", "keep_best", "early_stop",
+    "sample_max_new_tokens", "sample_max_image_skips", "sample_batch_size",
 }  # fmt: skip
 ALONE = {"device": "test_device"}
 
@@ -69,6 +67,7 @@ def rows(places: Mapping[str, Path]) -> dict[str, Arrival]:
         "mse_weight": Arrival([1.0, 0.5, 1.0, 0.25], noised, runs="bd"),
         "timestep_shift": Arrival([1.0, 2.0, 1.0, 3.0],
                                   lambda run: run.one("encode_pictures", "time_shift"), runs="bd"),
+        "jsd_temperature": Arrival([1.5, 2.5], loss("temperature")),
         "sft_format": Arrival(
             ["single", "single", "reference", "single"], answers,
             lambda run: {1 if run.given["sft_format"] == "single" else 2}, runs="ac",

@@ -114,7 +114,7 @@ def test_cuda_without_a_gpu(world: Path, tmp_path: Path) -> None:
 def test_sft_without_a_loss_or_with_a_teacher(world: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"ce_weight": 0}, "both 0: there is nothing to train on"),
-        ({"jsd_weight": 1}, "SFT has no teacher: set jsd_weight to 0"),
+        ({"jsd_weight": 1}, "--jsd_weight 1.0: SFT has no teacher: leave it out"),
     ):
         with pytest.raises(ValueError, match=message):
             run_program(world, tmp_path, program=train_sft, **changes)

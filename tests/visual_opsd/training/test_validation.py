@@ -22,14 +22,15 @@ from modeling import load_bagel
 from modeling.bagel.adapters import is_adapter_key
 from modeling.host.disk import DiskRefused
 from modeling.release.adapters import read_adapter
-from scripts.visual_opsd import train_sft, train_visual_opsd
+from scripts.visual_opsd import train_sft, train_visual_opsd, train_visual_opsd_offline
 from scripts.visual_opsd.evaluation import validation as evaluation_validation
 from scripts.visual_opsd.evaluation.answers import evaluate
-from scripts.visual_opsd.evaluation.questions import EvaluateConfig, EvaluateSettings
+from scripts.visual_opsd.evaluation.questions import EvaluateConfig, EvaluateSettings, open_rows
 from scripts.visual_opsd.evaluation.scoring import wilson_interval
 from scripts.visual_opsd.training.releases import ReleaseWriter
 from scripts.visual_opsd.training.text_sft import TextSFT
 from scripts.visual_opsd.training.trainer import Trainer
+from tests.arrivals import Stop, spy, stop
 from tests.visual_opsd.training.trainers import (
     base_weights,
     build,
@@ -345,6 +346,21 @@ def test_bad_data_is_told_before_a_model_is_loaded(
     arguments = train_arguments(world, tmp_path / "run", **{**ON, **flags})
     with pytest.raises(ValueError, match=problem):
         command.main(arguments)
+
+
+@pytest.mark.parametrize("command", [train_visual_opsd, train_sft, train_visual_opsd_offline])
+def test_answers_are_written_by_settings_of_sampling(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any
+) -> None:
+    """Also where nothing else is sampled."""
+    seen = spy(monkeypatch, open_rows, stop)
+    for tokens, skips, rows in ((7, 0, 3), (9, 2, 5)):
+        given = {"sample_max_new_tokens": tokens, "sample_max_image_skips": skips,
+                 "sample_batch_size": rows}  # fmt: skip
+        with pytest.raises(Stop):
+            command.main(train_arguments(world, tmp_path / "run", **{**ON, **given}))
+        found = seen[-1]["config"].evaluate
+        assert (found.max_new_tokens, found.image_skips, found.batch_size) == (tokens, skips, rows)
 
 
 def test_rows_need_no_visual_thoughts(world: Path, tmp_path: Path) -> None:

@@ -88,6 +88,12 @@ def train(world: Path, results: Path, objective: type[Any] = VisualOPSD, **chang
     return trainer
 
 
+def idle_settings(program: Any, *words: str) -> set[str]:
+    """What a trainer that is given these words declares to have no use for."""
+    objective = program.make_objective(program.read_config(words))
+    return {name for names in objective.unused.values() for name in names}
+
+
 def metrics(results: Path) -> list[dict[str, Any]]:
     return read_metrics(results / "metrics.jsonl")
 
