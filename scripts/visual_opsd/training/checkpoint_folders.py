@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from data.json_lines import Record, filter_log
+from data.json_lines import Record, filter_log, read_log
 from modeling.host.disk import disk_errors
 from modeling.host.text_files import read_json_object
 from scripts.visual_opsd.processes import DistEnv, on_main
@@ -273,11 +273,16 @@ def _best_folders(checkpoint_dir: Path) -> list[Path]:
     return [path for path in (best, best.with_name("best.old")) if os.path.lexists(path)]
 
 
-def check_folders(results: Path, checkpoint_dir: Path, resumed_from: Path | None) -> None:
+def check_folders(
+    results: Path, checkpoint_dir: Path, resumed_from: Path | None, *, resumes: bool
+) -> None:
     """Raise now what `claim_checkpoint_dir` and the logs would raise later.
 
+    Args:
+        resumes: whether the run was told to go on from what is there, should it be nothing yet.
+
     Raises:
-        ValueError: the logs cannot be written to, or as `check_claim`.
+        ValueError: the logs cannot be written to or are another run's, or as `check_claim`.
     """
     for path in (results / name for name in _RUN_FILES):
         if os.path.lexists(path) and not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
@@ -286,6 +291,21 @@ def check_folders(results: Path, checkpoint_dir: Path, resumed_from: Path | None
                 "away or choose another --results_dir"
             )
     check_claim(checkpoint_dir, resumed_from)
+    if resumed_from is None and not resumes:
+        _check_new_log(results / "metrics.jsonl", checkpoint_dir)
+
+
+def _check_new_log(metrics: Path, checkpoint_dir: Path) -> None:
+    """Raises ValueError: it holds steps of a run, which beginning at step 0 would delete."""
+    if not metrics.exists():
+        return
+    steps = [r["step"] for r in read_log(metrics, lambda record: int(record["step"]) > 0)]
+    if steps:
+        raise ValueError(
+            f"{metrics} is of an earlier run (up to step {max(steps)}), of which {checkpoint_dir} "
+            "holds no state to go on from: choose another --results_dir, or pass --resume latest "
+            "to throw its logs away and begin at step 0"
+        )
 
 
 def claim_checkpoint_dir(

@@ -203,7 +203,10 @@ class Trainer:
         hold_folder(run.checkpoints, "checkpoint_dir", take_over=run.take_over)
 
     def _check_resume(self) -> None:
-        check_folders(self.results, self.config.run.checkpoints, self.checkpoint)
+        run = self.config.run
+        check_folders(
+            self.results, run.checkpoints, self.checkpoint, resumes=bool(run.resume_specs)
+        )
         if self.checkpoint is not None:
             check_resumable(self.checkpoint, **self._saved_config())
 

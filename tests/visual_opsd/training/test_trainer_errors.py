@@ -307,6 +307,8 @@ def test_another_runs_checkpoints_are_safe(world: Path, finished: Path, tmp_path
         shutil.rmtree(state)
     with pytest.raises(ValueError, match=r"\(release folders 0000002, 0000004\): choose another"):
         run_program(world, results, **FOUR)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is of an earlier run \(up to step 4\), "):
+        run_program(world, results, checkpoint_dir=tmp_path / "elsewhere", **FOUR)
     assert (results / "metrics.jsonl").read_text() == before
 
 
