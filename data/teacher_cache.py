@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,25 @@ def write_shard(
         flush_to_disk(temporary)
         os.replace(temporary, path)
     return places
+
+
+def is_written(folder: Path, place: Place) -> bool:
+    """Whether a completion's shard is there, whole, and reaches as far as its place."""
+    path = folder / place.shard
+    try:
+        found = path.stat()
+        labels, tokens = _shard_length(path, found.st_size, found.st_mtime_ns)
+    except (SafetensorError, OSError):
+        return False
+    return place.labels[1] <= labels and place.tokens[1] <= tokens
+
+
+@lru_cache(maxsize=4096)
+def _shard_length(path: Path, _size: int, _changed: int) -> tuple[int, int]:
+    """Labels and scored tokens of a shard of this size and time; errors if its file is cut."""
+    with safe_open(path, framework="pt") as shard:
+        labels, tokens = (shard.get_slice(name).get_shape()[0] for name in ("scored", "tail"))
+    return labels, tokens
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from data.teacher_cache import (
     Entries,
     Place,
     TeacherCache,
+    is_written,
     token_bytes,
     write_shard,
 )
@@ -215,9 +216,8 @@ def collect(
     ]
 
     def is_whole(record: Record) -> bool:
-        """Whether the shards of a row are still there."""
-        places = [Place.of(place) for place in record["completions"]]
-        return all((folder / place.shard).is_file() for place in places)
+        """Whether the shards of a row are still there, and whole."""
+        return all(is_written(folder, Place.of(place)) for place in record["completions"])
 
     store = RankedLines(folder, INDEX.removesuffix(".jsonl"), is_whole)
     made_with = {**contents, **_own(config, env)}
