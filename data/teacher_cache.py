@@ -166,8 +166,9 @@ def _shard_length(path: Path, _size: int, _changed: int) -> tuple[int, int]:
 class TeacherCache:
     """A finished cache; picklable, for the workers that read rows.
 
-    contents: what it was made with, as JSON values. digest: tells it from others. top_k: entries
-    of a token. mean_weight: of all tokens' vt_weight. rows: by `row_key`.
+    contents: what it was made with, as JSON values. digest: of `files` as they were written, tells
+    it from others. top_k: entries of a token. mean_weight: of all tokens' vt_weight. rows: by
+    `row_key`.
     """
 
     folder: Path
@@ -176,6 +177,7 @@ class TeacherCache:
     top_k: int
     mean_weight: float
     rows: dict[str, tuple[Place, ...]]
+    files: tuple[str, ...]
 
     @classmethod
     def open(cls, path: str | Path) -> TeacherCache:
@@ -201,7 +203,7 @@ class TeacherCache:
                 rows[record["digest"]] = rows.get(record["digest"], ()) + places
             return cls(
                 folder, summary["contents"], summary["digest"], int(summary["top_k"]),
-                float(summary["mean_vt_weight"]), rows,
+                float(summary["mean_vt_weight"]), rows, (INDEX, *summary["shards"]),
             )  # fmt: skip
         except (KeyError, TypeError, AttributeError, OSError) as error:
             raise ValueError(f"{damaged} ({error!r}): {again}") from error
