@@ -42,8 +42,8 @@ from modeling.host.programs import make_folder, number, path_argument
 from scripts.miniworld.demo import BASE, ROOT, Demo, Job, check_ended, flags, read, start
 from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.evaluation.scoring import compare_runs
-from scripts.visual_opsd.evaluation.store import SETTINGS_FILE, read_json, write_json
-from scripts.visual_opsd.runs.identity import differences
+from scripts.visual_opsd.evaluation.store import read_json, write_json
+from scripts.visual_opsd.runs.identity import SETTINGS_FILE, differences
 
 TRAINERS = {"offline": "train_visual_opsd_offline", "sft": "train_sft"}
 VALIDATION = flags(eval_every=50, eval_data="Spatial_Navigation", eval_limit=400)

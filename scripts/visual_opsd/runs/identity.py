@@ -11,6 +11,7 @@ from typing import Any
 
 from modeling.release.fingerprints import file_fingerprint
 
+SETTINGS_FILE = "settings.json"  # what the results beside it depend on
 _SHOWN, _SHOWN_TEXT = 8, 80
 
 

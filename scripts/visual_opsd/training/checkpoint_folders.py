@@ -17,6 +17,7 @@ from data.json_lines import Record, filter_log, read_log
 from modeling.host.disk import disk_errors
 from modeling.host.text_files import read_json_object
 from scripts.visual_opsd.processes import DistEnv, on_main
+from scripts.visual_opsd.runs.identity import SETTINGS_FILE
 from scripts.visual_opsd.training.state_files import (
     MARKER,
     STEP_NAME,
@@ -291,6 +292,11 @@ def check_folders(
                 "away or choose another --results_dir"
             )
     check_claim(checkpoint_dir, resumed_from)
+    if resumed_from is None and (results / SETTINGS_FILE).exists():
+        raise ValueError(
+            f"{results} holds the results of another command ({SETTINGS_FILE}), whose bad_rows."
+            "jsonl the run would replace: choose another --results_dir"
+        )
     if resumed_from is None and not resumes:
         _check_new_log(results / "metrics.jsonl", checkpoint_dir)
 

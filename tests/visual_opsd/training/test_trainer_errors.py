@@ -310,6 +310,11 @@ def test_another_runs_checkpoints_are_safe(world: Path, finished: Path, tmp_path
     with pytest.raises(ValueError, match=r"metrics\.jsonl is of an earlier run \(up to step 4\), "):
         run_program(world, results, checkpoint_dir=tmp_path / "elsewhere", **FOUR)
     assert (results / "metrics.jsonl").read_text() == before
+    answers = tmp_path / "answers"
+    answers.mkdir()
+    (answers / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"answers holds the results of another command"):
+        run_program(world, answers, **FOUR)
 
 
 def test_resuming_what_is_not_there(world: Path, finished: Path, tmp_path: Path) -> None:
