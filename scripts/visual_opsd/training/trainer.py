@@ -46,6 +46,7 @@ from scripts.visual_opsd.runs.stopping import StopRequest, exit_code
 from scripts.visual_opsd.scored_rows import ScoredRow, empty_row
 from scripts.visual_opsd.training.checkpoint_folders import (
     NOT_GOOD,
+    best_step,
     check_folders,
     choose_checkpoint,
     claim_checkpoint_dir,
@@ -324,6 +325,16 @@ class Trainer:
                 raise
             self.log.message(f"the best model, of step {self.step}, is not saved: {error}")
 
+    def _tell_missing_best(self) -> None:
+        """A best validation whose model is not kept is never written, however good it was."""
+        progress, folder = self.validation.progress, self.config.run.checkpoints
+        wanted = self.validation.settings.keep_best and progress.best_step > 0
+        if wanted and best_step(folder) != progress.best_step:
+            self.log.message(
+                f"--keep_best: {folder} holds no model of the best validation so far, of step "
+                f"{progress.best_step} ({progress.best:.1%}); the next better one is written"
+            )
+
     def _begin(self) -> bool:
         """Say where the run starts; make up for what a killed run still owes: a validation, a
         release folder. A run's first validation is of its base. False: it was told to stop."""
@@ -333,6 +344,7 @@ class Trainer:
                 self.log.message(f"no checkpoint in {run.checkpoints} yet: starting at step 0")
             return self._validate()
         self.log.message(f"resumed from {self.checkpoint}")
+        self._tell_missing_best()
         if not self._validate():
             return False
         own = self.checkpoint.resolve().parent == run.checkpoints.resolve()

@@ -92,6 +92,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "replay": ({"replay_samples": "absent.jsonl"}, r"--replay_samples absent\.jsonl: no such"),
     "drawing": ({"visual_gen": True}, "--visual_gen True"),
     "bad rate": ({"max_bad_rate": 2}, "--max_bad_rate must be at least 0 and at most 1, got 2"),
+    "nothing counts": ({"skip_first_tokens": 8, "sample_max_new_tokens": 8},
+                       "--skip_first_tokens 8 leaves nothing of completions of at most 8 tokens"),
     "rows": ({"global_batch_size": 0}, "global_batch_size must be at least 1"),
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -237,6 +238,21 @@ def test_best_and_early_stop(
     train(world, tmp_path, validation=other.of, **settings, resume="8")
     assert list(other.seen) == [8, 9] and best(tmp_path)["step"] == 8
     assert "best" in names(tmp_path / "checkpoints" / "superseded")
+
+
+def test_a_best_model_that_was_not_kept_is_named(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --keep_best from a resume on, which may end without any best model."""
+    settings: dict[str, Any] = {**SHORT, "total_steps": 4, "save_every": 1, "eval_every": 1}
+    train(world, tmp_path, validation=Scripted(CURVE).of, **settings, keep_last=9)
+    settings["keep_best"] = True
+    for start, told in (("1", False), ("3", True)):
+        train(world, tmp_path, validation=Scripted(CURVE).of, **settings, resume=start)
+        said = capsys.readouterr().err
+        missing = "holds no model of the best validation so far, of step 2 (50.0%)"
+        assert (missing in said) is told
+        shutil.rmtree(tmp_path / "checkpoints" / "best", ignore_errors=True)
 
 
 def test_the_best_adapters(world: Path, tmp_path: Path) -> None:
