@@ -322,8 +322,11 @@ class Trainer:
             self.releases.save_best(self.step, facts)
         except DiskRefused as error:  # on all ranks together
             if self.config.run.on_save_error == "stop":
+                self.states.keep_beside(error)  # of other saves the state comes first
                 raise
-            self.log.message(f"the best model, of step {self.step}, is not saved: {error}")
+            text = f"the best model, of step {self.step}, is not saved: {error}"
+            self.log.message(text)
+            self._together(lambda: self.log.log(self.step, {"save_error": text}))
 
     def _tell_missing_best(self) -> None:
         """A best validation whose model is not kept is never written, however good it was."""

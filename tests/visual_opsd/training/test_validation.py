@@ -289,12 +289,16 @@ def test_the_disk_may_refuse_the_best(
     monkeypatch.setattr(ReleaseWriter, "save_best", refuse)
     flags: dict[str, Any] = {**SHORT, "total_steps": 2, "eval_every": 1, "keep_best": True}
     script = Scripted({0: 0.1, 1: 0.2, 2: 0.3})
-    with pytest.raises(DiskRefused):
-        train(world, tmp_path / "a", validation=script.of, **flags)
+    with pytest.raises(DiskRefused) as error:
+        train(world, tmp_path / "a", validation=script.of, **flags, save_every=2)
+    assert error.value.__notes__ == ["state of step 1 saved; --resume it"]
+    assert names(tmp_path / "a" / "checkpoints") == ["step_0000001"]
     go_on = {**flags, "on_save_error": "continue"}
     train(world, tmp_path / "b", validation=script.of, **go_on)
     assert steps == [1, 1, 2]
     assert "the best model, of step 2, is not saved: no room" in capsys.readouterr().err
+    refused = [line["save_error"] for line in metrics(tmp_path / "b") if "save_error" in line]
+    assert refused == [f"the best model, of step {step}, is not saved: no room" for step in (1, 2)]
 
 
 # --------------------------------------------------------------------------- stopped, and refused
