@@ -260,11 +260,6 @@ def check_claim(checkpoint_dir: Path, resumed_from: Path | None) -> int:
             f"{checkpoint_dir} already holds checkpoints (release folders "
             f"{', '.join(path.name for path in released.values())}): choose another folder"
         )
-    for best in _best_folders(checkpoint_dir):
-        raise ValueError(
-            f"{checkpoint_dir} already holds the best model of another run ({best.name}): choose "
-            "another folder"
-        )
     return -1
 
 
@@ -291,14 +286,22 @@ def check_folders(
                 f"{path} is no file that can be read and written, and the run logs to it: move it "
                 "away or choose another --results_dir"
             )
-    check_claim(checkpoint_dir, resumed_from)
+    begins = check_claim(checkpoint_dir, resumed_from) < 0
     if resumed_from is None and (results / SETTINGS_FILE).exists():
         raise ValueError(
             f"{results} holds the results of another command ({SETTINGS_FILE}), whose bad_rows."
             "jsonl the run would replace: choose another --results_dir"
         )
-    if resumed_from is None and not resumes:
+    if resumed_from is None and resumes:
+        return  # a requeued run begins anew if it was killed before its first state
+    if resumed_from is None:
         _check_new_log(results / "metrics.jsonl", checkpoint_dir)
+    for best in _best_folders(checkpoint_dir) if begins else []:
+        raise ValueError(
+            f"{checkpoint_dir} already holds the best model of another run ({best.name}): choose "
+            f"another folder, or pass --resume latest to begin at step 0 and move it to "
+            f"{SUPERSEDED}/"
+        )
 
 
 def _check_new_log(metrics: Path, checkpoint_dir: Path) -> None:

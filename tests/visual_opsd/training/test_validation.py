@@ -29,6 +29,7 @@ from scripts.visual_opsd.evaluation.answers import evaluate
 from scripts.visual_opsd.evaluation.questions import EvaluateConfig, EvaluateSettings
 from scripts.visual_opsd.evaluation.scoring import wilson_interval
 from scripts.visual_opsd.training.releases import ReleaseWriter
+from scripts.visual_opsd.training.state_keeper import StateKeeper
 from scripts.visual_opsd.training.text_sft import TextSFT
 from scripts.visual_opsd.training.trainer import Trainer
 from tests.visual_opsd.training.trainers import (
@@ -238,6 +239,34 @@ def test_best_and_early_stop(
     train(world, tmp_path, validation=other.of, **settings, resume="8")
     assert list(other.seen) == [8, 9] and best(tmp_path)["step"] == 8
     assert "best" in names(tmp_path / "checkpoints" / "superseded")
+
+
+def test_a_kill_between_the_first_best_and_the_first_state(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The requeued run begins at step 0; what it left is moved away and made again."""
+    settings: dict[str, Any] = {**SHORT, "total_steps": 3, "save_every": 3, "eval_every": 1}
+    settings |= {"keep_best": True, "resume": "latest"}
+    train(world, tmp_path / "whole", validation=Scripted(CURVE).of, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(ReleaseWriter, "save", kill)
+        patch.setattr(StateKeeper, "save", kill)
+        with pytest.raises(KeyboardInterrupt):
+            train(world, tmp_path / "run", validation=Scripted(CURVE).of, **settings)
+    assert names(tmp_path / "run" / "checkpoints") == ["best"]
+    train(world, tmp_path / "run", validation=Scripted(CURVE).of, **settings)
+    assert training_lines(tmp_path / "run") == training_lines(tmp_path / "whole")
+    assert best(tmp_path / "run")["step"] == best(tmp_path / "whole")["step"] == 2
+    one, other = (
+        (tmp_path / name / "checkpoints" / "best" / "model.safetensors").read_bytes()
+        for name in ("run", "whole")
+    )
+    assert one == other
+    assert names(tmp_path / "run" / "checkpoints") == ["best", "step_0000003", "superseded"]
+
+
+def kill(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_best_model_that_was_not_kept_is_named(
