@@ -108,8 +108,10 @@ def _of_split(file: Path, split: str) -> bool:
 def split_files(folder: str | Path, split: str = "train") -> list[Path]:
     """Parquet files of one split in a dataset folder, sorted by name; hidden ones are left out.
 
-    Raises ValueError naming what is there if the split has no file.
+    Raises ValueError naming what is there if the split has no file, or no name.
     """
+    if not split.strip():  # every file's name begins with nothing
+        raise ValueError("the split must not be empty: name one, as in heldout or train")
     where = _data_folder(Path(folder))
     every = sorted(where.glob("*.parquet"), key=lambda path: path.name)
     found = [path for path in every if not path.name.startswith(".")]

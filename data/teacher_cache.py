@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +143,32 @@ def write_shard(
     return places
 
 
+def is_written(folder: Path, place: Place) -> bool:
+    """Whether a completion's shard is there, whole, and reaches as far as its place."""
+    path = folder / place.shard
+    try:
+        found = path.stat()
+        labels, tokens = _shard_length(path, found.st_size, found.st_mtime_ns)
+    except (SafetensorError, OSError):
+        return False
+    return place.labels[1] <= labels and place.tokens[1] <= tokens
+
+
+@lru_cache(maxsize=4096)
+def _shard_length(path: Path, _size: int, _changed: int) -> tuple[int, int]:
+    """Labels and scored tokens of a shard of this size and time; errors if its file is cut."""
+    with safe_open(path, framework="pt") as shard:
+        labels, tokens = (shard.get_slice(name).get_shape()[0] for name in ("scored", "tail"))
+    return labels, tokens
+
+
 @dataclass(frozen=True)
 class TeacherCache:
     """A finished cache; picklable, for the workers that read rows.
 
-    contents: what it was made with, as JSON values. digest: tells it from others. top_k: entries
-    of a token. mean_weight: of all tokens' vt_weight. rows: by `row_key`.
+    contents: what it was made with, as JSON values. digest: of `files` as they were written, tells
+    it from others. top_k: entries of a token. mean_weight: of all tokens' vt_weight. rows: by
+    `row_key`.
     """
 
     folder: Path
@@ -156,6 +177,7 @@ class TeacherCache:
     top_k: int
     mean_weight: float
     rows: dict[str, tuple[Place, ...]]
+    files: tuple[str, ...]
 
     @classmethod
     def open(cls, path: str | Path) -> TeacherCache:
@@ -181,7 +203,7 @@ class TeacherCache:
                 rows[record["digest"]] = rows.get(record["digest"], ()) + places
             return cls(
                 folder, summary["contents"], summary["digest"], int(summary["top_k"]),
-                float(summary["mean_vt_weight"]), rows,
+                float(summary["mean_vt_weight"]), rows, (INDEX, *summary["shards"]),
             )  # fmt: skip
         except (KeyError, TypeError, AttributeError, OSError) as error:
             raise ValueError(f"{damaged} ({error!r}): {again}") from error

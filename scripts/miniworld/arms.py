@@ -16,9 +16,9 @@ completions. Arms:
     rehearsal-SHARE   --vt_rehearsal SHARE, validated on the way
 
 Further flags go to the trainer of every arm that has a use for them. An arm that is finished is not
-run again and one that was stopped goes on, so more arms and seeds can be added to a folder.
---workers arms run at once, a thread each, shared out over the GPUs there are. result.json and
-table.md hold what was found.
+run again and one that was stopped goes on, so more arms and seeds can be added to a folder, all
+with the same mazes, base and flags. --workers arms run at once, a thread each, shared out over the
+GPUs there are. result.json and table.md hold what was found of the arms and seeds named last.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ from scripts.miniworld.demo import BASE, ROOT, Demo, Job, check_ended, flags, re
 from scripts.visual_opsd import train_sft, train_visual_opsd_offline
 from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.evaluation.scoring import compare_runs
+from scripts.visual_opsd.evaluation.store import read_json, write_json
+from scripts.visual_opsd.runs.identity import SETTINGS_FILE, differences
 
 TRAINERS: dict[str, Any] = {"offline": train_visual_opsd_offline, "sft": train_sft}
 VALIDATION = flags(eval_every=50, eval_data="Spatial_Navigation", eval_limit=400)
@@ -181,6 +183,25 @@ class SeedArms:
         }  # fmt: skip
 
 
+def claim(out: Path, args: argparse.Namespace) -> None:
+    """Say what the folder's arms are made with, for those that will be added.
+
+    Raises:
+        ValueError: its arms have other mazes, another base or other flags: they could not be
+            compared with those to come.
+    """
+    shared = {name: getattr(args, name) for name in ("base", "rows", "heldout_rows", "train_flags")}
+    file = out / SETTINGS_FILE
+    if file.exists():
+        held = read_json(file, "what the arms beside it were made with; choose another --out")
+        if different := differences(held, shared):
+            raise ValueError(
+                f"--out {out} holds arms of other settings ({'; '.join(different)}): give the "
+                "same, or choose another --out"
+            )
+    write_json(file, shared)
+
+
 def pooled(values: Sequence[float], half_widths: Sequence[float]) -> tuple[float, float]:
     """Mean over seeds of differences on independent mazes, and half of its 95 % interval."""
     half = math.sqrt(sum(width**2 for width in half_widths)) / len(half_widths)
@@ -242,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.base = str(Path(args.base).resolve())
     make_folder(args.out, "--out")
     out = Path(args.out)
+    claim(out, args)
     places = [SeedArms(args, seed) for seed in dict.fromkeys(map(int, words))]
     failures = []
     with ThreadPoolExecutor(args.workers) as pool:

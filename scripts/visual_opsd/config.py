@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -98,6 +98,17 @@ class LoraSettings(Settings):
         "llm", "layers that have adapters, by commas: all linear ones of `llm` (the decoder's "
         "understanding branch), `vit` or `connector`, or the decoder's of one name (`q_proj`, ...)",
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank is not None:
+            return
+        for spec in fields(self):  # without adapters all weights train, which is not what was meant
+            if getattr(self, spec.name) != spec.default:
+                raise ValueError(
+                    f"--{spec.name} is of adapters, and there are none: add --lora_rank R, or "
+                    "leave it out"
+                )
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modeling.host.programs import check_new, path_argument
-from scripts.visual_opsd.analysis.report.page import write_report
+from scripts.visual_opsd.analysis.report.page import check_replaced, write_report
 from scripts.visual_opsd.cli import run_main
 
 
@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = build_parser().parse_args(argv)
     out = Path(given.out)
     check_new(out, "--out", overwrite=given.overwrite)
+    check_replaced(out)
     write_report(given.runs, out, evaluations=given.evaluations, steps=given.steps)
     print(f"{out} ({out.stat().st_size / 1e6:.1f} MB)")
     return 0

@@ -50,6 +50,8 @@ def test_split_is_a_word_of_the_file_name(tmp_path: Path) -> None:
     for name in ("Jigsaw_Train-0", "training", "pretrain-0", "constrained", "test"):
         (tmp_path / f"{name}.parquet").touch()
     assert {path.stem for path in split_files(tmp_path)} == {"Jigsaw_Train-0", "training"}
+    with pytest.raises(ValueError, match="the split must not be empty"):
+        split_files(tmp_path, "")  # with which every file's name begins, those of training too
 
 
 def test_errors_say_what_to_do(tmp_path: Path) -> None:

@@ -164,6 +164,25 @@ def test_each_seed_has_its_world_and_finished_arms_are_not_run_again(
     assert len(programs.jobs) == before + 6
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--rows", "500"], "rows: saved 12800, now 500"),
+        (["--lr", "1"], r"train_flags: saved \[\], now \['--lr', '1'\]"),
+    ],
+)
+def test_arms_of_other_settings_are_not_added(
+    programs: Programs, tmp_path: Path, words: list[str], said: str
+) -> None:
+    """A finished arm is not run again, so it would stand in one table with theirs."""
+    command = ["--arms", "real", "--seeds", "1", "--out", str(tmp_path)]
+    assert arms.main(command) == 0
+    before = len(programs.jobs)
+    with pytest.raises(ValueError, match=rf"--out .* holds arms of other settings \({said}"):
+        arms.main([*command, *words])
+    assert len(programs.jobs) == before
+
+
 def test_what_is_named_twice_is_run_once(programs: Programs, tmp_path: Path) -> None:
     """Two at once would share a folder; 1 and 01 are one seed."""
     words = ["--arms", "real,sft,real", "--seeds", "1,01", "--out", str(tmp_path)]

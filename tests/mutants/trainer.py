@@ -407,11 +407,19 @@ FAULTS = [
         ("all samples of a row are the same", "step=number,", "step=0,"),
         ("what a kill left stays", "                shard.unlink()\n", "                pass\n"),
         ("a shard that is gone is not missed",
-         "return all((folder / place.shard).is_file() for place in places)", "return True"),
+         'return all(is_written(folder, Place.of(place)) for place in record["completions"])',
+         "return True"),
         ("the disk is not asked", "        check_room(folder,", "        print(folder,"),
     ]),
     *faults("data/teacher_cache.py", "visual_opsd/training/test_offline.py", [
         ("a cut shard is taken", "if found != size:", "if False:"),
+    ]),
+    *faults("data/teacher_cache.py", "visual_opsd/analysis/test_collect_traces.py", [
+        ("a cut shard is taken for done", "except (SafetensorError, OSError):\n        return False",
+         "except (SafetensorError, OSError):\n        return path.exists()"),
+    ]),
+    *faults("scripts/visual_opsd/training/offline.py", "visual_opsd/training/test_offline.py", [
+        ("a damaged cache is taught from", "        check_bytes(cache)\n", ""),
     ]),
     *faults("scripts/visual_opsd/training/run_contents.py", "visual_opsd/training/test_run_identity.py", [
         ("the order of the rows is not saved", "ROW_ORDER: order.signature()", "ROW_ORDER: None"),

@@ -27,6 +27,7 @@ from data.teacher_cache import (
     Entries,
     Place,
     TeacherCache,
+    is_written,
     token_bytes,
     write_shard,
 )
@@ -34,7 +35,6 @@ from modeling import BagelBundle, load_bagel
 from modeling.bagel.bagel import Bagel
 from modeling.bagel.batch import PackedBatch
 from modeling.host.disk import check_room, disk_errors, size_text
-from modeling.release.fingerprints import file_fingerprint
 from scripts.visual_opsd.analysis.trace_rows import CollectConfig, PrepareTraces, TraceRow
 from scripts.visual_opsd.cli import flat
 from scripts.visual_opsd.evaluation.rows import RowPool
@@ -51,7 +51,7 @@ from scripts.visual_opsd.loss.chunked import chunked_divergences
 from scripts.visual_opsd.on_policy_sampler import sample_completions
 from scripts.visual_opsd.processes import DistEnv, on_main
 from scripts.visual_opsd.rows import encode_pictures
-from scripts.visual_opsd.runs.identity import stable_hash
+from scripts.visual_opsd.runs.identity import files_digest, stable_hash
 from scripts.visual_opsd.scored_rows import ScoredRow, check_same_labels, score_completion
 
 _LOOKED_AT = 64  # rows whose traces say how long traces are
@@ -215,9 +215,8 @@ def collect(
     ]
 
     def is_whole(record: Record) -> bool:
-        """Whether the shards of a row are still there."""
-        places = [Place.of(place) for place in record["completions"]]
-        return all((folder / place.shard).is_file() for place in places)
+        """Whether the shards of a row are still there, and whole."""
+        return all(is_written(folder, Place.of(place)) for place in record["completions"])
 
     store = RankedLines(folder, INDEX.removesuffix(".jsonl"), is_whole)
     made_with = {**contents, **_own(config, env)}
@@ -300,11 +299,10 @@ def _summary(found: Outcome, folder: Path, contents: dict[str, Any]) -> dict[str
     tokens = sum(place["tokens"][1] - place["tokens"][0] for place in places)
     weight = sum(record["vt_weight"] for record in found.records)
     shards = sorted({place["shard"] for place in places})
-    files = {name: file_fingerprint(folder / name) for name in (INDEX, *shards)}
     return {
         "format": FORMAT,
         "contents": contents,
-        "digest": stable_hash(files),
+        "digest": files_digest(folder, (INDEX, *shards)),
         "rows": len(found.records),
         "completions": len(places),
         "tokens": tokens,

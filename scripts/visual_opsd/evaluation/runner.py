@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -26,16 +26,10 @@ from modeling.host.memory import memory_errors
 from modeling.host.programs import make_folder
 from scripts.visual_opsd.cli import ROWS, SHARES, Settings, option
 from scripts.visual_opsd.evaluation.rows import RowPool, Sized, read_windows
-from scripts.visual_opsd.evaluation.store import (
-    SETTINGS_FILE,
-    RankedLines,
-    Record,
-    read_json,
-    write_json,
-)
+from scripts.visual_opsd.evaluation.store import RankedLines, Record, read_json, write_json
 from scripts.visual_opsd.processes import DistEnv, attempt, on_main
 from scripts.visual_opsd.runs.folder_lock import hold_folder
-from scripts.visual_opsd.runs.identity import differences, stable_hash
+from scripts.visual_opsd.runs.identity import SETTINGS_FILE, differences, stable_hash
 
 P = TypeVar("P", bound=Sized)
 # Prepared rows with their indices -> their records, in as many parts as shall be kept one by one.
@@ -112,12 +106,14 @@ def claim_folder(
         result: the file that is written last. overwrite: whether to throw away what is there.
 
     Raises:
-        ValueError: it cannot be written to, another run holds it, or it holds results of other
-            settings (named).
+        ValueError: it cannot be written to, another run holds it, or it holds a training, results
+            of another command, or of other settings (named).
     """
     folder = Path(folder)
+    own = [result, *(f"{store.name}.jsonl" for store in stores)]
     make_folder(folder, "--output_dir")
     hold_folder(folder, "output_dir")
+    _check_stranger(folder, own)
     advice = "choose another --output_dir, or pass --overwrite to throw them away"
     if overwrite:
         for store in stores:
@@ -130,9 +126,25 @@ def claim_folder(
         if different:
             found = "; ".join(different)
             raise ValueError(f"{folder} holds results of other settings ({found}); {advice}")
-    write_json(folder / SETTINGS_FILE, {"hash": stable_hash(settings), "settings": settings})
+    made = {"hash": stable_hash(settings), "files": own, "settings": settings}
+    write_json(folder / SETTINGS_FILE, made)
     for store in stores:
         store.settle()
+
+
+def _check_stranger(folder: Path, own: Sequence[str]) -> None:
+    """Raises ValueError: the folder is another command's, whose settings and lists of bad rows
+    ours would replace."""
+    held: Sequence[str] = ["metrics.jsonl"]
+    if not (folder / held[0]).exists():
+        held = own  # of earlier versions, which did not say
+        with suppress(ValueError):
+            held = read_json(folder / SETTINGS_FILE, "").get("files", own)
+    if list(held) != list(own):
+        raise ValueError(
+            f"{folder} holds the results of another command ({', '.join(held)}): choose another "
+            "--output_dir"
+        )
 
 
 def run_rows(

@@ -15,7 +15,8 @@ from typing import Any
 
 from data.answer_tags import answer_spans
 from data.json_lines import read_given
-from scripts.visual_opsd.evaluation.store import SETTINGS_FILE, read_json
+from scripts.visual_opsd.evaluation.store import read_json
+from scripts.visual_opsd.runs.identity import SETTINGS_FILE
 
 _NUMBER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?")
 _QUOTES = {'"': '"', "'": "'", "`": "`", "$": "$", "*": "*", "(": ")", "[": "]", "{": "}"}

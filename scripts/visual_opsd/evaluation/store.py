@@ -18,7 +18,6 @@ from data.json_lines import append_records, read_log, write_lines
 from modeling.host.disk import disk_errors
 from modeling.host.text_files import read_json_object
 
-SETTINGS_FILE = "settings.json"
 Record = dict[str, Any]
 
 

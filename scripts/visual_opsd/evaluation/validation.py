@@ -40,11 +40,11 @@ from scripts.visual_opsd.evaluation.questions import (
 )
 from scripts.visual_opsd.evaluation.rows import RowPool, open_data
 from scripts.visual_opsd.evaluation.runner import check_bad_rate, run_rows
-from scripts.visual_opsd.evaluation.store import SETTINGS_FILE, write_json
+from scripts.visual_opsd.evaluation.store import write_json
 from scripts.visual_opsd.on_policy_sampler import MEMORY_ADVICE, Interrupted
 from scripts.visual_opsd.processes import DistEnv, agree, attempt, gather_objects, on_main
 from scripts.visual_opsd.rows import TrainRow
-from scripts.visual_opsd.runs.identity import stable_hash
+from scripts.visual_opsd.runs.identity import SETTINGS_FILE, stable_hash
 from scripts.visual_opsd.validation_config import BASE_ANSWERS
 
 FOLDER = "validation"  # in the results of a run

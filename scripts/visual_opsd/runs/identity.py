@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from modeling.release.fingerprints import file_fingerprint
+
+SETTINGS_FILE = "settings.json"  # what the results beside it depend on
 _SHOWN, _SHOWN_TEXT = 8, 80
 
 
@@ -15,6 +19,11 @@ def stable_hash(value: Any) -> str:
     """Digest of a JSON-able value; the order of keys does not matter."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def files_digest(folder: Path, names: Iterable[str]) -> str:
+    """Digest of some files of a folder: their names and what `file_fingerprint` sees of them."""
+    return stable_hash({name: file_fingerprint(folder / name) for name in names})
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

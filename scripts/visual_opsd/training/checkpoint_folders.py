@@ -13,10 +13,11 @@ from typing import Any
 
 import yaml
 
-from data.json_lines import Record, filter_log
+from data.json_lines import Record, filter_log, read_log
 from modeling.host.disk import disk_errors
 from modeling.host.text_files import read_json_object
 from scripts.visual_opsd.processes import DistEnv, on_main
+from scripts.visual_opsd.runs.identity import SETTINGS_FILE
 from scripts.visual_opsd.training.state_files import (
     MARKER,
     STEP_NAME,
@@ -259,11 +260,6 @@ def check_claim(checkpoint_dir: Path, resumed_from: Path | None) -> int:
             f"{checkpoint_dir} already holds checkpoints (release folders "
             f"{', '.join(path.name for path in released.values())}): choose another folder"
         )
-    for best in _best_folders(checkpoint_dir):
-        raise ValueError(
-            f"{checkpoint_dir} already holds the best model of another run ({best.name}): choose "
-            "another folder"
-        )
     return -1
 
 
@@ -273,11 +269,16 @@ def _best_folders(checkpoint_dir: Path) -> list[Path]:
     return [path for path in (best, best.with_name("best.old")) if os.path.lexists(path)]
 
 
-def check_folders(results: Path, checkpoint_dir: Path, resumed_from: Path | None) -> None:
+def check_folders(
+    results: Path, checkpoint_dir: Path, resumed_from: Path | None, *, resumes: bool
+) -> None:
     """Raise now what `claim_checkpoint_dir` and the logs would raise later.
 
+    Args:
+        resumes: whether the run was told to go on from what is there, should it be nothing yet.
+
     Raises:
-        ValueError: the logs cannot be written to, or as `check_claim`.
+        ValueError: the logs cannot be written to or are another run's, or as `check_claim`.
     """
     for path in (results / name for name in _RUN_FILES):
         if os.path.lexists(path) and not (path.is_file() and os.access(path, os.R_OK | os.W_OK)):
@@ -285,7 +286,35 @@ def check_folders(results: Path, checkpoint_dir: Path, resumed_from: Path | None
                 f"{path} is no file that can be read and written, and the run logs to it: move it "
                 "away or choose another --results_dir"
             )
-    check_claim(checkpoint_dir, resumed_from)
+    begins = check_claim(checkpoint_dir, resumed_from) < 0
+    if resumed_from is None and (results / SETTINGS_FILE).exists():
+        raise ValueError(
+            f"{results} holds the results of another command ({SETTINGS_FILE}), whose bad_rows."
+            "jsonl the run would replace: choose another --results_dir"
+        )
+    if resumed_from is None and resumes:
+        return  # a requeued run begins anew if it was killed before its first state
+    if resumed_from is None:
+        _check_new_log(results / "metrics.jsonl", checkpoint_dir)
+    for best in _best_folders(checkpoint_dir) if begins else []:
+        raise ValueError(
+            f"{checkpoint_dir} already holds the best model of another run ({best.name}): choose "
+            f"another folder, or pass --resume latest to begin at step 0 and move it to "
+            f"{SUPERSEDED}/"
+        )
+
+
+def _check_new_log(metrics: Path, checkpoint_dir: Path) -> None:
+    """Raises ValueError: it holds steps of a run, which beginning at step 0 would delete."""
+    if not metrics.exists():
+        return
+    steps = [r["step"] for r in read_log(metrics, lambda record: int(record["step"]) > 0)]
+    if steps:
+        raise ValueError(
+            f"{metrics} is of an earlier run (up to step {max(steps)}), of which {checkpoint_dir} "
+            "holds no state to go on from: choose another --results_dir, or pass --resume latest "
+            "to throw its logs away and begin at step 0"
+        )
 
 
 def claim_checkpoint_dir(

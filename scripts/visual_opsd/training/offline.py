@@ -27,7 +27,7 @@ from scripts.visual_opsd.cli import Settings, option
 from scripts.visual_opsd.config import TrainConfig
 from scripts.visual_opsd.opsd_loss import LossConfig
 from scripts.visual_opsd.rows import TrainRow, make_builder, scoring_limits
-from scripts.visual_opsd.runs.identity import differences
+from scripts.visual_opsd.runs.identity import differences, files_digest
 from scripts.visual_opsd.scored_rows import ScoredRow, score_targets
 from scripts.visual_opsd.training.objective import (
     ROLLOUT,
@@ -99,6 +99,15 @@ class TaughtRow(ScoredRow):
     """A scored row with what is kept of the teacher on its scored tokens."""
 
     taught: Entries | None = None
+
+
+def check_bytes(cache: TeacherCache) -> None:
+    """Raises ValueError: the files are not those that were written, though of their sizes."""
+    if files_digest(cache.folder, cache.files) != cache.digest:
+        raise ValueError(
+            f"{cache.folder} is damaged: its files are not what collect_traces wrote, though as "
+            "long: bring back a copy, or make it anew by collect_traces with --overwrite"
+        )
 
 
 @dataclass(frozen=True)
@@ -173,6 +182,7 @@ class VisualOPSDOffline(Objective):
         )
         own = teacher_contents(config.model.model_path, config.prompt, config.sample, sources)
         check_contents(cache, own)
+        check_bytes(cache)
         vocab = base.model.llm.vocab_size
         self.held = cache.top_k
         wanted = self.loss.top_k_of(vocab) or vocab

@@ -236,20 +236,22 @@ _MEANS = {
     "image_skip_rate": ("image_skips", "completions"),
     "sampler_gap": ("gap", "gap_rows"),
 }
+_OF_SAMPLES = ("completions", "gap_rows")
 
 
 def summarise(sums: Mapping[str, float]) -> dict[str, Any]:
-    """Global sums -> the figures of metrics.jsonl: those whose sums are there."""
+    """Global sums -> the figures of metrics.jsonl: those whose sums are there.
+
+    Of completions and of the sampler there is none where the policy wrote nothing in the step.
+    """
     figures: dict[str, Any] = {
         name: sums[part] / sums[count] if sums[count] else 0.0
         for name, (part, count) in _MEANS.items()
-        if part in sums
+        if part in sums and (sums[count] or count not in _OF_SAMPLES)
     }
     figures["scored_tokens"] = sums["rows"]
     if "mse_rows" in sums:
         figures["noised_tokens"] = sums["mse_rows"]
-    if not sums.get("gap_rows"):
-        figures.pop("sampler_gap", None)  # no sampler recorded anything
     return figures
 
 

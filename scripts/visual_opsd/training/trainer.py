@@ -46,6 +46,7 @@ from scripts.visual_opsd.runs.stopping import StopRequest, exit_code
 from scripts.visual_opsd.scored_rows import ScoredRow, empty_row
 from scripts.visual_opsd.training.checkpoint_folders import (
     NOT_GOOD,
+    best_step,
     check_folders,
     choose_checkpoint,
     claim_checkpoint_dir,
@@ -203,7 +204,10 @@ class Trainer:
         hold_folder(run.checkpoints, "checkpoint_dir", take_over=run.take_over)
 
     def _check_resume(self) -> None:
-        check_folders(self.results, self.config.run.checkpoints, self.checkpoint)
+        run = self.config.run
+        check_folders(
+            self.results, run.checkpoints, self.checkpoint, resumes=bool(run.resume_specs)
+        )
         if self.checkpoint is not None:
             check_resumable(self.checkpoint, **self._saved_config())
 
@@ -318,8 +322,21 @@ class Trainer:
             self.releases.save_best(self.step, facts)
         except DiskRefused as error:  # on all ranks together
             if self.config.run.on_save_error == "stop":
+                self.states.keep_beside(error)  # of other saves the state comes first
                 raise
-            self.log.message(f"the best model, of step {self.step}, is not saved: {error}")
+            text = f"the best model, of step {self.step}, is not saved: {error}"
+            self.log.message(text)
+            self._together(lambda: self.log.log(self.step, {"save_error": text}))
+
+    def _tell_missing_best(self) -> None:
+        """A best validation whose model is not kept is never written, however good it was."""
+        progress, folder = self.validation.progress, self.config.run.checkpoints
+        wanted = self.validation.settings.keep_best and progress.best_step > 0
+        if wanted and best_step(folder) != progress.best_step:
+            self.log.message(
+                f"--keep_best: {folder} holds no model of the best validation so far, of step "
+                f"{progress.best_step} ({progress.best:.1%}); the next better one is written"
+            )
 
     def _begin(self) -> bool:
         """Say where the run starts; make up for what a killed run still owes: a validation, a
@@ -330,6 +347,7 @@ class Trainer:
                 self.log.message(f"no checkpoint in {run.checkpoints} yet: starting at step 0")
             return self._validate()
         self.log.message(f"resumed from {self.checkpoint}")
+        self._tell_missing_best()
         if not self._validate():
             return False
         own = self.checkpoint.resolve().parent == run.checkpoints.resolve()

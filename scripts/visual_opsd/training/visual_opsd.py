@@ -114,6 +114,12 @@ class VisualOPSD(Objective):
         replay = config.run.replay_samples
         self.recorded = RecordedCompletions.read(replay) if replay else None
         self.samples = self.recorded is None
+        skipped, budget = config.loss.skip_first_tokens, config.sample.sample_max_new_tokens
+        if self.samples and skipped >= budget:
+            raise ValueError(
+                f"--skip_first_tokens {skipped} leaves nothing of completions of at most {budget} "
+                "tokens (--sample_max_new_tokens), so the run would learn nothing: lower it"
+            )
         # Of the step under way: its number from 0, and the completions that samples.jsonl shows.
         self.step = 0
         self.shown: list[tuple[SlotItem[TrainRow], int, Completion]] = []

@@ -5,10 +5,12 @@ of damaged folders, and whether a browser is content with it."""
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import signal
@@ -454,15 +456,34 @@ def test_bad_input_is_named_in_one_line(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
-def test_an_earlier_file_is_kept(tmp_path: Path) -> None:
+def test_an_earlier_file_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "a", STEPS)
     out = tmp_path / "report.html"
-    out.write_text("mine")
+    make(tmp_path, run)
+    written = out.read_bytes()
     with pytest.raises(ValueError, match=r"--out .*report\.html exists"):
         report.main([str(run), "--out", str(out)])
-    assert out.read_text() == "mine"
-    assert report.main([str(run), "--out", str(out), "--overwrite"]) == 0
-    assert out.read_text().startswith("<!DOCTYPE html>")
+    write_run(tmp_path / "a", STEPS[:2])
+    monkeypatch.setattr(os, "replace", _full)
+    with pytest.raises(ValueError, match=r"writing .*report\.html failed: No space left"):
+        make(tmp_path, run)
+    assert out.read_bytes() == written and not out.with_name("report.html.tmp").exists()
+    monkeypatch.undo()
+    make(tmp_path, run)
+    assert out.read_bytes() != written
+
+
+def _full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_overwrite_replaces_reports_alone(tmp_path: Path) -> None:
+    """A slip of the keyboard must not cost a run its record."""
+    run = write_run(tmp_path / "a", STEPS)
+    lines = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"--out .*metrics\.jsonl is no report"):
+        report.main([str(run), "--out", str(run / "metrics.jsonl"), "--overwrite"])
+    assert (run / "metrics.jsonl").read_bytes() == lines
 
 
 def test_damaged_lines_are_left_out_and_said(

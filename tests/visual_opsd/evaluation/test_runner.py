@@ -177,6 +177,27 @@ def test_a_folder_of_other_settings_is_refused(run: Run, tmp_path: Path) -> None
         run(Working(), 3)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_another_command_is_left_alone(
+    run: Run, tmp_path: Path, overwrite: bool
+) -> None:
+    """All commands write settings.json and bad_rows.jsonl; a training has the latter, too."""
+    run(Working(), 3, Preparing(1))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def claim(folder: Path) -> None:
+        store = RankedLines(folder, "others")
+        claim_folder(folder, {}, [store], result="other.json", overwrite=overwrite)
+
+    with pytest.raises(ValueError, match=r"another command \(summary\.json, lines\.jsonl\)"):
+        claim(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match=r"another command \(metrics\.jsonl\)"):
+        claim(tmp_path / "training")
+
+
 def test_a_result_without_records_is_claimed_like_any(run: Run, tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(ValueError, match=r"settings\.json does not exist"):

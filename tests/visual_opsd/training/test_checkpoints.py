@@ -213,8 +213,10 @@ def test_the_best_folder(run: ToyRun, tmp_path: Path) -> None:
     for name in (best, old):
         put(name, "{}")
         mine.rename(tmp_path.parent / "away")
-        with pytest.raises(ValueError, match=rf"the best model of another run .{name.name}.: choo"):
-            folders.check_claim(tmp_path, None)
+        for start in (None, tmp_path.parent / "away"):
+            with pytest.raises(ValueError, match=rf"best model of another run .{name.name}.: choo"):
+                folders.check_folders(tmp_path, tmp_path, start, resumes=start is not None)
+        folders.check_folders(tmp_path, tmp_path, None, resumes=True)
         (tmp_path.parent / "away").rename(mine)
         shutil.rmtree(name)
     put(old, '{"step": 3}')

@@ -212,6 +212,8 @@ def test_sft_trains_adapters_too(world: Path, tmp_path: Path) -> None:
             "--lora_targets vit contradicts the flag that freezes",
         ),
         ("--lora_rank 4 --lora_alpha 0", "--lora_alpha must be above 0"),
+        ("--lora_alpha 8", "--lora_alpha is of adapters, and there are none: add --lora_rank"),
+        ("--lora_targets llm,vit", "--lora_targets is of adapters, and there are none"),
     ],
 )
 def test_refused(flags: str, problem: str) -> None:

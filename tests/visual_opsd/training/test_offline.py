@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from scripts.visual_opsd.training.offline import VisualOPSDOffline
 from scripts.visual_opsd.training.samples import write_samples
 from scripts.visual_opsd.training.trainer import Trainer
 from scripts.visual_opsd.training.visual_opsd import VisualOPSD
-from tests.visual_opsd.teacher_caches import PROMPT, collect
+from tests.visual_opsd.teacher_caches import PROMPT, collect, sign
 from tests.visual_opsd.training.trainers import (
     SMALL,
     base_weights,
@@ -147,10 +148,8 @@ def test_it_learns_and_goes_on(world: Path, traces: Path, tmp_path: Path) -> Non
     elsewhere = shutil.copytree(traces, tmp_path / "elsewhere")
     again = offline(world, tmp_path, elsewhere, **steps, resume="3")
     assert again.step == 6 and moved(whole, weights(again.student)) == set()
-    with (elsewhere / SUMMARY).open("r+") as stream:
-        text = stream.read().replace('"digest": "', '"digest": "x')
-        stream.seek(0)
-        stream.write(text)
+    (elsewhere / INDEX).write_text((elsewhere / INDEX).read_text() + "\n")
+    sign(elsewhere)
     with pytest.raises(ValueError, match="teacher cache: saved"):
         offline(world, tmp_path, elsewhere, **steps, resume="3")
 
@@ -207,6 +206,14 @@ def test_damage_is_named(world: Path, traces: Path, tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(ValueError, match="is no whole teacher cache"):
         TeacherCache.open(cache)
+    shutil.copyfile(traces / shard.name, shard)
+    with shard.open("r+b") as stream:
+        stream.seek(shard.stat().st_size // 2)
+        byte = stream.read(1)[0] ^ 64
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte]))
+    with pytest.raises(ValueError, match="is damaged: its files are not what collect_traces wrote"):
+        offline(world, tmp_path / "run", cache)
     shutil.rmtree(cache)
     shutil.copytree(traces, cache)
     append_records(cache / INDEX, [{"index": 1, "digest": "x", "completions": [{"shard": "../y"}]}])
@@ -221,6 +228,7 @@ def test_rows_that_the_cache_lacks_are_counted_and_bounded(
     cache = shutil.copytree(traces, tmp_path / "cache")
     lines = (cache / INDEX).read_text().splitlines(keepends=True)
     (cache / INDEX).write_text("".join(lines[4:]))
+    sign(cache)
     gone = {json.loads(line)["digest"] for line in lines[:4]}
     steps: dict[str, Any] = {"total_steps": 8, "warmup_steps": 0}
     trainer = offline(world, tmp_path / "run", cache, **steps, max_bad_rate=0.5)

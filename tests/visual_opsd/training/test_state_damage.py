@@ -438,7 +438,7 @@ def test_leftovers_that_are_files(run: ToyRun, tmp_path: Path) -> None:
 def test_logs_are_looked_at_before_anything_is_moved(states: Path, name: str) -> None:
     (states / name).mkdir()
     with pytest.raises(ValueError, match=rf"{name} is no file that can be read and written"):
-        folders.check_folders(states, states, states / "step_0000001")
+        folders.check_folders(states, states, states / "step_0000001", resumes=True)
 
 
 def test_a_claim_that_fails_has_removed_nothing(run: ToyRun, states: Path) -> None:

@@ -148,7 +148,7 @@ def test_bad_rows_are_replaced_and_listed(damaged: Path, tmp_path: Path) -> None
         "sample_max_new_tokens": 2,
     }
     for _ in range(2):
-        trainer = train(damaged, results, samples_per_step=4, **settings)
+        trainer = train(damaged, results, samples_per_step=4, resume="latest", **settings)
         listed = [
             json.loads(line) for line in (results / "bad_rows.jsonl").read_text().splitlines()
         ]

@@ -92,6 +92,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "replay": ({"replay_samples": "absent.jsonl"}, r"--replay_samples absent\.jsonl: no such"),
     "drawing": ({"visual_gen": True}, "--visual_gen True"),
     "bad rate": ({"max_bad_rate": 2}, "--max_bad_rate must be at least 0 and at most 1, got 2"),
+    "nothing counts": ({"skip_first_tokens": 8, "sample_max_new_tokens": 8},
+                       "--skip_first_tokens 8 leaves nothing of completions of at most 8 tokens"),
     "rows": ({"global_batch_size": 0}, "global_batch_size must be at least 1"),
 }  # fmt: skip
 
@@ -307,7 +309,14 @@ def test_another_runs_checkpoints_are_safe(world: Path, finished: Path, tmp_path
         shutil.rmtree(state)
     with pytest.raises(ValueError, match=r"\(release folders 0000002, 0000004\): choose another"):
         run_program(world, results, **FOUR)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is of an earlier run \(up to step 4\), "):
+        run_program(world, results, checkpoint_dir=tmp_path / "elsewhere", **FOUR)
     assert (results / "metrics.jsonl").read_text() == before
+    answers = tmp_path / "answers"
+    answers.mkdir()
+    (answers / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"answers holds the results of another command"):
+        run_program(world, answers, **FOUR)
 
 
 def test_resuming_what_is_not_there(world: Path, finished: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from scripts.visual_opsd.evaluation.answers import evaluate
 from scripts.visual_opsd.evaluation.questions import EvaluateConfig, EvaluateSettings, open_rows
 from scripts.visual_opsd.evaluation.scoring import wilson_interval
 from scripts.visual_opsd.training.releases import ReleaseWriter
+from scripts.visual_opsd.training.state_keeper import StateKeeper
 from scripts.visual_opsd.training.text_sft import TextSFT
 from scripts.visual_opsd.training.trainer import Trainer
 from tests.arrivals import Stop, spy, stop
@@ -240,6 +242,49 @@ def test_best_and_early_stop(
     assert "best" in names(tmp_path / "checkpoints" / "superseded")
 
 
+def test_a_kill_between_the_first_best_and_the_first_state(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The requeued run begins at step 0; what it left is moved away and made again."""
+    settings: dict[str, Any] = {**SHORT, "total_steps": 3, "save_every": 3, "eval_every": 1}
+    settings |= {"keep_best": True, "resume": "latest"}
+    train(world, tmp_path / "whole", validation=Scripted(CURVE).of, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(ReleaseWriter, "save", kill)
+        patch.setattr(StateKeeper, "save", kill)
+        with pytest.raises(KeyboardInterrupt):
+            train(world, tmp_path / "run", validation=Scripted(CURVE).of, **settings)
+    assert names(tmp_path / "run" / "checkpoints") == ["best"]
+    train(world, tmp_path / "run", validation=Scripted(CURVE).of, **settings)
+    assert training_lines(tmp_path / "run") == training_lines(tmp_path / "whole")
+    assert best(tmp_path / "run")["step"] == best(tmp_path / "whole")["step"] == 2
+    one, other = (
+        (tmp_path / name / "checkpoints" / "best" / "model.safetensors").read_bytes()
+        for name in ("run", "whole")
+    )
+    assert one == other
+    assert names(tmp_path / "run" / "checkpoints") == ["best", "step_0000003", "superseded"]
+
+
+def kill(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_best_model_that_was_not_kept_is_named(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --keep_best from a resume on, which may end without any best model."""
+    settings: dict[str, Any] = {**SHORT, "total_steps": 4, "save_every": 1, "eval_every": 1}
+    train(world, tmp_path, validation=Scripted(CURVE).of, **settings, keep_last=9)
+    settings["keep_best"] = True
+    for start, told in (("1", False), ("3", True)):
+        train(world, tmp_path, validation=Scripted(CURVE).of, **settings, resume=start)
+        said = capsys.readouterr().err
+        missing = "holds no model of the best validation so far, of step 2 (50.0%)"
+        assert (missing in said) is told
+        shutil.rmtree(tmp_path / "checkpoints" / "best", ignore_errors=True)
+
+
 def test_the_best_adapters(world: Path, tmp_path: Path) -> None:
     """With --lora_rank; a run that stops early merges them as at its last step."""
     script = Scripted({0: 0.5, 1: 0.6, 2: 0.1})
@@ -274,12 +319,16 @@ def test_the_disk_may_refuse_the_best(
     monkeypatch.setattr(ReleaseWriter, "save_best", refuse)
     flags: dict[str, Any] = {**SHORT, "total_steps": 2, "eval_every": 1, "keep_best": True}
     script = Scripted({0: 0.1, 1: 0.2, 2: 0.3})
-    with pytest.raises(DiskRefused):
-        train(world, tmp_path / "a", validation=script.of, **flags)
+    with pytest.raises(DiskRefused) as error:
+        train(world, tmp_path / "a", validation=script.of, **flags, save_every=2)
+    assert error.value.__notes__ == ["state of step 1 saved; --resume it"]
+    assert names(tmp_path / "a" / "checkpoints") == ["step_0000001"]
     go_on = {**flags, "on_save_error": "continue"}
     train(world, tmp_path / "b", validation=script.of, **go_on)
     assert steps == [1, 1, 2]
     assert "the best model, of step 2, is not saved: no room" in capsys.readouterr().err
+    refused = [line["save_error"] for line in metrics(tmp_path / "b") if "save_error" in line]
+    assert refused == [f"the best model, of step {step}, is not saved: no room" for step in (1, 2)]
 
 
 # --------------------------------------------------------------------------- stopped, and refused

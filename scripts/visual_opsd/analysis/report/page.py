@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from scripts.visual_opsd.analysis.report.tables import (
 )
 from scripts.visual_opsd.analysis.report.tokens import colour_choice
 
+_HEAD = "<!DOCTYPE html>"
 _STYLE, _SCRIPT = "report.css", "report.js"
 _CHART_BYTES = 900_000  # of all curves together
 _POINT_BYTES = 24  # of a point in a raw and a smoothed line
@@ -52,8 +54,28 @@ def write_report(
         ValueError: a folder that holds no such thing, or `out` cannot be written.
     """
     page = build_page(read_runs(runs), evaluations, steps)
+    temporary = out.with_name(out.name + ".tmp")
     with disk_errors(f"writing {out}", out.parent):
-        out.write_bytes(page.encode("utf-8"))
+        try:
+            temporary.write_bytes(page.encode("utf-8"))
+            os.replace(temporary, out)  # an earlier report stays until the new one is whole
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def check_replaced(out: Path) -> None:
+    """Raises ValueError: `out` is there, and no report."""
+    with disk_errors(f"reading {out}", out.parent):
+        if not out.exists():
+            return
+        if out.is_file():
+            with out.open("rb") as stream:
+                if stream.read(len(_HEAD)) == _HEAD.encode():
+                    return
+    raise ValueError(
+        f"--out {out} is no report, and --overwrite replaces nothing else: choose another place"
+    )
 
 
 def build_page(
@@ -76,7 +98,7 @@ def build_page(
     )
     names = text(", ".join(run.label for run in runs), 200)
     return (
-        "<!DOCTYPE html>\n"
+        f"{_HEAD}\n"
         '<html lang=en><head><meta charset=utf-8>'
         f'<meta http-equiv=Content-Security-Policy content="{policy}">'
         '<meta name=viewport content="width=device-width, initial-scale=1">'
