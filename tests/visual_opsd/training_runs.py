@@ -88,13 +88,14 @@ def start(module: str, arguments: Sequence[str], ranks: int = 1) -> subprocess.P
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=hear_ctrl_c,
+        preexec_fn=hear_signals,
     )
 
 
-def hear_ctrl_c() -> None:
-    """For children: a shell that runs the tests in the background has them ignore SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def hear_signals() -> None:
+    """For children of tests in a shell's background, which ignore SIGINT, and SIGHUP by nohup."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def run(module: str, arguments: Sequence[str], ranks: int = 1, timeout: float = 150) -> str:

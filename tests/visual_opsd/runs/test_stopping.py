@@ -21,7 +21,7 @@ from tests.visual_opsd.training_runs import (
     all_gone,
     descendants,
     environment,
-    hear_ctrl_c,
+    hear_signals,
     kill_tree,
     logged_steps,
     ranks_of,
@@ -76,7 +76,7 @@ def run_requests(body: str) -> subprocess.CompletedProcess[str]:
     ]  # fmt: skip
     return subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], env=environment(), capture_output=True,
-        text=True, timeout=60, preexec_fn=hear_ctrl_c,
+        text=True, timeout=60, preexec_fn=hear_signals,
     )  # fmt: skip
 
 
