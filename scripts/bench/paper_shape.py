@@ -207,7 +207,7 @@ def failures(lab: Lab) -> None:
         "killed": {"after": kill_one},
         "out_of_memory": {"after": wait, "program": starving},
     }
-    wanted = re.compile(rf"\brank {n - 1}: |local_rank: {n - 1}\b|out of memory|allocate memory")
+    wanted = re.compile(rf"\brank {n - 1}(: | \(process)|out of memory|allocate memory")
     for name, how in ways.items():
         with lab.trying("failures", name):
             run = lab.train(f"failures-{name}", TINY_BAGEL, n, 2, **how, **small)
