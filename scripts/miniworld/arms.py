@@ -40,13 +40,14 @@ import torch
 from data.visual_thoughts import VT_KINDS
 from modeling.host.programs import make_folder, number, path_argument
 from scripts.miniworld.demo import BASE, ROOT, Demo, Job, check_ended, flags, read, start
-from scripts.visual_opsd import train_sft, train_visual_opsd_offline
+from scripts.visual_opsd import train_sft, train_visual_opsd, train_visual_opsd_offline
 from scripts.visual_opsd.cli import run_main
 from scripts.visual_opsd.evaluation.scoring import compare_runs
 from scripts.visual_opsd.evaluation.store import read_json, write_json
 from scripts.visual_opsd.runs.identity import SETTINGS_FILE, differences
+from scripts.visual_opsd.training.start import checked
 
-TRAINERS: dict[str, Any] = {"offline": train_visual_opsd_offline, "sft": train_sft}
+TRAINERS: dict[str, Any] = {"offline": train_visual_opsd_offline, "sft": train_sft}  # by kind
 VALIDATION = flags(eval_every=50, eval_data="Spatial_Navigation", eval_limit=400)
 CACHED_ENTRIES = 64  # of 384; an entry takes 6 bytes
 # What is completed by, and what the recipe of offline training (CE + KL at T = 2) is replaced by.
@@ -132,7 +133,7 @@ class SeedArms:
             cache = self.out / arm / "cache"
             self.once(cache / "collect_traces.json", lambda: self._collect(arm, cache))
         last = self.out / "eval" / arm / "summary.json"
-        self.once(last, lambda: self._train(arm))
+        self.once(last, lambda: self.train_job(arm))
         self.once(last, lambda: demo.evaluate(arm, demo.release(arm)))
         self.once(
             self.out / "diagnostic" / arm / "kl_diagnostic.json",
@@ -142,11 +143,10 @@ class SeedArms:
             ),
         )  # fmt: skip
 
-    def _train(self, arm: str) -> Job:
+    def train_job(self, arm: str) -> Job:
+        """Raises ValueError: as its trainer would, of settings that are wrong."""
         job = self.demo.train(arm, *arm_flags(arm), *flags(auto_resume=True))
-        trainer = TRAINERS.get(arm.partition("-")[0])
-        if trainer is None:
-            return job
+        trainer = TRAINERS.get(arm.partition("-")[0], train_visual_opsd)
         words = job.arguments
         if arm in OFFLINE:
             words = (*words, *flags(teacher_cache=self.out / arm / "cache"))
@@ -154,6 +154,8 @@ class SeedArms:
         objective = trainer.make_objective(trainer.read_config(words))
         for names in objective.without_effect().values():
             words = (*words, *flags(**{name: objective.standard[name] for name in names}))
+        config = trainer.read_config(words)
+        checked(config, trainer.make_objective(config))
         return Job(job.name, trainer.__name__, words)
 
     def _collect(self, arm: str, cache: Path) -> Job:
@@ -255,16 +257,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, train_flags = build_parser().parse_known_args(argv)
     args.train_flags = train_flags
     arms = list(dict.fromkeys(args.arms.split(",")))  # the same one twice would share a folder
-    for arm in arms:
-        arm_flags(arm)
     words = args.seeds.split(",")
     if not all(word.isascii() and word.isdigit() for word in words):
         raise ValueError(f"--seeds {args.seeds}: numbers by commas, as in 71,72,73")
     args.base = str(Path(args.base).resolve())
+    places = [SeedArms(args, seed) for seed in dict.fromkeys(map(int, words))]
+    for arm in arms:
+        places[0].train_job(arm)  # what is wrong is said before anything is made
     make_folder(args.out, "--out")
     out = Path(args.out)
     claim(out, args)
-    places = [SeedArms(args, seed) for seed in dict.fromkeys(map(int, words))]
     failures = []
     with ThreadPoolExecutor(args.workers) as pool:
         try:

@@ -239,6 +239,9 @@ def test_without_the_base_no_arm_is_run(
     [
         (["--arms", "real,guess"], r"--arms guess: choose among real, .*guard-MODE"),
         (["--arms", "contrast-"], "--arms contrast-: choose"),
+        (["--arms", "real,contrast-nan"], "--contrast must be"),
+        (["--arms", "guard-freeze"], "--teacher_mode fixed never changes"),
+        (["--total_steps", "30"], r"--warmup_steps must be less than --total_steps \(30\)"),
         (["--seeds", "1,two"], "--seeds 1,two: numbers by commas"),
     ],
 )
@@ -247,7 +250,20 @@ def test_what_cannot_be_run_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         arms.main([*words, "--out", str(tmp_path)])
-    assert not programs.jobs
+    assert not programs.jobs and not list(tmp_path.iterdir())
+
+
+def test_flags_that_no_trainer_knows_end_it_at_once(
+    programs: Programs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, said in (
+        (["--arms", "guard-never"], "--teacher_guard: invalid choice: 'never'"),
+        (["--rate", "3"], "--rate"),
+    ):
+        with pytest.raises(SystemExit):
+            arms.main([*words, "--out", str(tmp_path)])
+        assert said in capsys.readouterr().err
+    assert not programs.jobs and not list(tmp_path.iterdir())
 
 
 def test_a_true_job_shows_why_it_failed(tmp_path: Path) -> None:
