@@ -28,7 +28,7 @@ from torch import Tensor
 from data.json_lines import read_given
 from data.sequence import Completion
 from data.thinkmorph import PROBLEM_IMAGE, Row, row_digest
-from modeling.host.disk import disk_errors, flush_to_disk
+from modeling.host.disk import disk_errors, replace_file
 from modeling.host.text_files import read_json_object
 
 FORMAT = 1
@@ -135,11 +135,9 @@ def write_shard(
         "tail": all_entries.tail.float(),
         "vt_weight": all_entries.weight.float(),
     }
-    path, temporary = folder / name, folder / f"{name}.tmp"
+    path = folder / name
     with disk_errors(f"writing {path}", folder):
-        temporary.write_bytes(save({name: t.contiguous() for name, t in tensors.items()}))
-        flush_to_disk(temporary)
-        os.replace(temporary, path)
+        replace_file(path, save({name: t.contiguous() for name, t in tensors.items()}))
     return places
 
 

@@ -44,6 +44,23 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def replace_file(file: Path, content: bytes) -> None:
+    """Write a file, whole or not at all: what stood there stays until the new one is on the disk.
+
+    Raises:
+        OSError: the disk refuses; nothing is left beside it.
+    """
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        flush_to_disk(temporary)
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush_to_disk(file.parent)
+
+
 @contextmanager
 def disk_errors(
     doing: str, folder: Path, advice: str = "make room or choose another disk"

@@ -12,11 +12,10 @@ other programs make of such a folder.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from modeling.host.disk import disk_errors, flush_to_disk
+from modeling.host.disk import disk_errors, replace_file
 from modeling.host.programs import path_argument, run_main
 from modeling.release.checkpoint import is_generation_key, locate_weights
 from modeling.release.serving_config import ServingFile, serving_files
@@ -36,20 +35,8 @@ def mend(folder: Path) -> list[ServingFile]:
     with disk_errors(f"writing to {folder}", folder):
         for file in files:
             if file.problem is not None:
-                _replace(folder / file.name, file.content)
+                replace_file(folder / file.name, file.content)
     return files
-
-
-def _replace(file: Path, content: bytes) -> None:
-    temporary = file.with_name(file.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-        flush_to_disk(temporary)
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    flush_to_disk(file.parent)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -157,6 +157,8 @@ FAULTS = [
         ("weights are not looked at", "config, _ = locate_weights(folder, visual_gen=draws)",
          "from modeling.release.checkpoint import read_bagel_config as read\n"
          "    config = read(folder, open_weights(folder), visual_gen=draws)"),
+    ]),
+    *faults("modeling/host/disk.py", "visual_opsd/test_serving_config.py", [
         ("what a full disk cut stays", "        temporary.unlink(missing_ok=True)\n", ""),
     ]),
     *faults("modeling/release/folders.py", "modeling/release/test_checkpoint.py", [

@@ -9,13 +9,12 @@ any number of ranks; it gathers them before anybody appends, so that what it add
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from data.json_lines import append_records, read_log, write_lines
-from modeling.host.disk import disk_errors
+from modeling.host.disk import disk_errors, replace_file
 from modeling.host.text_files import read_json_object
 
 Record = dict[str, Any]
@@ -23,11 +22,9 @@ Record = dict[str, Any]
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with disk_errors(f"writing {path}", path.parent):
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        replace_file(path, text.encode("utf-8"))
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

@@ -10,11 +10,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from modeling.host.disk import disk_errors
+from modeling.host.disk import disk_errors, replace_file
 from scripts.visual_opsd.analysis.report.charts import Series, constant, draw_chart
 from scripts.visual_opsd.analysis.report.completions import CompletionCards, chosen_steps
 from scripts.visual_opsd.analysis.report.figures import Figure, Group, group_figures
@@ -54,14 +53,8 @@ def write_report(
         ValueError: a folder that holds no such thing, or `out` cannot be written.
     """
     page = build_page(read_runs(runs), evaluations, steps)
-    temporary = out.with_name(out.name + ".tmp")
     with disk_errors(f"writing {out}", out.parent):
-        try:
-            temporary.write_bytes(page.encode("utf-8"))
-            os.replace(temporary, out)  # an earlier report stays until the new one is whole
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        replace_file(out, page.encode("utf-8"))
 
 
 def check_replaced(out: Path) -> None:
