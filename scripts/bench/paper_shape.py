@@ -83,19 +83,23 @@ def traffic_gb(config: BagelConfig, replicas: int, shards: int) -> dict[str, flo
     return {name: round(value, 3) for name, value in found.items()}
 
 
-def measured(lab: Lab, part: str, name: str, base: Path, n: int, steps: int, **more: Any) -> None:
-    """A run whose steps are timed; `more` names its mesh."""
+def measured(
+    lab: Lab, part: str, name: str, base: Path, n: int, steps: int, rows: int = 0, **more: Any
+) -> None:
+    """A run whose steps are timed; rows: of a step, ROWS a GPU if 0; `more` names its mesh."""
+    rows, config = rows or ROWS * n, lab.bases[base.name]
     with lab.trying(part, name):
-        run = lab.train(f"{part}-{name}", base, n, WARM_UP + steps, **more)
+        run = lab.train(f"{part}-{name}", base, n, WARM_UP + steps, rows=rows, **more)
         shards = more.get("num_shard", n)
-        planned = {name: value for name, value in more.items() if name != "rows"}
         found = {
             "gpus": n,
+            "layers": config.llm.num_hidden_layers,
+            "rows": rows,
             "mesh": [n // shards, shards],
             **run.figures(WARM_UP),
             **run.memory,
-            **lab.planned(base, n, more.get("rows", ROWS * n), planned),
-            **traffic_gb(lab.bases[base.name], n // shards, shards),
+            **lab.planned(base, n, rows, more),
+            **traffic_gb(config, n // shards, shards),
             "seconds": round(run.seconds, 1),
         }
         lab.say(part, name, found)

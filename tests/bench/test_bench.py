@@ -211,6 +211,7 @@ def test_the_paper_shape_times_a_run_of_the_launcher(
     assert found["mesh"] == [1, 1] and 0 < found["completion_length"]["median"] <= 24
     assert found["step_s"]["median"] > found["seconds/train"]["median"] > 0
     assert found["rank0/host_gb"] > found["rank0/host_own_gb"] > 0
+    assert (found["layers"], found["rows"]) == (paper_shape.TINY.llm.num_hidden_layers, 16)
     assert found["planned/peak_gb"] > found["planned/resident_gb"] > 0
     assert 0 < report["speed"]["1x1-12"]["completion_length"]["median"] <= 12
     lines = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]

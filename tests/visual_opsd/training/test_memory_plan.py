@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modeling.bagel.config import BagelConfig, LLMConfig, VisionConfig
 from scripts.bench.common import TRUE_SIZE, sized
+from scripts.bench.lab import MAZE
 from scripts.visual_opsd.config import LossSettings, SFTConfig, TrainConfig
 from scripts.visual_opsd.training.interleaved import InterleavedSFT
 from scripts.visual_opsd.training.memory_check import GPU, HOST, Finding, Room, judge, suggest
@@ -194,8 +195,6 @@ def test_where_moments_and_shards_may_lie() -> None:
 
 # ------------------------------------------------------------------------------ measured on GPUs
 
-# The mazes of scripts/bench/memory.py: 518 pixels a side, completions of 1,023 tokens.
-MAZE = RowLengths(image=1369, text=228, shown=1369, shown_text=62, new=1023)
 EVERY_LINEAR = ("llm", "vit", "connector")
 
 
