@@ -287,14 +287,14 @@ def check_folders(
                 "away or choose another --results_dir"
             )
     begins = check_claim(checkpoint_dir, resumed_from) < 0
-    if resumed_from is None and (results / SETTINGS_FILE).exists():
-        raise ValueError(
-            f"{results} holds the results of another command ({SETTINGS_FILE}), whose bad_rows."
-            "jsonl the run would replace: choose another --results_dir"
-        )
-    if resumed_from is None and resumes:
-        return  # a requeued run begins anew if it was killed before its first state
     if resumed_from is None:
+        if (results / SETTINGS_FILE).exists():
+            raise ValueError(
+                f"{results} holds the results of another command ({SETTINGS_FILE}), whose bad_rows."
+                "jsonl the run would replace: choose another --results_dir"
+            )
+        if resumes:
+            return  # a requeued run begins anew if it was killed before its first state
         _check_new_log(results / "metrics.jsonl", checkpoint_dir)
     for best in _best_folders(checkpoint_dir) if begins else []:
         raise ValueError(
